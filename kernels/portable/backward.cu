@@ -1,0 +1,158 @@
+// dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B, in one launch.
+//
+// dy [M][N], w [N][K], a [R][K], b [N][R], x and dx [M][K], h and dh [M][R], da [R][K], db [N][R], row-major with any row
+// stride. Units of work: dh tiles, dx tiles (whose last steps read dh), db and da tiles. The last two reduce over tokens in
+// chunks: each chunk leaves its f32 partial sums, and the CTA that finishes a tile's last chunk adds them in order of
+// chunk, so the bits do not depend on which CTA was last.
+#include "epilogue.cuh"
+#include "schedule.cuh"
+#include "tile.cuh"
+
+namespace lora {
+
+template <typename T, class Shape>
+__device__ __forceinline__ void backward_dh(const LoraBackwardParams& p, TicketSchedule& schedule, uint32_t unit,
+                                            uint32_t smem) {
+  const uint32_t m_block = unit % p.m_blocks;
+  const uint32_t m = m_block * Shape::kBlock;
+  const uint32_t n = unit / p.m_blocks * kNarrowN;
+  NarrowTile<T, Shape, Major::kMn> tile;
+  tile.accumulate(segment(operand(p.dy, p.m, p.n), operand(p.b, p.r, p.n), 0), Segment{}, m, n, p.r - n, {}, smem);
+  store_tile(tile, p.dh, m, n, p.m, p.r, p.scale, static_cast<const T*>(nullptr), false);
+  schedule.publish(m_block >> p.flag_shift);
+}
+
+template <typename T, class Shape>
+__device__ __forceinline__ void backward_dx(const LoraBackwardParams& p, uint32_t unit, uint32_t smem) {
+  const BlockIndex block = grouped(unit, p.m_blocks, p.k_blocks, p.group_m);
+  const uint32_t m = block.row * Shape::kBlock;
+  const uint32_t n = block.col * Shape::kBlock;
+  const Segment main = segment(operand(p.dy, p.m, p.n), operand(p.w, p.k, p.n), 0);
+  const Segment tail = segment(operand(p.dh, p.m, p.r), operand(p.a, p.k, p.r), 0);
+  Dependency dh = {};
+  if (p.r != 0) {
+    dh = depends_on(p.sync, p.flag_shift, p.m_blocks, p.dh_units / p.m_blocks, block.row, 1, main.steps);
+  }
+  MainTile<T, Shape, Major::kMn> tile;
+  tile.accumulate(main, tail, m, n, Shape::kBlock, dh, smem);
+  store_tile(tile, p.dx, m, n, p.m, p.k, 1.0f, static_cast<const T*>(nullptr), (p.flags & LORA_ACCUMULATE_DX) != 0);
+}
+
+// Leaves this chunk's sums in `partials` and returns true, with the sum over all chunks in `tile`, in the CTA that
+// completes the tile. Registers go out in their own order: every access is coalesced and the reader has the same layout.
+template <class Tile>
+__device__ __forceinline__ bool reduce_chunks(const LoraBackwardParams& p, TicketSchedule& schedule, Tile& tile,
+                                              uint32_t tile_index, uint32_t chunk, uint32_t active_n) {
+  if (p.chunks == 1) return true;
+  float* const first = reinterpret_cast<float*>(p.partials) +
+                       static_cast<uint64_t>(tile_index) * p.chunks * p.partial_stride + threadIdx.x;
+  const auto for_each_register = [&](auto visit) {
+    visit(0, tile.sums[0][0]);
+    visit(1, tile.sums[0][2]);
+#pragma unroll
+    for (int j = 0; j < Tile::kFragsN; ++j) {
+      if (j * 8 >= active_n) continue;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) visit(2 + j * 4 + e, tile.acc[0][j][e]);
+    }
+  };
+  float* const mine = first + static_cast<uint64_t>(chunk) * p.partial_stride;
+  for_each_register([&](int index, float& value) { mine[index * Tile::kThreads] = value; });
+  if (!schedule.arrive_last(p.counters + tile_index, p.chunks)) return false;
+  for_each_register([&](int index, float& value) { value = first[index * Tile::kThreads]; });
+#pragma unroll 1
+  for (uint32_t other = 1; other < p.chunks; ++other) {
+    const float* const partial = first + static_cast<uint64_t>(other) * p.partial_stride;
+    for_each_register([&](int index, float& value) { value += partial[index * Tile::kThreads]; });
+  }
+  return true;
+}
+
+// One chunk of one tile of wideᵀ · narrow: db = dyᵀ h (with dbias), or daᵀ = xᵀ dh.
+template <typename T, class Shape>
+__device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, TicketSchedule& schedule,
+                                                 LoraMatrix wide, LoraMatrix narrow, uint32_t unit,
+                                                 uint32_t first_tile, uint32_t wide_blocks, const GradientOut& out,
+                                                 const GradientOut& sums_out, bool needs_dh, uint32_t smem) {
+  using Gradient = GradientTile<T, Shape>;
+  const uint32_t tile_index = unit / p.chunks;
+  const uint32_t chunk = unit % p.chunks;
+  const uint32_t m = tile_index % wide_blocks * Shape::kBlock;
+  const uint32_t n = tile_index / wide_blocks * kNarrowN;
+  const uint32_t token = chunk * p.chunk_rows;
+  const uint32_t token_end = min(token + p.chunk_rows, p.m);
+  const uint32_t active_n = out.ptr != 0 ? out.cols - n : 0;
+  Dependency dh = {};
+  if (needs_dh) {
+    dh = depends_on(p.sync, p.flag_shift, p.m_blocks, p.dh_units / p.m_blocks, token / Shape::kBlock,
+                    (token_end - token + Shape::kBlock - 1) / Shape::kBlock, 0);
+  }
+  Gradient tile;
+  // With no gradient wanted (dbias alone) there is no narrow operand: an extent of zero reads nothing.
+  const Segment tokens = segment(operand(wide, out.rows, token_end), operand(narrow, out.cols, token_end), token);
+  tile.accumulate(tokens, Segment{}, m, n, active_n, dh, smem);
+  if (!reduce_chunks(p, schedule, tile, first_tile + tile_index, chunk, active_n)) return;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t row = m + Gradient::row_of(0, half);
+    // Every column of the sums is the same; one lane of four writes, in the first block of ranks.
+    if (sums_out.ptr != 0 && n == 0 && threadIdx.x % 4 == 0) store_gradient<T>(sums_out, row, 0, tile.sums[0][2 * half]);
+    if (out.ptr == 0) continue;
+#pragma unroll
+    for (int j = 0; j < Gradient::kFragsN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        store_gradient<T>(out, row, n + Gradient::col_of(j) + e, tile.acc[0][j][2 * half + e]);
+      }
+    }
+  }
+}
+
+template <typename T, class Shape>
+__device__ __forceinline__ void backward(const LoraBackwardParams& p) {
+  extern __shared__ __align__(128) uint8_t stages[];
+  const uint32_t smem = ptx::shared_address(stages);
+  TicketSchedule schedule(p.sync);
+  const uint32_t db_tiles = (p.db_end - p.dx_end) / p.chunks;
+#pragma unroll 1
+  for (uint32_t unit = schedule.first(); unit < p.units; unit = schedule.next()) {
+    schedule.draw();
+    if (unit < p.dh_units) {
+      backward_dh<T, Shape>(p, schedule, unit, smem);
+    } else if (unit < p.dx_end) {
+      backward_dx<T, Shape>(p, unit - p.dh_units, smem);
+    } else {
+      // One copy of the loop for both gradients: only the matrices differ.
+      const bool is_db = unit < p.db_end;
+      const GradientOut db = {p.db.ptr, p.db.row_stride, 1, p.n, p.db.ptr != 0 ? p.r : 0,
+                              (p.flags & LORA_DB_F32) != 0, (p.flags & LORA_ACCUMULATE_DB) != 0};
+      const GradientOut da = {p.da.ptr, 1, p.da.row_stride, p.k, p.r, (p.flags & LORA_DA_F32) != 0,
+                              (p.flags & LORA_ACCUMULATE_DA) != 0};
+      const GradientOut dbias = {is_db ? p.dbias : 0, 1, 0, p.n, 1, (p.flags & LORA_DBIAS_F32) != 0,
+                                 (p.flags & LORA_ACCUMULATE_DBIAS) != 0};
+      const LoraMatrix wide = {is_db ? p.dy.ptr : p.x.ptr, is_db ? p.dy.row_stride : p.x.row_stride};
+      const LoraMatrix narrow = {is_db ? p.h.ptr : p.dh.ptr, is_db ? p.h.row_stride : p.dh.row_stride};
+      const GradientOut out = {is_db ? db.ptr : da.ptr, is_db ? db.stride_m : da.stride_m,
+                               is_db ? db.stride_n : da.stride_n, is_db ? db.rows : da.rows,
+                               is_db ? db.cols : da.cols, is_db ? db.f32 : da.f32,
+                               is_db ? db.accumulate : da.accumulate};
+      backward_adapter<T, Shape>(p, schedule, wide, narrow,
+                                 unit - (is_db ? p.dx_end : p.db_end), is_db ? 0 : db_tiles,
+                                 is_db ? p.n_blocks : p.k_blocks, out, dbias, !is_db, smem);
+    }
+  }
+  schedule.finish(p.sync_words);
+}
+
+}  // namespace lora
+
+#define LORA_BACKWARD(name, T, Shape)                                                          \
+  extern "C" __global__ void __launch_bounds__(lora::Shape::kThreads, lora::Shape::kCtasPerSm) \
+      name(const __grid_constant__ LoraBackwardParams params) {                                \
+    lora::backward<T, lora::Shape>(params);                                                    \
+  }
+
+LORA_BACKWARD(lora_backward_f16_large, __half, LargeTile)
+LORA_BACKWARD(lora_backward_f16_small, __half, SmallTile)
+LORA_BACKWARD(lora_backward_bf16_large, __nv_bfloat16, LargeTile)
+LORA_BACKWARD(lora_backward_bf16_small, __nv_bfloat16, SmallTile)

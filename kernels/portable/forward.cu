@@ -1,0 +1,67 @@
+// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, in one launch.
+//
+// x [M][K], w [N][K], a [R][K], b [N][R], h [M][R], y [M][N], row-major with any row stride, fp16 or bf16, f32 accumulation.
+// Units of work: h tiles (block of rows x up to 64 ranks, full K), then y tiles, whose last steps read h.
+#include "epilogue.cuh"
+#include "schedule.cuh"
+#include "tile.cuh"
+
+namespace lora {
+
+template <typename T, class Shape>
+__device__ __forceinline__ void forward_h(const LoraForwardParams& p, TicketSchedule& schedule, uint32_t unit,
+                                          uint32_t smem) {
+  const uint32_t m_block = unit % p.m_blocks;
+  const uint32_t m = m_block * Shape::kBlock;
+  const uint32_t n = unit / p.m_blocks * kNarrowN;
+  NarrowTile<T, Shape, Major::kK> tile;
+  tile.accumulate(segment(operand(p.x, p.m, p.k), operand(p.a, p.r, p.k), 0), Segment{}, m, n, p.r - n, {}, smem);
+  store_tile(tile, p.h, m, n, p.m, p.r, p.scale, static_cast<const T*>(nullptr), false);
+  schedule.publish(m_block >> p.flag_shift);
+}
+
+template <typename T, class Shape>
+__device__ __forceinline__ void forward_y(const LoraForwardParams& p, uint32_t unit, uint32_t smem) {
+  const BlockIndex block = grouped(unit, p.m_blocks, p.n_blocks, p.group_m);
+  const uint32_t m = block.row * Shape::kBlock;
+  const uint32_t n = block.col * Shape::kBlock;
+  const Segment main = segment(operand(p.x, p.m, p.k), operand(p.w, p.n, p.k), 0);
+  const Segment tail = segment(operand(p.h, p.m, p.r), operand(p.b, p.n, p.r), 0);
+  Dependency h = {};
+  if (p.r != 0) {
+    h = depends_on(p.sync, p.flag_shift, p.m_blocks, p.h_units / p.m_blocks, block.row, 1, main.steps);
+  }
+  MainTile<T, Shape, Major::kK> tile;
+  tile.accumulate(main, tail, m, n, Shape::kBlock, h, smem);
+  store_tile(tile, p.y, m, n, p.m, p.n, 1.0f, reinterpret_cast<const T*>(p.bias), false);
+}
+
+template <typename T, class Shape>
+__device__ __forceinline__ void forward(const LoraForwardParams& p) {
+  extern __shared__ __align__(128) uint8_t stages[];
+  const uint32_t smem = ptx::shared_address(stages);
+  TicketSchedule schedule(p.sync);
+#pragma unroll 1
+  for (uint32_t unit = schedule.first(); unit < p.units; unit = schedule.next()) {
+    schedule.draw();
+    if (unit < p.h_units) {
+      forward_h<T, Shape>(p, schedule, unit, smem);
+    } else {
+      forward_y<T, Shape>(p, unit - p.h_units, smem);
+    }
+  }
+  schedule.finish(p.sync_words);
+}
+
+}  // namespace lora
+
+#define LORA_FORWARD(name, T, Shape)                                                                  \
+  extern "C" __global__ void __launch_bounds__(lora::Shape::kThreads, lora::Shape::kCtasPerSm)        \
+      name(const __grid_constant__ LoraForwardParams params) {                                        \
+    lora::forward<T, lora::Shape>(params);                                                            \
+  }
+
+LORA_FORWARD(lora_forward_f16_large, __half, LargeTile)
+LORA_FORWARD(lora_forward_f16_small, __half, SmallTile)
+LORA_FORWARD(lora_forward_bf16_large, __nv_bfloat16, LargeTile)
+LORA_FORWARD(lora_forward_bf16_small, __nv_bfloat16, SmallTile)

@@ -1,0 +1,95 @@
+// Which unit of work a CTA does next, and how units wait for one another.
+//
+// Units are numbered so that one depends only on lower numbers, and are handed out in that order by a ticket in global
+// memory. A CTA that waits therefore waits for CTAs that are already running and that never wait themselves: no
+// assumption about launch order or co-residency is needed. The last CTA to leave clears the words, so that the next
+// launch (or a replay of a CUDA graph) finds them zero.
+#pragma once
+
+#include "../params.h"
+#include "../ptx/sync.cuh"
+#include "tile.cuh"
+
+namespace lora {
+
+class TicketSchedule {
+ public:
+  __device__ __forceinline__ explicit TicketSchedule(uint64_t sync) : sync_(reinterpret_cast<uint32_t*>(sync)) {}
+
+  // The first unit of this CTA.
+  __device__ __forceinline__ uint32_t first() {
+    draw();
+    return next();
+  }
+
+  // Draws the ticket of the following unit early, so that its latency hides behind the work on this one.
+  __device__ __forceinline__ void draw() {
+    if (threadIdx.x == 0) drawn_ = ptx::atomic_add_relaxed(sync_ + LORA_SYNC_TICKET, 1);
+  }
+
+  // The unit drawn before. Ends the use of shared memory by the unit at hand.
+  __device__ __forceinline__ uint32_t next() { return broadcast(drawn_); }
+
+  // Counts this CTA's arrival at a word, after everything it wrote; true in the CTA that completes `total` arrivals,
+  // which then sees everything the others wrote.
+  __device__ __forceinline__ bool arrive_last(uint32_t word, uint32_t total) {
+    __syncthreads();
+    const uint32_t before = threadIdx.x == 0 ? ptx::atomic_add_acq_rel(sync_ + word, 1) : 0;
+    return broadcast(before) == total - 1;
+  }
+
+  // Makes what the CTA wrote visible to those who wait for flag `index`.
+  __device__ __forceinline__ void publish(uint32_t index) {
+    __syncthreads();
+    if (threadIdx.x == 0) ptx::add_release(sync_ + LORA_SYNC_FLAGS + index, 1);
+  }
+
+  // Leaves the launch; the last CTA to do so clears the first `words` words.
+  __device__ __forceinline__ void finish(uint32_t words) {
+    if (!arrive_last(LORA_SYNC_EXITED, gridDim.x)) return;
+    for (uint32_t i = threadIdx.x; i < words; i += blockDim.x) sync_[i] = 0;
+  }
+
+ private:
+  // Thread 0's value to all threads. The first barrier also lets the previous value be read by all.
+  static __device__ __forceinline__ uint32_t broadcast(uint32_t value) {
+    __shared__ uint32_t slot;
+    __syncthreads();
+    if (threadIdx.x == 0) slot = value;
+    __syncthreads();
+    return slot;
+  }
+
+  uint32_t* sync_;
+  uint32_t drawn_ = 0;
+};
+
+// The flags that guard M-blocks [first, first + count); `parts` tiles publish each block.
+__device__ __forceinline__ Dependency depends_on(uint64_t sync, uint32_t flag_shift, uint32_t m_blocks, uint32_t parts,
+                                                 uint32_t first, uint32_t count, uint32_t step) {
+  const uint32_t first_flag = first >> flag_shift;
+  const uint32_t last_flag = (m_blocks - 1) >> flag_shift;
+  const uint32_t end_flag = ((first + count - 1) >> flag_shift) + 1;
+  return {reinterpret_cast<const uint32_t*>(sync) + LORA_SYNC_FLAGS + first_flag,
+          step,
+          end_flag - first_flag,
+          parts << flag_shift,
+          parts * (m_blocks - (last_flag << flag_shift)),
+          last_flag - first_flag};
+}
+
+// Block coordinates of main unit `index`: `group_m` blocks of rows go through all columns together, so that the CTAs at
+// work at one time share both rows of x and rows of w in L2.
+struct BlockIndex {
+  uint32_t row;
+  uint32_t col;
+};
+
+__device__ __forceinline__ BlockIndex grouped(uint32_t index, uint32_t rows, uint32_t cols, uint32_t group_m) {
+  const uint32_t group = index / (group_m * cols);
+  const uint32_t within = index % (group_m * cols);
+  const uint32_t group_rows = min(rows - group * group_m, group_m);
+  return {group * group_m + within % group_rows, within / group_rows};
+}
+
+}  // namespace lora

@@ -1,0 +1,281 @@
+// One tile of a product: D[m][n] = sum over k of A[m][k] B[k][n], f32 accumulators in registers.
+//
+// The loop serves every product of the layer. It walks a main segment and then a tail segment (the K-extension h Bᵀ or
+// dh A) through one ring of shared-memory stages into the same accumulators. An operand is stored either K-major
+// ([mn][k], rows of x in x Wᵀ) or MN-major ([k][mn], rows of w in dy W); ldmatrix.trans reads the second kind in place,
+// so nothing is ever transposed in memory.
+#pragma once
+
+#include "../params.h"
+#include "../ptx/copy.cuh"
+#include "../ptx/matrix.cuh"
+#include "../ptx/sync.cuh"
+
+namespace lora {
+
+constexpr int kBlockK = LORA_BLOCK_K;
+constexpr int kNarrowN = LORA_NARROW_N;
+constexpr int kChunkElems = 8;  // 16 bytes: the unit of cp.async and of an ldmatrix row
+
+struct LargeTile {
+  static constexpr int kBlock = LORA_LARGE_BLOCK;      // rows and columns of a main tile
+  static constexpr int kThreads = LORA_LARGE_THREADS;  // 8 warps
+  static constexpr int kStages = LORA_LARGE_STAGES;    // ring depth
+  static constexpr int kWarpM = 64;                    // rows of a warp's part of a main tile
+  static constexpr int kWarpN = 32;                    // columns of it
+#if __CUDA_ARCH__ >= 800
+  static constexpr int kCtasPerSm = 2;                 // bounds registers per thread to 128
+#else
+  static constexpr int kCtasPerSm = 1;                 // 64 KiB of shared memory hold one CTA
+#endif
+};
+
+struct SmallTile {
+  static constexpr int kBlock = LORA_SMALL_BLOCK;
+  static constexpr int kThreads = LORA_SMALL_THREADS;  // 4 warps
+  static constexpr int kStages = LORA_SMALL_STAGES;
+  static constexpr int kWarpM = 32;
+  static constexpr int kWarpN = 32;
+#if __CUDA_ARCH__ >= 800
+  static constexpr int kCtasPerSm = 4;
+#else
+  static constexpr int kCtasPerSm = 2;
+#endif
+};
+
+enum class Major { kK, kMn };
+
+// A matrix as one operand of a product: its extent in the output dimension (mn) and in the reduction dimension (k).
+struct Operand {
+  const uint16_t* gmem;
+  int64_t row_stride;  // elements
+  uint32_t mn_end;     // first row or column of the output past the matrix
+  uint32_t k_end;      // first index of the reduction past the segment
+};
+
+__device__ __forceinline__ Operand operand(const LoraMatrix& matrix, uint32_t mn_end, uint32_t k_end) {
+  return {reinterpret_cast<const uint16_t*>(matrix.ptr), matrix.row_stride, mn_end, k_end};
+}
+
+// Field by field, so that both operands stay in registers: a choice between two addresses would put them on the stack.
+__device__ __forceinline__ Operand select(bool first, const Operand& a, const Operand& b) {
+  return {first ? a.gmem : b.gmem, first ? a.row_stride : b.row_stride, first ? a.mn_end : b.mn_end,
+          first ? a.k_end : b.k_end};
+}
+
+// A run of the reduction: operands and the first index; as many steps of kBlockK as reach k_end.
+struct Segment {
+  Operand a;
+  Operand b;
+  uint32_t k_begin;
+  uint32_t steps;
+};
+
+__device__ __forceinline__ Segment segment(const Operand& a, const Operand& b, uint32_t k_begin) {
+  return {a, b, k_begin, (a.k_end - k_begin + kBlockK - 1) / kBlockK};
+}
+
+// Flags that must have reached their targets before step `step` may read what they guard.
+struct Dependency {
+  const uint32_t* flags;  // first flag; nullptr: nothing to wait for
+  uint32_t step;
+  uint32_t count;
+  uint32_t target;       // value of a flag when all its blocks are published
+  uint32_t last_target;  // the last flag of the problem may guard fewer blocks
+  uint32_t last;         // its index relative to `flags`
+};
+
+__device__ __forceinline__ void wait_for(const Dependency& dependency) {
+  for (uint32_t i = threadIdx.x; i < dependency.count; i += blockDim.x) {
+    const uint32_t target = i == dependency.last ? dependency.last_target : dependency.target;
+    while (ptx::load_acquire(dependency.flags + i) < target) __nanosleep(64);
+  }
+  __syncthreads();  // what one thread acquired, all may read
+}
+
+// Position of 16-byte chunk `chunk` of row `row` in a stage. Eight rows that ldmatrix reads together fall into eight
+// different groups of four banks.
+template <int kRowChunks>
+__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk) {
+  static_assert(kRowChunks == 4 || kRowChunks % 8 == 0, "a row is 64 bytes or a multiple of 128");
+  const uint32_t phase = kRowChunks == 4 ? (row >> 1) & 3 : row & 7;
+  return (row * kRowChunks + (chunk ^ phase)) * 16;
+}
+
+// Copies `valid` (0..8) elements to a chunk and zeros to the rest of it.
+__device__ __forceinline__ void copy_chunk(uint32_t smem, const uint16_t* gmem, uint32_t valid, bool aligned) {
+#if __CUDA_ARCH__ >= 800
+  if (aligned) {
+    ptx::cp_async_16(smem, gmem, valid * 2);
+    return;
+  }
+#else
+  if (aligned && valid == kChunkElems) {
+    ptx::store_shared_16(smem, *reinterpret_cast<const uint4*>(gmem));
+    return;
+  }
+#endif
+  uint32_t pairs[4];
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) {
+    const uint32_t low = 2 * i < valid ? gmem[2 * i] : 0;
+    const uint32_t high = 2 * i + 1 < valid ? gmem[2 * i + 1] : 0;
+    pairs[i] = low | high << 16;
+  }
+  ptx::store_shared_16(smem, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
+}
+
+// Loads kMn x kBlockK elements of an operand, from (mn, k) on, into one stage; outside the matrix they are zero.
+template <Major kMajor, int kMn, int kThreads>
+__device__ __forceinline__ void load_operand(uint32_t smem, const Operand& op, uint32_t mn, uint32_t k) {
+  constexpr int kRows = kMajor == Major::kK ? kMn : kBlockK;
+  constexpr int kRowChunks = (kMajor == Major::kK ? kBlockK : kMn) / kChunkElems;
+  static_assert(kRows * kRowChunks % kThreads == 0, "every thread copies the same number of chunks");
+  const uint32_t row_begin = kMajor == Major::kK ? mn : k;
+  const uint32_t row_end = kMajor == Major::kK ? op.mn_end : op.k_end;
+  const uint32_t col_begin = kMajor == Major::kK ? k : mn;
+  const uint32_t col_end = kMajor == Major::kK ? op.k_end : op.mn_end;
+  const bool aligned = ((reinterpret_cast<uint64_t>(op.gmem) | static_cast<uint64_t>(op.row_stride) * 2) & 15) == 0;
+#pragma unroll
+  for (int i = 0; i < kRows * kRowChunks / kThreads; ++i) {
+    const uint32_t index = threadIdx.x + i * kThreads;
+    const uint32_t row = index / kRowChunks;
+    const uint32_t chunk = index % kRowChunks;
+    const uint32_t gmem_row = row_begin + row;
+    const uint32_t gmem_col = col_begin + chunk * kChunkElems;
+    const bool inside = gmem_row < row_end && gmem_col < col_end;
+    const uint32_t valid = inside ? min(col_end - gmem_col, static_cast<uint32_t>(kChunkElems)) : 0;
+    // Outside the matrix nothing is read, but the address of a zero-byte copy must still be a valid one.
+    const uint16_t* gmem = inside ? op.gmem + gmem_row * op.row_stride + gmem_col : op.gmem;
+    copy_chunk(smem + swizzled<kRowChunks>(row, chunk), gmem, valid, aligned);
+  }
+}
+
+// The 16 x 16 fragment of A at (row, k) of a stage.
+template <Major kMajor, int kMn>
+__device__ __forceinline__ void load_fragment_a(uint32_t (&a)[4], uint32_t smem, uint32_t row, uint32_t k) {
+  const uint32_t lane = threadIdx.x % 32;
+  if (kMajor == Major::kK) {
+    ptx::ldmatrix_x4(a, smem + swizzled<kBlockK / kChunkElems>(row + lane % 16, k / kChunkElems + lane / 16));
+  } else {
+    const uint32_t stage_row = k + lane % 8 + lane / 16 * 8;
+    ptx::ldmatrix_x4_trans(a, smem + swizzled<kMn / kChunkElems>(stage_row, row / kChunkElems + lane / 8 % 2));
+  }
+}
+
+// The two 16 x 8 fragments of B at (k, col) of a stage: registers 0, 1 and 2, 3.
+template <Major kMajor, int kMn>
+__device__ __forceinline__ void load_fragment_b(uint32_t (&b)[4], uint32_t smem, uint32_t col, uint32_t k) {
+  const uint32_t lane = threadIdx.x % 32;
+  if (kMajor == Major::kK) {
+    const uint32_t stage_row = col + lane % 8 + lane / 16 * 8;
+    ptx::ldmatrix_x4(b, smem + swizzled<kBlockK / kChunkElems>(stage_row, k / kChunkElems + lane / 8 % 2));
+  } else {
+    ptx::ldmatrix_x4_trans(b, smem + swizzled<kMn / kChunkElems>(k + lane % 16, col / kChunkElems + lane / 16));
+  }
+}
+
+// Two times 1.0, to sum over the reduction with the tensor cores.
+template <typename T>
+constexpr uint32_t kOnes = 0;
+template <>
+constexpr uint32_t kOnes<__half> = 0x3c003c00u;
+template <>
+constexpr uint32_t kOnes<__nv_bfloat16> = 0x3f803f80u;
+
+template <typename T_, class Shape, int kBlockN_, int kWarpM_, int kWarpN_, Major kMajorA, Major kMajorB, bool kSums>
+struct Tile {
+  using T = T_;
+  static constexpr int kBlockM = Shape::kBlock;
+  static constexpr int kBlockN = kBlockN_;
+  static constexpr int kThreads = Shape::kThreads;
+  static constexpr int kStages = Shape::kStages;
+  static constexpr int kWarpsN = kBlockN / kWarpN_;                 // warps side by side
+  static constexpr int kFragsM = kWarpM_ / 16;                      // 16-row fragments per warp
+  static constexpr int kFragsN = kWarpN_ / 8;                       // 8-column fragments per warp
+  static constexpr uint32_t kBytesA = kBlockM * kBlockK * 2;        // of a stage
+  static constexpr uint32_t kStageBytes = (Shape::kBlock * 2) * kBlockK * 2;  // the same ring for every kind of tile
+  static_assert(kThreads / 32 == kBlockM / kWarpM_ * kWarpsN, "the warps cover the tile exactly");
+  static_assert(kFragsN % 2 == 0, "fragments of B are loaded in pairs");
+  static_assert(kBytesA + kBlockN * kBlockK * 2 <= kStageBytes, "a stage holds both operands");
+
+  float acc[kFragsM][kFragsN][4] = {};  // (16 rows, 8 columns) per fragment
+  float sums[kSums ? kFragsM : 1][4] = {};  // row sums of A, the same in every column
+
+  // Row and first of two columns, relative to the tile, of elements {0, 1} (half 0) or {2, 3} (half 1) of a fragment.
+  static __device__ __forceinline__ uint32_t row_of(int frag_m, int half) {
+    return threadIdx.x / 32 / kWarpsN * kWarpM_ + frag_m * 16 + half * 8 + threadIdx.x % 32 / 4;
+  }
+  static __device__ __forceinline__ uint32_t col_of(int frag_n) {
+    return threadIdx.x / 32 % kWarpsN * kWarpN_ + frag_n * 8 + threadIdx.x % 4 * 2;
+  }
+
+  // Accumulates main and then tail for the tile at (m, n). Columns from `active_n` on are not computed (kBlockN: all).
+  __device__ __forceinline__ void accumulate(const Segment& main, const Segment& tail, uint32_t m, uint32_t n,
+                                             uint32_t active_n, const Dependency& dependency, uint32_t smem) {
+    const uint32_t steps = main.steps + tail.steps;
+    const auto issue = [&](uint32_t step) {
+      if (step < steps) {
+        if (dependency.flags != nullptr && step == dependency.step) wait_for(dependency);
+        const bool in_main = step < main.steps;
+        const uint32_t k = (in_main ? main.k_begin + step * kBlockK : tail.k_begin + (step - main.steps) * kBlockK);
+        const uint32_t stage = smem + step % kStages * kStageBytes;
+        load_operand<kMajorA, kBlockM, kThreads>(stage, select(in_main, main.a, tail.a), m, k);
+        load_operand<kMajorB, kBlockN, kThreads>(stage + kBytesA, select(in_main, main.b, tail.b), n, k);
+      }
+      ptx::cp_async_commit();  // an empty group past the end keeps the count of groups in step with `step`
+    };
+
+#pragma unroll 1
+    for (uint32_t step = 0; step < kStages - 1; ++step) issue(step);
+#pragma unroll 1
+    for (uint32_t step = 0; step < steps; ++step) {
+      ptx::cp_async_wait<kStages - 2>();
+      __syncthreads();  // the stage is complete for all, and the one about to be overwritten was read by all
+      issue(step + kStages - 1);
+      multiply(smem + step % kStages * kStageBytes, active_n);
+    }
+    ptx::cp_async_wait<0>();
+  }
+
+ private:
+  __device__ __forceinline__ void multiply(uint32_t stage, uint32_t active_n) {
+    const uint32_t warp = threadIdx.x / 32;
+    const uint32_t warp_row = warp / kWarpsN * kWarpM_;
+    const uint32_t warp_col = warp % kWarpsN * kWarpN_;
+#pragma unroll
+    for (uint32_t k = 0; k < kBlockK; k += 16) {
+      uint32_t a[kFragsM][4];
+#pragma unroll
+      for (int i = 0; i < kFragsM; ++i) load_fragment_a<kMajorA, kBlockM>(a[i], stage, warp_row + i * 16, k);
+      if (kSums) {
+#pragma unroll
+        for (int i = 0; i < kFragsM; ++i) ptx::mma_m16n8k16<T>(sums[i], a[i], kOnes<T>, kOnes<T>);
+      }
+#pragma unroll
+      for (int j = 0; j < kFragsN; j += 2) {
+        // Only narrow tiles are cut: R decides how many of their columns exist.
+        if (kBlockN == kNarrowN && warp_col + j * 8 >= active_n) break;
+        uint32_t b[4];
+        load_fragment_b<kMajorB, kBlockN>(b, stage + kBytesA, warp_col + j * 8, k);
+#pragma unroll
+        for (int i = 0; i < kFragsM; ++i) {
+          ptx::mma_m16n8k16<T>(acc[i][j], a[i], b[0], b[1]);
+          ptx::mma_m16n8k16<T>(acc[i][j + 1], a[i], b[2], b[3]);
+        }
+      }
+    }
+  }
+};
+
+// y or dx: the wide product with its K-extension.
+template <typename T, class Shape, Major kMajorB>
+using MainTile = Tile<T, Shape, Shape::kBlock, Shape::kWarpM, Shape::kWarpN, Major::kK, kMajorB, false>;
+// h or dh: at most kNarrowN columns, every warp 16 rows.
+template <typename T, class Shape, Major kMajorB>
+using NarrowTile = Tile<T, Shape, kNarrowN, 16, kNarrowN, Major::kK, kMajorB, false>;
+// db or daᵀ: reduces over tokens, both operands stored [token][..].
+template <typename T, class Shape>
+using GradientTile = Tile<T, Shape, kNarrowN, 16, kNarrowN, Major::kMn, Major::kMn, true>;
+
+}  // namespace lora

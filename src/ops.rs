@@ -1,0 +1,145 @@
+//! What a caller writes: matrices over borrowed memory and the two operations, [`Forward`] and [`Backward`].
+//!
+//! One definition serves every backend. The type parameters are the borrowed memory: `[T]` on the CPU
+//! ([`cpu::Forward`](crate::cpu::Forward)), `dyn DevicePtr<T>` on a GPU (`cuda::Forward`).
+
+/// A row-major matrix over borrowed memory that is only read.
+#[derive(Debug)]
+pub struct Matrix<'a, D: ?Sized> {
+    pub(crate) data: &'a D,
+    pub(crate) offset: usize,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) row_stride: usize,
+}
+
+impl<D: ?Sized> Clone for Matrix<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<D: ?Sized> Copy for Matrix<'_, D> {}
+
+impl<'a, D: ?Sized> Matrix<'a, D> {
+    /// `rows` × `cols` elements, contiguous from the start of `data`. The length is checked by the operation.
+    pub fn new(data: &'a D, rows: usize, cols: usize) -> Self {
+        Self { data, offset: 0, rows, cols, row_stride: cols }
+    }
+
+    /// Distance between the starts of two rows, in elements.
+    #[must_use]
+    pub fn with_row_stride(mut self, row_stride: usize) -> Self {
+        self.row_stride = row_stride;
+        self
+    }
+
+    /// Element of `data` at which the matrix starts.
+    #[must_use]
+    pub fn with_offset(mut self, offset: usize) -> Self {
+        self.offset = offset;
+        self
+    }
+}
+
+/// A row-major matrix over borrowed memory that is written.
+#[derive(Debug)]
+pub struct MatrixMut<'a, D: ?Sized> {
+    pub(crate) data: &'a mut D,
+    pub(crate) offset: usize,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) row_stride: usize,
+}
+
+impl<'a, D: ?Sized> MatrixMut<'a, D> {
+    /// `rows` × `cols` elements, contiguous from the start of `data`. The length is checked by the operation.
+    pub fn new(data: &'a mut D, rows: usize, cols: usize) -> Self {
+        Self { data, offset: 0, rows, cols, row_stride: cols }
+    }
+
+    /// Distance between the starts of two rows, in elements. What lies between rows is not touched.
+    #[must_use]
+    pub fn with_row_stride(mut self, row_stride: usize) -> Self {
+        self.row_stride = row_stride;
+        self
+    }
+
+    /// Element of `data` at which the matrix starts.
+    #[must_use]
+    pub fn with_offset(mut self, offset: usize) -> Self {
+        self.offset = offset;
+        self
+    }
+}
+
+/// Where da, db or dbias go: in the storage type of the layer, or in f32. A vector is a matrix of one row.
+#[derive(Debug)]
+pub enum Gradient<'a, O: ?Sized, G: ?Sized> {
+    /// Rounded once to the storage type.
+    Storage(MatrixMut<'a, O>),
+    /// The f32 accumulators as they are.
+    F32(MatrixMut<'a, G>),
+}
+
+/// Which outputs of [`Backward`] add to what their buffer holds (in f32, rounded once) instead of overwriting it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Accumulate {
+    /// dx += …
+    pub dx: bool,
+    /// da += …
+    pub da: bool,
+    /// db += …
+    pub db: bool,
+    /// dbias += …
+    pub dbias: bool,
+}
+
+/// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ.
+#[derive(Debug)]
+pub struct Forward<'a, D: ?Sized, O: ?Sized> {
+    /// M × K, input activations.
+    pub x: Matrix<'a, D>,
+    /// N × K, frozen weight.
+    pub w: Matrix<'a, D>,
+    /// R × K, down projection. R = 0 gives the plain product x Wᵀ.
+    pub a: Matrix<'a, D>,
+    /// N × R, up projection.
+    pub b: Matrix<'a, D>,
+    /// α/r or α/√r.
+    pub scale: f32,
+    /// 1 × N, added to every row of y.
+    pub bias: Option<Matrix<'a, D>>,
+    /// M × R, kept for backward; in the workspace when absent.
+    pub h: Option<MatrixMut<'a, O>>,
+    /// M × N, output.
+    pub y: MatrixMut<'a, O>,
+}
+
+/// dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B; every output is optional.
+#[derive(Debug)]
+pub struct Backward<'a, D: ?Sized, O: ?Sized, G: ?Sized> {
+    /// M × N, gradient of the output.
+    pub dy: Matrix<'a, D>,
+    /// N × K, frozen weight.
+    pub w: Matrix<'a, D>,
+    /// R × K, down projection.
+    pub a: Matrix<'a, D>,
+    /// N × R, up projection.
+    pub b: Matrix<'a, D>,
+    /// α/r or α/√r, as in forward.
+    pub scale: f32,
+    /// M × K, the input of forward; needed for da.
+    pub x: Option<Matrix<'a, D>>,
+    /// M × R, the h that forward wrote; needed for db.
+    pub h: Option<Matrix<'a, D>>,
+    /// M × K.
+    pub dx: Option<MatrixMut<'a, O>>,
+    /// R × K.
+    pub da: Option<Gradient<'a, O, G>>,
+    /// N × R.
+    pub db: Option<Gradient<'a, O, G>>,
+    /// 1 × N.
+    pub dbias: Option<Gradient<'a, O, G>>,
+    /// Which outputs add instead of overwriting.
+    pub accumulate: Accumulate,
+}

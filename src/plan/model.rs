@@ -1,0 +1,88 @@
+//! Tile shapes and the choice between them.
+
+use super::{Device, Launch, blocks};
+use crate::params::*;
+
+/// One of the tile shapes compiled into the portable family.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Tile {
+    /// Rows, and columns, of a main tile.
+    pub block: u32,
+    pub threads: u32,
+    stages: u32,
+    /// CTAs per SM that the registers allow: `kCtasPerSm` of the kernel.
+    ctas_by_registers: u32,
+    /// Work per SM and unit of time relative to the large tile: smaller tiles load more per product.
+    /// Not measured; from the ratio of shared-memory reads to products.
+    rate: f64,
+}
+
+const LARGE: Tile = Tile {
+    block: LORA_LARGE_BLOCK,
+    threads: LORA_LARGE_THREADS,
+    stages: LORA_LARGE_STAGES,
+    ctas_by_registers: 2,
+    rate: 1.0,
+};
+const SMALL: Tile = Tile {
+    block: LORA_SMALL_BLOCK,
+    threads: LORA_SMALL_THREADS,
+    stages: LORA_SMALL_STAGES,
+    ctas_by_registers: 4,
+    rate: 0.7,
+};
+
+/// Static shared memory of a kernel and what the system reserves per CTA.
+const SHARED_OVERHEAD: u32 = 1024 + 128;
+
+impl Tile {
+    pub(super) fn is_large(&self) -> bool {
+        *self == LARGE
+    }
+
+    pub(super) fn shared_bytes(&self) -> u32 {
+        2 * self.block * LORA_BLOCK_K * 2 * self.stages
+    }
+
+    pub(super) fn ctas_per_sm(&self, device: &Device) -> u32 {
+        let by_registers = if device.arch < 80 { self.ctas_by_registers / 2 } else { self.ctas_by_registers };
+        (device.shared_per_sm / (self.shared_bytes() + SHARED_OVERHEAD)).clamp(1, by_registers)
+    }
+
+    /// Relative time of products (rows, columns, depth): whole waves of tiles, each as long as its area and depth.
+    fn time(&self, device: &Device, products: &[(usize, usize, usize)]) -> f64 {
+        let slots = u64::from(device.sms * self.ctas_per_sm(device));
+        let per_wave = f64::from(self.block) * f64::from(self.block) * f64::from(self.ctas_per_sm(device)) / self.rate;
+        products
+            .iter()
+            .map(|&(rows, cols, depth)| {
+                let tiles = blocks(rows, self.block).saturating_mul(blocks(cols, self.block));
+                tiles.div_ceil(slots) as f64 * per_wave * depth as f64
+            })
+            .sum()
+    }
+
+    /// The tile shape with the shortest predicted time; the large one when they tie.
+    pub(super) fn choose(device: &Device, products: &[(usize, usize, usize)]) -> Tile {
+        if SMALL.time(device, products) < LARGE.time(device, products) { SMALL } else { LARGE }
+    }
+
+    pub(super) fn launch(
+        &self,
+        image: &'static str,
+        kernel: &'static str,
+        units: u32,
+        device: &Device,
+        params: Params,
+    ) -> Launch {
+        Launch {
+            image,
+            kernel,
+            grid: [units.min(device.sms * self.ctas_per_sm(device)).max(1), 1, 1],
+            cluster: [1, 1, 1],
+            block: [self.threads, 1, 1],
+            shared_bytes: self.shared_bytes(),
+            params,
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! The raw layer: addresses, dimensions, strides and a dtype, for stacks on another cudarc version or none.
+//!
+//! [`Forward::check`] and [`Backward::check`] judge everything that can be judged without the memory itself;
+//! the typed layers above build these structs and add what they know about buffer lengths.
+
+use crate::{Accumulate, Dtype};
+
+/// A row-major matrix at a device (or host) address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Matrix {
+    /// Address of element (0, 0).
+    pub ptr: u64,
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Elements between the starts of two rows, at least `cols`.
+    pub row_stride: usize,
+}
+
+impl Matrix {
+    /// A contiguous matrix.
+    pub const fn new(ptr: u64, rows: usize, cols: usize) -> Self {
+        Self { ptr, rows, cols, row_stride: cols }
+    }
+}
+
+/// da, db or dbias: where it goes and whether it is f32 or the storage type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gradient {
+    /// Where it goes; dbias is a matrix of one row.
+    pub matrix: Matrix,
+    /// `true`: f32; `false`: the storage type of the operation.
+    pub f32: bool,
+}
+
+/// Arguments of forward; fields as in [`crate::Forward`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Forward {
+    /// Storage type of every matrix.
+    pub dtype: Dtype,
+    /// M × K.
+    pub x: Matrix,
+    /// N × K.
+    pub w: Matrix,
+    /// R × K.
+    pub a: Matrix,
+    /// N × R.
+    pub b: Matrix,
+    /// α/r or α/√r.
+    pub scale: f32,
+    /// 1 × N.
+    pub bias: Option<Matrix>,
+    /// M × R.
+    pub h: Option<Matrix>,
+    /// M × N.
+    pub y: Matrix,
+}
+
+/// Arguments of backward; fields as in [`crate::Backward`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Backward {
+    /// Storage type of every matrix except f32 gradients.
+    pub dtype: Dtype,
+    /// M × N.
+    pub dy: Matrix,
+    /// N × K.
+    pub w: Matrix,
+    /// R × K.
+    pub a: Matrix,
+    /// N × R.
+    pub b: Matrix,
+    /// α/r or α/√r.
+    pub scale: f32,
+    /// M × K, needed for da.
+    pub x: Option<Matrix>,
+    /// M × R, needed for db.
+    pub h: Option<Matrix>,
+    /// M × K.
+    pub dx: Option<Matrix>,
+    /// R × K.
+    pub da: Option<Gradient>,
+    /// N × R.
+    pub db: Option<Gradient>,
+    /// 1 × N.
+    pub dbias: Option<Gradient>,
+    /// Which outputs add to what is there.
+    pub accumulate: Accumulate,
+}

@@ -1,0 +1,230 @@
+//! The one place that judges dimensions, strides, alignment and overlap.
+
+use crate::error::{Error, Result};
+use crate::raw::{Backward, Forward, Gradient, Matrix};
+
+/// The four dimensions of a layer call: x is M × K, w is N × K, a is R × K, b is N × R.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LoraShape {
+    /// Tokens.
+    pub m: usize,
+    /// Output features.
+    pub n: usize,
+    /// Input features.
+    pub k: usize,
+    /// Rank; 0 for the plain product.
+    pub r: usize,
+}
+
+/// Largest M, N, K or R: the kernels count rows and columns in 31 bits (offsets are 64-bit).
+pub const MAX_DIMENSION: usize = (1 << 31) - 1;
+
+/// Elements from the first to one past the last of a strided matrix; an error when that overflows.
+pub(crate) fn extent(rows: usize, cols: usize, row_stride: usize) -> Result<usize> {
+    let overflow = Error::TooLarge { what: "a matrix extent in elements", got: u64::MAX, limit: i64::MAX as u64 / 4 };
+    if rows == 0 || cols == 0 {
+        return Ok(0);
+    }
+    let last = (rows - 1).checked_mul(row_stride).and_then(|start| start.checked_add(cols)).ok_or(overflow)?;
+    if last as u64 > i64::MAX as u64 / 4 {
+        return Err(Error::TooLarge {
+            what: "a matrix extent in elements",
+            got: last as u64,
+            limit: i64::MAX as u64 / 4,
+        });
+    }
+    Ok(last)
+}
+
+/// A buffer of `len` elements must hold the matrix that starts at element `offset`.
+pub(crate) fn check_length(
+    arg: &'static str,
+    len: usize,
+    offset: usize,
+    (rows, cols, row_stride): (usize, usize, usize),
+) -> Result<()> {
+    let needed = offset.checked_add(extent(rows, cols, row_stride)?).unwrap_or(usize::MAX);
+    if needed > len { Err(Error::BufferTooShort { arg, got: len, needed }) } else { Ok(()) }
+}
+
+/// A matrix argument with what the checks need to know about it.
+struct Operand {
+    arg: &'static str,
+    matrix: Matrix,
+    element_bytes: usize,
+}
+
+impl Operand {
+    fn is_empty(&self) -> bool {
+        self.matrix.rows == 0 || self.matrix.cols == 0
+    }
+
+    fn check_dims(&self, rows: usize, cols: usize) -> Result<()> {
+        let Matrix { rows: got_rows, cols: got_cols, .. } = self.matrix;
+        if got_rows != rows {
+            return Err(Error::Dimension { arg: self.arg, axis: "rows", got: got_rows, expected: rows });
+        }
+        if got_cols != cols {
+            return Err(Error::Dimension { arg: self.arg, axis: "columns", got: got_cols, expected: cols });
+        }
+        Ok(())
+    }
+
+    fn check_memory(&self) -> Result<()> {
+        let Self { arg, matrix, element_bytes } = *self;
+        if matrix.row_stride < matrix.cols {
+            return Err(Error::Stride { arg, got: matrix.row_stride, min: matrix.cols });
+        }
+        if self.is_empty() {
+            return Ok(());
+        }
+        let bytes = (extent(matrix.rows, matrix.cols, matrix.row_stride)? * element_bytes) as u64;
+        if matrix.ptr == 0 {
+            return Err(Error::NullPointer { arg });
+        }
+        let align = element_bytes as u64;
+        if !matrix.ptr.is_multiple_of(align) {
+            return Err(Error::Misaligned { arg, address: matrix.ptr, align });
+        }
+        if matrix.ptr.checked_add(bytes).is_none() {
+            return Err(Error::TooLarge { what: "the end address of a matrix", got: u64::MAX, limit: u64::MAX - 1 });
+        }
+        Ok(())
+    }
+
+    /// Bytes from the first to one past the last; `check_memory` has shown that this does not overflow.
+    fn range(&self) -> (u64, u64) {
+        let Matrix { ptr, rows, cols, row_stride } = self.matrix;
+        let elements = if self.is_empty() { 0 } else { (rows - 1) * row_stride + cols };
+        (ptr, ptr + (elements * self.element_bytes) as u64)
+    }
+
+    /// Exact for equal pitches (two column ranges of one buffer may interleave), by address range otherwise.
+    fn overlaps(&self, other: &Operand) -> bool {
+        let ((start, end), (other_start, other_end)) = (self.range(), other.range());
+        if self.is_empty() || other.is_empty() || end <= other_start || other_end <= start {
+            return false;
+        }
+        let pitch = |o: &Operand| (o.matrix.row_stride * o.element_bytes) as u64;
+        let width = |o: &Operand| (o.matrix.cols * o.element_bytes) as u64;
+        if pitch(self) != pitch(other) {
+            return true;
+        }
+        let (pitch, phase) =
+            (pitch(self), (other_start.wrapping_sub(start) as i64).rem_euclid(pitch(self) as i64) as u64);
+        phase < width(self) || pitch - phase < width(other)
+    }
+}
+
+/// Checks shared by both operations, after the dimensions agreed.
+fn check_operands(shape: LoraShape, scale: f32, inputs: &[Operand], outputs: &[Operand]) -> Result<LoraShape> {
+    for (what, got) in
+        [("M (rows of x)", shape.m), ("N (rows of w)", shape.n), ("K (columns of w)", shape.k), ("R (rows of a)", shape.r)]
+    {
+        if got > MAX_DIMENSION {
+            return Err(Error::TooLarge { what, got: got as u64, limit: MAX_DIMENSION as u64 });
+        }
+    }
+    if !scale.is_finite() {
+        return Err(Error::Scale { got: scale });
+    }
+    for operand in inputs.iter().chain(outputs) {
+        operand.check_memory()?;
+    }
+    for (index, output) in outputs.iter().enumerate() {
+        if let Some(other) = inputs.iter().chain(&outputs[..index]).find(|other| output.overlaps(other)) {
+            return Err(Error::Overlap { output: output.arg, other: other.arg });
+        }
+    }
+    Ok(shape)
+}
+
+fn nonzero(arg: &'static str, matrix: &Matrix) -> Result<()> {
+    match (matrix.rows, matrix.cols) {
+        (0, _) => Err(Error::ZeroDimension { arg, axis: "rows" }),
+        (_, 0) => Err(Error::ZeroDimension { arg, axis: "columns" }),
+        _ => Ok(()),
+    }
+}
+
+impl Forward {
+    /// Dimensions, strides, addresses, overlap and scale; returns the shape when all are right.
+    ///
+    /// # Errors
+    /// [`Error::ZeroDimension`], [`Error::Dimension`], [`Error::TooLarge`], [`Error::Scale`], [`Error::Stride`],
+    /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
+    pub fn check(&self) -> Result<LoraShape> {
+        nonzero("x", &self.x)?;
+        nonzero("w", &self.w)?;
+        let shape = LoraShape { m: self.x.rows, n: self.w.rows, k: self.w.cols, r: self.a.rows };
+        let LoraShape { m, n, k, r } = shape;
+        let bytes = self.dtype.size();
+        let operand = |arg, matrix: Matrix, rows, cols| {
+            let operand = Operand { arg, matrix, element_bytes: bytes };
+            operand.check_dims(rows, cols).map(|()| operand)
+        };
+        let mut inputs = vec![
+            operand("x", self.x, m, k)?,
+            operand("w", self.w, n, k)?,
+            operand("a", self.a, r, k)?,
+            operand("b", self.b, n, r)?,
+        ];
+        if let Some(bias) = self.bias {
+            inputs.push(operand("bias", bias, 1, n)?);
+        }
+        let mut outputs = vec![operand("y", self.y, m, n)?];
+        if let Some(h) = self.h {
+            outputs.push(operand("h", h, m, r)?);
+        }
+        check_operands(shape, self.scale, &inputs, &outputs)
+    }
+}
+
+impl Backward {
+    /// Dimensions, strides, addresses, overlap, scale and presence; returns the shape when all are right.
+    ///
+    /// # Errors
+    /// As [`Forward::check`], and [`Error::NoOutput`], [`Error::Missing`].
+    pub fn check(&self) -> Result<LoraShape> {
+        nonzero("dy", &self.dy)?;
+        nonzero("w", &self.w)?;
+        let shape = LoraShape { m: self.dy.rows, n: self.w.rows, k: self.w.cols, r: self.a.rows };
+        let LoraShape { m, n, k, r } = shape;
+        if self.dx.is_none() && self.da.is_none() && self.db.is_none() && self.dbias.is_none() {
+            return Err(Error::NoOutput);
+        }
+        if self.da.is_some() && self.x.is_none() {
+            return Err(Error::Missing { arg: "x", output: "da" });
+        }
+        if self.db.is_some() && self.h.is_none() {
+            return Err(Error::Missing { arg: "h", output: "db" });
+        }
+        let sized = |arg, matrix: Matrix, element_bytes, rows, cols| {
+            let operand = Operand { arg, matrix, element_bytes };
+            operand.check_dims(rows, cols).map(|()| operand)
+        };
+        let bytes = self.dtype.size();
+        let mut inputs = vec![
+            sized("dy", self.dy, bytes, m, n)?,
+            sized("w", self.w, bytes, n, k)?,
+            sized("a", self.a, bytes, r, k)?,
+            sized("b", self.b, bytes, n, r)?,
+        ];
+        if let Some(x) = self.x {
+            inputs.push(sized("x", x, bytes, m, k)?);
+        }
+        if let Some(h) = self.h {
+            inputs.push(sized("h", h, bytes, m, r)?);
+        }
+        let mut outputs = Vec::new();
+        if let Some(dx) = self.dx {
+            outputs.push(sized("dx", dx, bytes, m, k)?);
+        }
+        for (arg, gradient, rows, cols) in [("da", self.da, r, k), ("db", self.db, n, r), ("dbias", self.dbias, 1, n)] {
+            if let Some(Gradient { matrix, f32 }) = gradient {
+                outputs.push(sized(arg, matrix, if f32 { 4 } else { bytes }, rows, cols)?);
+            }
+        }
+        check_operands(shape, self.scale, &inputs, &outputs)
+    }
+}
