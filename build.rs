@@ -201,7 +201,6 @@ mod cuda {
             .cargo_warnings(true)
             .out_dir(folder)
             .flag("-std=c++17") // Build::std reaches the host compiler only
-            .flag("-lineinfo")
             .flag("--fatbin")
             .file(source);
         for arch in &archs.sass {

@@ -1,1 +1,205 @@
+//! The CPU backend: the same operations over slices in host memory, on all cores, for f16, bf16 and f32.
+//!
+//! Products run on the f32 kernels of the [`gemm`](https://docs.rs/gemm) crate; 16-bit operands are widened block by
+//! block, so nothing the size of an input is ever copied. Scratch is at most 1 MiB per thread, plus the M × R middle
+//! where the caller does not pass one.
+//!
+//! **Rounding.** As the GPU kernels: sums in f32; h and dh are rounded to the storage type and used as rounded; y and dx
+//! get one rounding at the end, of both products, the bias and what is accumulated into. Sums of up to 512 products of
+//! f32 values are done in f64, and so is dbias.
+//!
+//! **Repeatable.** The same inputs on the same machine give the same bits, whatever the number of threads: the order of
+//! every sum follows from the shape.
 
+mod convert;
+mod product;
+
+use crate::error::{Error, Result};
+use crate::shape::{LoraShape, check_length};
+use crate::{Dtype, Element, Gradient, Matrix, MatrixMut, raw};
+use product::{Epilogue, Side, Term, column_sums, product};
+
+/// [`crate::Forward`] over slices.
+pub type Forward<'a, T> = crate::Forward<'a, [T], [T]>;
+/// [`crate::Backward`] over slices; gradients are `[T]` or `[f32]`.
+pub type Backward<'a, T> = crate::Backward<'a, [T], [T], [f32]>;
+
+/// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ.
+///
+/// ```
+/// use fused_lora::{Matrix, MatrixMut, cpu};
+///
+/// // M = 1 token, K = 2 inputs, N = 2 outputs, rank R = 1.
+/// let mut y = [0.0f32; 2];
+/// cpu::forward(cpu::Forward {
+///     x: Matrix::new(&[1.0, 2.0], 1, 2),
+///     w: Matrix::new(&[1.0, 0.0, 0.0, 1.0], 2, 2),
+///     a: Matrix::new(&[1.0, 1.0], 1, 2),
+///     b: Matrix::new(&[1.0, -1.0], 2, 1),
+///     scale: 0.5,
+///     bias: None,
+///     h: None,
+///     y: MatrixMut::new(&mut y, 1, 2),
+/// })?;
+/// assert_eq!(y, [2.5, 0.5]);
+/// # Ok::<(), fused_lora::Error>(())
+/// ```
+///
+/// # Errors
+/// What [`raw::Forward::check`] finds, [`Error::BufferTooShort`], and [`Error::OutOfMemory`] for the scratch of h.
+/// Nothing is written then.
+pub fn forward<T: Element>(op: Forward<'_, T>) -> Result<()> {
+    let shape = check_forward(&op)?;
+    let Forward { x, w, a, b, scale, bias, h, y } = op;
+    let bias = bias
+        .map(|bias| -> Vec<f32> { bias.data[bias.offset..bias.offset + shape.n].iter().map(|v| v.to_f32()).collect() });
+    let mut scratch = Vec::new();
+    let mut h = match h {
+        Some(h) => h,
+        None => middle(&mut scratch, shape)?,
+    };
+    let scaled = Epilogue { scale: Some(scale), ..Epilogue::default() };
+    product(&[Term { lhs: Side::rows(x), rhs: Side::rows(a) }], &scaled, reborrow(&mut h));
+    let terms =
+        [Term { lhs: Side::rows(x), rhs: Side::rows(w) }, Term { lhs: Side::rows(shared(&h)), rhs: Side::rows(b) }];
+    product(&terms, &Epilogue { bias: bias.as_deref(), ..Epilogue::default() }, y);
+    Ok(())
+}
+
+/// dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B; only the outputs that are present.
+///
+/// # Errors
+/// What [`raw::Backward::check`] finds, [`Error::BufferTooShort`], and [`Error::OutOfMemory`] for the scratch of dh.
+/// Nothing is written then.
+pub fn backward<T: Element>(op: Backward<'_, T>) -> Result<()> {
+    let shape = check_backward(&op)?;
+    let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate } = op;
+    let adds = |accumulate| Epilogue { accumulate, ..Epilogue::default() };
+    let mut scratch = Vec::new();
+    if dx.is_some() || da.is_some() {
+        let mut dh = middle(&mut scratch, shape)?;
+        let scaled = Epilogue { scale: Some(scale), ..Epilogue::default() };
+        product(&[Term { lhs: Side::rows(dy), rhs: Side::columns(b) }], &scaled, reborrow(&mut dh));
+        let dh = shared(&dh);
+        if let Some(dx) = dx {
+            let terms = [
+                Term { lhs: Side::rows(dy), rhs: Side::columns(w) },
+                Term { lhs: Side::rows(dh), rhs: Side::columns(a) },
+            ];
+            product(&terms, &adds(accumulate.dx), dx);
+        }
+        if let (Some(da), Some(x)) = (da, x) {
+            adapter_gradient(Term { lhs: Side::columns(dh), rhs: Side::columns(x) }, &adds(accumulate.da), da);
+        }
+    }
+    if let (Some(db), Some(h)) = (db, h) {
+        adapter_gradient(Term { lhs: Side::columns(dy), rhs: Side::columns(h) }, &adds(accumulate.db), db);
+    }
+    match dbias {
+        Some(Gradient::Storage(dbias)) => column_sums(dy, accumulate.dbias, dbias),
+        Some(Gradient::F32(dbias)) => column_sums(dy, accumulate.dbias, dbias),
+        None => {}
+    }
+    Ok(())
+}
+
+fn adapter_gradient<T: Element>(term: Term<'_, T>, epilogue: &Epilogue<'_>, output: Gradient<'_, [T], [f32]>) {
+    match output {
+        Gradient::Storage(output) => product(&[term], epilogue, output),
+        Gradient::F32(output) => product(&[term], epilogue, output),
+    }
+}
+
+/// A contiguous M × R matrix in `scratch`.
+fn middle<T: Element>(scratch: &mut Vec<T>, shape: LoraShape) -> Result<MatrixMut<'_, [T]>> {
+    let elements = shape.m.saturating_mul(shape.r);
+    let bytes = elements.saturating_mul(size_of::<T>());
+    scratch.try_reserve_exact(elements).map_err(|_| Error::OutOfMemory { bytes })?;
+    scratch.resize(elements, T::default());
+    Ok(MatrixMut::new(scratch.as_mut_slice(), shape.m, shape.r))
+}
+
+fn reborrow<'a, T>(matrix: &'a mut MatrixMut<'_, [T]>) -> MatrixMut<'a, [T]> {
+    let MatrixMut { ref mut data, offset, rows, cols, row_stride } = *matrix;
+    MatrixMut { data, offset, rows, cols, row_stride }
+}
+
+fn shared<'a, T>(matrix: &'a MatrixMut<'_, [T]>) -> Matrix<'a, [T]> {
+    let MatrixMut { ref data, offset, rows, cols, row_stride } = *matrix;
+    Matrix { data, offset, rows, cols, row_stride }
+}
+
+/// The matrix as the shape checks see it; the address is only compared, never followed.
+fn raw<T>(matrix: Matrix<'_, [T]>) -> raw::Matrix {
+    let Matrix { data, offset, rows, cols, row_stride } = matrix;
+    raw::Matrix { ptr: data.as_ptr().wrapping_add(offset) as u64, rows, cols, row_stride }
+}
+
+/// The buffer must hold the matrix.
+fn fits<T>(arg: &'static str, matrix: Matrix<'_, [T]>) -> Result<()> {
+    let Matrix { data, offset, rows, cols, row_stride } = matrix;
+    check_length(arg, data.len(), offset, (rows, cols, row_stride))
+}
+
+fn check_forward<T: Element>(op: &Forward<'_, T>) -> Result<LoraShape> {
+    let Forward { x, w, a, b, scale, bias, ref h, ref y } = *op;
+    let (h, y) = (h.as_ref().map(shared), shared(y));
+    let shape = raw::Forward {
+        dtype: T::DTYPE,
+        x: raw(x),
+        w: raw(w),
+        a: raw(a),
+        b: raw(b),
+        scale,
+        bias: bias.map(raw),
+        h: h.map(raw),
+        y: raw(y),
+    }
+    .check();
+    let named =
+        [("x", Some(x)), ("w", Some(w)), ("a", Some(a)), ("b", Some(b)), ("bias", bias), ("h", h), ("y", Some(y))];
+    judge(shape, named.into_iter().try_for_each(|(arg, matrix)| matrix.map_or(Ok(()), |matrix| fits(arg, matrix))))
+}
+
+fn check_backward<T: Element>(op: &Backward<'_, T>) -> Result<LoraShape> {
+    let Backward { dy, w, a, b, scale, x, h, ref dx, ref da, ref db, ref dbias, accumulate } = *op;
+    let dx = dx.as_ref().map(shared);
+    let gradient = |gradient: &Option<Gradient<'_, [T], [f32]>>| match gradient {
+        Some(Gradient::Storage(m)) => Some(raw::Gradient { matrix: raw(shared(m)), f32: T::DTYPE == Dtype::F32 }),
+        Some(Gradient::F32(m)) => Some(raw::Gradient { matrix: raw(shared(m)), f32: true }),
+        None => None,
+    };
+    let shape = raw::Backward {
+        dtype: T::DTYPE,
+        dy: raw(dy),
+        w: raw(w),
+        a: raw(a),
+        b: raw(b),
+        scale,
+        x: x.map(raw),
+        h: h.map(raw),
+        dx: dx.map(raw),
+        da: gradient(da),
+        db: gradient(db),
+        dbias: gradient(dbias),
+        accumulate,
+    }
+    .check();
+    let named = [("dy", Some(dy)), ("w", Some(w)), ("a", Some(a)), ("b", Some(b)), ("x", x), ("h", h), ("dx", dx)];
+    let inputs = named.into_iter().try_for_each(|(arg, matrix)| matrix.map_or(Ok(()), |matrix| fits(arg, matrix)));
+    let gradients =
+        [("da", da), ("db", db), ("dbias", dbias)].into_iter().try_for_each(|(arg, gradient)| match gradient {
+            Some(Gradient::Storage(m)) => fits(arg, shared(m)),
+            Some(Gradient::F32(m)) => fits(arg, shared(m)),
+            None => Ok(()),
+        });
+    judge(shape, inputs.and(gradients))
+}
+
+/// Which verdict to report. Slices cannot overlap; an address that seems to says that a matrix leaves its buffer.
+fn judge(shape: Result<LoraShape>, lengths: Result<()>) -> Result<LoraShape> {
+    match shape {
+        Ok(_) | Err(Error::Overlap { .. } | Error::NullPointer { .. } | Error::TooLarge { .. }) => lengths.and(shape),
+        Err(_) => shape,
+    }
+}

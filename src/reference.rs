@@ -1,1 +1,150 @@
+//! The oracle of the tests: the formulas of the crate in f64, without blocking, and the tolerance derived from them.
+//!
+//! [`forward`] and [`backward`] are the truth. [`naive_forward`] and [`naive_backward`] are what a user gets from
+//! separate matrix products in the storage type `T`, each accumulated in f32 and rounded to `T`. [`check`] asks that an
+//! implementation is at most twice as far from the truth as they are. Slow on purpose; nothing here is tuned.
 
+mod tolerance;
+
+use crate::Element;
+pub use tolerance::{Expected, check, unit_roundoff};
+
+/// A row-major, contiguous f64 matrix; a vector is a matrix of one row.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mat {
+    /// Number of rows.
+    pub rows: usize,
+    /// Number of columns.
+    pub cols: usize,
+    /// `rows · cols` elements, row by row.
+    pub data: Vec<f64>,
+}
+
+impl Mat {
+    /// The matrix with element (i, j) = `element(i, j)`.
+    pub fn from_fn(rows: usize, cols: usize, element: impl Fn(usize, usize) -> f64) -> Self {
+        let data = (0..rows * cols).map(|at| element(at / cols, at % cols)).collect();
+        Self { rows, cols, data }
+    }
+
+    /// Element (row, col).
+    pub fn at(&self, row: usize, col: usize) -> f64 {
+        self.data[row * self.cols + col]
+    }
+
+    /// Every element mapped by `f`.
+    pub fn map(&self, f: impl Fn(f64) -> f64) -> Self {
+        Self { data: self.data.iter().map(|&v| f(v)).collect(), ..*self }
+    }
+
+    /// The sum; both must have the same shape.
+    pub fn plus(&self, other: &Self) -> Self {
+        Self::from_fn(self.rows, self.cols, |i, j| self.at(i, j) + other.at(i, j))
+    }
+
+    /// The transpose.
+    pub fn transposed(&self) -> Self {
+        Self::from_fn(self.cols, self.rows, |i, j| self.at(j, i))
+    }
+
+    /// `self · other`, summed in f64.
+    pub fn times(&self, other: &Self) -> Self {
+        Self::from_fn(self.rows, other.cols, |i, j| (0..self.cols).map(|p| self.at(i, p) * other.at(p, j)).sum())
+    }
+
+    /// `self · other`, summed in f32 in ascending order, as a simple kernel does.
+    fn times_f32(&self, other: &Self) -> Self {
+        let dot = |i, j| (0..self.cols).fold(0f32, |sum, p| sum + self.at(i, p) as f32 * other.at(p, j) as f32);
+        Self::from_fn(self.rows, other.cols, |i, j| f64::from(dot(i, j)))
+    }
+
+    fn column_sums(&self) -> Self {
+        Self::from_fn(1, self.cols, |_, j| (0..self.rows).map(|i| self.at(i, j)).sum())
+    }
+
+    /// Euclidean (Frobenius) norm.
+    pub fn norm(&self) -> f64 {
+        self.data.iter().map(|v| v * v).sum::<f64>().sqrt()
+    }
+}
+
+/// What the operations read; which fields matter is in the formulas of the crate.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)] // the letters of the crate
+pub struct Inputs {
+    pub x: Mat,
+    pub w: Mat,
+    pub a: Mat,
+    pub b: Mat,
+    pub bias: Option<Mat>,
+    pub dy: Mat,
+    pub scale: f64,
+}
+
+impl Inputs {
+    /// The same with absolute values: its results bound the size of every intermediate sum.
+    pub fn magnitudes(&self) -> Self {
+        let abs = |m: &Mat| m.map(f64::abs);
+        let (x, w, a, b, dy) = (abs(&self.x), abs(&self.w), abs(&self.a), abs(&self.b), abs(&self.dy));
+        Self { x, w, a, b, bias: self.bias.as_ref().map(abs), dy, scale: self.scale.abs() }
+    }
+}
+
+/// (h, y): h = scale · x Aᵀ, y = x Wᵀ + h Bᵀ (+ bias).
+pub fn forward(i: &Inputs) -> (Mat, Mat) {
+    let h = i.x.times(&i.a.transposed()).map(|v| i.scale * v);
+    let y = i.x.times(&i.w.transposed()).plus(&h.times(&i.b.transposed()));
+    let y = match &i.bias {
+        Some(bias) => Mat::from_fn(y.rows, y.cols, |row, col| y.at(row, col) + bias.at(0, col)),
+        None => y,
+    };
+    (h, y)
+}
+
+/// What backward writes.
+#[derive(Clone, Debug)]
+#[allow(missing_docs)] // the letters of the crate
+pub struct Gradients {
+    pub dx: Mat,
+    pub da: Mat,
+    pub db: Mat,
+    pub dbias: Mat,
+}
+
+/// dh = scale · dy B, dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy; `h` as forward stored it.
+pub fn backward(i: &Inputs, h: &Mat) -> Gradients {
+    let dh = i.dy.times(&i.b).map(|v| i.scale * v);
+    Gradients {
+        dx: i.dy.times(&i.w).plus(&dh.times(&i.a)),
+        da: dh.transposed().times(&i.x),
+        db: i.dy.transposed().times(h),
+        dbias: i.dy.column_sums(),
+    }
+}
+
+fn rounded<T: Element>(m: &Mat) -> Mat {
+    m.map(|v| T::from_f64(v).to_f64())
+}
+
+/// [`forward`] as separate products in `T`: round(round(x Wᵀ + bias) + round(h Bᵀ)), h = round(scale · round(x Aᵀ)).
+pub fn naive_forward<T: Element>(i: &Inputs) -> (Mat, Mat) {
+    let narrow = rounded::<T>(&i.x.times_f32(&i.a.transposed()));
+    let h = rounded::<T>(&narrow.map(|v| i.scale * v));
+    let base = i.x.times_f32(&i.w.transposed());
+    let bias = |col| i.bias.as_ref().map_or(0.0, |bias| bias.at(0, col));
+    let base = rounded::<T>(&Mat::from_fn(base.rows, base.cols, |row, col| base.at(row, col) + bias(col)));
+    let y = rounded::<T>(&base.plus(&rounded::<T>(&h.times_f32(&i.b.transposed()))));
+    (h, y)
+}
+
+/// [`backward`] as separate products in `T`; da, db and dbias stay in f32, the stricter of the two choices.
+pub fn naive_backward<T: Element>(i: &Inputs, h: &Mat) -> Gradients {
+    let dh = rounded::<T>(&rounded::<T>(&i.dy.times_f32(&i.b)).map(|v| i.scale * v));
+    let (base, adapter) = (rounded::<T>(&i.dy.times_f32(&i.w)), rounded::<T>(&dh.times_f32(&i.a)));
+    Gradients {
+        dx: rounded::<T>(&base.plus(&adapter)),
+        da: dh.transposed().times_f32(&i.x),
+        db: i.dy.transposed().times_f32(h),
+        dbias: Mat::from_fn(1, i.dy.rows, |_, _| 1.0).times_f32(&i.dy),
+    }
+}

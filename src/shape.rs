@@ -43,7 +43,7 @@ pub(crate) fn check_length(
     offset: usize,
     (rows, cols, row_stride): (usize, usize, usize),
 ) -> Result<()> {
-    let needed = offset.checked_add(extent(rows, cols, row_stride)?).unwrap_or(usize::MAX);
+    let needed = offset.saturating_add(extent(rows, cols, row_stride)?);
     if needed > len { Err(Error::BufferTooShort { arg, got: len, needed }) } else { Ok(()) }
 }
 

@@ -1,0 +1,263 @@
+//! Decoded instructions: what the executor sees. Names follow the PTX ISA.
+
+/// A per-lane source. 32-bit and 16-bit registers hold their value zero-extended to 64 bits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Src {
+    Reg(u16),
+    Imm(u64),
+    Special(Special),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Special {
+    Tid(u8),
+    Ntid(u8),
+    Ctaid(u8),
+    Nctaid(u8),
+    LaneId,
+    WarpId,
+    LaneMask(Compare),
+    DynamicSharedBytes,
+    TotalSharedBytes,
+    Clock,
+}
+
+/// A destination register; `None` is the sink `_`.
+pub(crate) type Dst = Option<u16>;
+/// A predicate register with negation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Pred {
+    pub slot: u16,
+    pub negated: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ty {
+    B(u8),
+    U(u8),
+    S(u8),
+    F16,
+    Bf16,
+    F16x2,
+    Bf16x2,
+    F32,
+    F64,
+}
+
+impl Ty {
+    pub fn bits(self) -> u32 {
+        match self {
+            Ty::B(bits) | Ty::U(bits) | Ty::S(bits) => u32::from(bits),
+            Ty::F16 | Ty::Bf16 => 16,
+            Ty::F16x2 | Ty::Bf16x2 | Ty::F32 => 32,
+            Ty::F64 => 64,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Binary {
+    Add,
+    Sub,
+    MulLo,
+    MulHi,
+    MulWide,
+    Div,
+    Rem,
+    Min,
+    Max,
+    MinNan,
+    MaxNan,
+    And,
+    Or,
+    Xor,
+    Shl,
+    Shr,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unary {
+    Mov,
+    Not,
+    Cnot,
+    Neg,
+    Abs,
+    Popc,
+    Clz,
+    Brev,
+    Bfind,
+    Rcp,
+    Sqrt,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ternary {
+    MadLo,
+    MadHi,
+    MadWide,
+    Fma,
+    Bfe,
+    Prmt,
+    ShfL { wrap: bool },
+    ShfR { wrap: bool },
+    Lop3(u8),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Compare {
+    Eq,
+    Ne,
+    Lt,
+    Le,
+    Gt,
+    Ge,
+    /// Float comparisons that are true when an operand is NaN.
+    Equ,
+    Neu,
+    Ltu,
+    Leu,
+    Gtu,
+    Geu,
+    Num,
+    Nan,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Logic {
+    And,
+    Or,
+    Xor,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Space {
+    Generic,
+    Global,
+    Shared,
+    Local,
+    Param,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    Weak,
+    Relaxed,
+    Acquire,
+    Release,
+    AcqRel,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    Cta,
+    Gpu,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Semantics {
+    pub order: Order,
+    pub scope: Scope,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Address {
+    pub base: Src,
+    pub offset: i64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Atomic {
+    Add,
+    Min,
+    Max,
+    Inc,
+    Dec,
+    And,
+    Or,
+    Xor,
+    Exch,
+    Cas,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Round {
+    /// Nearest even.
+    Rn,
+    Rz,
+    Rm,
+    Rp,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Shuffle {
+    Idx,
+    Up,
+    Down,
+    Bfly,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Vote {
+    All,
+    Any,
+    Uni,
+    Ballot,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Op {
+    Unary { op: Unary, ty: Ty, d: Dst, a: Src },
+    Binary { op: Binary, ty: Ty, d: Dst, a: Src, b: Src },
+    Ternary { op: Ternary, ty: Ty, d: Dst, a: Src, b: Src, c: Src },
+    Bfi { ty: Ty, d: Dst, a: Src, b: Src, pos: Src, len: Src },
+    Cvt { to: Ty, from: Ty, round: Round, integer: bool, sat: bool, relu: bool, d: Dst, a: Src },
+    /// Two f32 to f16x2 or bf16x2: `a` to the upper half.
+    CvtPack { to: Ty, relu: bool, d: Dst, a: Src, b: Src },
+    /// `mov d, {a, b, …}`: `part` bits each, first one lowest.
+    Pack { part: u8, d: Dst, parts: Vec<Src> },
+    Unpack { part: u8, parts: Vec<Dst>, a: Src },
+    Setp { cmp: Compare, ty: Ty, p: u16, q: Option<u16>, a: Src, b: Src, combine: Option<(Logic, Pred)> },
+    Selp { d: Dst, a: Src, b: Src, p: Pred },
+    PredLogic { op: Logic, p: u16, a: Pred, b: Pred },
+    PredMov { p: u16, a: Pred },
+    PredConst { p: u16, value: bool },
+    Ld { space: Space, ty: Ty, d: Vec<Dst>, addr: Address, sem: Semantics },
+    St { space: Space, ty: Ty, addr: Address, a: Vec<Src>, sem: Semantics },
+    Atom { space: Space, op: Atomic, ty: Ty, d: Dst, addr: Address, b: Src, c: Src, sem: Semantics },
+    Fence { scope: Scope },
+    /// Converts between a generic address and one of `space`.
+    Cvta { space: Space, to_space: bool, d: Dst, a: Src },
+    CpAsync { bytes: u8, dst: Address, src: Address, valid: Option<Src> },
+    CpAsyncCommit,
+    CpAsyncWait { pending: Option<u32> },
+    Ldmatrix { trans: bool, d: Vec<Dst>, addr: Address },
+    Mma { k: u8, ab: Ty, d: [Dst; 4], a: Vec<Src>, b: Vec<Src>, c: [Src; 4] },
+    Bar { id: Src, count: Option<Src>, arrive: bool },
+    WarpSync { mask: Src },
+    Shfl { mode: Shuffle, d: Dst, p: Option<u16>, a: Src, b: Src, c: Src, mask: Src },
+    VoteSync { mode: Vote, d: Dst, p: Option<u16>, a: Pred, mask: Src },
+    ActiveMask { d: Dst },
+    Bra { target: u32 },
+    Exit,
+    Trap,
+    Nanosleep,
+}
+
+impl Op {
+    /// All lanes of the warp must execute these together (`.sync.aligned`, or a barrier in the same phase).
+    pub fn is_collective(&self) -> bool {
+        matches!(
+            self,
+            Op::Ldmatrix { .. } | Op::Mma { .. } | Op::Bar { .. } | Op::WarpSync { .. } | Op::Shfl { .. } | Op::VoteSync { .. }
+        )
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Instruction {
+    pub op: Op,
+    pub guard: Option<Pred>,
+    pub line: u32,
+    pub location: u32,
+    pub text: Box<str>,
+}

@@ -1,0 +1,316 @@
+//! Register slots by liveness: nvcc names thousands of registers per kernel, of which a few hundred are live at a time.
+
+use crate::isa::*;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Use,
+    Def,
+    UsePred,
+    DefPred,
+}
+
+fn src(a: &mut Src, visit: &mut impl FnMut(Role, &mut u16)) {
+    if let Src::Reg(slot) = a {
+        visit(Role::Use, slot);
+    }
+}
+
+fn dst(d: &mut Dst, visit: &mut impl FnMut(Role, &mut u16)) {
+    if let Some(slot) = d {
+        visit(Role::Def, slot);
+    }
+}
+
+/// Every register of an operation, uses before definitions.
+fn registers(op: &mut Op, visit: &mut impl FnMut(Role, &mut u16)) {
+    match op {
+        Op::Unary { d, a, .. } | Op::Cvt { d, a, .. } | Op::Cvta { d, a, .. } => {
+            src(a, visit);
+            dst(d, visit);
+        }
+        Op::Binary { d, a, b, .. } | Op::CvtPack { d, a, b, .. } => {
+            src(a, visit);
+            src(b, visit);
+            dst(d, visit);
+        }
+        Op::Ternary { d, a, b, c, .. } => {
+            [a, b, c].map(|s| src(s, visit));
+            dst(d, visit);
+        }
+        Op::Bfi { d, a, b, pos, len, .. } => {
+            [a, b, pos, len].map(|s| src(s, visit));
+            dst(d, visit);
+        }
+        Op::Pack { d, parts, .. } => {
+            parts.iter_mut().for_each(|part| src(part, visit));
+            dst(d, visit);
+        }
+        Op::Unpack { parts, a, .. } => {
+            src(a, visit);
+            parts.iter_mut().for_each(|part| dst(part, visit));
+        }
+        Op::Setp { p, q, a, b, combine, .. } => {
+            src(a, visit);
+            src(b, visit);
+            if let Some((_, pred)) = combine {
+                visit(Role::UsePred, &mut pred.slot);
+            }
+            visit(Role::DefPred, p);
+            if let Some(q) = q {
+                visit(Role::DefPred, q);
+            }
+        }
+        Op::Selp { d, a, b, p } => {
+            src(a, visit);
+            src(b, visit);
+            visit(Role::UsePred, &mut p.slot);
+            dst(d, visit);
+        }
+        Op::PredLogic { p, a, b, .. } => {
+            visit(Role::UsePred, &mut a.slot);
+            visit(Role::UsePred, &mut b.slot);
+            visit(Role::DefPred, p);
+        }
+        Op::PredMov { p, a } => {
+            visit(Role::UsePred, &mut a.slot);
+            visit(Role::DefPred, p);
+        }
+        Op::PredConst { p, .. } => visit(Role::DefPred, p),
+        Op::Ld { d, addr, .. } | Op::Ldmatrix { d, addr, .. } => {
+            src(&mut addr.base, visit);
+            d.iter_mut().for_each(|d| dst(d, visit));
+        }
+        Op::St { addr, a, .. } => {
+            src(&mut addr.base, visit);
+            a.iter_mut().for_each(|a| src(a, visit));
+        }
+        Op::Atom { d, addr, b, c, .. } => {
+            [&mut addr.base, b, c].map(|s| src(s, visit));
+            dst(d, visit);
+        }
+        Op::CpAsync { dst, src: from, valid, .. } => {
+            src(&mut dst.base, visit);
+            src(&mut from.base, visit);
+            if let Some(valid) = valid {
+                src(valid, visit);
+            }
+        }
+        Op::Mma { d, a, b, c, .. } => {
+            a.iter_mut().chain(b).chain(c).for_each(|s| src(s, visit));
+            d.iter_mut().for_each(|d| dst(d, visit));
+        }
+        Op::Bar { id, count, .. } => {
+            src(id, visit);
+            if let Some(count) = count {
+                src(count, visit);
+            }
+        }
+        Op::WarpSync { mask } => src(mask, visit),
+        Op::Shfl { d, p, a, b, c, mask, .. } => {
+            [a, b, c, mask].map(|s| src(s, visit));
+            dst(d, visit);
+            if let Some(p) = p {
+                visit(Role::DefPred, p);
+            }
+        }
+        Op::VoteSync { d, p, a, mask, .. } => {
+            src(mask, visit);
+            visit(Role::UsePred, &mut a.slot);
+            dst(d, visit);
+            if let Some(p) = p {
+                visit(Role::DefPred, p);
+            }
+        }
+        Op::ActiveMask { d } => dst(d, visit),
+        Op::Fence { .. }
+        | Op::CpAsyncCommit
+        | Op::CpAsyncWait { .. }
+        | Op::Bra { .. }
+        | Op::Exit
+        | Op::Trap
+        | Op::Nanosleep => {}
+    }
+}
+
+#[derive(Clone, Default)]
+struct BitSet(Vec<u64>);
+
+impl BitSet {
+    fn new(bits: usize) -> Self {
+        BitSet(vec![0; bits.div_ceil(64)])
+    }
+    fn insert(&mut self, bit: usize) {
+        self.0[bit / 64] |= 1 << (bit % 64);
+    }
+    fn contains(&self, bit: usize) -> bool {
+        self.0[bit / 64] >> (bit % 64) & 1 != 0
+    }
+    fn ones(&self) -> impl Iterator<Item = usize> + '_ {
+        self.0.iter().enumerate().flat_map(|(word, bits)| {
+            let mut bits = *bits;
+            std::iter::from_fn(move || {
+                (bits != 0).then(|| {
+                    let bit = bits.trailing_zeros() as usize;
+                    bits &= bits - 1;
+                    word * 64 + bit
+                })
+            })
+        })
+    }
+}
+
+struct Block {
+    start: usize,
+    end: usize,
+    successors: Vec<usize>,
+    used: BitSet,
+    killed: BitSet,
+    live_in: BitSet,
+    live_out: BitSet,
+}
+
+fn blocks(code: &mut [Instruction], data: usize, total: usize) -> Vec<Block> {
+    let mut leaders = vec![false; code.len() + 1];
+    leaders[0] = true;
+    for (i, instruction) in code.iter().enumerate() {
+        match instruction.op {
+            Op::Bra { target } => {
+                leaders[target as usize] = true;
+                leaders[i + 1] = true;
+            }
+            Op::Exit => leaders[i + 1] = true,
+            _ => {}
+        }
+    }
+    let starts: Vec<usize> = (0..code.len()).filter(|&i| leaders[i]).collect();
+    let block_at = |at: usize| starts.partition_point(|&start| start <= at) - 1;
+    let mut out = Vec::with_capacity(starts.len());
+    for (index, &start) in starts.iter().enumerate() {
+        let end = starts.get(index + 1).copied().unwrap_or(code.len());
+        let mut block = Block {
+            start,
+            end,
+            successors: Vec::new(),
+            used: BitSet::new(total),
+            killed: BitSet::new(total),
+            live_in: BitSet::new(total),
+            live_out: BitSet::new(total),
+        };
+        for instruction in &mut code[start..end] {
+            let guarded = instruction.guard.is_some();
+            let mut read = |block: &mut Block, bit: usize| {
+                if !block.killed.contains(bit) {
+                    block.used.insert(bit);
+                }
+            };
+            if let Some(guard) = instruction.guard {
+                read(&mut block, data + guard.slot as usize);
+            }
+            registers(&mut instruction.op, &mut |role, slot| {
+                let bit = *slot as usize + if matches!(role, Role::Use | Role::Def) { 0 } else { data };
+                // A guarded definition leaves the old value in some lanes.
+                if matches!(role, Role::Use | Role::UsePred) || guarded {
+                    read(&mut block, bit);
+                } else {
+                    block.killed.insert(bit);
+                }
+            });
+        }
+        let last = &code[end - 1];
+        if let Op::Bra { target } = last.op {
+            block.successors.push(block_at(target as usize));
+        }
+        let falls_through = !matches!(last.op, Op::Bra { .. } | Op::Exit) || last.guard.is_some();
+        if falls_through && end < code.len() {
+            block.successors.push(index + 1);
+        }
+        out.push(block);
+    }
+    out
+}
+
+/// Renames virtual registers and predicates to slots; returns how many of each the kernel needs.
+pub(crate) fn allocate(code: &mut [Instruction], data: u16, preds: u16) -> (u16, u16) {
+    let (data, total) = (data as usize, data as usize + preds as usize);
+    let mut blocks = blocks(code, data, total);
+    let mut changed = true;
+    while changed {
+        changed = false;
+        for i in (0..blocks.len()).rev() {
+            let mut out = std::mem::take(&mut blocks[i].live_out);
+            for s in blocks[i].successors.clone() {
+                for (word, more) in out.0.iter_mut().zip(&blocks[s].live_in.0) {
+                    *word |= more;
+                }
+            }
+            let block = &mut blocks[i];
+            for w in 0..out.0.len() {
+                let live = block.used.0[w] | (out.0[w] & !block.killed.0[w]);
+                changed |= live != block.live_in.0[w];
+                block.live_in.0[w] = live;
+            }
+            block.live_out = out;
+        }
+    }
+    // One interval per register, in positions 2i (uses of instruction i) and 2i + 1 (its definitions).
+    let mut intervals = vec![(usize::MAX, 0usize); total];
+    let mut touch = |bit: usize, at: usize| {
+        let interval = &mut intervals[bit];
+        *interval = (interval.0.min(at), interval.1.max(at));
+    };
+    for block in &blocks {
+        block.live_in.ones().for_each(|bit| touch(bit, 2 * block.start));
+        block.live_out.ones().for_each(|bit| touch(bit, 2 * block.end - 1));
+    }
+    for (i, instruction) in code.iter_mut().enumerate() {
+        if let Some(guard) = instruction.guard {
+            touch(data + guard.slot as usize, 2 * i);
+        }
+        registers(&mut instruction.op, &mut |role, slot| match role {
+            Role::Use => touch(*slot as usize, 2 * i),
+            Role::Def => touch(*slot as usize, 2 * i + 1),
+            Role::UsePred => touch(data + *slot as usize, 2 * i),
+            Role::DefPred => touch(data + *slot as usize, 2 * i + 1),
+        });
+    }
+    let (data_slots, data_count) = assign(&intervals[..data]);
+    let (pred_slots, pred_count) = assign(&intervals[data..]);
+    for instruction in code {
+        if let Some(guard) = &mut instruction.guard {
+            guard.slot = pred_slots[guard.slot as usize];
+        }
+        registers(&mut instruction.op, &mut |role, slot| {
+            let slots = if matches!(role, Role::Use | Role::Def) { &data_slots } else { &pred_slots };
+            *slot = slots[*slot as usize];
+        });
+    }
+    (data_count, pred_count)
+}
+
+/// Linear scan: intervals by start, each takes a slot whose interval has ended.
+fn assign(intervals: &[(usize, usize)]) -> (Vec<u16>, u16) {
+    let mut order: Vec<usize> = (0..intervals.len()).filter(|&i| intervals[i].0 != usize::MAX).collect();
+    order.sort_by_key(|&i| intervals[i]);
+    let mut slots = vec![0; intervals.len()];
+    let mut active = std::collections::BinaryHeap::new();
+    let mut free = Vec::new();
+    let mut count = 0u16;
+    for i in order {
+        let (start, end) = intervals[i];
+        while let Some(&std::cmp::Reverse((ended, slot))) = active.peek() {
+            if ended >= start {
+                break;
+            }
+            active.pop();
+            free.push(slot);
+        }
+        let slot = free.pop().unwrap_or_else(|| {
+            count += 1;
+            count - 1
+        });
+        slots[i] = slot;
+        active.push(std::cmp::Reverse((end, slot)));
+    }
+    (slots, count)
+}

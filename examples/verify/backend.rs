@@ -1,0 +1,136 @@
+//! What runs the operations: one interface over host vectors, one implementation per backend.
+
+mod cpu;
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use fused_lora::{Dtype, Element, Result};
+
+use super::failure::Failure;
+
+/// The layer and its data in one storage type; every matrix contiguous.
+pub struct Problem<T> {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub r: usize,
+    pub scale: f32,
+    pub x: Vec<T>,
+    pub w: Vec<T>,
+    pub a: Vec<T>,
+    pub b: Vec<T>,
+    pub bias: Option<Vec<T>>,
+    pub dy: Vec<T>,
+}
+
+/// What forward gives.
+pub struct Forward<T> {
+    pub h: Vec<T>,
+    pub y: Vec<T>,
+    pub time: Duration,
+}
+
+/// da, db or dbias, in the type that was asked for.
+pub enum Values<T> {
+    Storage(Vec<T>),
+    F32(Vec<f32>),
+}
+
+/// The type in which a gradient is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    Storage,
+    F32,
+}
+
+impl Form {
+    /// A buffer of `elements` zeros in that form.
+    pub fn zeros<T: Element>(self, elements: usize) -> Values<T> {
+        match self {
+            Self::Storage => Values::Storage(vec![T::default(); elements]),
+            Self::F32 => Values::F32(vec![0.0; elements]),
+        }
+    }
+}
+
+/// How backward writes the adapter's gradients; dbias only where it is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Forms {
+    pub da: Form,
+    pub db: Form,
+    pub dbias: Option<Form>,
+}
+
+/// What backward gives.
+pub struct Backward<T> {
+    pub dx: Vec<T>,
+    pub da: Values<T>,
+    pub db: Values<T>,
+    pub dbias: Option<Values<T>>,
+    pub time: Duration,
+}
+
+/// Uploads, runs the fused operation, downloads; `time` is that of the operation alone.
+pub trait Runner {
+    fn name(&self) -> &'static str;
+    fn computes(&self, dtype: Dtype) -> bool;
+    fn forward<T: Element>(&self, problem: &Problem<T>) -> Result<Forward<T>>;
+    fn backward<T: Element>(&self, problem: &Problem<T>, h: &[T], forms: Forms) -> Result<Backward<T>>;
+}
+
+/// The backend asked for on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice {
+    Cuda,
+    Cpu,
+    Emulator,
+}
+
+impl FromStr for Choice {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        match name {
+            "cuda" => Ok(Self::Cuda),
+            "cpu" => Ok(Self::Cpu),
+            "emulator" => Ok(Self::Emulator),
+            _ => Err("expected cuda, cpu or emulator".into()),
+        }
+    }
+}
+
+/// The backend that runs, and why it is this one.
+pub struct Backend {
+    pub kind: Kind,
+    why: String,
+}
+
+/// The backends of this build.
+pub enum Kind {
+    Cpu(cpu::Cpu),
+}
+
+impl Backend {
+    /// The backend asked for, or the best there is.
+    pub fn select(choice: Option<Choice>) -> std::result::Result<Self, Failure> {
+        let absent = |name| Failure::Usage(format!("this build has no {name} backend, expected feature `{name}`"));
+        let cpu = |why: &str| Self { kind: Kind::Cpu(cpu::Cpu), why: why.into() };
+        match choice {
+            Some(Choice::Cpu) => Ok(cpu("as asked")),
+            Some(Choice::Cuda) => Err(absent("cuda")),
+            Some(Choice::Emulator) => Err(absent("emulator")),
+            None => Ok(cpu("built without the `cuda` feature")),
+        }
+    }
+
+    pub fn name(&self) -> &'static str {
+        match &self.kind {
+            Kind::Cpu(runner) => runner.name(),
+        }
+    }
+
+    pub fn why(&self) -> &str {
+        &self.why
+    }
+}

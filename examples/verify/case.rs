@@ -1,0 +1,198 @@
+//! A case directory: what it holds, whether it hangs together, and whether it can be computed.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::adapter::{Adapter, variant};
+use super::failure::Failure;
+use super::tensors::{Tensor, Tensors};
+
+/// What case.json says of the adapter.
+pub struct AdapterInfo {
+    pub name: String,
+    pub r: usize,
+    pub scaling: f64,
+}
+
+/// A linear layer with one plain LoRA adapter, as PEFT recorded it.
+pub struct Case {
+    pub name: String,
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    /// Leading dimensions of x and y; their product is M.
+    pub lead: Vec<usize>,
+    pub info: AdapterInfo,
+    /// N × K, whatever the layout on disk.
+    pub w: Vec<f64>,
+    pub adapter: Adapter,
+    /// The bias the layer adds: the trained one if the adapter has one, else that of the base layer.
+    pub bias: Option<Vec<f64>>,
+    /// The modes case.json lists.
+    pub modes: Vec<String>,
+    pub tensors: Tensors,
+    errors: Value,
+}
+
+const CASE: &str = "case.json";
+
+impl Case {
+    pub fn load(directory: &Path) -> Result<Self, Failure> {
+        let case = json(&directory.join(CASE), CASE)?;
+        let name = text(&case, CASE, "name")?.to_owned();
+        check_kind(&case)?;
+        let (active, described) = active_adapter(&case)?;
+        let (n, k) = (size(&case, CASE, "out_features")?, size(&case, CASE, "in_features")?);
+        let info = AdapterInfo {
+            name: active.to_owned(),
+            r: size(described, CASE, "r")?,
+            scaling: number(described, CASE, "scaling")?,
+        };
+        let fan_in_fan_out = match text(&case, CASE, "weight_layout")? {
+            layout if layout.starts_with("[out,in]") => false,
+            layout if layout.starts_with("[in,out]") => true,
+            layout => return Err(Failure::malformed(CASE, format!("weight_layout is `{layout}`"))),
+        };
+        let (m, lead) = tokens(&case, k)?;
+        let tensors = Tensors::read(&directory.join("tensors.safetensors"), "tensors.safetensors")?;
+        if training(&case) && tensors.get(&format!("{active}.mask")).is_some() {
+            return Err(Failure::NotBuilt("dropout on the adapter branch".into()));
+        }
+        let w = if fan_in_fan_out {
+            tensors.expect("W", &[k, n])?.transposed(k, n)
+        } else {
+            tensors.expect("W", &[n, k])?.data.clone()
+        };
+        let base_bias = tensors.get("b").map(|_| tensors.expect("b", &[n])).transpose()?;
+        let files = directory.join("adapter");
+        let files = if active == "default" { files } else { files.join(active) };
+        let adapter = Adapter::read(&files, &info, fan_in_fan_out, n, k)?;
+        let bias = adapter.bias.clone().or_else(|| base_bias.map(|bias| bias.data.clone()));
+        let modes = list(&case, "modes")?;
+        let errors = case.get("peft_error_vs_f64").cloned().unwrap_or_default();
+        let case = Self { name, m, n, k, lead, info, w, adapter, bias, modes, tensors, errors };
+        case.check_adapter()?;
+        Ok(case)
+    }
+
+    /// A tensor of the case whose name starts with the adapter's.
+    pub fn adapter_tensor(&self, what: &str, shape: &[usize]) -> Result<&Tensor, Failure> {
+        self.tensors.expect(&format!("{}.{what}", self.info.name), shape)
+    }
+
+    /// The shape of a matrix with one row per token.
+    pub fn token_shape(&self, cols: usize) -> Vec<usize> {
+        self.lead.iter().copied().chain([cols]).collect()
+    }
+
+    /// PEFT's own error as case.json has it: (relative, largest).
+    pub fn recorded_error(&self, mode: &str, what: &str) -> Option<(f64, f64)> {
+        let error = self.errors.get(mode)?.get(what)?;
+        Some((error.get("rel_fro")?.as_f64()?, error.get("max_abs")?.as_f64()?))
+    }
+
+    /// The adapter's files must hold the values that the results were recorded with.
+    fn check_adapter(&self) -> Result<(), Failure> {
+        let (n, k, r) = (self.n, self.k, self.info.r);
+        let trained = self.tensors.get(&format!("{}.b_trained", self.info.name)).map(|tensor| &tensor.data);
+        if trained != self.adapter.bias.as_ref() {
+            let problem = format!("its bias is not the case's `{}.b_trained`", self.info.name);
+            return Err(Failure::malformed("adapter_model.safetensors", problem));
+        }
+        for (what, shape, values) in [("A", [r, k], &self.adapter.a), ("B", [n, r], &self.adapter.b)] {
+            let recorded = &self.adapter_tensor(what, &shape)?.data;
+            if let Some(at) = (0..values.len()).find(|&at| values[at] != recorded[at]) {
+                let (got, expected) = (values[at], recorded[at]);
+                let problem = format!("lora_{what}: element {at} is {got}, but the case recorded {expected}");
+                return Err(Failure::malformed("adapter_model.safetensors", problem));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn training(case: &Value) -> bool {
+    case.get("training_mode").and_then(Value::as_bool).unwrap_or(false)
+}
+
+fn check_kind(case: &Value) -> Result<(), Failure> {
+    let needed = match text(case, CASE, "kind")? {
+        "linear" => return Ok(()),
+        "embedding" => "LoRA on embeddings".into(),
+        "nf4" => "a base weight quantised to NF4".into(),
+        "combine" => "`add_weighted_adapter`".into(),
+        "init" => "the initialisations PiSSA, OLoRA and MiCA".into(),
+        kind => format!("support for cases of kind `{kind}`"),
+    };
+    Err(Failure::NotBuilt(needed))
+}
+
+/// The one adapter the layer applies; other numbers of adapters and other variants are not built yet.
+fn active_adapter(case: &Value) -> Result<(&str, &Value), Failure> {
+    if case.get("adapter_names").is_some_and(|names| !names.is_null()) {
+        return Err(Failure::NotBuilt("different adapters within one batch".into()));
+    }
+    let active = case.get("active").and_then(Value::as_array);
+    let active = active.ok_or_else(|| Failure::malformed(CASE, "`active` is not a list"))?;
+    let [active] = active.as_slice() else {
+        return Err(Failure::NotBuilt(format!("{} adapters active at once", active.len())));
+    };
+    let active = active.as_str().ok_or_else(|| Failure::malformed(CASE, "`active` does not hold names"))?;
+    if Path::new(active).components().count() != 1 || active.contains(['/', '\\']) || active.starts_with('.') {
+        return Err(Failure::malformed(CASE, format!("adapter name `{active}` is not a plain name")));
+    }
+    let described = case.get("adapters").and_then(|adapters| adapters.get(active));
+    let described = described.ok_or_else(|| Failure::malformed(CASE, format!("`adapters` lacks `{active}`")))?;
+    let config = described.get("config").unwrap_or(&Value::Null);
+    if let Some(variant) = variant(config) {
+        return Err(Failure::NotBuilt(variant.into()));
+    }
+    let dropout = config.get("lora_dropout").and_then(Value::as_f64).unwrap_or(0.0);
+    if training(case) && dropout != 0.0 {
+        return Err(Failure::NotBuilt("dropout on the adapter branch".into()));
+    }
+    Ok((active, described))
+}
+
+/// M and the leading dimensions of x.
+fn tokens(case: &Value, k: usize) -> Result<(usize, Vec<usize>), Failure> {
+    let malformed = |problem: &str| Failure::malformed(CASE, format!("x_shape {problem}"));
+    let shape = case.get("x_shape").and_then(Value::as_array).ok_or_else(|| malformed("is not a list"))?;
+    let shape: Option<Vec<usize>> = shape.iter().map(|v| v.as_u64().and_then(|v| v.try_into().ok())).collect();
+    let mut lead = shape.ok_or_else(|| malformed("does not hold sizes"))?;
+    if lead.pop() != Some(k) {
+        return Err(malformed("does not end with in_features"));
+    }
+    let m = lead.iter().try_fold(1usize, |m, &size| m.checked_mul(size)).ok_or_else(|| malformed("is too large"))?;
+    Ok((m, lead))
+}
+
+/// A JSON file; `file` is its name in messages.
+pub fn json(path: &Path, file: &str) -> Result<Value, Failure> {
+    let text = std::fs::read_to_string(path).map_err(|error| Failure::malformed(file, error.to_string()))?;
+    serde_json::from_str(&text).map_err(|error| Failure::malformed(file, error.to_string()))
+}
+
+fn wrong(file: &str, key: &str, expected: &str) -> Failure {
+    Failure::malformed(file, format!("`{key}` is missing or not {expected}"))
+}
+
+pub fn text<'a>(value: &'a Value, file: &str, key: &str) -> Result<&'a str, Failure> {
+    value.get(key).and_then(Value::as_str).ok_or_else(|| wrong(file, key, "a string"))
+}
+
+pub fn number(value: &Value, file: &str, key: &str) -> Result<f64, Failure> {
+    value.get(key).and_then(Value::as_f64).ok_or_else(|| wrong(file, key, "a number"))
+}
+
+fn size(value: &Value, file: &str, key: &str) -> Result<usize, Failure> {
+    let size = value.get(key).and_then(Value::as_u64).and_then(|v| v.try_into().ok());
+    size.ok_or_else(|| wrong(file, key, "a size"))
+}
+
+fn list(value: &Value, key: &str) -> Result<Vec<String>, Failure> {
+    let list = value.get(key).and_then(Value::as_array).ok_or_else(|| wrong(CASE, key, "a list"))?;
+    let names: Option<Vec<String>> = list.iter().map(|v| v.as_str().map(str::to_owned)).collect();
+    names.ok_or_else(|| wrong(CASE, key, "a list of names"))
+}

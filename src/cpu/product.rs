@@ -1,0 +1,251 @@
+//! A sum of matrix products, tile by tile on all cores: the one loop under every operation of this backend.
+
+use rayon::prelude::*;
+
+use super::convert::{Sum, widen};
+use crate::{Dtype, Element, Matrix, MatrixMut};
+
+/// Largest extent of an output tile. With the depth block it bounds the scratch of a thread to 1 MiB.
+const TILE: usize = 256;
+/// Most terms summed in one chain.
+const DEPTH: usize = 256;
+/// Enough tiles to keep many cores busy.
+const ENOUGH_TILES: usize = 32;
+/// Sums of f32 operands up to this length are done in f64: in small layers one rounding more or less shows, and time does
+/// not.
+const SHORT: usize = 512;
+/// Multiply-adds below which starting other threads costs more than it saves.
+const SERIAL_WORK: usize = 1 << 19;
+
+/// One side of a product, seen as *outer × depth*: outer runs along the output, depth is summed over.
+pub(super) struct Side<'a, T> {
+    matrix: Matrix<'a, [T]>,
+    depth_along_rows: bool,
+}
+
+impl<'a, T: Element> Side<'a, T> {
+    /// The rows of `matrix` are outer, its columns depth.
+    pub(super) fn rows(matrix: Matrix<'a, [T]>) -> Self {
+        Self { matrix, depth_along_rows: false }
+    }
+
+    /// The columns of `matrix` are outer, its rows depth.
+    pub(super) fn columns(matrix: Matrix<'a, [T]>) -> Self {
+        Self { matrix, depth_along_rows: true }
+    }
+
+    fn depth(&self) -> usize {
+        if self.depth_along_rows { self.matrix.rows } else { self.matrix.cols }
+    }
+
+    /// Widens outer `at.0 ..` × depth `at.1 ..` of extent `size` into `panel`; returns the panel's (outer, depth) strides.
+    fn load<S: Sum>(&self, at: (usize, usize), size: (usize, usize), panel: &mut [S]) -> (usize, usize) {
+        let swap = |(outer, depth)| if self.depth_along_rows { (depth, outer) } else { (outer, depth) };
+        let ((row, col), (rows, cols)) = (swap(at), swap(size));
+        for (i, line) in panel[..rows * cols].chunks_exact_mut(cols).enumerate() {
+            let start = self.matrix.offset + (row + i) * self.matrix.row_stride + col;
+            S::load(&self.matrix.data[start..start + cols], line);
+        }
+        if self.depth_along_rows { (1, cols) } else { (cols, 1) }
+    }
+}
+
+/// lhs · rhsᵀ, both seen as outer × depth.
+pub(super) struct Term<'a, T> {
+    pub(super) lhs: Side<'a, T>,
+    pub(super) rhs: Side<'a, T>,
+}
+
+/// What happens to a finished sum before it is rounded to the output's type.
+#[derive(Default)]
+pub(super) struct Epilogue<'a> {
+    /// Multiplies the sum.
+    pub(super) scale: Option<f32>,
+    /// One value per output column.
+    pub(super) bias: Option<&'a [f32]>,
+    /// Adds what the output holds.
+    pub(super) accumulate: bool,
+}
+
+/// A rectangle of the output, as the pieces of its rows.
+struct Tile<'a, O> {
+    row: usize,
+    col: usize,
+    lines: Vec<&'a mut [O]>,
+}
+
+/// Tile extents from the shape alone: results must not depend on the number of threads.
+fn tile_extents(rows: usize, cols: usize) -> (usize, usize) {
+    let (mut tile_rows, mut tile_cols) = (rows.min(TILE), cols.min(TILE));
+    while rows.div_ceil(tile_rows) * cols.div_ceil(tile_cols) < ENOUGH_TILES && tile_rows.max(tile_cols) > TILE / 4 {
+        let longer = if tile_rows > tile_cols { &mut tile_rows } else { &mut tile_cols };
+        *longer = longer.div_ceil(2).next_multiple_of(16);
+    }
+    (tile_rows, tile_cols)
+}
+
+/// Splits the borrow of the output into one per tile, so that threads write without sharing.
+fn tiles<O>(output: MatrixMut<'_, [O]>, (tile_rows, tile_cols): (usize, usize)) -> Vec<Tile<'_, O>> {
+    let MatrixMut { data, offset, rows, cols, row_stride } = output;
+    let across = cols.div_ceil(tile_cols);
+    let mut tiles = Vec::with_capacity(rows.div_ceil(tile_rows) * across);
+    for (row, mut line) in data[offset..].chunks_mut(row_stride).take(rows).enumerate() {
+        if row % tile_rows == 0 {
+            let lines = tile_rows.min(rows - row);
+            tiles.extend((0..across).map(|i| Tile { row, col: i * tile_cols, lines: Vec::with_capacity(lines) }));
+        }
+        line = &mut line[..cols];
+        let first = row / tile_rows * across;
+        for (tile, piece) in tiles[first..].iter_mut().zip(line.chunks_mut(tile_cols)) {
+            tile.lines.push(piece);
+        }
+    }
+    tiles
+}
+
+/// Terms summed in one chain before they are added to the total. Rounding errors of f32 sums grow with the length of a
+/// chain; about 16 chains keep them far below those of one chain, at no cost where time matters.
+fn chain(depth: usize) -> usize {
+    (depth / 16).next_multiple_of(16).clamp(16, DEPTH)
+}
+
+struct Scratch<S> {
+    lhs: Vec<S>,
+    rhs: Vec<S>,
+    sums: Vec<S>,
+}
+
+/// output = epilogue(Σ over terms), rounded once. Each element is summed in an order that depends on the shape alone.
+pub(super) fn product<T: Element, O: Element>(
+    terms: &[Term<'_, T>],
+    epilogue: &Epilogue<'_>,
+    output: MatrixMut<'_, [O]>,
+) {
+    let depth: usize = terms.iter().map(|term| term.lhs.depth()).sum();
+    if T::DTYPE == Dtype::F32 && depth <= SHORT {
+        product_in::<f64, T, O>(terms, epilogue, output, depth);
+    } else {
+        product_in::<f32, T, O>(terms, epilogue, output, depth);
+    }
+}
+
+/// [`product`] with sums of type `S`.
+fn product_in<S: Sum, T: Element, O: Element>(
+    terms: &[Term<'_, T>],
+    epilogue: &Epilogue<'_>,
+    output: MatrixMut<'_, [O]>,
+    depth: usize,
+) {
+    if output.rows == 0 || output.cols == 0 {
+        return;
+    }
+    let work = output.rows.saturating_mul(output.cols).saturating_mul(depth);
+    let extents = tile_extents(output.rows, output.cols);
+    let deepest = terms.iter().map(|term| chain(term.lhs.depth()).min(term.lhs.depth())).max().unwrap_or(0);
+    let zeros = |length| vec![S::from(0.0); length];
+    let scratch = || Scratch {
+        lhs: zeros(extents.0 * deepest),
+        rhs: zeros(extents.1 * deepest),
+        sums: zeros(extents.0 * extents.1),
+    };
+    let tiles = tiles(output, extents);
+    if work < SERIAL_WORK || tiles.len() == 1 {
+        let mut scratch = scratch();
+        tiles.into_iter().for_each(|tile| fill(terms, epilogue, tile, &mut scratch));
+    } else {
+        tiles.into_par_iter().for_each_init(scratch, |scratch, tile| fill(terms, epilogue, tile, scratch));
+    }
+}
+
+fn fill<S: Sum, T: Element, O: Element>(
+    terms: &[Term<'_, T>],
+    epilogue: &Epilogue<'_>,
+    tile: Tile<'_, O>,
+    scratch: &mut Scratch<S>,
+) {
+    let (rows, cols) = (tile.lines.len(), tile.lines[0].len());
+    let sums = &mut scratch.sums[..rows * cols];
+    sums.fill(S::from(0.0));
+    for Term { lhs, rhs } in terms {
+        let (depth, step) = (lhs.depth(), chain(lhs.depth()));
+        for from in (0..depth).step_by(step) {
+            let length = step.min(depth - from);
+            let lhs_strides = lhs.load((tile.row, from), (rows, length), &mut scratch.lhs);
+            let rhs_strides = rhs.load((tile.col, from), (cols, length), &mut scratch.rhs);
+            multiply_add(sums, (rows, cols, length), (&scratch.lhs, lhs_strides), (&scratch.rhs, rhs_strides));
+        }
+    }
+    let bias = epilogue.bias.map(|bias| &bias[tile.col..tile.col + cols]);
+    for (line, sums) in tile.lines.into_iter().zip(sums.chunks_exact_mut(cols)) {
+        if let Some(scale) = epilogue.scale {
+            sums.iter_mut().for_each(|sum| *sum *= S::from(scale));
+        }
+        if let Some(bias) = bias {
+            sums.iter_mut().zip(bias).for_each(|(sum, &bias)| *sum += S::from(bias));
+        }
+        if epilogue.accumulate {
+            sums.iter_mut().zip(line.iter()).for_each(|(sum, old)| *sum += S::from(old.to_f32()));
+        }
+        S::store(sums, line);
+    }
+}
+
+/// sums (rows × cols, contiguous) += lhs · rhsᵀ; strides are (outer, depth).
+fn multiply_add<S: Sum>(
+    sums: &mut [S],
+    (rows, cols, depth): (usize, usize, usize),
+    (lhs, lhs_strides): (&[S], (usize, usize)),
+    (rhs, rhs_strides): (&[S], (usize, usize)),
+) {
+    let last = |outer: usize, strides: (usize, usize)| (outer - 1) * strides.0 + (depth - 1) * strides.1;
+    assert!(rows > 0 && cols > 0 && depth > 0, "empty tile");
+    assert!(sums.len() == rows * cols && last(rows, lhs_strides) < lhs.len() && last(cols, rhs_strides) < rhs.len());
+    // SAFETY: by the assertions above every address the strides reach lies inside its slice; `sums` is borrowed
+    // exclusively and the slices cannot overlap it.
+    unsafe {
+        gemm::gemm(
+            rows,
+            cols,
+            depth,
+            sums.as_mut_ptr(),
+            1,
+            cols as isize,
+            true,
+            lhs.as_ptr(),
+            lhs_strides.1 as isize,
+            lhs_strides.0 as isize,
+            rhs.as_ptr(),
+            rhs_strides.0 as isize,
+            rhs_strides.1 as isize,
+            S::from(1.0),
+            S::from(1.0),
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+/// output (1 × N) = Σ over rows of `matrix` (+ old), summed in f64 and rounded once to f32 first.
+pub(super) fn column_sums<T: Element, O: Element>(
+    matrix: Matrix<'_, [T]>,
+    accumulate: bool,
+    output: MatrixMut<'_, [O]>,
+) {
+    let target = &mut output.data[output.offset..output.offset + output.cols];
+    target.par_chunks_mut(TILE).enumerate().for_each(|(block, target)| {
+        let mut sums = [0f64; TILE];
+        let mut line = [0f32; TILE];
+        let (sums, line) = (&mut sums[..target.len()], &mut line[..target.len()]);
+        for row in 0..matrix.rows {
+            let start = matrix.offset + row * matrix.row_stride + block * TILE;
+            widen(&matrix.data[start..start + line.len()], line);
+            sums.iter_mut().zip(line.iter()).for_each(|(sum, &value)| *sum += f64::from(value));
+        }
+        for (target, &sum) in target.iter_mut().zip(sums.iter()) {
+            let old = if accumulate { target.to_f32() } else { 0.0 };
+            *target = O::from_f32(sum as f32 + old);
+        }
+    });
+}

@@ -1,0 +1,164 @@
+//! Runs a case on a backend and holds every output to the oracle.
+
+use fused_lora::reference::{self, Expected, Inputs, Mat};
+use fused_lora::{Dtype, Element};
+
+use super::data::{Spec, Values};
+use super::{Backend, Host, HostBackward, HostForward, HostGradient};
+
+/// Forward of `spec` in `T`: within tolerance (or exact), nothing touched around the outputs.
+pub fn forward<T: Element>(backend: &impl Backend, spec: &Spec) {
+    let before = spec.forward::<T>();
+    let mut after = before.clone();
+    let context = format!("forward on {}, {:?}, {spec:?}", backend.name(), T::DTYPE);
+    backend.forward(&mut after).unwrap_or_else(|error| fail(&context, &error.to_string()));
+    if let Err(complaint) = judge_forward(&before, &after, spec.values) {
+        fail(&context, &complaint);
+    }
+}
+
+/// Backward of `spec` in `T`: within tolerance (or exact), nothing touched around the outputs.
+pub fn backward<T: Element>(backend: &impl Backend, spec: &Spec) {
+    let before = spec.backward::<T>();
+    let mut after = before.clone();
+    let context = format!("backward on {}, {:?}, {spec:?}", backend.name(), T::DTYPE);
+    backend.backward(&mut after).unwrap_or_else(|error| fail(&context, &error.to_string()));
+    if let Err(complaint) = judge_backward(&before, &after, spec.values) {
+        fail(&context, &complaint);
+    }
+}
+
+#[track_caller]
+#[allow(clippy::panic)] // how a test fails
+fn fail(context: &str, complaint: &str) -> ! {
+    panic!("{context}\n{complaint}")
+}
+
+/// What forward made of `before`, held to the oracle.
+pub fn judge_forward<T: Element>(
+    before: &HostForward<T>,
+    after: &HostForward<T>,
+    values: Values,
+) -> Result<(), String> {
+    let HostForward { x, w, a, b, scale, bias, h, y } = after;
+    let (m, n, k, r) = (x.rows, w.rows, w.cols, a.rows);
+    let inputs = Inputs {
+        x: x.to_mat(),
+        w: w.to_mat(),
+        a: a.to_mat(),
+        b: b.to_mat(),
+        bias: bias.as_ref().map(Host::to_mat),
+        dy: Mat::from_fn(m, n, |_, _| 0.0),
+        scale: f64::from(*scale),
+    };
+    let truth = reference::forward(&inputs);
+    let naive = reference::naive_forward::<T>(&inputs);
+    let magnitude = reference::forward(&inputs.magnitudes());
+    if let (Some(h), Some(h_before)) = (h, &before.h) {
+        let expected = expected::<T, T>(truth.0, naive.0, magnitude.0, k);
+        Judge { name: "h", before: h_before, after: h, accumulated: false, values }.judge(expected)?;
+    }
+    let expected = expected::<T, T>(truth.1, naive.1, magnitude.1, 2 * k + r + 2);
+    Judge { name: "y", before: &before.y, after: y, accumulated: false, values }.judge(expected)
+}
+
+/// What backward made of `before`, held to the oracle.
+pub fn judge_backward<T: Element>(
+    before: &HostBackward<T>,
+    after: &HostBackward<T>,
+    values: Values,
+) -> Result<(), String> {
+    let HostBackward { dy, w, a, b, scale, x, h, accumulate, .. } = before;
+    let (m, n, k, r) = (dy.rows, w.rows, w.cols, a.rows);
+    let optional =
+        |host: &Option<Host<T>>, cols| host.as_ref().map_or_else(|| Mat::from_fn(m, cols, |_, _| 0.0), Host::to_mat);
+    let inputs = Inputs {
+        x: optional(x, k),
+        w: w.to_mat(),
+        a: a.to_mat(),
+        b: b.to_mat(),
+        bias: None,
+        dy: dy.to_mat(),
+        scale: f64::from(*scale),
+    };
+    let h = optional(h, r);
+    let truth = reference::backward(&inputs, &h);
+    let naive = reference::naive_backward::<T>(&inputs, &h);
+    let magnitude = reference::backward(&inputs.magnitudes(), &h.map(f64::abs));
+    if let (Some(before), Some(after)) = (&before.dx, &after.dx) {
+        let expected = expected::<T, T>(truth.dx, naive.dx, magnitude.dx, 2 * n + r + 2);
+        Judge { name: "dx", before, after, accumulated: accumulate.dx, values }.judge(expected)?;
+    }
+    let gradients = [
+        ("da", &before.da, &after.da, accumulate.da, (truth.da, naive.da, magnitude.da, n + m)),
+        ("db", &before.db, &after.db, accumulate.db, (truth.db, naive.db, magnitude.db, m)),
+        ("dbias", &before.dbias, &after.dbias, accumulate.dbias, (truth.dbias, naive.dbias, magnitude.dbias, m)),
+    ];
+    for (name, before, after, accumulated, (truth, naive, magnitude, depth)) in gradients {
+        match (before, after) {
+            (Some(HostGradient::Storage(before)), Some(HostGradient::Storage(after))) => {
+                let naive = naive.map(|v| T::from_f64(v).to_f64());
+                let expected = expected::<T, T>(truth, naive, magnitude, depth);
+                Judge { name, before, after, accumulated, values }.judge(expected)?;
+            }
+            (Some(HostGradient::F32(before)), Some(HostGradient::F32(after))) => {
+                let expected = expected::<T, f32>(truth, naive, magnitude, depth);
+                Judge { name, before, after, accumulated, values }.judge(expected)?;
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn expected<T: Element, O: Element>(truth: Mat, naive: Mat, magnitude: Mat, depth: usize) -> Expected {
+    Expected { truth, naive, magnitude, depth, storage: T::DTYPE, output: O::DTYPE }
+}
+
+struct Judge<'a, O> {
+    name: &'static str,
+    before: &'a Host<O>,
+    after: &'a Host<O>,
+    accumulated: bool,
+    values: Values,
+}
+
+impl<O: Element> Judge<'_, O> {
+    fn judge(&self, mut expected: Expected) -> Result<(), String> {
+        let Self { name, before, after, accumulated, values } = *self;
+        if let Some(at) = (0..after.data.len()).find(|&at| !after.is_element(at) && after.data[at] != before.data[at]) {
+            return Err(format!("{name}: position {at} outside the matrix was written ({:?})", after.data[at]));
+        }
+        if accumulated {
+            let old = before.to_mat();
+            expected.naive = expected.naive.plus(&old).map(|v| O::from_f64(v).to_f64());
+            expected.magnitude = expected.magnitude.plus(&old.map(f64::abs));
+            expected.truth = expected.truth.plus(&old);
+            expected.depth += 1;
+        }
+        let out = after.to_mat();
+        if values == Values::Integers {
+            let exact = expected.truth.map(|v| O::from_f64(v).to_f64());
+            if let Some(at) = (0..out.data.len()).find(|&at| out.data[at] != exact.data[at]) {
+                return Err(format!("{name}: element {at} is {}, expected exactly {}", out.data[at], exact.data[at]));
+            }
+            return Ok(());
+        }
+        reference::check(&out, &expected).map_err(|complaint| format!("{name}: {complaint}"))
+    }
+}
+
+/// In integer cases the middle must be exact in the storage type, or "exact" would not be what is asked of the rest.
+pub fn middle_is_exact(spec: &Spec, dtype: Dtype) -> bool {
+    let limit = match dtype {
+        Dtype::Bf16 => 256.0,
+        Dtype::F16 => 2048.0,
+        Dtype::F32 => 16_777_216.0,
+    };
+    let op = spec.forward::<f32>();
+    let h = op.x.to_mat().times(&op.a.to_mat().transposed());
+    let op = spec.backward::<f32>();
+    let dh = op.dy.to_mat().times(&op.b.to_mat());
+    // Scaled by a power of two: exactness is that of the unscaled integer.
+    h.data.iter().chain(&dh.data).all(|v| v.abs() <= limit)
+}

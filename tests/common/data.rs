@@ -1,0 +1,227 @@
+//! Seeded test data: which shapes, how they lie in memory, what they hold.
+
+use fused_lora::{Accumulate, Element};
+
+use super::{Host, HostBackward, HostForward, HostGradient};
+
+/// SplitMix64: every test names its seed and repeats exactly.
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in [−1, 1).
+    pub fn unit(&mut self) -> f64 {
+        (self.bits() >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+    }
+
+    /// Uniform among −limit … limit.
+    pub fn integer(&mut self, limit: i64) -> f64 {
+        (self.bits() % (2 * limit as u64 + 1)) as f64 - limit as f64
+    }
+}
+
+/// How every matrix of an operation lies in its buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placement {
+    /// Rows start at multiples of 16 bytes: the fast path of every kernel.
+    Aligned,
+    /// Rows follow each other directly, whatever their length.
+    Contiguous,
+    /// An aligned window of a wider matrix.
+    Strided,
+    /// Nothing is aligned beyond the element.
+    Unaligned,
+}
+
+impl Placement {
+    pub const ALL: [Self; 4] = [Self::Aligned, Self::Contiguous, Self::Strided, Self::Unaligned];
+
+    fn offset_and_stride(self, cols: usize) -> (usize, usize) {
+        match self {
+            Self::Aligned => (0, cols.next_multiple_of(8)),
+            Self::Contiguous => (0, cols),
+            Self::Strided => (64, cols.next_multiple_of(8) + 24),
+            Self::Unaligned => (3, cols + 5),
+        }
+    }
+}
+
+/// What the matrices hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Values {
+    /// Random reals of a layer's usual sizes.
+    Random,
+    /// Small integers: every sum is exact, so every result must be the rounded exact one.
+    Integers,
+}
+
+/// One case of a test.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Spec {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub r: usize,
+    pub placement: Placement,
+    pub values: Values,
+    pub scale: f32,
+    pub bias: bool,
+    /// Forward writes h to a buffer of the caller.
+    pub keep_h: bool,
+    /// Backward adds to what its outputs hold.
+    pub accumulate: bool,
+    /// da, db and dbias are f32, not the storage type.
+    pub f32_gradients: bool,
+    /// Which of dx, da, db, dbias backward computes.
+    pub outputs: [bool; 4],
+    pub seed: u64,
+}
+
+impl Spec {
+    /// Every output, random values, contiguous.
+    pub fn new(m: usize, n: usize, k: usize, r: usize) -> Self {
+        Self {
+            m,
+            n,
+            k,
+            r,
+            placement: Placement::Contiguous,
+            values: Values::Random,
+            scale: 1.75,
+            bias: true,
+            keep_h: true,
+            accumulate: false,
+            f32_gradients: true,
+            outputs: [true; 4],
+            seed: (m * 31 + n * 37 + k * 41 + r * 43) as u64,
+        }
+    }
+
+    /// Small integers and a scale that keeps them exact.
+    #[must_use]
+    pub fn integers(self) -> Self {
+        Self { values: Values::Integers, scale: 2.0, ..self }
+    }
+
+    /// The inputs of forward, with h and y poisoned.
+    pub fn forward<T: Element>(&self) -> HostForward<T> {
+        let Self { m, n, k, r, .. } = *self;
+        let mut fill = Fill { spec: self, rng: Rng(self.seed) };
+        HostForward {
+            x: fill.input(m, k, 1.0, 2),
+            w: fill.input(n, k, 1.7 / (k as f64).sqrt(), 2),
+            a: fill.input(r, k, 1.7 / (k as f64).sqrt(), 1),
+            b: fill.input(n, r, 0.8 / (r.max(1) as f64).sqrt(), 1),
+            scale: self.scale,
+            bias: self.bias.then(|| fill.input(1, n, 0.5, 9)),
+            h: self.keep_h.then(|| fill.output(m, r)),
+            y: fill.output(m, n),
+        }
+    }
+
+    /// The inputs of backward, with its outputs poisoned, or holding values where they accumulate.
+    pub fn backward<T: Element>(&self) -> HostBackward<T> {
+        let Self { m, n, k, r, outputs: [dx, da, db, dbias], .. } = *self;
+        let mut fill = Fill { spec: self, rng: Rng(!self.seed) };
+        HostBackward {
+            dy: fill.input(m, n, 1.0, 2),
+            w: fill.input(n, k, 1.7 / (k as f64).sqrt(), 2),
+            a: fill.input(r, k, 1.7 / (k as f64).sqrt(), 1),
+            b: fill.input(n, r, 0.8 / (r.max(1) as f64).sqrt(), 1),
+            scale: self.scale,
+            x: da.then(|| fill.input(m, k, 1.0, 2)),
+            h: db.then(|| fill.input(m, r, 1.0, 8)),
+            dx: dx.then(|| fill.output(m, k)),
+            da: da.then(|| fill.gradient(r, k)),
+            db: db.then(|| fill.gradient(n, r)),
+            dbias: dbias.then(|| fill.gradient(1, n)),
+            accumulate: Accumulate {
+                dx: self.accumulate && dx,
+                da: self.accumulate && da,
+                db: self.accumulate && db,
+                dbias: self.accumulate && dbias,
+            },
+        }
+    }
+}
+
+struct Fill<'a> {
+    spec: &'a Spec,
+    rng: Rng,
+}
+
+impl Fill<'_> {
+    fn place<T: Element>(&self, rows: usize, cols: usize, around: T) -> Host<T> {
+        let (offset, row_stride) = self.spec.placement.offset_and_stride(cols);
+        let end = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + cols };
+        let tail = if self.spec.placement == Placement::Contiguous { 0 } else { 9 };
+        Host { rows, cols, offset, row_stride, data: vec![around; offset + end + tail] }
+    }
+
+    fn values<T: Element>(&mut self, mut host: Host<T>, size: f64, limit: i64) -> Host<T> {
+        for row in 0..host.rows {
+            for col in 0..host.cols {
+                let at = host.index(row, col);
+                host.data[at] = T::from_f64(match self.spec.values {
+                    Values::Random => self.rng.unit() * size,
+                    Values::Integers => self.rng.integer(limit),
+                });
+            }
+        }
+        host
+    }
+
+    /// NaN around the matrix: a read outside it shows in the result.
+    fn input<T: Element>(&mut self, rows: usize, cols: usize, size: f64, limit: i64) -> Host<T> {
+        let host = self.place(rows, cols, T::from_f32(f32::NAN));
+        self.values(host, size, limit)
+    }
+
+    /// A number no result has, everywhere: what is not written shows, and so does a write outside.
+    fn output<T: Element>(&mut self, rows: usize, cols: usize) -> Host<T> {
+        let host = self.place(rows, cols, T::from_f32(POISON));
+        if self.spec.accumulate { self.values(host, 1.0, 9) } else { host }
+    }
+
+    fn gradient<T: Element>(&mut self, rows: usize, cols: usize) -> HostGradient<T> {
+        if self.spec.f32_gradients {
+            HostGradient::F32(self.output(rows, cols))
+        } else {
+            HostGradient::Storage(self.output(rows, cols))
+        }
+    }
+}
+
+/// Exact in every type, and far from every result.
+pub const POISON: f32 = -31744.0;
+
+/// Sizes at and around the edges of tiles.
+pub const EDGES: [usize; 9] = [1, 7, 63, 64, 65, 127, 128, 129, 200];
+/// Ranks: none, one, odd, tile and beyond.
+pub const RANKS: [usize; 8] = [0, 1, 4, 8, 13, 16, 64, 200];
+
+/// Nine (M, N, K) in which every edge appears once in each place, times every rank; placement, bias, accumulation and
+/// the types of the gradients take turns so that every pair of them occurs.
+pub fn shape_table() -> Vec<Spec> {
+    let mut table = Vec::new();
+    for (i, &m) in EDGES.iter().enumerate() {
+        for (j, &r) in RANKS.iter().enumerate() {
+            let turn = i * RANKS.len() + i + j;
+            table.push(Spec {
+                placement: Placement::ALL[turn % 4],
+                bias: (turn / 4).is_multiple_of(2),
+                accumulate: (turn / 2).is_multiple_of(2),
+                f32_gradients: !turn.is_multiple_of(3),
+                keep_h: !turn.is_multiple_of(5),
+                ..Spec::new(m, EDGES[(i * 2 + 1) % 9], EDGES[(i * 5 + 3) % 9], r)
+            });
+        }
+    }
+    table
+}

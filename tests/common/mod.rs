@@ -1,0 +1,141 @@
+//! What the tests of every backend share: operations over host buffers, the backends, seeded data and the checks.
+//!
+//! A test body is written once against [`Backend`] and run with [`Cpu`] or any other implementation:
+//! `check::forward(&backend, &Spec { … })` makes the data, runs it and holds every output to the oracle.
+#![allow(dead_code)] // each test binary uses its part
+
+pub mod check;
+pub mod data;
+
+use fused_lora::{Accumulate, Element, Gradient, Matrix, MatrixMut, Result, cpu};
+
+/// A strided matrix in a buffer of its own, with something before it, between its rows and after it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Host<T> {
+    pub rows: usize,
+    pub cols: usize,
+    pub offset: usize,
+    pub row_stride: usize,
+    pub data: Vec<T>,
+}
+
+impl<T: Element> Host<T> {
+    pub fn view(&self) -> Matrix<'_, [T]> {
+        Matrix::new(&self.data[..], self.rows, self.cols).with_offset(self.offset).with_row_stride(self.row_stride)
+    }
+
+    pub fn view_mut(&mut self) -> MatrixMut<'_, [T]> {
+        let Self { rows, cols, offset, row_stride, .. } = *self;
+        MatrixMut::new(&mut self.data[..], rows, cols).with_offset(offset).with_row_stride(row_stride)
+    }
+
+    /// Position of element (row, col) in `data`.
+    pub fn index(&self, row: usize, col: usize) -> usize {
+        self.offset + row * self.row_stride + col
+    }
+
+    /// Whether `data[at]` belongs to the matrix (and not to what surrounds it).
+    pub fn is_element(&self, at: usize) -> bool {
+        let from = at.wrapping_sub(self.offset);
+        at >= self.offset && from / self.row_stride.max(1) < self.rows && from % self.row_stride.max(1) < self.cols
+    }
+
+    pub fn to_mat(&self) -> fused_lora::reference::Mat {
+        fused_lora::reference::Mat::from_fn(self.rows, self.cols, |i, j| self.data[self.index(i, j)].to_f64())
+    }
+}
+
+/// da, db or dbias in host memory.
+#[derive(Clone, Debug, PartialEq)]
+pub enum HostGradient<T> {
+    Storage(Host<T>),
+    F32(Host<f32>),
+}
+
+impl<T: Element> HostGradient<T> {
+    fn view_mut(&mut self) -> Gradient<'_, [T], [f32]> {
+        match self {
+            Self::Storage(host) => Gradient::Storage(host.view_mut()),
+            Self::F32(host) => Gradient::F32(host.view_mut()),
+        }
+    }
+}
+
+/// Forward over host buffers; `h` and `y` are written in place.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostForward<T> {
+    pub x: Host<T>,
+    pub w: Host<T>,
+    pub a: Host<T>,
+    pub b: Host<T>,
+    pub scale: f32,
+    pub bias: Option<Host<T>>,
+    pub h: Option<Host<T>>,
+    pub y: Host<T>,
+}
+
+/// Backward over host buffers; `dx`, `da`, `db` and `dbias` are written in place.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostBackward<T> {
+    pub dy: Host<T>,
+    pub w: Host<T>,
+    pub a: Host<T>,
+    pub b: Host<T>,
+    pub scale: f32,
+    pub x: Option<Host<T>>,
+    pub h: Option<Host<T>>,
+    pub dx: Option<Host<T>>,
+    pub da: Option<HostGradient<T>>,
+    pub db: Option<HostGradient<T>>,
+    pub dbias: Option<HostGradient<T>>,
+    pub accumulate: Accumulate,
+}
+
+/// Something that runs both operations on buffers it finds in host memory: uploads every buffer whole, runs, and brings
+/// the written ones back whole, so that the checks see what happened around the matrices too.
+pub trait Backend {
+    fn name(&self) -> String;
+    fn forward<T: Element>(&self, op: &mut HostForward<T>) -> Result<()>;
+    fn backward<T: Element>(&self, op: &mut HostBackward<T>) -> Result<()>;
+}
+
+/// The CPU backend.
+pub struct Cpu;
+
+impl Backend for Cpu {
+    fn name(&self) -> String {
+        "cpu".into()
+    }
+
+    fn forward<T: Element>(&self, op: &mut HostForward<T>) -> Result<()> {
+        let HostForward { x, w, a, b, scale, bias, h, y } = op;
+        cpu::forward(cpu::Forward {
+            x: x.view(),
+            w: w.view(),
+            a: a.view(),
+            b: b.view(),
+            scale: *scale,
+            bias: bias.as_ref().map(Host::view),
+            h: h.as_mut().map(Host::view_mut),
+            y: y.view_mut(),
+        })
+    }
+
+    fn backward<T: Element>(&self, op: &mut HostBackward<T>) -> Result<()> {
+        let HostBackward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate } = op;
+        cpu::backward(cpu::Backward {
+            dy: dy.view(),
+            w: w.view(),
+            a: a.view(),
+            b: b.view(),
+            scale: *scale,
+            x: x.as_ref().map(Host::view),
+            h: h.as_ref().map(Host::view),
+            dx: dx.as_mut().map(Host::view_mut),
+            da: da.as_mut().map(HostGradient::view_mut),
+            db: db.as_mut().map(HostGradient::view_mut),
+            dbias: dbias.as_mut().map(HostGradient::view_mut),
+            accumulate: *accumulate,
+        })
+    }
+}
