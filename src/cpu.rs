@@ -119,12 +119,12 @@ fn middle<T: Element>(scratch: &mut Vec<T>, shape: LoraShape) -> Result<MatrixMu
     Ok(MatrixMut::new(scratch.as_mut_slice(), shape.m, shape.r))
 }
 
-fn reborrow<'a, T>(matrix: &'a mut MatrixMut<'_, [T]>) -> MatrixMut<'a, [T]> {
+pub(crate) fn reborrow<'a, T>(matrix: &'a mut MatrixMut<'_, [T]>) -> MatrixMut<'a, [T]> {
     let MatrixMut { ref mut data, offset, rows, cols, row_stride } = *matrix;
     MatrixMut { data, offset, rows, cols, row_stride }
 }
 
-fn shared<'a, T>(matrix: &'a MatrixMut<'_, [T]>) -> Matrix<'a, [T]> {
+pub(crate) fn shared<'a, T>(matrix: &'a MatrixMut<'_, [T]>) -> Matrix<'a, [T]> {
     let MatrixMut { ref data, offset, rows, cols, row_stride } = *matrix;
     Matrix { data, offset, rows, cols, row_stride }
 }
@@ -141,7 +141,7 @@ fn fits<T>(arg: &'static str, matrix: Matrix<'_, [T]>) -> Result<()> {
     check_length(arg, data.len(), offset, (rows, cols, row_stride))
 }
 
-fn check_forward<T: Element>(op: &Forward<'_, T>) -> Result<LoraShape> {
+pub(crate) fn check_forward<T: Element>(op: &Forward<'_, T>) -> Result<LoraShape> {
     let Forward { x, w, a, b, scale, bias, ref h, ref y } = *op;
     let (h, y) = (h.as_ref().map(shared), shared(y));
     let shape = raw::Forward {
@@ -161,7 +161,7 @@ fn check_forward<T: Element>(op: &Forward<'_, T>) -> Result<LoraShape> {
     judge(shape, named.into_iter().try_for_each(|(arg, matrix)| matrix.map_or(Ok(()), |matrix| fits(arg, matrix))))
 }
 
-fn check_backward<T: Element>(op: &Backward<'_, T>) -> Result<LoraShape> {
+pub(crate) fn check_backward<T: Element>(op: &Backward<'_, T>) -> Result<LoraShape> {
     let Backward { dy, w, a, b, scale, x, h, ref dx, ref da, ref db, ref dbias, accumulate } = *op;
     let dx = dx.as_ref().map(shared);
     let gradient = |gradient: &Option<Gradient<'_, [T], [f32]>>| match gradient {

@@ -49,10 +49,34 @@ pub trait Element: Copy + Send + Sync + Default + PartialEq + std::fmt::Debug + 
 }
 
 mod sealed {
-    pub trait Sealed {}
-    impl Sealed for half::f16 {}
-    impl Sealed for half::bf16 {}
-    impl Sealed for f32 {}
+    /// Bytes in memory, little-endian as on the GPU.
+    pub trait Sealed: Sized {
+        fn append_bytes(self, out: &mut Vec<u8>);
+        /// From the first bytes of `bytes`, which holds at least one element.
+        fn from_bytes(bytes: &[u8]) -> Self;
+    }
+
+    macro_rules! sealed {
+        ($($ty:ty: $first:pat => $bytes:expr;)*) => {
+            $(impl Sealed for $ty {
+                fn append_bytes(self, out: &mut Vec<u8>) {
+                    out.extend(self.to_le_bytes());
+                }
+                fn from_bytes(bytes: &[u8]) -> Self {
+                    match *bytes {
+                        $first => <$ty>::from_le_bytes($bytes),
+                        _ => Self::default(),
+                    }
+                }
+            })*
+        };
+    }
+
+    sealed! {
+        half::f16: [a, b, ..] => [a, b];
+        half::bf16: [a, b, ..] => [a, b];
+        f32: [a, b, c, d, ..] => [a, b, c, d];
+    }
 }
 
 impl Element for f16 {

@@ -1,1 +1,290 @@
+//! The emulator backend: the launches that a GPU would get, executed on a CPU model of the PTX ISA. For tests.
+//!
+//! Operands are slices, as for [`cpu`](crate::cpu). Each is copied into simulated memory of exactly its size in which only
+//! the matrix's elements are initialised, so that a read of anything else, a write outside an output, an output element
+//! that is never written and a workspace that is not left clean are errors, beside all that the emulator itself finds.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+pub use ptx_emulator::{Counters, Options, Timing};
+use ptx_emulator::{Memory, MemoryError, Module};
+
+use crate::error::{Error, Result};
+use crate::kernels::Image;
+use crate::plan::{Device, Launch, Plan, SYNC_BYTES};
+use crate::{Dtype, Element, Gradient, Matrix, MatrixMut, cpu, raw};
+
+/// A simulated GPU.
+#[derive(Clone, Debug)]
+pub struct Emulator {
+    device: Device,
+    options: Options,
+    modules: Vec<(&'static str, Arc<Module>)>,
+    replays: u32,
+}
+
+/// What a run did and how it was planned.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// The plan that was executed.
+    pub plan: Plan,
+    /// What the kernel did.
+    pub counters: Counters,
+}
+
+fn report(text: impl std::fmt::Display) -> Error {
+    Error::Emulator { report: text.to_string() }
+}
+
+fn memory_error(error: MemoryError) -> Error {
+    report(error)
+}
+
+impl Emulator {
+    /// A GPU with the limits of `device`; below sm_80 the kernels' compute_75 PTX runs, else their compute_80 PTX.
+    pub fn new(device: Device) -> Emulator {
+        let threads_per_sm = match device.arch {
+            75 => 1024,
+            80 | 90 | 100 | 103 => 2048,
+            _ => 1536,
+        };
+        let simulated = ptx_emulator::Device {
+            sms: device.sms,
+            shared_per_sm: device.shared_per_sm,
+            shared_per_cta: device.shared_per_block,
+            threads_per_sm,
+            ctas_per_sm: 16,
+        };
+        Emulator {
+            device,
+            options: Options { device: simulated, ..Options::default() },
+            modules: Vec::new(),
+            replays: 0,
+        }
+    }
+
+    /// Another order of events: every random choice of the emulator follows from the seed.
+    #[must_use]
+    pub fn with_seed(mut self, seed: u64) -> Emulator {
+        self.options.seed = seed;
+        self
+    }
+
+    /// When asynchronous copies land.
+    #[must_use]
+    pub fn with_copies(mut self, copies: Timing) -> Emulator {
+        self.options.copies = copies;
+        self
+    }
+
+    /// Other PTX for the image of this name: how tests run altered kernels.
+    #[must_use]
+    pub fn with_module(mut self, image: &'static str, module: Arc<Module>) -> Emulator {
+        self.modules.push((image, module));
+        self
+    }
+
+    /// Every operation is launched this many times more on the same memory and workspace, as by replays of a CUDA graph.
+    /// Outputs that accumulate do so each time.
+    #[must_use]
+    pub fn with_replays(mut self, replays: u32) -> Emulator {
+        self.replays = replays;
+        self
+    }
+
+    /// The device that is planned for.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Executes a launch on simulated memory.
+    ///
+    /// # Errors
+    /// [`Error::UnsupportedArch`] when this build has no PTX for the device; [`Error::Emulator`] with the report of the
+    /// first rule that was broken.
+    pub fn run(&self, memory: &mut Memory, launch: &Launch) -> Result<Counters> {
+        let module = self.module(launch.image)?;
+        let params = launch.params.to_bytes();
+        let launch = ptx_emulator::Launch {
+            kernel: launch.kernel,
+            grid: launch.grid,
+            cluster: launch.cluster,
+            block: launch.block,
+            shared_bytes: launch.shared_bytes,
+            params: &params,
+        };
+        module.launch(memory, &launch, &self.options).map_err(report)
+    }
+
+    /// The parsed PTX of an image; parsing takes longer than a small kernel runs, so each is kept.
+    fn module(&self, image: &'static str) -> Result<Arc<Module>> {
+        if let Some((_, module)) = self.modules.iter().rev().find(|(name, _)| *name == image) {
+            return Ok(Arc::clone(module));
+        }
+        static MODULES: Mutex<Option<HashMap<(&str, u32), Arc<Module>>>> = Mutex::new(None);
+        let arch = self.device.arch;
+        let ptx = Image::find(image).and_then(|image| {
+            image.ptx.iter().filter(|(virtual_arch, _)| *virtual_arch <= arch).max_by_key(|ptx| ptx.0)
+        });
+        let Some(&(virtual_arch, text)) = ptx else {
+            return Err(Error::UnsupportedArch { got: arch, built: format!("no PTX of `{image}` for it") });
+        };
+        let mut modules = MODULES.lock().unwrap_or_else(PoisonError::into_inner);
+        let modules = modules.get_or_insert_default();
+        if let Some(module) = modules.get(&(image, virtual_arch)) {
+            return Ok(Arc::clone(module));
+        }
+        let module = Arc::new(Module::parse(text).map_err(report)?);
+        modules.insert((image, virtual_arch), Arc::clone(&module));
+        Ok(module)
+    }
+
+    /// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ.
+    ///
+    /// # Errors
+    /// As [`cpu::forward`], what [`Plan::forward`] finds, and [`Error::Emulator`].
+    pub fn forward<T: Element>(&self, op: cpu::Forward<'_, T>) -> Result<Run> {
+        cpu::check_forward(&op)?;
+        let cpu::Forward { x, w, a, b, scale, bias, mut h, mut y } = op;
+        let mut memory = Memory::new();
+        let uploaded = raw::Forward {
+            dtype: T::DTYPE,
+            x: upload(&mut memory, "x", x, true)?,
+            w: upload(&mut memory, "w", w, true)?,
+            a: upload(&mut memory, "a", a, true)?,
+            b: upload(&mut memory, "b", b, true)?,
+            scale,
+            bias: bias.map(|bias| upload(&mut memory, "bias", bias, true)).transpose()?,
+            h: h.as_ref().map(|h| upload(&mut memory, "h", cpu::shared(h), false)).transpose()?,
+            y: upload(&mut memory, "y", cpu::shared(&y), false)?,
+        };
+        let plan = Plan::forward(&uploaded, &self.device)?;
+        let counters = self.execute(&mut memory, &plan)?;
+        if let (Some(h), Some(from)) = (&mut h, uploaded.h) {
+            download(&memory, "h", from, h)?;
+        }
+        download(&memory, "y", uploaded.y, &mut y)?;
+        Ok(Run { plan, counters })
+    }
+
+    /// dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B; only the outputs that are present.
+    ///
+    /// # Errors
+    /// As [`cpu::backward`], what [`Plan::backward`] finds, and [`Error::Emulator`].
+    pub fn backward<T: Element>(&self, op: cpu::Backward<'_, T>) -> Result<Run> {
+        cpu::check_backward(&op)?;
+        let cpu::Backward { dy, w, a, b, scale, x, h, mut dx, mut da, mut db, mut dbias, accumulate } = op;
+        let mut memory = Memory::new();
+        let gradient = |memory: &mut Memory, name, gradient: &Option<Gradient<'_, [T], [f32]>>, keeps| {
+            Ok(match gradient {
+                Some(Gradient::Storage(m)) => {
+                    let matrix = upload(memory, name, cpu::shared(m), keeps)?;
+                    Some(raw::Gradient { matrix, f32: T::DTYPE == Dtype::F32 })
+                }
+                Some(Gradient::F32(m)) => {
+                    Some(raw::Gradient { matrix: upload(memory, name, cpu::shared(m), keeps)?, f32: true })
+                }
+                None => None,
+            })
+        };
+        let uploaded = raw::Backward {
+            dtype: T::DTYPE,
+            dy: upload(&mut memory, "dy", dy, true)?,
+            w: upload(&mut memory, "w", w, true)?,
+            a: upload(&mut memory, "a", a, true)?,
+            b: upload(&mut memory, "b", b, true)?,
+            scale,
+            x: x.map(|x| upload(&mut memory, "x", x, true)).transpose()?,
+            h: h.map(|h| upload(&mut memory, "h", h, true)).transpose()?,
+            dx: dx.as_ref().map(|dx| upload(&mut memory, "dx", cpu::shared(dx), accumulate.dx)).transpose()?,
+            da: gradient(&mut memory, "da", &da, accumulate.da)?,
+            db: gradient(&mut memory, "db", &db, accumulate.db)?,
+            dbias: gradient(&mut memory, "dbias", &dbias, accumulate.dbias)?,
+            accumulate,
+        };
+        let plan = Plan::backward(&uploaded, &self.device)?;
+        let counters = self.execute(&mut memory, &plan)?;
+        if let (Some(dx), Some(from)) = (&mut dx, uploaded.dx) {
+            download(&memory, "dx", from, dx)?;
+        }
+        for (name, target, from) in
+            [("da", &mut da, uploaded.da), ("db", &mut db, uploaded.db), ("dbias", &mut dbias, uploaded.dbias)]
+        {
+            match (target, from) {
+                (Some(Gradient::Storage(target)), Some(from)) => download(&memory, name, from.matrix, target)?,
+                (Some(Gradient::F32(target)), Some(from)) => download(&memory, name, from.matrix, target)?,
+                _ => {}
+            }
+        }
+        Ok(Run { plan, counters })
+    }
+
+    /// Runs a plan on a workspace of exactly its size, of which only the synchronisation words are initialised; each launch
+    /// must leave them zero.
+    fn execute(&self, memory: &mut Memory, plan: &Plan) -> Result<Counters> {
+        let bytes = plan.workspace_bytes();
+        let workspace = memory.alloc("workspace", bytes);
+        memory.write(workspace, &[0; SYNC_BYTES]).map_err(memory_error)?;
+        let launch = plan.launch(workspace, bytes)?;
+        let mut counters = Counters::default();
+        for _ in 0..=self.replays {
+            counters = self.run(memory, &launch)?;
+            let words = memory.read(workspace, SYNC_BYTES).map_err(memory_error)?;
+            if let Some(at) = words.iter().position(|&byte| byte != 0) {
+                return Err(report(format!("synchronisation word {} is not zero after the launch", at / 4)));
+            }
+            memory.poison(workspace + SYNC_BYTES as u64, bytes - SYNC_BYTES).map_err(memory_error)?;
+        }
+        Ok(counters)
+    }
+}
+
+fn row_bytes<T: Element>(matrix: Matrix<'_, [T]>, row: usize) -> Vec<u8> {
+    let start = matrix.offset + row * matrix.row_stride;
+    let mut bytes = Vec::with_capacity(matrix.cols * T::DTYPE.size());
+    matrix.data[start..start + matrix.cols].iter().for_each(|element| element.append_bytes(&mut bytes));
+    bytes
+}
+
+/// An allocation of the slice's size, with the matrix's elements written where `initialised`.
+fn upload<T: Element>(
+    memory: &mut Memory,
+    name: &str,
+    matrix: Matrix<'_, [T]>,
+    initialised: bool,
+) -> Result<raw::Matrix> {
+    let Matrix { data, offset, rows, cols, row_stride } = matrix;
+    let size = T::DTYPE.size();
+    let base = memory.alloc(name, data.len() * size);
+    let ptr = base + (offset * size) as u64;
+    if initialised && cols != 0 {
+        for row in 0..rows {
+            memory.write(ptr + (row * row_stride * size) as u64, &row_bytes(matrix, row)).map_err(memory_error)?;
+        }
+    }
+    Ok(raw::Matrix { ptr, rows, cols, row_stride })
+}
+
+/// Copies every element back; each must have been written, and nothing around them.
+fn download<T: Element>(memory: &Memory, name: &str, from: raw::Matrix, target: &mut MatrixMut<'_, [T]>) -> Result<()> {
+    let MatrixMut { ref mut data, offset, rows, cols, row_stride } = *target;
+    if rows == 0 || cols == 0 {
+        return Ok(());
+    }
+    let size = T::DTYPE.size();
+    let base = from.ptr - (offset * size) as u64;
+    let written = memory.written(base, data.len() * size).map_err(memory_error)?;
+    let inside = |at: usize| at.checked_sub(offset).is_some_and(|at| at / row_stride < rows && at % row_stride < cols);
+    if let Some(at) = (0..data.len()).find(|&at| !inside(at) && written[at * size..(at + 1) * size].contains(&true)) {
+        return Err(report(format!("element {at} of the buffer of {name}, which is not the matrix's, was written")));
+    }
+    for row in 0..rows {
+        let start = row * row_stride;
+        let bytes = memory.read(from.ptr + (start * size) as u64, cols * size).map_err(memory_error)?;
+        for (element, bytes) in data[offset + start..][..cols].iter_mut().zip(bytes.chunks_exact(size)) {
+            *element = T::from_bytes(bytes);
+        }
+    }
+    Ok(())
+}

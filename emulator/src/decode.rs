@@ -5,7 +5,7 @@ mod operands;
 use crate::isa::*;
 use crate::parse::{Function, Operand, Source, Statement};
 use crate::report::ParseError;
-pub(crate) use operands::Names;
+pub(crate) use operands::{LOCAL_BASE, Names, SHARED_BASE};
 
 type Result<T> = std::result::Result<T, ParseError>;
 
@@ -181,7 +181,14 @@ impl Decoder<'_> {
             (Ternary::MadWide, _) => Ty::U(32),
             _ => ty,
         };
-        Ok(Some(Op::Ternary { op, ty, d: self.dst(d)?, a: self.src(a, ty)?, b: self.src(b, ty)?, c: self.src(c, c_ty)? }))
+        Ok(Some(Op::Ternary {
+            op,
+            ty,
+            d: self.dst(d)?,
+            a: self.src(a, ty)?,
+            b: self.src(b, ty)?,
+            c: self.src(c, c_ty)?,
+        }))
     }
 
     /// PTX ISA, "Integer Arithmetic", "Logic and Shift", "Data Movement: mov", "Comparison and Selection".
@@ -448,8 +455,8 @@ impl Decoder<'_> {
                 "nc" if load => {}
                 "ca" | "cg" | "cs" | "lu" | "cv" if load => {}
                 "wb" | "wt" | "cg" | "cs" if !load => {}
-                "L1::evict_normal" | "L1::evict_first" | "L1::evict_last" | "L1::no_allocate" | "L2::64B" | "L2::128B"
-                | "L2::256B" => {}
+                "L1::evict_normal" | "L1::evict_first" | "L1::evict_last" | "L1::no_allocate" | "L2::64B"
+                | "L2::128B" | "L2::256B" => {}
                 "v2" => count = 2,
                 "v4" => count = 4,
                 other => match (space(other), scalar(other)) {
@@ -479,7 +486,8 @@ impl Decoder<'_> {
             single if count == 1 => vec![self.dst(single)?],
             _ => return self.unsupported(),
         };
-        Ok(Some(Op::Ld { space, ty, d, addr: self.address(addr)?, sem }))
+        let to = self.register_bits(&self.statement.operands[0]);
+        Ok(Some(Op::Ld { space, ty, to, d, addr: self.address(addr)?, sem }))
     }
 
     fn store(&self, words: &[&str]) -> Result<Option<Op>> {
@@ -532,7 +540,16 @@ impl Decoder<'_> {
         }
         let (d, rest) = if returns { (self.dst(&operands[0])?, &operands[1..]) } else { (None, &operands[..]) };
         let c = if op == Atomic::Cas { self.src(&rest[2], ty)? } else { Src::Imm(0) };
-        Ok(Some(Op::Atom { space: in_space, op, ty, d, addr: self.address(&rest[0])?, b: self.src(&rest[1], ty)?, c, sem }))
+        Ok(Some(Op::Atom {
+            space: in_space,
+            op,
+            ty,
+            d,
+            addr: self.address(&rest[0])?,
+            b: self.src(&rest[1], ty)?,
+            c,
+            sem,
+        }))
     }
 
     fn cp_async(&self, cg: bool) -> Result<Option<Op>> {
@@ -560,8 +577,11 @@ impl Decoder<'_> {
             ["ret"] | ["exit"] | ["ret", "uni"] => Op::Exit,
             ["trap"] => Op::Trap,
             ["nanosleep", "u32"] => Op::Nanosleep,
-            ["bar" | "barrier", "sync"] | ["bar", "cta", "sync"] | ["barrier", "sync", "aligned"]
-            | ["barrier", "cta", "sync"] | ["barrier", "cta", "sync", "aligned"] => self.bar(false)?,
+            ["bar" | "barrier", "sync"]
+            | ["bar", "cta", "sync"]
+            | ["barrier", "sync", "aligned"]
+            | ["barrier", "cta", "sync"]
+            | ["barrier", "cta", "sync", "aligned"] => self.bar(false)?,
             ["bar" | "barrier", "arrive"] | ["barrier", "arrive", "aligned"] => self.bar(true)?,
             ["bar", "warp", "sync"] => {
                 let [mask] = self.operands()?;

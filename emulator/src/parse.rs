@@ -40,8 +40,6 @@ pub(crate) struct Variable {
     pub bytes: u32,
     /// `.extern .shared name[]`: the launch decides its size.
     pub dynamic: bool,
-    /// Initial bytes of `.global` and `.const` variables.
-    pub init: Vec<u8>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -82,7 +80,6 @@ pub(crate) struct Location {
 pub(crate) struct Source {
     pub functions: Vec<Function>,
     pub shared: Vec<Variable>,
-    pub global: Vec<Variable>,
     pub files: HashMap<u32, String>,
     pub locations: Vec<Location>,
     pub target: String,
@@ -204,7 +201,11 @@ impl Parser {
     }
 
     fn expect(&mut self, text: &str) -> Result<(), ParseError> {
-        if self.accept(text) { Ok(()) } else { error(self.line(), format!("expected `{text}`, found `{}`", self.peek())) }
+        if self.accept(text) {
+            Ok(())
+        } else {
+            error(self.line(), format!("expected `{text}`, found `{}`", self.peek()))
+        }
     }
 
     fn number(&mut self) -> Result<u64, ParseError> {
@@ -273,11 +274,8 @@ impl Parser {
                 let variable = self.variable(dynamic)?;
                 self.source.shared.push(variable);
             }
-            ".global" | ".const" => {
-                let variable = self.variable(false)?;
-                self.source.global.push(variable);
-            }
-            ".pragma" => self.skip_to(";")?,
+            // Variables of a module are not implemented; an instruction that names one says so.
+            ".global" | ".const" | ".pragma" => self.skip_to(";")?,
             _ => return error(line, format!("`{word}` is not implemented at module level")),
         }
         Ok(())
@@ -318,10 +316,6 @@ impl Parser {
             }
             self.expect("]")?;
         }
-        let mut init = Vec::new();
-        if self.accept("=") {
-            self.initialiser(element, &mut init)?;
-        }
         self.expect(";")?;
         let align = align.unwrap_or(element);
         if !align.is_power_of_two() || align > 1 << 12 {
@@ -331,19 +325,7 @@ impl Parser {
         if open && !dynamic {
             return error(line, format!("`{name}` has no size"));
         }
-        Ok(Variable { name, align, bytes: if open { 0 } else { bytes }, dynamic: dynamic && open, init })
-    }
-
-    fn initialiser(&mut self, element: u32, out: &mut Vec<u8>) -> Result<(), ParseError> {
-        if self.accept("{") {
-            while !self.accept("}") {
-                self.initialiser(element, out)?;
-                self.accept(",");
-            }
-        } else {
-            out.extend_from_slice(&self.number()?.to_le_bytes()[..element as usize]);
-        }
-        Ok(())
+        Ok(Variable { name, align, bytes: if open { 0 } else { bytes }, dynamic: dynamic && open })
     }
 
     fn function(&mut self) -> Result<(), ParseError> {
@@ -398,11 +380,7 @@ impl Parser {
         Ok(())
     }
 
-    fn body_item(
-        &mut self,
-        function: &mut Function,
-        scopes: &mut Vec<Scope>,
-    ) -> Result<(), ParseError> {
+    fn body_item(&mut self, function: &mut Function, scopes: &mut Vec<Scope>) -> Result<(), ParseError> {
         let line = self.line();
         let word = self.next()?;
         match word.as_str() {
@@ -431,7 +409,9 @@ impl Parser {
                     return error(line, format!("label `{word}` is defined twice"));
                 }
             }
-            _ if word.starts_with('.') => return error(line, format!("`{word}` is not implemented in a kernel's body")),
+            _ if word.starts_with('.') => {
+                return error(line, format!("`{word}` is not implemented in a kernel's body"));
+            }
             _ => {
                 self.at -= 1;
                 let statement = self.statement(scopes)?;
@@ -516,9 +496,8 @@ impl Parser {
 
     fn statement(&mut self, scopes: &[Scope]) -> Result<Statement, ParseError> {
         let (start, line) = (self.at, self.line());
-        let resolve = |name: String| {
-            scopes.iter().rev().find_map(|scope| scope.names.get(&name).cloned()).unwrap_or(name)
-        };
+        let resolve =
+            |name: String| scopes.iter().rev().find_map(|scope| scope.names.get(&name).cloned()).unwrap_or(name);
         let mut guard = None;
         if self.accept("@") {
             let negated = self.accept("!");

@@ -35,11 +35,15 @@ fn registers(op: &mut Op, visit: &mut impl FnMut(Role, &mut u16)) {
             dst(d, visit);
         }
         Op::Ternary { d, a, b, c, .. } => {
-            [a, b, c].map(|s| src(s, visit));
+            for s in [a, b, c] {
+                src(s, visit);
+            }
             dst(d, visit);
         }
         Op::Bfi { d, a, b, pos, len, .. } => {
-            [a, b, pos, len].map(|s| src(s, visit));
+            for s in [a, b, pos, len] {
+                src(s, visit);
+            }
             dst(d, visit);
         }
         Op::Pack { d, parts, .. } => {
@@ -86,7 +90,9 @@ fn registers(op: &mut Op, visit: &mut impl FnMut(Role, &mut u16)) {
             a.iter_mut().for_each(|a| src(a, visit));
         }
         Op::Atom { d, addr, b, c, .. } => {
-            [&mut addr.base, b, c].map(|s| src(s, visit));
+            for s in [&mut addr.base, b, c] {
+                src(s, visit);
+            }
             dst(d, visit);
         }
         Op::CpAsync { dst, src: from, valid, .. } => {
@@ -108,7 +114,9 @@ fn registers(op: &mut Op, visit: &mut impl FnMut(Role, &mut u16)) {
         }
         Op::WarpSync { mask } => src(mask, visit),
         Op::Shfl { d, p, a, b, c, mask, .. } => {
-            [a, b, c, mask].map(|s| src(s, visit));
+            for s in [a, b, c, mask] {
+                src(s, visit);
+            }
             dst(d, visit);
             if let Some(p) = p {
                 visit(Role::DefPred, p);
@@ -199,7 +207,7 @@ fn blocks(code: &mut [Instruction], data: usize, total: usize) -> Vec<Block> {
         };
         for instruction in &mut code[start..end] {
             let guarded = instruction.guard.is_some();
-            let mut read = |block: &mut Block, bit: usize| {
+            let read = |block: &mut Block, bit: usize| {
                 if !block.killed.contains(bit) {
                     block.used.insert(bit);
                 }

@@ -1,19 +1,21 @@
 //! Data races by happens-before.
 //!
-//! Every agent (a warp, or the queue of asynchronous copies of a warp) has a clock; a warp's vector clock says up to which
-//! moment of each agent it is ordered. Each four bytes of memory remember up to three accesses: an access races with a
-//! remembered one of another agent that it overlaps, that is not ordered before it, when one of the two writes.
+//! Each four bytes of memory remember up to three accesses: an access races with a remembered one of another agent that it
+//! overlaps, that is not ordered before it (see `clock`), when one of the two writes.
+
+use crate::clock::Clock;
 
 /// An access as memory remembers it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Access {
+    pub cta: u32,
+    /// Agent within the CTA.
     pub agent: u16,
     /// Bits 0-3: bytes of the cell; `WRITE`; `ATOMIC`; 0 in an empty slot.
     pub kind: u8,
     pub clock: u32,
-    /// Index of the instruction, and where the CTA of the agent was at that time.
+    /// Index of the instruction.
     pub pc: u32,
-    pub cta: u32,
 }
 
 pub(crate) const WRITE: u8 = 16;
@@ -33,12 +35,12 @@ impl Shadow {
     }
 
     /// Checks and records an access to `[offset, offset + bytes)` of memory that is `size` bytes long.
-    /// `before(agent)` is the accessor's vector clock. Returns the access it races with.
+    /// `before` is the accessor's clock. The error is the access that this one races with.
     pub fn access(
         &mut self,
         (offset, bytes, size): (usize, usize, usize),
         access: Access,
-        before: &[u32],
+        before: &Clock,
         random: &mut u64,
     ) -> Result<(), Access> {
         if self.cells.is_empty() {
@@ -56,14 +58,14 @@ impl Shadow {
     }
 }
 
-fn touch(slots: &mut [Access; SLOTS], access: Access, before: &[u32], random: &mut u64) -> Result<(), Access> {
+fn touch(slots: &mut [Access; SLOTS], access: Access, before: &Clock, random: &mut u64) -> Result<(), Access> {
     let mut place = None;
     for (index, slot) in slots.iter().enumerate() {
         if slot.kind == 0 {
             place.get_or_insert(index);
             continue;
         }
-        let same_agent = slot.agent == access.agent;
+        let same_agent = slot.agent == access.agent && slot.cta == access.cta;
         if same_agent && slot.kind == access.kind {
             place = Some(index);
             if slot.clock == access.clock {
@@ -75,7 +77,7 @@ fn touch(slots: &mut [Access; SLOTS], access: Access, before: &[u32], random: &m
         if slot.kind & access.kind & BYTES == 0 {
             continue;
         }
-        let ordered = same_agent || before.get(slot.agent as usize).is_some_and(|&clock| clock >= slot.clock);
+        let ordered = same_agent || before.covers(slot);
         let harmless = (slot.kind | access.kind) & WRITE == 0 || slot.kind & access.kind & ATOMIC != 0;
         if !ordered && !harmless {
             return Err(*slot);

@@ -6,6 +6,8 @@
 
 pub mod check;
 pub mod data;
+#[cfg(all(feature = "emulator", feature = "cuda"))]
+pub mod emulated;
 
 use fused_lora::{Accumulate, Element, Gradient, Matrix, MatrixMut, Result, cpu};
 
@@ -74,6 +76,23 @@ pub struct HostForward<T> {
     pub y: Host<T>,
 }
 
+impl<T: Element> HostForward<T> {
+    /// As the backends that compute on slices take it.
+    pub fn views(&mut self) -> cpu::Forward<'_, T> {
+        let Self { x, w, a, b, scale, bias, h, y } = self;
+        cpu::Forward {
+            x: x.view(),
+            w: w.view(),
+            a: a.view(),
+            b: b.view(),
+            scale: *scale,
+            bias: bias.as_ref().map(Host::view),
+            h: h.as_mut().map(Host::view_mut),
+            y: y.view_mut(),
+        }
+    }
+}
+
 /// Backward over host buffers; `dx`, `da`, `db` and `dbias` are written in place.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostBackward<T> {
@@ -89,6 +108,27 @@ pub struct HostBackward<T> {
     pub db: Option<HostGradient<T>>,
     pub dbias: Option<HostGradient<T>>,
     pub accumulate: Accumulate,
+}
+
+impl<T: Element> HostBackward<T> {
+    /// As the backends that compute on slices take it.
+    pub fn views(&mut self) -> cpu::Backward<'_, T> {
+        let Self { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate } = self;
+        cpu::Backward {
+            dy: dy.view(),
+            w: w.view(),
+            a: a.view(),
+            b: b.view(),
+            scale: *scale,
+            x: x.as_ref().map(Host::view),
+            h: h.as_ref().map(Host::view),
+            dx: dx.as_mut().map(Host::view_mut),
+            da: da.as_mut().map(HostGradient::view_mut),
+            db: db.as_mut().map(HostGradient::view_mut),
+            dbias: dbias.as_mut().map(HostGradient::view_mut),
+            accumulate: *accumulate,
+        }
+    }
 }
 
 /// Something that runs both operations on buffers it finds in host memory: uploads every buffer whole, runs, and brings
@@ -108,34 +148,10 @@ impl Backend for Cpu {
     }
 
     fn forward<T: Element>(&self, op: &mut HostForward<T>) -> Result<()> {
-        let HostForward { x, w, a, b, scale, bias, h, y } = op;
-        cpu::forward(cpu::Forward {
-            x: x.view(),
-            w: w.view(),
-            a: a.view(),
-            b: b.view(),
-            scale: *scale,
-            bias: bias.as_ref().map(Host::view),
-            h: h.as_mut().map(Host::view_mut),
-            y: y.view_mut(),
-        })
+        cpu::forward(op.views())
     }
 
     fn backward<T: Element>(&self, op: &mut HostBackward<T>) -> Result<()> {
-        let HostBackward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate } = op;
-        cpu::backward(cpu::Backward {
-            dy: dy.view(),
-            w: w.view(),
-            a: a.view(),
-            b: b.view(),
-            scale: *scale,
-            x: x.as_ref().map(Host::view),
-            h: h.as_ref().map(Host::view),
-            dx: dx.as_mut().map(Host::view_mut),
-            da: da.as_mut().map(HostGradient::view_mut),
-            db: db.as_mut().map(HostGradient::view_mut),
-            dbias: dbias.as_mut().map(HostGradient::view_mut),
-            accumulate: *accumulate,
-        })
+        cpu::backward(op.views())
     }
 }

@@ -7,13 +7,19 @@ use crate::isa::*;
 use crate::parse::{Function, Operand, RegType, Source};
 use crate::report::ParseError;
 
+/// First address of shared memory: what lies below is the system's, so that a null pointer is out of bounds.
+pub(crate) const SHARED_BASE: u32 = 1024;
+/// First address of a thread's local memory.
+pub(crate) const LOCAL_BASE: u32 = 16;
+
 /// What the names in a kernel stand for.
 #[derive(Debug)]
 pub(crate) struct Names {
     registers: HashMap<String, (RegType, u16)>,
     variables: HashMap<String, u64>,
     labels: HashMap<String, u32>,
-    /// Bytes of statically sized shared variables; dynamic shared memory begins at the next multiple of `dynamic_align`.
+    /// Address past the statically sized shared variables; dynamic shared memory begins at the next multiple of
+    /// `dynamic_align`.
     pub shared_bytes: u32,
     pub dynamic_align: u32,
     pub local_bytes: u32,
@@ -36,9 +42,9 @@ impl Names {
             registers: HashMap::new(),
             variables: HashMap::new(),
             labels: HashMap::new(),
-            shared_bytes: 0,
+            shared_bytes: SHARED_BASE,
             dynamic_align: 1,
-            local_bytes: 0,
+            local_bytes: LOCAL_BASE,
             param_bytes: 0,
             virtual_registers: 0,
             virtual_predicates: 0,
@@ -115,9 +121,8 @@ impl Decoder<'_> {
     pub(super) fn operands<const N: usize>(&self) -> Result<[&Operand; N]> {
         let all: Vec<&Operand> = self.statement.operands.iter().collect();
         let found = all.len();
-        all.try_into().or_else(|_| {
-            self.fail(format!("`{}` has {found} operands, {N} are implemented", self.statement.text))
-        })
+        all.try_into()
+            .or_else(|_| self.fail(format!("`{}` has {found} operands, {N} are implemented", self.statement.text)))
     }
 
     fn register(&self, name: &str) -> Result<(RegType, u16)> {
@@ -150,6 +155,18 @@ impl Decoder<'_> {
                 _ => self.fail(format!("`{name}` is a predicate, in `{}`", self.statement.text)),
             },
             _ => self.unsupported(),
+        }
+    }
+
+    /// Bits of the (first) register of a destination; 64 for the sink.
+    pub(super) fn register_bits(&self, operand: &Operand) -> u8 {
+        match operand {
+            Operand::Vector(parts) => parts.iter().map(|part| self.register_bits(part)).min().unwrap_or(64),
+            Operand::Name(name) => match self.names.registers.get(name) {
+                Some((RegType::Bits(bytes), _)) => bytes * 8,
+                _ => 64,
+            },
+            _ => 64,
         }
     }
 

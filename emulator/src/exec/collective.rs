@@ -1,0 +1,122 @@
+//! Instructions that all lanes of a warp execute together.
+
+use super::{Context, Cta, Fault, Outcome};
+use crate::alu::{self, Lanes};
+use crate::isa::{Address, Dst, Pred, Shuffle, Src, Ty, Vote};
+use crate::report::Rule;
+
+impl Cta {
+    /// PTX ISA, "ldmatrix": lane 8 j + i gives the address of row i of matrix j; of each row, lane 4 i + t receives the
+    /// elements 2t and 2t + 1, or with `.trans` those of column i.
+    pub(super) fn ldmatrix(
+        &mut self,
+        context: &mut Context<'_>,
+        warp: usize,
+        pc: u32,
+        trans: bool,
+        (d, address): (&[Dst], Address),
+    ) -> Outcome<()> {
+        let addresses = self.warps[warp].addresses(context, self, address);
+        let (access, clock) = self.warp_access(warp, pc, 0);
+        for (matrix, d) in d.iter().enumerate() {
+            let mut rows = [[0u16; 8]; 8];
+            for (row, elements) in rows.iter_mut().enumerate() {
+                let lane = matrix * 8 + row;
+                let at = addresses[lane] & 0xffff_ffff;
+                if !at.is_multiple_of(16) {
+                    let message = format!("row of ldmatrix at {at:#x}, expected a multiple of 16");
+                    return Err(Fault::new(Rule::Misaligned, message).lane(lane as u32));
+                }
+                let data =
+                    self.read_shared(context, at, 16, access, &clock).map_err(|fault| fault.lane(lane as u32))?;
+                for (element, bytes) in elements.iter_mut().zip(data.as_chunks::<2>().0) {
+                    *element = u16::from_le_bytes(*bytes);
+                }
+            }
+            context.counters.shared_loaded += 128;
+            let Some(d) = d else { continue };
+            let register = &mut self.warps[warp].registers[*d as usize];
+            for (lane, value) in register.iter_mut().enumerate() {
+                let (g, t) = (lane / 4, lane % 4 * 2);
+                let (low, high) = if trans { (rows[t][g], rows[t + 1][g]) } else { (rows[g][t], rows[g][t + 1]) };
+                *value = u64::from(low) | u64::from(high) << 16;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn mma(
+        &mut self,
+        context: &mut Context<'_>,
+        warp: usize,
+        (k, ab): (u8, Ty),
+        (d, a, b, c): (&[Dst; 4], &[Src], &[Src], &[Src; 4]),
+    ) {
+        context.counters.mma += 1;
+        let state = &self.warps[warp];
+        let read = |sources: &[Src]| -> Vec<Lanes> { sources.iter().map(|s| state.read(context, self, *s)).collect() };
+        let (a, b, c) = (read(a), read(b), read(c));
+        let (a, b): (Vec<&Lanes>, Vec<&Lanes>) = (a.iter().collect(), b.iter().collect());
+        let sums = alu::mma(k, ab, &a, &b, [&c[0], &c[1], &c[2], &c[3]]);
+        for (d, sum) in d.iter().zip(&sums) {
+            self.warps[warp].put(*d, u32::MAX, sum);
+        }
+    }
+
+    /// PTX ISA, "shfl.sync". Reading a lane that does not take part is undefined: an error here.
+    pub(super) fn shuffle(
+        &mut self,
+        context: &Context<'_>,
+        warp: usize,
+        mask: u32,
+        mode: Shuffle,
+        (d, p, a, b, c): (Dst, Option<u16>, Src, Src, Src),
+    ) -> Outcome<()> {
+        let state = &self.warps[warp];
+        let [a, b, c] = [a, b, c].map(|source| state.read(context, self, source));
+        let (mut out, mut inside) = ([0; 32], 0u32);
+        for lane in 0..32u64 {
+            if mask >> lane & 1 == 0 {
+                continue;
+            }
+            let (by, clamp, segment) = (b[lane as usize] & 31, c[lane as usize] & 31, c[lane as usize] >> 8 & 31);
+            let first = lane & segment;
+            let last = first | (clamp & !segment);
+            let (from, valid) = match mode {
+                Shuffle::Up => (lane.wrapping_sub(by), lane as i64 - by as i64 >= last as i64),
+                Shuffle::Down => (lane + by, lane + by <= last),
+                Shuffle::Bfly => (lane ^ by, lane ^ by <= last),
+                Shuffle::Idx => (first | (by & !segment), first | (by & !segment) <= last),
+            };
+            let from = if valid { from } else { lane };
+            if mask >> from & 1 == 0 {
+                let message = format!("shfl reads lane {from}, which does not take part");
+                return Err(Fault::new(Rule::Diverged, message).lane(lane as u32));
+            }
+            out[lane as usize] = a[from as usize];
+            inside |= u32::from(valid) << lane;
+        }
+        let state = &mut self.warps[warp];
+        state.put(d, mask, &out);
+        if let Some(p) = p {
+            state.put_predicate(p, mask, inside);
+        }
+        Ok(())
+    }
+
+    /// PTX ISA, "vote.sync": over the lanes that take part.
+    pub(super) fn vote(&mut self, warp: usize, mask: u32, mode: Vote, (d, p, a): (Dst, Option<u16>, Pred)) {
+        let state = &mut self.warps[warp];
+        let votes = state.predicate(a) & mask;
+        state.put(d, mask, &[u64::from(votes); 32]);
+        let holds = match mode {
+            Vote::All => votes == mask,
+            Vote::Any => votes != 0,
+            Vote::Uni => votes == mask || votes == 0,
+            Vote::Ballot => false,
+        };
+        if let Some(p) = p {
+            state.put_predicate(p, mask, if holds { u32::MAX } else { 0 });
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! `cp.async`: copies that land some time between being issued and being waited for.
+//!
+//! PTX ISA, "Data Movement and Conversion Instructions: cp.async". A warp's copies are an agent of their own; their epochs
+//! count commits and waits, so that a wait orders exactly the copies it waited for.
+
+use std::rc::Rc;
+
+use super::{Clock, Context, Cta, Fault, Outcome};
+use crate::isa::{Address, Src};
+use crate::launch::Timing;
+use crate::report::Rule;
+use crate::shadow::WRITE;
+
+#[derive(Debug)]
+struct Copy {
+    lane: u8,
+    /// Number of the lane's group it belongs to.
+    group: u32,
+    epoch: u32,
+    pc: u32,
+    /// Address in shared memory.
+    to: u32,
+    from: u64,
+    bytes: u8,
+    /// Bytes that are copied; zeros follow.
+    valid: u8,
+    issued: Rc<Clock>,
+    landed: bool,
+}
+
+/// The asynchronous copies of a warp.
+#[derive(Debug, Default)]
+pub(super) struct Copies {
+    queue: Vec<Copy>,
+    /// Groups each lane has committed.
+    groups: [u32; 32],
+    epoch: u32,
+}
+
+impl Copies {
+    pub fn of_lanes(&self, mask: u32) -> usize {
+        self.queue.iter().filter(|copy| mask >> copy.lane & 1 != 0).count()
+    }
+
+    pub fn commit(&mut self, mask: u32) {
+        (0..32).filter(|lane| mask >> lane & 1 != 0).for_each(|lane| self.groups[lane] += 1);
+        self.epoch += 1;
+    }
+}
+
+impl Cta {
+    pub(super) fn issue_copies(
+        &mut self,
+        context: &mut Context<'_>,
+        warp: usize,
+        (pc, mask): (u32, u32),
+        bytes: u8,
+        (to, from, valid): (Address, Address, Option<Src>),
+    ) -> Outcome<()> {
+        let state = &self.warps[warp];
+        let to = state.addresses(context, self, to);
+        let from = state.addresses(context, self, from);
+        let valid = valid.map(|valid| state.read(context, self, valid));
+        for lane in (0..32u32).filter(|lane| mask >> lane & 1 != 0) {
+            let at = lane as usize;
+            let valid = valid.as_ref().map_or(u64::from(bytes), |valid| valid[at] & 0xffff_ffff);
+            if valid > u64::from(bytes) {
+                let message = format!("cp.async copies {valid} of {bytes} bytes");
+                return Err(Fault::new(Rule::Trap, message).lane(lane));
+            }
+            for (what, address) in [("to", to[at]), ("from", from[at])] {
+                if !address.is_multiple_of(u64::from(bytes)) {
+                    let message = format!("cp.async of {bytes} bytes {what} {address:#x}");
+                    return Err(Fault::new(Rule::Misaligned, message).lane(lane));
+                }
+            }
+            let eager = match context.options.copies {
+                Timing::Eager => true,
+                Timing::Lazy => false,
+                Timing::Mixed => context.random(2) == 0,
+            };
+            let warp_state = &mut self.warps[warp];
+            let copies = &mut warp_state.copies;
+            let copy = Copy {
+                lane: lane as u8,
+                group: copies.groups[at],
+                epoch: copies.epoch + 1,
+                pc,
+                to: to[at] as u32,
+                from: from[at],
+                bytes,
+                valid: valid as u8,
+                issued: Rc::clone(&warp_state.clock),
+                landed: false,
+            };
+            copies.queue.push(copy);
+            let last = copies.queue.len() - 1;
+            if eager {
+                self.land(context, warp, last)?;
+            }
+        }
+        // What the warp does after this must not count as ordered before the copies.
+        self.warps[warp].next_epoch();
+        Ok(())
+    }
+
+    /// Waits until at most `pending` of each lane's groups are in flight; `None`: for everything, committed or not.
+    pub(super) fn wait_copies(
+        &mut self,
+        context: &mut Context<'_>,
+        warp: usize,
+        mask: u32,
+        pending: Option<u32>,
+    ) -> Outcome<()> {
+        let groups = self.warps[warp].copies.groups;
+        let is_waited_for = |copy: &Copy| {
+            let committed = groups[copy.lane as usize];
+            let complete = pending.is_none_or(|pending| copy.group < committed.saturating_sub(pending));
+            mask >> copy.lane & 1 != 0 && complete
+        };
+        for at in 0..self.warps[warp].copies.queue.len() {
+            let copy = &self.warps[warp].copies.queue[at];
+            if !copy.landed && is_waited_for(copy) {
+                self.land(context, warp, at)?;
+            }
+        }
+        self.warps[warp].copies.queue.retain(|copy| !is_waited_for(copy));
+        let state = &mut self.warps[warp];
+        let copies = &mut state.copies;
+        copies.epoch += 1;
+        let known = copies.queue.iter().map(|copy| copy.epoch - 1).min().unwrap_or(copies.epoch);
+        let agent = 2 * state.id as u16 + 1;
+        Rc::make_mut(&mut state.clock).set_epoch(agent, known);
+        Ok(())
+    }
+
+    /// Lets one of the warp's copies land, if there is one under way.
+    pub(super) fn land_one(&mut self, context: &mut Context<'_>, warp: usize) -> Outcome<()> {
+        let count = self.warps[warp].copies.queue.len();
+        if count == 0 {
+            return Ok(());
+        }
+        let start = context.random(count);
+        let next = (0..count).map(|i| (start + i) % count).find(|&at| !self.warps[warp].copies.queue[at].landed);
+        next.map_or(Ok(()), |at| self.land(context, warp, at))
+    }
+
+    fn land(&mut self, context: &mut Context<'_>, warp: usize, at: usize) -> Outcome<()> {
+        let agent = 2 * self.warps[warp].id as u16 + 1;
+        let copy = &mut self.warps[warp].copies.queue[at];
+        copy.landed = true;
+        let &mut Copy { lane, epoch, pc, to, from, bytes, valid, .. } = copy;
+        let issued = Rc::clone(&copy.issued);
+        let place = |fault: Fault| Fault { pc: Some(pc), ..fault }.lane(u32::from(lane));
+        let mut data = [0u8; 16];
+        let access = self.access_of(agent, epoch, pc, 0);
+        if valid != 0 {
+            let valid = usize::from(valid);
+            let found = context.read_global(from, valid, access, &issued).map_err(place)?;
+            data[..valid].copy_from_slice(&found[..valid]);
+            context.counters.global_loaded += valid as u64;
+        }
+        context.counters.shared_stored += u64::from(bytes);
+        context.idle = 0;
+        let access = self.access_of(agent, epoch, pc, WRITE);
+        self.write_shared(context, u64::from(to), &data[..usize::from(bytes)], access, &issued).map_err(place)
+    }
+}

@@ -1,0 +1,164 @@
+//! What orders memory: barriers of a CTA, flags in memory, fences.
+
+use std::rc::Rc;
+
+use super::{Clock, Context, Cta, Fault, Outcome};
+use crate::isa::{Order, Scope, Semantics};
+use crate::report::Rule;
+
+/// A barrier of a CTA: who has arrived in this phase.
+#[derive(Debug, Default)]
+pub(super) struct Barrier {
+    pub arrived: u32,
+    /// Threads expected; `None` while the phase has not begun, `Some(None)` for all of the CTA.
+    pub expected: Option<Option<u32>>,
+    waiting: Vec<usize>,
+    clock: Option<Clock>,
+}
+
+/// A word through which warps synchronise, with what its last releases published.
+#[derive(Debug)]
+pub(super) struct Flag {
+    clock: Clock,
+    /// Released at CTA scope: of use within that CTA only.
+    within: Option<u32>,
+}
+
+impl Cta {
+    /// Threads that take part in a barrier without a count: those of warps that have not exited.
+    pub(super) fn live_threads(&self) -> u32 {
+        32 * self.warps.iter().filter(|warp| warp.live != 0).count() as u32
+    }
+
+    /// Arrives with a whole warp; `true` when the warp must wait.
+    pub(super) fn arrive(
+        &mut self,
+        context: &mut Context<'_>,
+        warp: usize,
+        id: u64,
+        count: Option<u64>,
+        waits: bool,
+    ) -> Outcome<bool> {
+        let misuse = |message: String| Err(Fault::new(Rule::BarrierMisuse, message));
+        let Some(barrier) = self.barriers.get_mut(id as usize) else {
+            return misuse(format!("barrier {id}, expected 0 to 15"));
+        };
+        if let Some(count) = count
+            && (count == 0 || !count.is_multiple_of(32) || count > 1024)
+        {
+            return misuse(format!("barrier {id} for {count} threads, expected a multiple of 32 up to 1024"));
+        }
+        let count = count.map(|count| count as u32);
+        match barrier.expected {
+            Some(expected) if expected != count => {
+                let words = |count: Option<u32>| count.map_or("all threads".to_owned(), |n| format!("{n} threads"));
+                return misuse(format!("barrier {id} for {}, while others wait for {}", words(count), words(expected)));
+            }
+            _ => barrier.expected = Some(count),
+        }
+        barrier.arrived += 32;
+        let clock = &mut self.warps[warp].clock;
+        match &mut barrier.clock {
+            Some(joined) => joined.join(clock),
+            None => barrier.clock = Some((**clock).clone()),
+        }
+        self.warps[warp].next_epoch();
+        if waits {
+            barrier.waiting.push(warp);
+            self.warps[warp].blocked = Some(id as u32);
+        }
+        self.release_barrier(context, id as usize)?;
+        let blocked = self.warps[warp].blocked.is_some();
+        if !blocked {
+            // It never stopped: only the others are woken.
+            context.woken.retain(|&other| other != warp);
+        }
+        Ok(blocked)
+    }
+
+    /// Ends the phase of a barrier that all have reached.
+    pub(super) fn release_barrier(&mut self, context: &mut Context<'_>, id: usize) -> Outcome<()> {
+        let all = self.live_threads();
+        let barrier = &mut self.barriers[id];
+        let Some(expected) = barrier.expected else { return Ok(()) };
+        let expected = expected.unwrap_or(all);
+        if barrier.arrived < expected {
+            return Ok(());
+        }
+        if barrier.arrived > expected {
+            let message = format!("{} threads arrived at barrier {id}, expected {expected}", barrier.arrived);
+            return Err(Fault::new(Rule::BarrierMisuse, message));
+        }
+        let Barrier { waiting, clock, .. } = std::mem::take(barrier);
+        for warp in waiting {
+            let state = &mut self.warps[warp];
+            if let Some(clock) = &clock {
+                Rc::make_mut(&mut state.clock).join(clock);
+            }
+            state.blocked = None;
+            state.resume();
+            context.woken.push(warp);
+        }
+        context.idle = 0;
+        Ok(())
+    }
+
+    /// What a load, or the read of an atomic, learns from the word at `address`.
+    pub(super) fn acquire(&mut self, context: &Context<'_>, warp: usize, address: u64, sem: Semantics) {
+        let Some(flag) = context.flags.get(&address) else { return };
+        let same_cta = flag.clock.cta() == self.serial;
+        if flag.within.is_some_and(|cta| cta != self.serial) || (sem.scope == Scope::Cta && !same_cta) {
+            return;
+        }
+        let warp = &mut self.warps[warp];
+        if matches!(sem.order, Order::Acquire | Order::AcqRel) {
+            Rc::make_mut(&mut warp.clock).join(&flag.clock);
+        } else {
+            match &mut warp.pending {
+                Some(pending) => pending.join(&flag.clock),
+                None => warp.pending = Some(flag.clock.clone()),
+            }
+        }
+    }
+
+    /// What a store, or the write of an atomic, publishes through the word at `address`. An atomic continues what earlier
+    /// releases published; a store begins anew.
+    pub(super) fn release(&self, context: &mut Context<'_>, warp: usize, address: u64, sem: Semantics, atomic: bool) {
+        let warp = &self.warps[warp];
+        let published = match (sem.order, &warp.fenced) {
+            (Order::Release | Order::AcqRel, _) => Some((&warp.clock, sem.scope)),
+            (_, Some((clock, scope))) => Some((clock, *scope)),
+            _ => None,
+        };
+        let Some((clock, scope)) = published else {
+            if !atomic {
+                context.flags.remove(&address);
+            }
+            return;
+        };
+        let within = (scope == Scope::Cta).then_some(self.serial);
+        match context.flags.get_mut(&address) {
+            Some(flag) if atomic => {
+                flag.clock.join(clock);
+                flag.within = flag.within.or(within);
+            }
+            _ => {
+                context.flags.insert(address, Flag { clock: (**clock).clone(), within });
+            }
+        }
+    }
+
+    /// Orders what relaxed reads have seen before what follows, and what went before relaxed writes to come.
+    pub(super) fn fence(&mut self, warp: usize, scope: Scope) {
+        let serial = self.serial;
+        let warp = &mut self.warps[warp];
+        if let Some(pending) = &warp.pending
+            && (scope == Scope::Gpu || pending.cta() == serial)
+        {
+            Rc::make_mut(&mut warp.clock).join(pending);
+            warp.pending = None;
+        }
+        warp.fenced = Some((Rc::clone(&warp.clock), scope));
+        warp.next_epoch();
+    }
+}

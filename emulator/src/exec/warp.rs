@@ -1,0 +1,499 @@
+//! One warp: its registers, how its lanes diverge and meet again, and what each instruction does.
+
+use std::fmt::Write;
+use std::rc::Rc;
+
+use super::access::convert_address;
+use super::copy::Copies;
+use super::{Clock, Context, Cta, Fault, Outcome};
+use crate::alu::{self, Lanes};
+use crate::decode::LOCAL_BASE;
+use crate::isa::{Address, Compare, Dst, Instruction, Logic, Op, Pred, Special, Src};
+use crate::report::Rule;
+
+/// Longest run of instructions before another warp gets a turn.
+const LONGEST_TURN: usize = 256;
+
+/// Lanes of a warp that are at the same instruction.
+#[derive(Clone, Copy, Debug)]
+struct Split {
+    pc: u32,
+    mask: u32,
+    /// At a collective instruction that the other lanes have not reached.
+    parked: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Warp {
+    pub id: u32,
+    /// Lanes that have not exited.
+    pub live: u32,
+    splits: Vec<Split>,
+    /// The barrier the warp waits for.
+    pub blocked: Option<u32>,
+    pub registers: Vec<Lanes>,
+    predicates: Vec<u32>,
+    pub clock: Rc<Clock>,
+    /// What relaxed reads have seen since the last fence.
+    pub pending: Option<Clock>,
+    /// What went before the last fence, and its scope.
+    pub fenced: Option<(Rc<Clock>, crate::isa::Scope)>,
+    pub copies: Copies,
+    pub local: Vec<u8>,
+}
+
+/// How a turn ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stop {
+    Runnable,
+    Blocked,
+    Done,
+}
+
+/// Where lanes go after an instruction.
+enum Flow {
+    Next,
+    /// To the target with these lanes, on with the others.
+    Branch(u32),
+    Exit,
+    /// On, but let others run first.
+    Yield,
+    /// On, once the barrier lets go.
+    Block,
+}
+
+impl Warp {
+    pub fn new(context: &Context<'_>, cta: u32, id: u32, agents: usize) -> Warp {
+        let kernel = context.kernel;
+        let lanes = (context.threads - id * 32).min(32);
+        let live = u32::MAX >> (32 - lanes);
+        let mut clock = Clock::new(cta, agents);
+        clock.set_epoch(2 * id as u16, 1);
+        Warp {
+            id,
+            live,
+            splits: vec![Split { pc: 0, mask: live, parked: false }],
+            blocked: None,
+            registers: vec![[0; 32]; kernel.registers as usize],
+            predicates: vec![0; kernel.predicates as usize],
+            clock: Rc::new(clock),
+            pending: None,
+            fenced: None,
+            copies: Copies::default(),
+            local: vec![0; 32 * (kernel.local_end - LOCAL_BASE) as usize],
+        }
+    }
+
+    /// Begins an epoch: what follows is not covered by what was published before.
+    pub fn next_epoch(&mut self) {
+        let agent = 2 * self.id as u16;
+        let clock = Rc::make_mut(&mut self.clock);
+        clock.set_epoch(agent, clock.epoch(agent) + 1);
+    }
+
+    pub fn resume(&mut self) {
+        self.splits.iter_mut().for_each(|split| split.parked = false);
+    }
+
+    pub fn put(&mut self, d: Dst, mask: u32, values: &Lanes) {
+        let Some(d) = d else { return };
+        let register = &mut self.registers[d as usize];
+        if mask == u32::MAX {
+            *register = *values;
+            return;
+        }
+        for (lane, (target, value)) in register.iter_mut().zip(values).enumerate() {
+            if mask >> lane & 1 != 0 {
+                *target = *value;
+            }
+        }
+    }
+
+    pub fn predicate(&self, p: Pred) -> u32 {
+        let value = self.predicates[p.slot as usize];
+        if p.negated { !value } else { value }
+    }
+
+    pub fn put_predicate(&mut self, p: u16, mask: u32, value: u32) {
+        let target = &mut self.predicates[p as usize];
+        *target = *target & !mask | value & mask;
+    }
+
+    /// A source operand for all lanes.
+    pub fn read(&self, context: &Context<'_>, cta: &Cta, source: Src) -> Lanes {
+        match source {
+            Src::Reg(slot) => self.registers[slot as usize],
+            Src::Imm(value) => [value; 32],
+            Src::Special(special) => self.special(context, cta, special),
+        }
+    }
+
+    pub fn addresses(&self, context: &Context<'_>, cta: &Cta, address: Address) -> Lanes {
+        let mut lanes = self.read(context, cta, address.base);
+        lanes.iter_mut().for_each(|lane| *lane = lane.wrapping_add(address.offset as u64));
+        lanes
+    }
+
+    /// PTX ISA, "Special Registers".
+    fn special(&self, context: &Context<'_>, cta: &Cta, special: Special) -> Lanes {
+        let [x, y, _] = context.launch.block;
+        let per_lane = |value: &dyn Fn(u32) -> u64| std::array::from_fn(|lane| value(lane as u32));
+        let thread = |lane: u32| self.id * 32 + lane;
+        match special {
+            Special::Tid(0) => per_lane(&|lane| u64::from(thread(lane) % x)),
+            Special::Tid(1) => per_lane(&|lane| u64::from(thread(lane) / x % y)),
+            Special::Tid(_) => per_lane(&|lane| u64::from(thread(lane) / x / y)),
+            Special::Ntid(axis) => [u64::from(context.launch.block[axis as usize]); 32],
+            Special::Ctaid(axis) => [u64::from(cta.index[axis as usize]); 32],
+            Special::Nctaid(axis) => [u64::from(context.launch.grid[axis as usize]); 32],
+            Special::LaneId => per_lane(&u64::from),
+            Special::WarpId => [u64::from(self.id); 32],
+            Special::LaneMask(compare) => per_lane(&|lane| {
+                let bit = 1u64 << lane;
+                match compare {
+                    Compare::Lt => bit - 1,
+                    Compare::Le => bit | (bit - 1),
+                    Compare::Gt => !(bit | (bit - 1)) & 0xffff_ffff,
+                    Compare::Ge => !(bit - 1) & 0xffff_ffff,
+                    _ => bit,
+                }
+            }),
+            Special::DynamicSharedBytes => [u64::from(context.launch.shared_bytes); 32],
+            Special::TotalSharedBytes => [u64::from(context.shared_bytes); 32],
+            Special::Clock => [context.counters.instructions; 32],
+        }
+    }
+
+    /// One line per group of lanes, for tables of who waits for what.
+    pub fn describe(&self, context: &Context<'_>, cta: &Cta) -> Option<String> {
+        if self.live == 0 {
+            return None;
+        }
+        let mut text = String::new();
+        for split in &self.splits {
+            let at = &context.kernel.code[split.pc as usize];
+            let what = match self.blocked {
+                Some(id) => {
+                    let barrier = &cta.barriers[id as usize];
+                    let expected = barrier.expected.flatten().unwrap_or_else(|| cta.live_threads());
+                    format!(
+                        "waits at barrier {id}, which {} of {expected} threads have reached, before",
+                        barrier.arrived
+                    )
+                }
+                None if split.parked => "waits for the other lanes at".to_owned(),
+                None => "is at".to_owned(),
+            };
+            let (cta, warp, lanes) = (cta.index, self.id, split.mask);
+            // Writing to a String cannot fail.
+            let _ = write!(
+                text,
+                "\n    cta {},{},{} warp {warp} lanes {lanes:#010x} {what} PTX line {}: `{}`",
+                cta[0], cta[1], cta[2], at.line, at.text
+            );
+        }
+        Some(text)
+    }
+
+    /// Joins lanes that are at the same place; those that waited for each other may go on.
+    fn merge(&mut self) {
+        let mut i = 0;
+        while i < self.splits.len() {
+            let mut j = i + 1;
+            while j < self.splits.len() {
+                if self.splits[i].pc == self.splits[j].pc {
+                    self.splits[i].mask |= self.splits[j].mask;
+                    self.splits[i].parked = false;
+                    self.splits.swap_remove(j);
+                } else {
+                    j += 1;
+                }
+            }
+            i += 1;
+        }
+    }
+
+    /// Takes the lanes that go next: those furthest behind, so that the others can be caught up with; now and then others,
+    /// so that lanes that wait for each other all get their turns.
+    fn select(&mut self, context: &mut Context<'_>) -> Option<Split> {
+        if self.splits.len() > 1 {
+            self.merge();
+        }
+        let ready: Vec<usize> = (0..self.splits.len()).filter(|&i| !self.splits[i].parked).collect();
+        let behind = ready.iter().copied().min_by_key(|&i| self.splits[i].pc)?;
+        let chosen =
+            if ready.len() > 1 && context.random(8) == 0 { ready[context.random(ready.len())] } else { behind };
+        Some(self.splits.swap_remove(chosen))
+    }
+}
+
+type Located<T> = Result<T, (u32, Fault)>;
+
+/// Gives a warp a turn.
+pub(super) fn run(context: &mut Context<'_>, cta: &mut Cta, warp: usize) -> Located<Stop> {
+    let mut turn = 1 + context.random(LONGEST_TURN);
+    loop {
+        let state = &mut cta.warps[warp];
+        if state.live == 0 {
+            return Ok(Stop::Done);
+        }
+        if state.blocked.is_some() {
+            return Ok(Stop::Blocked);
+        }
+        let Some(split) = state.select(context) else {
+            let at = state.splits.first().map_or(0, |split| split.pc);
+            let table = cta.warps[warp].describe(context, cta).unwrap_or_default();
+            let message = format!("lanes of one warp wait for each other at different instructions:{table}");
+            return Err((at, Fault::new(Rule::Diverged, message)));
+        };
+        run_split(context, cta, warp, split, &mut turn)?;
+        if turn == 0 {
+            let state = &cta.warps[warp];
+            let stop = if state.live == 0 {
+                Stop::Done
+            } else if state.blocked.is_some() {
+                Stop::Blocked
+            } else {
+                Stop::Runnable
+            };
+            if stop == Stop::Runnable && context.random(4) == 0 {
+                cta.land_one(context, warp).map_err(|fault| (0, fault))?;
+            }
+            return Ok(stop);
+        }
+    }
+}
+
+/// Runs lanes until they meet others, diverge, wait, exit or use up the turn.
+fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split, turn: &mut usize) -> Located<()> {
+    let Split { mut pc, mask, .. } = split;
+    let kernel = context.kernel;
+    loop {
+        let others = &mut cta.warps[warp].splits;
+        let meets = !others.is_empty() && others.iter().any(|other| other.pc == pc || (!other.parked && other.pc < pc));
+        if *turn == 0 || (meets && pc != split.pc) {
+            others.push(Split { pc, mask, parked: false });
+            return Ok(());
+        }
+        *turn -= 1;
+        let instruction = &kernel.code[pc as usize];
+        let active = match instruction.guard {
+            Some(guard) => mask & cta.warps[warp].predicate(guard),
+            None => mask,
+        };
+        context.counters.instructions += 1;
+        context.idle += 1;
+        if active == 0 {
+            pc += 1;
+            continue;
+        }
+        if instruction.op.is_collective() && !converged(context, cta, warp, (pc, mask, active), instruction)? {
+            cta.warps[warp].splits.push(Split { pc, mask, parked: true });
+            return Ok(());
+        }
+        let flow = step(context, cta, warp, (pc, active), &instruction.op).map_err(|fault| (pc, fault))?;
+        let state = &mut cta.warps[warp];
+        match flow {
+            Flow::Next => pc += 1,
+            Flow::Branch(target) if active == mask => pc = target,
+            Flow::Branch(target) => {
+                state.splits.push(Split { pc: target, mask: active, parked: false });
+                state.splits.push(Split { pc: pc + 1, mask: mask & !active, parked: false });
+                return Ok(());
+            }
+            Flow::Exit => {
+                exit(context, cta, warp, active).map_err(|fault| (pc, fault))?;
+                if mask & !active != 0 {
+                    cta.warps[warp].splits.push(Split { pc: pc + 1, mask: mask & !active, parked: false });
+                }
+                return Ok(());
+            }
+            Flow::Yield => {
+                state.splits.push(Split { pc: pc + 1, mask, parked: false });
+                *turn = 0;
+                return Ok(());
+            }
+            Flow::Block => {
+                state.splits.push(Split { pc: pc + 1, mask, parked: false });
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Whether the lanes that must execute a collective together are all here. PTX ISA: `.aligned` needs the whole warp, the
+/// others the lanes their mask names.
+fn converged(
+    context: &Context<'_>,
+    cta: &Cta,
+    warp: usize,
+    (pc, mask, active): (u32, u32, u32),
+    instruction: &Instruction,
+) -> Located<bool> {
+    let state = &cta.warps[warp];
+    let needed = match &instruction.op {
+        Op::WarpSync { mask: named } | Op::Shfl { mask: named, .. } | Op::VoteSync { mask: named, .. } => {
+            let named = state.read(context, cta, *named);
+            let lane = active.trailing_zeros();
+            let named = named[lane as usize] as u32;
+            if active & !named != 0 {
+                let message = format!("lanes {active:#010x} execute it, its mask names {named:#010x}");
+                return Err((pc, Fault::new(Rule::Diverged, message)));
+            }
+            if named & !state.live != 0 {
+                let gone = named & !state.live;
+                return Err((
+                    pc,
+                    Fault::new(Rule::Diverged, format!("its mask names lanes {gone:#010x} that have exited")),
+                ));
+            }
+            named
+        }
+        Op::Bar { .. } => state.live,
+        _ => u32::MAX,
+    };
+    if mask & needed != needed && state.splits.is_empty() {
+        let message = format!("lanes {needed:#010x} must execute it, only {mask:#010x} exist");
+        return Err((pc, Fault::new(Rule::Diverged, message)));
+    }
+    if mask & needed == needed && active & needed != needed {
+        let message = format!("lanes {needed:#010x} must execute it, the predicate lets only {active:#010x}");
+        return Err((pc, Fault::new(Rule::Diverged, message)));
+    }
+    Ok(mask & needed == needed)
+}
+
+fn exit(context: &mut Context<'_>, cta: &mut Cta, warp: usize, lanes: u32) -> Outcome<()> {
+    let state = &mut cta.warps[warp];
+    let left = state.copies.of_lanes(lanes);
+    if left != 0 {
+        let message = format!("{left} asynchronous copies were never waited for");
+        return Err(Fault::new(Rule::AsyncLeft, message).lane(lanes.trailing_zeros()));
+    }
+    state.live &= !lanes;
+    // Lanes that wait for the whole warp wait for fewer now.
+    state.resume();
+    context.idle = 0;
+    if state.live == 0 {
+        for id in 0..cta.barriers.len() {
+            cta.release_barrier(context, id)?;
+        }
+    }
+    Ok(())
+}
+
+/// Executes one instruction for the lanes in `mask`.
+fn step(context: &mut Context<'_>, cta: &mut Cta, warp: usize, (pc, mask): (u32, u32), op: &Op) -> Outcome<Flow> {
+    let state = &cta.warps[warp];
+    let read = |source: &Src| state.read(context, cta, *source);
+    let (d, value) = match op {
+        Op::Unary { op, ty, d, a } => (d, alu::unary(*op, *ty, &read(a))),
+        Op::Binary { op, ty, d, a, b } => (d, alu::binary(*op, *ty, &read(a), &read(b))),
+        Op::Ternary { op, ty, d, a, b, c } => (d, alu::ternary(*op, *ty, &read(a), &read(b), &read(c))),
+        Op::Bfi { ty, d, a, b, pos, len } => (d, alu::bfi(*ty, &read(a), &read(b), &read(pos), &read(len))),
+        Op::Cvt { to, from, round, integer, sat, relu, d, a } => {
+            (d, alu::cvt(*to, *from, *round, *integer, *sat, *relu, &read(a)))
+        }
+        Op::CvtPack { to, relu, d, a, b } => (d, alu::cvt_pack(*to, *relu, &read(a), &read(b))),
+        Op::Pack { part, d, parts } => (d, pack(*part, parts.iter().map(read))),
+        Op::Selp { d, a, b, p } => {
+            let (chosen, mut value) = (state.predicate(*p), read(b));
+            let a = read(a);
+            (0..32).filter(|lane| chosen >> lane & 1 != 0).for_each(|lane| value[lane] = a[lane]);
+            (d, value)
+        }
+        Op::Cvta { space, to_space, d, a } => (d, read(a).map(|address| convert_address(*space, *to_space, address))),
+        Op::ActiveMask { d } => (d, [u64::from(mask); 32]),
+        _ => return effect(context, cta, warp, (pc, mask), op),
+    };
+    cta.warps[warp].put(*d, mask, &value);
+    Ok(Flow::Next)
+}
+
+fn pack(part: u8, parts: impl Iterator<Item = Lanes>) -> Lanes {
+    let mut out = [0; 32];
+    for (i, lanes) in parts.enumerate() {
+        let (keep, shift) = (u64::MAX >> (64 - u32::from(part)), i as u32 * u32::from(part));
+        out.iter_mut().zip(&lanes).for_each(|(out, lane)| *out |= (lane & keep) << shift);
+    }
+    out
+}
+
+/// Instructions that do more than give one register a value.
+fn effect(context: &mut Context<'_>, cta: &mut Cta, warp: usize, (pc, mask): (u32, u32), op: &Op) -> Outcome<Flow> {
+    let at = (pc, mask);
+    match op {
+        Op::Setp { .. } | Op::PredLogic { .. } | Op::PredMov { .. } | Op::PredConst { .. } => {
+            set_predicate(context, cta, warp, mask, op);
+        }
+        Op::Unpack { part, parts, a } => {
+            let value = cta.warps[warp].read(context, cta, *a);
+            let keep = u64::MAX >> (64 - u32::from(*part));
+            for (i, d) in parts.iter().enumerate() {
+                cta.warps[warp].put(*d, mask, &value.map(|value| value >> (i as u32 * u32::from(*part)) & keep));
+            }
+        }
+        Op::Ld { space, ty, to, d, addr, sem } => cta.load(context, warp, at, (*space, *ty, *to), (d, *addr), *sem)?,
+        Op::St { space, ty, addr, a, sem } => cta.store(context, warp, at, (*space, *ty), (a, *addr), *sem)?,
+        Op::Atom { space, op, ty, d, addr, b, c, sem } => {
+            cta.atomic(context, warp, at, (*space, *op, *ty), (*d, *addr, *b, *c), *sem)?;
+        }
+        Op::Fence { scope } => cta.fence(warp, *scope),
+        Op::CpAsync { bytes, dst, src, valid } => {
+            cta.issue_copies(context, warp, at, *bytes, (*dst, *src, *valid))?;
+        }
+        Op::CpAsyncCommit => cta.warps[warp].copies.commit(mask),
+        Op::CpAsyncWait { pending } => cta.wait_copies(context, warp, mask, *pending)?,
+        Op::Ldmatrix { trans, d, addr } => cta.ldmatrix(context, warp, pc, *trans, (d, *addr))?,
+        Op::Mma { k, ab, d, a, b, c } => cta.mma(context, warp, (*k, *ab), (d, a, b, c)),
+        Op::Shfl { mode, d, p, a, b, c, .. } => cta.shuffle(context, warp, mask, *mode, (*d, *p, *a, *b, *c))?,
+        Op::VoteSync { mode, d, p, a, .. } => cta.vote(warp, mask, *mode, (*d, *p, *a)),
+        // Lanes of a warp are one agent: what they do is ordered.
+        Op::WarpSync { .. } => {}
+        Op::Bar { id, count, arrive } => {
+            let lane = mask.trailing_zeros() as usize;
+            let state = &cta.warps[warp];
+            let id = state.read(context, cta, *id)[lane];
+            let count = count.map(|count| state.read(context, cta, count)[lane]);
+            if cta.arrive(context, warp, id, count, !arrive)? {
+                return Ok(Flow::Block);
+            }
+        }
+        Op::Bra { target } => return Ok(Flow::Branch(*target)),
+        Op::Exit => return Ok(Flow::Exit),
+        Op::Trap => return Err(Fault::new(Rule::Trap, "the kernel executed a trap")),
+        Op::Nanosleep => return Ok(Flow::Yield),
+        _ => return Err(Fault::new(Rule::Trap, format!("{op:?} is not implemented"))),
+    }
+    Ok(Flow::Next)
+}
+
+fn set_predicate(context: &Context<'_>, cta: &mut Cta, warp: usize, mask: u32, op: &Op) {
+    let state = &cta.warps[warp];
+    let logic = |op: Logic, a: u32, b: u32| match op {
+        Logic::And => a & b,
+        Logic::Or => a | b,
+        Logic::Xor => a ^ b,
+    };
+    let (p, value) = match op {
+        Op::Setp { cmp, ty, p, q, a, b, combine } => {
+            let (a, b) = (state.read(context, cta, *a), state.read(context, cta, *b));
+            let holds = alu::setp(*cmp, *ty, &a, &b);
+            // PTX ISA, "setp": p = (a cmp b) op c, q = !(a cmp b) op c.
+            let combined = |value| match combine {
+                Some((op, c)) => logic(*op, value, state.predicate(*c)),
+                None => value,
+            };
+            let (holds, fails) = (combined(holds), combined(!holds));
+            if let Some(q) = q {
+                cta.warps[warp].put_predicate(*q, mask, fails);
+            }
+            (*p, holds)
+        }
+        Op::PredLogic { op, p, a, b } => (*p, logic(*op, state.predicate(*a), state.predicate(*b))),
+        Op::PredMov { p, a } => (*p, state.predicate(*a)),
+        Op::PredConst { p, value } => (*p, if *value { u32::MAX } else { 0 }),
+        _ => return,
+    };
+    cta.warps[warp].put_predicate(p, mask, value);
+}

@@ -1,0 +1,157 @@
+//! What is launched, on which device, and how the emulator goes about it.
+
+use crate::decode::SHARED_BASE;
+use crate::module::{Kernel, Module};
+use crate::report::{Report, Rule};
+
+/// One kernel launch, as the driver takes it.
+#[derive(Clone, Debug)]
+pub struct Launch<'a> {
+    /// Entry point.
+    pub kernel: &'a str,
+    /// CTAs.
+    pub grid: [u32; 3],
+    /// CTAs per cluster.
+    pub cluster: [u32; 3],
+    /// Threads per CTA.
+    pub block: [u32; 3],
+    /// Dynamic shared memory in bytes.
+    pub shared_bytes: u32,
+    /// The kernel's parameters, each at its natural alignment, in order.
+    pub params: &'a [u8],
+}
+
+/// The limits of the simulated device: how many CTAs are alive at once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
+    /// Streaming multiprocessors.
+    pub sms: u32,
+    /// Shared memory of an SM in bytes, the 1 KiB that the system takes per CTA included.
+    pub shared_per_sm: u32,
+    /// Shared memory a CTA can have, in bytes.
+    pub shared_per_cta: u32,
+    /// Resident threads per SM.
+    pub threads_per_sm: u32,
+    /// Resident CTAs per SM.
+    pub ctas_per_sm: u32,
+}
+
+impl Default for Device {
+    /// A device of four SMs with the shared memory of compute capability 8.0.
+    fn default() -> Self {
+        Device { sms: 4, shared_per_sm: 164 << 10, shared_per_cta: 163 << 10, threads_per_sm: 2048, ctas_per_sm: 32 }
+    }
+}
+
+/// When an asynchronous copy takes place, between being issued and being waited for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Timing {
+    /// At once.
+    Eager,
+    /// When it is waited for.
+    Lazy,
+    /// Each one or the other, at random.
+    #[default]
+    Mixed,
+}
+
+/// How to run a launch. The same options and memory give the same run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Decides every random choice: which warp runs, for how long, when copies land, in which order CTAs start.
+    pub seed: u64,
+    /// The device.
+    pub device: Device,
+    /// When asynchronous copies land.
+    pub copies: Timing,
+    /// Look for data races. Without, a run takes about half the time.
+    pub races: bool,
+    /// Warp instructions without any effect on memory, barriers or other warps after which the run is a livelock.
+    pub patience: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { seed: 1, device: Device::default(), copies: Timing::Mixed, races: true, patience: 2_000_000 }
+    }
+}
+
+/// What a run did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Counters {
+    /// Instructions executed, one for all lanes of a warp.
+    pub instructions: u64,
+    /// `mma.sync` instructions.
+    pub mma: u64,
+    /// Bytes loaded from global memory, asynchronous copies included.
+    pub global_loaded: u64,
+    /// Bytes stored to global memory, atomics included.
+    pub global_stored: u64,
+    /// Bytes loaded from shared memory.
+    pub shared_loaded: u64,
+    /// Bytes stored to shared memory, asynchronous copies included.
+    pub shared_stored: u64,
+    /// CTAs that were alive at once, at the most.
+    pub resident_ctas: u32,
+}
+
+fn product([x, y, z]: [u32; 3]) -> Option<u32> {
+    x.checked_mul(y)?.checked_mul(z)
+}
+
+/// A launch that passed every check.
+pub(crate) struct Checked<'a> {
+    pub kernel: &'a Kernel,
+    pub threads: u32,
+    pub ctas: u32,
+    /// Bytes of shared memory per CTA, from [`SHARED_BASE`] on.
+    pub shared_bytes: u32,
+    pub resident: u32,
+}
+
+impl Launch<'_> {
+    pub(crate) fn check<'m>(&self, module: &'m Module, device: &Device) -> Result<Checked<'m>, Box<Report>> {
+        let bad = |message: String| {
+            Err(Box::new(Report {
+                rule: Rule::BadLaunch,
+                kernel: self.kernel.to_owned(),
+                message,
+                site: None,
+                other: None,
+            }))
+        };
+        let kernel = match module.kernel(self.kernel) {
+            Some(Ok(kernel)) => kernel,
+            Some(Err(error)) => return bad(error.to_string()),
+            None => return bad(format!("no such kernel, expected one of {}", module.kernels().join(", "))),
+        };
+        if self.params.len() != kernel.param_bytes as usize {
+            return bad(format!("{} bytes of parameters, expected {}", self.params.len(), kernel.param_bytes));
+        }
+        if self.cluster != [1, 1, 1] {
+            return bad(format!("clusters of {:?} CTAs are not implemented", self.cluster));
+        }
+        let threads = product(self.block).unwrap_or(u32::MAX);
+        let most = kernel.max_threads.unwrap_or(1024).min(1024).min(device.threads_per_sm);
+        if threads == 0 || threads > most {
+            return bad(format!("{threads} threads per CTA, expected 1 to {most}"));
+        }
+        let ctas = product(self.grid).unwrap_or(0);
+        if ctas == 0 {
+            return bad(format!("a grid of {:?} CTAs, expected 1 to {}", self.grid, u32::MAX));
+        }
+        let dynamic_start = kernel.shared_end.next_multiple_of(kernel.dynamic_align);
+        let shared_bytes = (dynamic_start - SHARED_BASE).saturating_add(self.shared_bytes);
+        if shared_bytes > device.shared_per_cta {
+            return bad(format!("{shared_bytes} bytes of shared memory, expected at most {}", device.shared_per_cta));
+        }
+        let by_shared = device.shared_per_sm / (shared_bytes + SHARED_BASE);
+        let by_threads = device.threads_per_sm / threads.next_multiple_of(32);
+        let per_sm = by_shared.min(by_threads).min(device.ctas_per_sm);
+        if per_sm == 0 || device.sms == 0 {
+            return bad(format!("no SM of {device:?} can hold a CTA"));
+        }
+        Ok(Checked { kernel, threads, ctas, shared_bytes, resident: device.sms.saturating_mul(per_sm).min(ctas) })
+    }
+}

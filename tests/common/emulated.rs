@@ -1,0 +1,31 @@
+//! The kernels' PTX on the emulator.
+
+use fused_lora::emulator::Emulator;
+use fused_lora::plan::Device;
+use fused_lora::{Element, Result};
+
+use super::{Backend, HostBackward, HostForward};
+
+/// A simulated GPU as a backend.
+pub struct Emulated(pub Emulator);
+
+impl Emulated {
+    /// A small GPU: few SMs, so that CTAs have several units of work to do.
+    pub fn new(arch: u32, sms: u32) -> Self {
+        Self(Emulator::new(Device::of_arch(&format!("emulated sm_{arch}, {sms} SMs"), arch, sms)))
+    }
+}
+
+impl Backend for Emulated {
+    fn name(&self) -> String {
+        self.0.device().name.clone()
+    }
+
+    fn forward<T: Element>(&self, op: &mut HostForward<T>) -> Result<()> {
+        self.0.forward(op.views()).map(drop)
+    }
+
+    fn backward<T: Element>(&self, op: &mut HostBackward<T>) -> Result<()> {
+        self.0.backward(op.views()).map(drop)
+    }
+}

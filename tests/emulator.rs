@@ -1,0 +1,183 @@
+//! The CUDA kernels executed on a CPU model of the PTX ISA: shapes, placements, exactness, repeatability.
+#![cfg(all(feature = "emulator", feature = "cuda"))]
+
+mod common;
+
+use common::data::{EDGES, Placement, RANKS, Spec, shape_table};
+use common::emulated::Emulated;
+use common::{HostBackward, HostForward, check};
+use fused_lora::emulator::{Emulator, Timing};
+use fused_lora::plan::Device;
+use fused_lora::{Dtype, Element, bf16, f16};
+
+/// The table on a GPU with one SM, whose few large tiles win, and on one with many, for which small tiles do.
+fn table<T: Element>(arch: u32) {
+    for (i, spec) in shape_table().into_iter().enumerate() {
+        let backend = Emulated::new(arch, if i % 2 == 0 { 1 } else { 8 });
+        check::forward::<T>(&backend, &spec);
+        check::backward::<T>(&backend, &spec);
+    }
+}
+
+#[test]
+fn shapes_in_f16_on_sm_80() {
+    table::<f16>(80);
+}
+
+#[test]
+fn shapes_in_bf16_on_sm_80() {
+    table::<bf16>(80);
+}
+
+#[test]
+fn shapes_in_f16_on_sm_75() {
+    table::<f16>(75);
+}
+
+#[test]
+fn shapes_in_bf16_on_sm_75() {
+    table::<bf16>(75);
+}
+
+/// Every placement with every rank, at and beside the edges of both tiles.
+#[test]
+fn every_placement_with_every_rank() {
+    for (p, placement) in Placement::ALL.into_iter().enumerate() {
+        for (i, &r) in RANKS.iter().enumerate() {
+            for edge in [63, 64, 65, 127, 129] {
+                let turn = p + i + edge;
+                let (n, k) = (EDGES[turn % 9], EDGES[(turn * 5 + 2) % 9]);
+                let spec = Spec { placement, accumulate: turn % 3 == 0, ..Spec::new(edge, n, k, r) };
+                let backend = Emulated::new(80, 1 + turn as u32 % 5);
+                if turn % 2 == 0 {
+                    check::forward::<bf16>(&backend, &spec);
+                    check::backward::<f16>(&backend, &spec);
+                } else {
+                    check::forward::<f16>(&backend, &spec);
+                    check::backward::<bf16>(&backend, &spec);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn any_subset_of_outputs() {
+    for bits in 1..16u32 {
+        for (accumulate, f32_gradients) in [(false, false), (false, true), (true, false), (true, true)] {
+            let outputs = std::array::from_fn(|i| bits >> i & 1 == 1);
+            let placement = Placement::ALL[bits as usize % 4];
+            let spec = Spec { outputs, accumulate, f32_gradients, placement, ..Spec::new(71, 34, 19, 5) };
+            check::backward::<bf16>(&Emulated::new(80, 2), &spec);
+        }
+    }
+}
+
+#[test]
+fn small_integers_are_exact() {
+    for (i, &edge) in EDGES.iter().enumerate() {
+        let (n, k, r) = (EDGES[(i + 4) % 9], EDGES[(i * 2) % 9], RANKS[i % 8]);
+        let accumulate = i % 2 == 0;
+        let spec = Spec { placement: Placement::ALL[i % 4], accumulate, ..Spec::new(edge, n, k, r) }.integers();
+        assert!(check::middle_is_exact(&spec, Dtype::Bf16), "the data of {spec:?} is too large");
+        for arch in [75, 80] {
+            let backend = Emulated::new(arch, 3);
+            check::forward::<f16>(&backend, &spec);
+            check::forward::<bf16>(&backend, &spec);
+            check::backward::<f16>(&backend, &spec);
+            check::backward::<bf16>(&backend, &spec);
+        }
+    }
+}
+
+/// Enough tokens that da and db are reduced in several chunks, whose partial sums are added by whoever comes last.
+#[test]
+fn reductions_in_chunks() {
+    for (m, f32_gradients, accumulate) in [(1024, true, false), (1537, false, true), (2300, true, true)] {
+        let spec =
+            Spec { f32_gradients, accumulate, outputs: [m != 1537, true, true, true], ..Spec::new(m, 33, 40, 9) };
+        let backend = Emulated::new(80, 6);
+        let chunks = {
+            let mut op = spec.backward::<bf16>();
+            backend.0.backward(op.views()).expect("backward runs").plan.explain()
+        };
+        assert!(!chunks.contains("over 1 chunk(s)"), "{chunks}");
+        check::backward::<bf16>(&backend, &spec);
+        check::backward::<f16>(&backend, &spec);
+    }
+}
+
+/// More blocks of rows than flags: several blocks share one.
+#[test]
+fn shared_flags() {
+    let spec = Spec { placement: Placement::Aligned, ..Spec::new(8192 * 64 + 130, 2, 3, 1) };
+    let backend = Emulated::new(80, 8);
+    check::forward::<bf16>(&backend, &spec);
+    check::backward::<bf16>(&backend, &Spec { outputs: [true, true, false, false], ..spec });
+}
+
+/// Every bit a run leaves in its outputs.
+fn bits<T: Element>(emulator: &Emulator, spec: &Spec) -> (HostForward<T>, HostBackward<T>) {
+    let (mut forward, mut backward) = (spec.forward::<T>(), spec.backward::<T>());
+    emulator.forward(forward.views()).expect("forward runs");
+    emulator.backward(backward.views()).expect("backward runs");
+    (forward, backward)
+}
+
+fn same_bits<T: Element>(a: &(HostForward<T>, HostBackward<T>), b: &(HostForward<T>, HostBackward<T>)) -> bool {
+    // Inputs hold NaN around their matrices, so only what was written is compared.
+    a.0.y.data == b.0.y.data
+        && a.0.h.as_ref().map(|h| &h.data) == b.0.h.as_ref().map(|h| &h.data)
+        && a.1.dx.as_ref().map(|dx| &dx.data) == b.1.dx.as_ref().map(|dx| &dx.data)
+        && (&a.1.da, &a.1.db, &a.1.dbias) == (&b.1.da, &b.1.db, &b.1.dbias)
+}
+
+/// Specs with many units, several chunks, and every kind of tile.
+fn busy_specs() -> [Spec; 3] {
+    [
+        Spec { placement: Placement::Strided, ..Spec::new(200, 130, 72, 13) },
+        Spec { placement: Placement::Unaligned, ..Spec::new(70, 65, 129, 70) },
+        Spec { placement: Placement::Contiguous, ..Spec::new(1100, 40, 24, 4) },
+    ]
+}
+
+#[test]
+fn the_same_bits_for_every_seed() {
+    fn run<T: Element>() {
+        for spec in busy_specs() {
+            let device = Device::of_arch("emulated", 80, 5);
+            let first = bits::<T>(&Emulator::new(device.clone()), &spec);
+            for seed in 2..13 {
+                let timing = [Timing::Eager, Timing::Lazy, Timing::Mixed][seed as usize % 3];
+                let other = bits::<T>(&Emulator::new(device.clone()).with_seed(seed).with_copies(timing), &spec);
+                assert!(same_bits(&first, &other), "{:?}, seed {seed}, {spec:?}", T::DTYPE);
+            }
+        }
+    }
+    run::<f16>();
+    run::<bf16>();
+}
+
+/// Where the number of SMs does not change the plan's tiles and chunks, it does not change a bit.
+#[test]
+fn the_same_bits_for_any_number_of_sms() {
+    let spec = Spec { placement: Placement::Aligned, ..Spec::new(300, 72, 136, 16) };
+    let run = |sms| bits::<bf16>(&Emulator::new(Device::of_arch("emulated", 80, sms)).with_seed(u64::from(sms)), &spec);
+    let first = run(12);
+    for sms in [13, 20, 64] {
+        assert!(same_bits(&first, &run(sms)), "{sms} SMs");
+    }
+}
+
+/// A second and third launch on the same workspace find it as the first did.
+#[test]
+fn replays_find_the_workspace_clean() {
+    for spec in busy_specs() {
+        for arch in [75, 80] {
+            let device = Device::of_arch("emulated", arch, 4);
+            let once = bits::<f16>(&Emulator::new(device.clone()), &spec);
+            let thrice = bits::<f16>(&Emulator::new(device).with_replays(2), &spec);
+            assert!(same_bits(&once, &thrice), "{spec:?}");
+        }
+    }
+}
