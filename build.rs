@@ -48,6 +48,8 @@ mod cuda {
         let nvcc = find_nvcc()?;
         // SAFETY: the build script has started no other thread yet.
         unsafe { env::set_var("NVCC", &nvcc) }; // the only way to tell the cc crate which nvcc to use
+        // For the tests that compile kernels with defects.
+        println!("cargo:rustc-env=FUSED_LORA_NVCC={}", nvcc.display());
         let archs = Archs::choose(&nvcc)?;
         bind_params(&out)?;
         let sources = sources()?;

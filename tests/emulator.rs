@@ -181,3 +181,14 @@ fn replays_find_the_workspace_clean() {
         }
     }
 }
+
+/// How fast the emulator is: `cargo test --test emulator -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement, not a test"]
+fn speed_of_a_product_of_1024_cubed() {
+    let mut op =
+        Spec { placement: Placement::Aligned, bias: false, ..Spec::new(1024, 1024, 1024, 0) }.forward::<bf16>();
+    let start = std::time::Instant::now();
+    let run = Emulator::new(Device::of_arch("emulated", 80, 4)).forward(op.views()).expect("forward runs");
+    println!("{:.2} s, {:?}\n{}", start.elapsed().as_secs_f64(), run.counters, run.plan.explain());
+}

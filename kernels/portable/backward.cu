@@ -58,6 +58,7 @@ __device__ __forceinline__ bool reduce_chunks(const LoraBackwardParams& p, Ticke
   };
   float* const mine = first + static_cast<uint64_t>(chunk) * p.partial_stride;
   for_each_register([&](int index, float& value) { mine[index * Tile::kThreads] = value; });
+  __syncthreads();
   if (!schedule.arrive_last(p.counters + tile_index, p.chunks)) return false;
   for_each_register([&](int index, float& value) { value = first[index * Tile::kThreads]; });
 #pragma unroll 1

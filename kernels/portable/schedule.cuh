@@ -28,14 +28,13 @@ class TicketSchedule {
   }
 
   // The unit drawn before. Ends the use of shared memory by the unit at hand.
-  __device__ __forceinline__ uint32_t next() { return broadcast(drawn_); }
+  __device__ __forceinline__ uint32_t next() { return broadcast<kTicket>(drawn_); }
 
-  // Counts this CTA's arrival at a word, after everything it wrote; true in the CTA that completes `total` arrivals,
-  // which then sees everything the others wrote.
+  // Counts this CTA's arrival at a word, after everything it did before its last barrier; true in the CTA that completes
+  // `total` arrivals, which then sees everything the others did.
   __device__ __forceinline__ bool arrive_last(uint32_t word, uint32_t total) {
-    __syncthreads();
     const uint32_t before = threadIdx.x == 0 ? ptx::atomic_add_acq_rel(sync_ + word, 1) : 0;
-    return broadcast(before) == total - 1;
+    return broadcast<kArrival>(before) == total - 1;
   }
 
   // Makes what the CTA wrote visible to those who wait for flag `index`.
@@ -51,10 +50,13 @@ class TicketSchedule {
   }
 
  private:
-  // Thread 0's value to all threads. The first barrier also lets the previous value be read by all.
+  enum Slot { kTicket, kArrival };
+
+  // Thread 0's value to all threads. Each use has its own word and is followed by a barrier before the next: a unit's
+  // steps after its ticket, the next ticket after an arrival. So no one overwrites what others still have to read.
+  template <Slot kSlot>
   static __device__ __forceinline__ uint32_t broadcast(uint32_t value) {
     __shared__ uint32_t slot;
-    __syncthreads();
     if (threadIdx.x == 0) slot = value;
     __syncthreads();
     return slot;

@@ -211,6 +211,7 @@ struct Tile {
   }
 
   // Accumulates main and then tail for the tile at (m, n). Columns from `active_n` on are not computed (kBlockN: all).
+  // Leaves no copy in flight: the last step has waited for every group but the empty ones.
   __device__ __forceinline__ void accumulate(const Segment& main, const Segment& tail, uint32_t m, uint32_t n,
                                              uint32_t active_n, const Dependency& dependency, uint32_t smem) {
     const uint32_t steps = main.steps + tail.steps;
@@ -235,7 +236,6 @@ struct Tile {
       issue(step + kStages - 1);
       multiply(smem + step % kStages * kStageBytes, active_n);
     }
-    ptx::cp_async_wait<0>();
   }
 
  private:

@@ -1,0 +1,381 @@
+//! Kernels with a defect, on the emulator: each must be noticed. What the suite could not see, it could not guard.
+//!
+//! The first test edits the CUDA sources and compiles them; the second deletes or weakens each synchronising instruction
+//! of the PTX in turn. Neither would notice anything if the emulator or the checks went blind.
+#![cfg(all(feature = "emulator", feature = "cuda"))]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use common::check;
+use common::data::{Placement, Spec};
+use fused_lora::bf16;
+use fused_lora::emulator::{Emulator, Timing};
+use fused_lora::kernels::Image;
+use fused_lora::plan::Device;
+use ptx_emulator::Module;
+
+const FORWARD: &str = "portable_forward";
+const BACKWARD: &str = "portable_backward";
+
+/// One edit of a source file: `old` must be there, once.
+struct Defect {
+    what: &'static str,
+    image: &'static str,
+    file: &'static str,
+    old: &'static str,
+    new: &'static str,
+}
+
+const fn defect(
+    what: &'static str,
+    image: &'static str,
+    file: &'static str,
+    old: &'static str,
+    new: &'static str,
+) -> Defect {
+    Defect { what, image, file, old, new }
+}
+
+const TILE: &str = "portable/tile.cuh";
+const SCHEDULE: &str = "portable/schedule.cuh";
+const EPILOGUE: &str = "portable/epilogue.cuh";
+const SYNC: &str = "ptx/sync.cuh";
+
+const DEFECTS: [Defect; 27] = [
+    defect(
+        "no barrier per step",
+        FORWARD,
+        TILE,
+        "__syncthreads();  // the stage is complete for all, and the one about to be overwritten was read by all",
+        "",
+    ),
+    defect(
+        "copies waited for one step late",
+        FORWARD,
+        TILE,
+        "cp_async_wait<kStages - 2>",
+        "cp_async_wait<kStages - 1>",
+    ),
+    defect(
+        "no barrier after the wait",
+        FORWARD,
+        TILE,
+        "__syncthreads();  // what one thread acquired, all may read",
+        "",
+    ),
+    defect("flag read without acquire", FORWARD, SYNC, "ld.acquire.gpu", "ld.relaxed.gpu"),
+    defect("flag raised without release", FORWARD, SYNC, "red.release.gpu", "red.relaxed.gpu"),
+    defect("flag not waited for", FORWARD, TILE, "< target) __nanosleep", "< target - 1) __nanosleep"),
+    defect("flag waited for a step late", FORWARD, TILE, "step == dependency.step)", "step == dependency.step + 1)"),
+    defect("flag waited for without end", FORWARD, TILE, "< target) __nanosleep", "<= target) __nanosleep"),
+    defect(
+        "h published before it is written",
+        FORWARD,
+        SCHEDULE,
+        "publish(uint32_t index) {\n    __syncthreads();",
+        "publish(uint32_t index) {",
+    ),
+    defect("words not cleared", FORWARD, SCHEDULE, "sync_[i] = 0;", "(void)i;"),
+    defect(
+        "one word for tickets and arrivals",
+        BACKWARD,
+        SCHEDULE,
+        "broadcast<kArrival>(before)",
+        "broadcast<kTicket>(before)",
+    ),
+    defect(
+        "partial sums counted before they are written",
+        BACKWARD,
+        "portable/backward.cu",
+        "{ mine[index * Tile::kThreads] = value; });\n  __syncthreads();",
+        "{ mine[index * Tile::kThreads] = value; });",
+    ),
+    defect("rows loaded past the end", FORWARD, TILE, "gmem_row < row_end && gmem_col < col_end", "gmem_col < col_end"),
+    defect(
+        "columns loaded past the end",
+        FORWARD,
+        TILE,
+        "min(col_end - gmem_col, static_cast<uint32_t>(kChunkElems))",
+        "8",
+    ),
+    defect("rows stored past the end", FORWARD, EPILOGUE, "if (row >= rows) continue;", ""),
+    defect("columns stored past the end", FORWARD, EPILOGUE, "if (col >= cols) continue;", ""),
+    defect(
+        "tail one step short",
+        FORWARD,
+        TILE,
+        "main.steps + tail.steps;",
+        "main.steps + tail.steps - (tail.steps != 0);",
+    ),
+    defect(
+        "main one step short",
+        FORWARD,
+        TILE,
+        "(a.k_end - k_begin + kBlockK - 1) / kBlockK",
+        "(a.k_end - k_begin) / kBlockK",
+    ),
+    defect(
+        "narrow tiles cut too short",
+        FORWARD,
+        TILE,
+        "warp_col + j * 8 >= active_n",
+        "warp_col + j * 8 + 8 >= active_n",
+    ),
+    defect("bias of the wrong column", FORWARD, EPILOGUE, "widen(bias[col + 1])", "widen(bias[col])"),
+    defect("B read transposed", BACKWARD, TILE, "ptx::ldmatrix_x4_trans(b,", "ptx::ldmatrix_x4(b,"),
+    defect(
+        "partial sums added from the own chunk on",
+        BACKWARD,
+        "portable/backward.cu",
+        "first + static_cast<uint64_t>(other) * p.partial_stride;",
+        "first + static_cast<uint64_t>((tile_index * 7 + chunk + other) % p.chunks) * p.partial_stride;",
+    ),
+    defect(
+        "partial sums added in order of arrival",
+        BACKWARD,
+        "portable/backward.cu",
+        "for_each_register([&](int index, float& value) { value = first[index * Tile::kThreads]; });\n#pragma unroll 1\n  \
+         for (uint32_t other = 1; other < p.chunks; ++other) {\n    const float* const partial = first + \
+         static_cast<uint64_t>(other) * p.partial_stride;",
+        "#pragma unroll 1\n  for (uint32_t other = 1; other < p.chunks; ++other) {\n    const float* const partial = first \
+         + static_cast<uint64_t>((chunk + other) % p.chunks) * p.partial_stride;",
+    ),
+    defect("last arriver does not acquire", BACKWARD, SYNC, "atom.acq_rel.gpu", "atom.release.gpu"),
+    defect("arrivals do not release", BACKWARD, SYNC, "atom.acq_rel.gpu", "atom.acquire.gpu"),
+    defect(
+        "a chunk's last rows left out",
+        BACKWARD,
+        "portable/backward.cu",
+        "min(token + p.chunk_rows, p.m)",
+        "min(token + p.chunk_rows - 1, p.m)",
+    ),
+    defect(
+        "gradient overwritten, not accumulated",
+        BACKWARD,
+        EPILOGUE,
+        "accumulate ? widen(*gmem) + value : value",
+        "value",
+    ),
+];
+
+/// Cases that reach every part of a kernel: both tile shapes, several CTAs and units, ragged edges, a tail of several
+/// steps, reductions in chunks, accumulation.
+fn specs(image: &str) -> Vec<(Spec, u32)> {
+    let base = Spec::new(150, 70, 75, 13);
+    let mut specs = vec![
+        (Spec { placement: Placement::Aligned, keep_h: false, ..base }, 2),
+        (Spec { placement: Placement::Aligned, m: 200, n: 136, r: 70, ..base }, 1),
+        (Spec { placement: Placement::Unaligned, ..base }, 8),
+        (Spec { placement: Placement::Strided, accumulate: true, r: 5, ..base }, 3),
+    ];
+    if image == BACKWARD {
+        let chunked = Spec::new(1600, 40, 24, 9);
+        specs.push((Spec { placement: Placement::Aligned, outputs: [false, true, true, true], ..chunked }, 6));
+    }
+    specs
+}
+
+/// What the suite says of a kernel: `Err` with the first complaint.
+fn verdict(image: &'static str, module: &Arc<Module>, seeds: u64) -> Result<(), String> {
+    for (spec, sms) in specs(image) {
+        let mut first = None;
+        for seed in 1..=seeds {
+            let timing = [Timing::Eager, Timing::Lazy, Timing::Mixed][seed as usize % 3];
+            let emulator = Emulator::new(Device::of_arch("emulated", 80, sms))
+                .with_module(image, Arc::clone(module))
+                .with_seed(seed)
+                .with_copies(timing);
+            let bits = if image == FORWARD {
+                let before = spec.forward::<bf16>();
+                let mut after = before.clone();
+                emulator.forward(after.views()).map_err(|error| error.to_string())?;
+                check::judge_forward(&before, &after, spec.values)?;
+                format!("{:?}{:?}", after.y.data, after.h.map(|h| h.data))
+            } else {
+                let before = spec.backward::<bf16>();
+                let mut after = before.clone();
+                emulator.backward(after.views()).map_err(|error| error.to_string())?;
+                check::judge_backward(&before, &after, spec.values)?;
+                format!("{:?}{:?}{:?}{:?}", after.dx.map(|dx| dx.data), after.da, after.db, after.dbias)
+            };
+            if first.get_or_insert_with(|| bits.clone()) != &bits {
+                return Err(format!("seed {seed} gives other bits than seed 1"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn kernels() -> PathBuf {
+    let root = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&root).join("kernels")
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("a folder");
+    for entry in fs::read_dir(from).expect("a readable folder") {
+        let path = entry.expect("an entry").path();
+        let target = to.join(path.file_name().expect("a name"));
+        if path.is_dir() { copy(&path, &target) } else { drop(fs::copy(&path, &target).expect("a copy")) }
+    }
+}
+
+/// PTX of the kernels with a defect; `None` is the kernels as they are.
+fn compile(image: &str, defect: Option<&Defect>, folder: &Path) -> String {
+    let _ = fs::remove_dir_all(folder);
+    copy(&kernels(), folder);
+    if let Some(Defect { file, old, new, what, .. }) = defect {
+        let path = folder.join(file);
+        let text = fs::read_to_string(&path).expect("a source file");
+        assert_eq!(text.matches(old).count(), 1, "{what}: `{old}` is not once in {file}");
+        fs::write(&path, text.replace(old, new)).expect("a written file");
+    }
+    let source = folder.join("portable").join(format!("{}.cu", image.trim_start_matches("portable_")));
+    let ptx = folder.join("out.ptx");
+    let output = Command::new(env!("FUSED_LORA_NVCC"))
+        .args(["-std=c++17", "-O3", "-lineinfo", "-ptx", "-arch=compute_80", "-o"])
+        .args([&ptx, &source])
+        .output()
+        .expect("nvcc runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    fs::read_to_string(ptx).expect("PTX")
+}
+
+/// Calls `work` for every index on all cores.
+fn on_all_cores(count: usize, work: impl Fn(usize) + Sync) {
+    let next = AtomicUsize::new(0);
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..cores {
+            scope.spawn(|| {
+                while let at @ 0.. = next.fetch_add(1, Ordering::Relaxed) {
+                    if at >= count {
+                        break;
+                    }
+                    work(at);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn every_defect_of_the_sources_is_noticed() {
+    if !Path::new(env!("FUSED_LORA_NVCC")).is_file() {
+        eprintln!("SKIPPED: nvcc is not where it was when this test was built");
+        return;
+    }
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("defects");
+    let missed = std::sync::Mutex::new(Vec::new());
+    on_all_cores(DEFECTS.len() + 2, |at| {
+        let defect = at.checked_sub(2).map(|at| &DEFECTS[at]);
+        let image = defect.map_or([FORWARD, BACKWARD][at % 2], |defect| defect.image);
+        let ptx = compile(image, defect, &folder.join(at.to_string()));
+        let module = Arc::new(Module::parse(&ptx).expect("the PTX parses"));
+        let found = verdict(image, &module, 6);
+        match (defect, found) {
+            (None, Ok(())) => println!("{image} as it is: accepted"),
+            (None, Err(complaint)) => missed.lock().expect("a lock").push(format!("{image} as it is: {complaint}")),
+            (Some(defect), Ok(())) => missed.lock().expect("a lock").push(format!("{}: not noticed", defect.what)),
+            (Some(defect), Err(complaint)) => {
+                println!("{}: {}", defect.what, complaint.lines().next().unwrap_or_default());
+            }
+        }
+    });
+    let missed = missed.into_inner().expect("a lock");
+    assert!(missed.is_empty(), "{missed:#?}");
+}
+
+/// One instruction of a kernel, by its line in the PTX, with what stands in its place.
+struct Site {
+    line: usize,
+    text: String,
+    replacement: String,
+    source: String,
+}
+
+/// What becomes of a synchronising instruction: gone, or of no effect on order.
+fn weakened(instruction: &str) -> Option<String> {
+    let deleted = ["bar.sync", "cp.async.wait_group", "cp.async.commit_group"];
+    if deleted.iter().any(|opcode| instruction.starts_with(opcode)) {
+        return Some(String::new());
+    }
+    let orders = [("ld.acquire", "ld.relaxed"), ("red.release", "red.relaxed"), ("atom.acq_rel", "atom.relaxed")];
+    orders
+        .iter()
+        .find(|(strong, _)| instruction.starts_with(strong))
+        .map(|(strong, weak)| instruction.replace(strong, weak))
+}
+
+/// The lines of a PTX file, and the synchronising instructions of one of its kernels.
+fn sites(ptx: &str, kernel: &str) -> (Vec<String>, Vec<Site>) {
+    let files: BTreeMap<&str, &str> = ptx
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix(".file")?.trim().split_once(char::is_whitespace))
+        .map(|(index, name)| (index, name.trim().trim_matches('"')))
+        .collect();
+    let (mut lines, mut sites, mut source, mut inside) = (Vec::new(), Vec::new(), String::new(), false);
+    for line in ptx.lines() {
+        let trimmed = line.trim();
+        if trimmed.starts_with(".visible .entry") {
+            inside = trimmed.contains(&format!("{kernel}("));
+        }
+        if trimmed.starts_with(".loc") {
+            // The place the instruction's wrapper is called from says more than the wrapper.
+            let place = trimmed.rsplit_once("inlined_at ").map_or(trimmed, |(_, place)| place);
+            let mut numbers = place.trim_start_matches(".loc").split_whitespace();
+            let (file, number) = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
+            let path = files.get(file).copied().unwrap_or_default();
+            let number: usize = number.parse().unwrap_or(0);
+            let text = fs::read_to_string(path).unwrap_or_default();
+            source = text.lines().nth(number.saturating_sub(1)).unwrap_or_default().trim().to_owned();
+        }
+        if inside && let Some(replacement) = weakened(trimmed) {
+            sites.push(Site { line: lines.len(), text: trimmed.to_owned(), replacement, source: source.clone() });
+        }
+        lines.push(line.to_owned());
+    }
+    (lines, sites)
+}
+
+/// Source lines whose instruction may go unnoticed, and why.
+const REDUNDANT: [(&str, &str); 0] = [];
+
+#[test]
+fn every_synchronising_instruction_is_needed() {
+    let kernels = [
+        (FORWARD, "lora_forward_bf16_small"),
+        (FORWARD, "lora_forward_bf16_large"),
+        (BACKWARD, "lora_backward_bf16_small"),
+        (BACKWARD, "lora_backward_bf16_large"),
+    ];
+    let mut work = Vec::new();
+    for (image, kernel) in kernels {
+        let ptx = Image::find(image).and_then(|image| image.ptx.iter().find(|ptx| ptx.0 == 80)).expect("PTX").1;
+        let (lines, found) = sites(ptx, kernel);
+        assert!(found.len() > 10, "{kernel} has {} synchronising instructions", found.len());
+        let lines = Arc::new(lines);
+        work.extend(found.into_iter().map(|site| (image, kernel, Arc::clone(&lines), site)));
+    }
+    let missed = std::sync::Mutex::new(String::new());
+    on_all_cores(work.len(), |at| {
+        let (image, kernel, lines, Site { line, text, replacement, source }) = &work[at];
+        let mut lines = (**lines).clone();
+        lines[*line].clone_from(replacement);
+        let module = Arc::new(Module::parse(&lines.join("\n")).expect("the PTX parses"));
+        if verdict(image, &module, 4).is_ok() && !REDUNDANT.iter().any(|(line, _)| source.contains(line)) {
+            // Writing to a String cannot fail.
+            let _ = writeln!(missed.lock().expect("a lock"), "{kernel}: `{text}` from `{source}`");
+        }
+    });
+    let missed = missed.into_inner().expect("a lock");
+    assert!(missed.is_empty(), "not noticed of {}:\n{missed}", work.len());
+}
