@@ -6,6 +6,7 @@
 
 pub mod check;
 pub mod data;
+pub mod raw;
 
 use std::env;
 use std::path::PathBuf;
