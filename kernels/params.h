@@ -57,9 +57,9 @@ typedef struct LoraForwardParams {
   float scale;
   uint32_t m_blocks;
   uint32_t n_blocks;
-  uint32_t h_units; /* m_blocks x blocks of R */
-  uint32_t units;   /* h_units + m_blocks x n_blocks */
-  uint32_t group_m; /* M-blocks that share a pass over w, for reuse in L2 */
+  uint32_t h_units;    /* m_blocks x blocks of R */
+  uint32_t units;      /* h_units + m_blocks x n_blocks */
+  uint32_t group_m;    /* M-blocks that share a pass over w, for reuse in L2 */
   uint32_t flag_shift; /* 2^flag_shift M-blocks share a flag */
   uint32_t sync_words; /* words the last CTA clears */
 } LoraForwardParams;
@@ -87,12 +87,12 @@ typedef struct LoraBackwardParams {
   uint32_t m_blocks;
   uint32_t n_blocks;
   uint32_t k_blocks;
-  uint32_t dh_units; /* m_blocks x blocks of R */
-  uint32_t dx_end;   /* first unit past dx: dh_units + m_blocks x k_blocks */
-  uint32_t db_end;   /* first unit past db: dx_end + db_tiles x chunks */
-  uint32_t units;    /* first unit past da: db_end + da_tiles x chunks */
-  uint32_t chunks;     /* tokens are reduced in this many chunks */
-  uint32_t chunk_rows; /* tokens per chunk, a multiple of the block of rows */
+  uint32_t dh_units;       /* m_blocks x blocks of R */
+  uint32_t dx_end;         /* first unit past dx: dh_units + m_blocks x k_blocks */
+  uint32_t db_end;         /* first unit past db: dx_end + db_tiles x chunks */
+  uint32_t units;          /* first unit past da: db_end + da_tiles x chunks */
+  uint32_t chunks;         /* tokens are reduced in this many chunks */
+  uint32_t chunk_rows;     /* tokens per chunk, a multiple of the block of rows */
   uint32_t partial_stride; /* f32 elements */
   uint32_t counters;       /* first tile counter, in words from sync */
   uint32_t group_m;

@@ -87,9 +87,12 @@ fn blocks(extent: usize, block: u32) -> u64 {
     (extent as u64).div_ceil(u64::from(block))
 }
 
+/// CTAs of a launch: more than any GPU holds at once.
+const MAX_CTAS: u32 = 1 << 20;
+
 fn units(count: u64) -> Result<u32> {
     // Tickets run past the last unit by one per CTA.
-    let limit = u64::from(u32::MAX) - (1 << 20);
+    let limit = u64::from(u32::MAX - MAX_CTAS);
     u32::try_from(count).ok().filter(|_| count <= limit).ok_or(Error::TooLarge {
         what: "the number of tiles",
         got: count,
@@ -119,11 +122,12 @@ impl Plan {
     ///
     /// # Errors
     /// Those of [`raw::Forward::check`]; [`Error::Dtype`] for f32; [`Error::UnsupportedArch`] below sm_75;
-    /// [`Error::TooLarge`] when there are more tiles than a launch can number.
+    /// [`Error::TooLarge`] when there are more tiles than a launch can number, or when `device` has less
+    /// shared memory or more SMs than the kernels are written for; [`Error::ZeroDimension`] when it has no SM.
     pub fn forward(op: &raw::Forward, device: &Device) -> Result<Plan> {
         let shape = op.check()?;
         check_dtype(op.dtype)?;
-        device.check()?;
+        Tile::check(device)?;
         let LoraShape { m, n, k, r } = shape;
         let tile = Tile::choose(device, &[(m, n, k + r)]);
         let (m_blocks, n_blocks) = (blocks(m, tile.block), blocks(n, tile.block));
@@ -181,11 +185,12 @@ impl Plan {
     ///
     /// # Errors
     /// Those of [`raw::Backward::check`]; [`Error::Dtype`] for f32; [`Error::UnsupportedArch`] below sm_75;
-    /// [`Error::TooLarge`] when there are more tiles than a launch can number.
+    /// [`Error::TooLarge`] when there are more tiles than a launch can number, or when `device` has less
+    /// shared memory or more SMs than the kernels are written for; [`Error::ZeroDimension`] when it has no SM.
     pub fn backward(op: &raw::Backward, device: &Device) -> Result<Plan> {
         let shape = op.check()?;
         check_dtype(op.dtype)?;
-        device.check()?;
+        Tile::check(device)?;
         let LoraShape { m, n, k, r } = shape;
         let has_adapter = r != 0;
         let wants_da = op.da.is_some() && has_adapter;
@@ -269,7 +274,15 @@ impl Plan {
         let mut notes = Vec::new();
         explain::slow_operands(
             &mut notes,
-            &[("dy", Some(op.dy)), ("w", Some(op.w)), ("a", Some(op.a)), ("b", Some(op.b)), ("x", op.x), ("h", op.h)],
+            // Only what the requested outputs read.
+            &[
+                ("dy", Some(op.dy)),
+                ("w", op.dx.map(|_| op.w)),
+                ("a", op.dx.map(|_| op.a)),
+                ("b", Some(op.b).filter(|_| wants_dh)),
+                ("x", op.x.filter(|_| wants_da)),
+                ("h", op.h.filter(|_| wants_db)),
+            ],
         );
         let kernel = match (op.dtype, tile.is_large()) {
             (Dtype::Bf16, true) => "lora_backward_bf16_large",
@@ -296,7 +309,7 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::Workspace`] when `bytes` is less than [`workspace_bytes`](Self::workspace_bytes);
-    /// [`Error::NullPointer`] and [`Error::Misaligned`] for the address.
+    /// [`Error::NullPointer`], [`Error::Misaligned`] and [`Error::TooLarge`] for the address.
     pub fn launch(&self, workspace: u64, bytes: usize) -> Result<Launch> {
         if bytes < self.workspace_bytes() {
             return Err(Error::Workspace { got: bytes, needed: self.workspace_bytes() });
@@ -306,6 +319,10 @@ impl Plan {
         }
         if !workspace.is_multiple_of(WORKSPACE_ALIGN) {
             return Err(Error::Misaligned { arg: "workspace", address: workspace, align: WORKSPACE_ALIGN });
+        }
+        if workspace.checked_add(self.scratch.end).is_none() {
+            let limit = u64::MAX - self.scratch.end;
+            return Err(Error::TooLarge { what: "the address of the workspace", got: workspace, limit });
         }
         let mut launch = self.launch.clone();
         let place = |ptr: &mut u64, offset: Option<u64>| {
@@ -344,7 +361,7 @@ impl Chunks {
         let partial_stride = block * columns + 2 * u64::from(tile.threads);
         let whole = (m as u64).next_multiple_of(block);
         let wanted = (2 * u64::from(device.sms)).div_ceil(tiles.max(1));
-        let affordable = MAX_PARTIAL_BYTES / (4 * partial_stride * tiles.max(1));
+        let affordable = MAX_PARTIAL_BYTES / (4 * partial_stride).saturating_mul(tiles.max(1));
         let most = wanted.min(affordable).min(m as u64 / MIN_CHUNK_ROWS);
         if most <= 1 || tiles > MAX_COUNTERS {
             return Chunks { count: 1, rows: whole, partial_stride };

@@ -99,19 +99,30 @@ impl Operand {
         (ptr, ptr + (elements * self.element_bytes) as u64)
     }
 
-    /// Exact for equal pitches (two column ranges of one buffer may interleave), by address range otherwise.
+    /// Bytes between the starts of two rows. A single row has none: its stride is never used, and may be anything.
+    fn pitch(&self) -> Option<u64> {
+        (self.matrix.rows > 1).then(|| (self.matrix.row_stride * self.element_bytes) as u64)
+    }
+
+    /// Exact for equal pitches and for a single row (column ranges of one buffer may interleave), by address range
+    /// otherwise.
     fn overlaps(&self, other: &Operand) -> bool {
         let ((start, end), (other_start, other_end)) = (self.range(), other.range());
         if self.is_empty() || other.is_empty() || end <= other_start || other_end <= start {
             return false;
         }
-        let pitch = |o: &Operand| (o.matrix.row_stride * o.element_bytes) as u64;
+        let pitch = match (self.pitch(), other.pitch()) {
+            (Some(pitch), Some(other)) if pitch == other => pitch,
+            (Some(pitch), None) | (None, Some(pitch)) => pitch,
+            _ => return true,
+        };
         let width = |o: &Operand| (o.matrix.cols * o.element_bytes) as u64;
-        if pitch(self) != pitch(other) {
-            return true;
-        }
-        let (pitch, phase) =
-            (pitch(self), (other_start.wrapping_sub(start) as i64).rem_euclid(pitch(self) as i64) as u64);
+        // Where a row of `other` starts, relative to the start of a row of `self`.
+        let phase = if other_start >= start {
+            (other_start - start) % pitch
+        } else {
+            (pitch - (start - other_start) % pitch) % pitch
+        };
         phase < width(self) || pitch - phase < width(other)
     }
 }

@@ -47,12 +47,12 @@ fn on_cpu(case: &Path) -> Output {
 }
 
 fn golden(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(case)
+    common::project().join("tests/golden").join(case)
 }
 
 /// A copy of a case that a test may spoil.
 fn copy_of(case: &str, test: &str) -> PathBuf {
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{test}-{case}"));
+    let target = common::scratch().join(format!("{test}-{case}"));
     let _ = fs::remove_dir_all(&target);
     copy(&golden(case), &target);
     target
@@ -361,7 +361,7 @@ fn a_case_never_seen_before() {
             tensors.put(&format!("{mode}/mine.dA"), dtype, &[r, k], &gradients.da);
             tensors.put(&format!("{mode}/mine.dB"), dtype, &[n, r], &gradients.db);
         }
-        let case = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("unseen-{k}"));
+        let case = common::scratch().join(format!("unseen-{k}"));
         fs::create_dir_all(case.join("adapter/mine")).expect("a folder");
         tensors.write(&case.join("tensors.safetensors"));
         let mut adapter = Writer::default();

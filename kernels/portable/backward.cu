@@ -1,9 +1,9 @@
 // dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B, in one launch.
 //
-// dy [M][N], w [N][K], a [R][K], b [N][R], x and dx [M][K], h and dh [M][R], da [R][K], db [N][R], row-major with any row
-// stride. Units of work: dh tiles, dx tiles (whose last steps read dh), db and da tiles. The last two reduce over tokens in
-// chunks: each chunk leaves its f32 partial sums, and the CTA that finishes a tile's last chunk adds them in order of
-// chunk, so the bits do not depend on which CTA was last.
+// dy [M][N], w [N][K], a [R][K], b [N][R], x and dx [M][K], h and dh [M][R], da [R][K], db [N][R], row-major with any
+// row stride. Units of work: dh tiles, dx tiles (whose last steps read dh), db and da tiles. The last two reduce over
+// tokens in chunks: each chunk leaves its f32 partial sums, and the CTA that finishes a tile's last chunk adds them in
+// order of chunk, so the bits do not depend on which CTA was last.
 #include "epilogue.cuh"
 #include "schedule.cuh"
 #include "tile.cuh"
@@ -39,7 +39,8 @@ __device__ __forceinline__ void backward_dx(const LoraBackwardParams& p, uint32_
 }
 
 // Leaves this chunk's sums in `partials` and returns true, with the sum over all chunks in `tile`, in the CTA that
-// completes the tile. Registers go out in their own order: every access is coalesced and the reader has the same layout.
+// completes the tile. Registers go out in their own order: every access is coalesced and the reader has the same
+// layout.
 template <class Tile>
 __device__ __forceinline__ bool reduce_chunks(const LoraBackwardParams& p, TicketSchedule& schedule, Tile& tile,
                                               uint32_t tile_index, uint32_t chunk, uint32_t active_n) {
@@ -71,9 +72,9 @@ __device__ __forceinline__ bool reduce_chunks(const LoraBackwardParams& p, Ticke
 
 // One chunk of one tile of wideᵀ · narrow: db = dyᵀ h (with dbias), or daᵀ = xᵀ dh.
 template <typename T, class Shape>
-__device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, TicketSchedule& schedule,
-                                                 LoraMatrix wide, LoraMatrix narrow, uint32_t unit,
-                                                 uint32_t first_tile, uint32_t wide_blocks, const GradientOut& out,
+__device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, TicketSchedule& schedule, LoraMatrix wide,
+                                                 LoraMatrix narrow, uint32_t unit, uint32_t first_tile,
+                                                 uint32_t wide_blocks, const GradientOut& out,
                                                  const GradientOut& sums_out, bool needs_dh, uint32_t smem) {
   using Gradient = GradientTile<T, Shape>;
   const uint32_t tile_index = unit / p.chunks;
@@ -97,7 +98,8 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
   for (int half = 0; half < 2; ++half) {
     const uint32_t row = m + Gradient::row_of(0, half);
     // Every column of the sums is the same; one lane of four writes, in the first block of ranks.
-    if (sums_out.ptr != 0 && n == 0 && threadIdx.x % 4 == 0) store_gradient<T>(sums_out, row, 0, tile.sums[0][2 * half]);
+    if (sums_out.ptr != 0 && n == 0 && threadIdx.x % 4 == 0)
+      store_gradient<T>(sums_out, row, 0, tile.sums[0][2 * half]);
     if (out.ptr == 0) continue;
 #pragma unroll
     for (int j = 0; j < Gradient::kFragsN; ++j) {
@@ -125,20 +127,27 @@ __device__ __forceinline__ void backward(const LoraBackwardParams& p) {
     } else {
       // One copy of the loop for both gradients: only the matrices differ.
       const bool is_db = unit < p.db_end;
-      const GradientOut db = {p.db.ptr, p.db.row_stride, 1, p.n, p.db.ptr != 0 ? p.r : 0,
-                              (p.flags & LORA_DB_F32) != 0, (p.flags & LORA_ACCUMULATE_DB) != 0};
-      const GradientOut da = {p.da.ptr, 1, p.da.row_stride, p.k, p.r, (p.flags & LORA_DA_F32) != 0,
-                              (p.flags & LORA_ACCUMULATE_DA) != 0};
-      const GradientOut dbias = {is_db ? p.dbias : 0, 1, 0, p.n, 1, (p.flags & LORA_DBIAS_F32) != 0,
-                                 (p.flags & LORA_ACCUMULATE_DBIAS) != 0};
+      const GradientOut db = {p.db.ptr,
+                              p.db.row_stride,
+                              1,
+                              p.n,
+                              p.db.ptr != 0 ? p.r : 0,
+                              (p.flags & LORA_DB_F32) != 0,
+                              (p.flags & LORA_ACCUMULATE_DB) != 0};
+      const GradientOut da = {
+          p.da.ptr, 1, p.da.row_stride, p.k, p.r, (p.flags & LORA_DA_F32) != 0, (p.flags & LORA_ACCUMULATE_DA) != 0};
+      const GradientOut dbias = {
+          is_db ? p.dbias : 0, 1, 0, p.n, 1, (p.flags & LORA_DBIAS_F32) != 0, (p.flags & LORA_ACCUMULATE_DBIAS) != 0};
       const LoraMatrix wide = {is_db ? p.dy.ptr : p.x.ptr, is_db ? p.dy.row_stride : p.x.row_stride};
       const LoraMatrix narrow = {is_db ? p.h.ptr : p.dh.ptr, is_db ? p.h.row_stride : p.dh.row_stride};
-      const GradientOut out = {is_db ? db.ptr : da.ptr, is_db ? db.stride_m : da.stride_m,
-                               is_db ? db.stride_n : da.stride_n, is_db ? db.rows : da.rows,
-                               is_db ? db.cols : da.cols, is_db ? db.f32 : da.f32,
+      const GradientOut out = {is_db ? db.ptr : da.ptr,
+                               is_db ? db.stride_m : da.stride_m,
+                               is_db ? db.stride_n : da.stride_n,
+                               is_db ? db.rows : da.rows,
+                               is_db ? db.cols : da.cols,
+                               is_db ? db.f32 : da.f32,
                                is_db ? db.accumulate : da.accumulate};
-      backward_adapter<T, Shape>(p, schedule, wide, narrow,
-                                 unit - (is_db ? p.dx_end : p.db_end), is_db ? 0 : db_tiles,
+      backward_adapter<T, Shape>(p, schedule, wide, narrow, unit - (is_db ? p.dx_end : p.db_end), is_db ? 0 : db_tiles,
                                  is_db ? p.n_blocks : p.k_blocks, out, dbias, !is_db, smem);
     }
   }

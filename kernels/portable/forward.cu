@@ -1,7 +1,7 @@
 // y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, in one launch.
 //
-// x [M][K], w [N][K], a [R][K], b [N][R], h [M][R], y [M][N], row-major with any row stride, fp16 or bf16, f32 accumulation.
-// Units of work: h tiles (block of rows x up to 64 ranks, full K), then y tiles, whose last steps read h.
+// x [M][K], w [N][K], a [R][K], b [N][R], h [M][R], y [M][N], row-major with any row stride, fp16 or bf16, f32
+// accumulation. Units of work: h tiles (block of rows x up to 64 ranks, full K), then y tiles, whose last steps read h.
 #include "epilogue.cuh"
 #include "schedule.cuh"
 #include "tile.cuh"
@@ -55,10 +55,10 @@ __device__ __forceinline__ void forward(const LoraForwardParams& p) {
 
 }  // namespace lora
 
-#define LORA_FORWARD(name, T, Shape)                                                                  \
-  extern "C" __global__ void __launch_bounds__(lora::Shape::kThreads, lora::Shape::kCtasPerSm)        \
-      name(const __grid_constant__ LoraForwardParams params) {                                        \
-    lora::forward<T, lora::Shape>(params);                                                            \
+#define LORA_FORWARD(name, T, Shape)                                                           \
+  extern "C" __global__ void __launch_bounds__(lora::Shape::kThreads, lora::Shape::kCtasPerSm) \
+      name(const __grid_constant__ LoraForwardParams params) {                                 \
+    lora::forward<T, lora::Shape>(params);                                                     \
   }
 
 LORA_FORWARD(lora_forward_f16_large, __half, LargeTile)

@@ -24,9 +24,9 @@ struct LargeTile {
   static constexpr int kWarpM = 64;                    // rows of a warp's part of a main tile
   static constexpr int kWarpN = 32;                    // columns of it
 #if __CUDA_ARCH__ >= 800
-  static constexpr int kCtasPerSm = 2;                 // bounds registers per thread to 128
+  static constexpr int kCtasPerSm = 2;  // bounds registers per thread to 128
 #else
-  static constexpr int kCtasPerSm = 1;                 // 64 KiB of shared memory hold one CTA
+  static constexpr int kCtasPerSm = 1;  // 64 KiB of shared memory hold one CTA
 #endif
 };
 
@@ -190,16 +190,16 @@ struct Tile {
   static constexpr int kBlockN = kBlockN_;
   static constexpr int kThreads = Shape::kThreads;
   static constexpr int kStages = Shape::kStages;
-  static constexpr int kWarpsN = kBlockN / kWarpN_;                 // warps side by side
-  static constexpr int kFragsM = kWarpM_ / 16;                      // 16-row fragments per warp
-  static constexpr int kFragsN = kWarpN_ / 8;                       // 8-column fragments per warp
-  static constexpr uint32_t kBytesA = kBlockM * kBlockK * 2;        // of a stage
+  static constexpr int kWarpsN = kBlockN / kWarpN_;                           // warps side by side
+  static constexpr int kFragsM = kWarpM_ / 16;                                // 16-row fragments per warp
+  static constexpr int kFragsN = kWarpN_ / 8;                                 // 8-column fragments per warp
+  static constexpr uint32_t kBytesA = kBlockM * kBlockK * 2;                  // of a stage
   static constexpr uint32_t kStageBytes = (Shape::kBlock * 2) * kBlockK * 2;  // the same ring for every kind of tile
   static_assert(kThreads / 32 == kBlockM / kWarpM_ * kWarpsN, "the warps cover the tile exactly");
   static_assert(kFragsN % 2 == 0, "fragments of B are loaded in pairs");
   static_assert(kBytesA + kBlockN * kBlockK * 2 <= kStageBytes, "a stage holds both operands");
 
-  float acc[kFragsM][kFragsN][4] = {};  // (16 rows, 8 columns) per fragment
+  float acc[kFragsM][kFragsN][4] = {};      // (16 rows, 8 columns) per fragment
   float sums[kSums ? kFragsM : 1][4] = {};  // row sums of A, the same in every column
 
   // Row and first of two columns, relative to the tile, of elements {0, 1} (half 0) or {2, 3} (half 1) of a fragment.

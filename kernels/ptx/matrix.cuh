@@ -60,8 +60,8 @@ __device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32
   }
 }
 
-// sm_75 has no bf16 tensor instruction. fp16 would lose range, so the product is done in f32: each lane fetches the rows
-// and columns it needs from its neighbours' fragments.
+// sm_75 has no bf16 tensor instruction. fp16 would lose range, so the product is done in f32: each lane fetches the
+// rows and columns it needs from its neighbours' fragments.
 template <>
 __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                                             uint32_t b1) {

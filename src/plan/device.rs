@@ -1,7 +1,5 @@
 //! The properties of a GPU that planning looks at.
 
-use crate::error::{Error, Result};
-
 /// A GPU as the planner sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
@@ -34,13 +32,5 @@ impl Device {
             shared_per_block: shared_per_block << 10,
             shared_per_sm: shared_per_sm << 10,
         }
-    }
-
-    /// The oldest architecture the kernels are written for is sm_75 (ldmatrix, fp16 m16n8k8).
-    pub(super) fn check(&self) -> Result<()> {
-        if self.arch < 75 {
-            return Err(Error::UnsupportedArch { got: self.arch, built: "sm_75 and later".to_owned() });
-        }
-        Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! Tile shapes and the choice between them.
 
-use super::{Device, Launch, blocks};
+use super::{Device, Launch, MAX_CTAS, blocks};
+use crate::error::{Error, Result};
 use crate::params::*;
 
 /// One of the tile shapes compiled into the portable family.
@@ -36,6 +37,30 @@ const SMALL: Tile = Tile {
 const SHARED_OVERHEAD: u32 = 1024 + 128;
 
 impl Tile {
+    /// Whether the tiles run on `device`. Real GPUs from sm_75 on pass: its fields are public, so others are possible.
+    pub(super) fn check(device: &Device) -> Result<()> {
+        // The oldest architecture the kernels are written for (ldmatrix, fp16 m16n8k8).
+        if device.arch < 75 {
+            return Err(Error::UnsupportedArch { got: device.arch, built: "sm_75 and later".to_owned() });
+        }
+        if device.sms == 0 {
+            return Err(Error::ZeroDimension { arg: "device", axis: "SMs" });
+        }
+        let limit = MAX_CTAS / SMALL.ctas_by_registers;
+        if device.sms > limit {
+            return Err(Error::TooLarge { what: "the number of SMs", got: device.sms.into(), limit: limit.into() });
+        }
+        let (needed, limit) = (LARGE.shared_bytes() + SHARED_OVERHEAD, device.shared_per_block);
+        if needed > limit {
+            return Err(Error::TooLarge {
+                what: "the shared memory of a CTA",
+                got: needed.into(),
+                limit: limit.into(),
+            });
+        }
+        Ok(())
+    }
+
     pub(super) fn is_large(&self) -> bool {
         *self == LARGE
     }

@@ -8,8 +8,22 @@ pub mod check;
 pub mod data;
 #[cfg(all(feature = "emulator", feature = "cuda"))]
 pub mod emulated;
+pub mod raw;
+
+use std::env;
+use std::path::PathBuf;
 
 use fused_lora::{Accumulate, Element, Gradient, Matrix, MatrixMut, Result, cpu};
+
+/// The project's folder. Asked at run time first, because a bundle runs the tests where they were not compiled.
+pub fn project() -> PathBuf {
+    env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into()).into()
+}
+
+/// A folder for files that tests write; in a bundle as `project`.
+pub fn scratch() -> PathBuf {
+    env::var_os("CARGO_TARGET_TMPDIR").unwrap_or_else(|| env!("CARGO_TARGET_TMPDIR").into()).into()
+}
 
 /// A strided matrix in a buffer of its own, with something before it, between its rows and after it.
 #[derive(Clone, Debug, PartialEq)]

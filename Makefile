@@ -1,0 +1,44 @@
+# What a developer runs; `make` alone lists it. Anything longer than a line lives in scripts/.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# The recorded layer (or layers) that `make demo` checks: directories like those in tests/golden/.
+CASE ?= tests/golden/plain
+# More flags for the program behind `make demo` (--backend cpu, --json) or `make bench`.
+ARGS ?=
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@printf '\nVariables: CASE=<directory> and ARGS=<flags> for demo; FUSED_LORA_CUDA_ARCHS=80,90,120+PTX to build for fewer GPUs;\n'
+	@printf 'NVCC, CUDA_HOME, CUDA_PATH and LIBCLANG_PATH to name the tools; FUSED_LORA_REQUIRE_GPU=1: tests fail without a GPU.\n'
+
+.PHONY: toolchain
+toolchain: ## Find nvcc and libclang, or install them into .toolchain/
+	@scripts/toolchain
+
+.PHONY: demo
+demo: toolchain ## Build and check CASE: fused forward and backward against what PEFT recorded
+	@. .toolchain/env; cargo run --release --example verify -- $(ARGS) $(CASE)
+
+.PHONY: test
+test: toolchain ## Run all tests: unit, property, emulator, documentation, README; on the GPU where there is one
+	@scripts/test
+
+.PHONY: check
+check: ## Check formatting, lints on all feature sets, documentation, dependencies and the compiled kernels
+	@scripts/toolchain check
+	@scripts/check
+
+.PHONY: bench
+bench: toolchain ## Measure on this machine
+	@. .toolchain/env; cargo bench -- $(ARGS)
+
+.PHONY: bundle
+bundle: toolchain ## Pack tests, benches and examples for a GPU machine without Rust, into target/bundle/
+	@scripts/bundle
+
+.PHONY: clean-toolchain
+clean-toolchain: ## Remove .toolchain/
+	rm -rf .toolchain

@@ -1,0 +1,96 @@
+//! Raw operations over invented addresses, for what is judged without memory: argument rules and plans.
+#![allow(clippy::panic)] // for names that a test misspells
+
+use fused_lora::{Accumulate, Dtype, LoraShape, raw};
+
+/// Hands out disjoint ranges of addresses; nothing is behind them.
+pub struct Addresses(u64);
+
+impl Addresses {
+    pub fn new() -> Self {
+        Self(1 << 20)
+    }
+
+    /// A contiguous matrix of elements of `bytes` bytes. Past the end of the address space, addresses wrap: the checks
+    /// must notice.
+    pub fn matrix(&mut self, rows: usize, cols: usize, bytes: usize) -> raw::Matrix {
+        let matrix = raw::Matrix::new(self.0, rows, cols);
+        let size = (rows as u64).wrapping_mul(cols as u64).wrapping_mul(bytes as u64);
+        self.0 = self.0.wrapping_add(size).wrapping_add(511) & !255;
+        matrix
+    }
+}
+
+/// Everything present but h, which goes into the workspace.
+pub fn forward(dtype: Dtype, LoraShape { m, n, k, r }: LoraShape) -> raw::Forward {
+    let mut at = Addresses::new();
+    let mut matrix = |rows, cols| at.matrix(rows, cols, dtype.size());
+    raw::Forward {
+        dtype,
+        x: matrix(m, k),
+        w: matrix(n, k),
+        a: matrix(r, k),
+        b: matrix(n, r),
+        scale: 2.0,
+        bias: Some(matrix(1, n)),
+        h: None,
+        y: matrix(m, n),
+    }
+}
+
+/// Every input and every output, the gradients of the adapter in f32.
+pub fn backward(dtype: Dtype, LoraShape { m, n, k, r }: LoraShape) -> raw::Backward {
+    let mut at = Addresses::new();
+    let mut matrix = |rows, cols| at.matrix(rows, cols, dtype.size());
+    let mut op = raw::Backward {
+        dtype,
+        dy: matrix(m, n),
+        w: matrix(n, k),
+        a: matrix(r, k),
+        b: matrix(n, r),
+        scale: 2.0,
+        x: Some(matrix(m, k)),
+        h: Some(matrix(m, r)),
+        dx: Some(matrix(m, k)),
+        da: None,
+        db: None,
+        dbias: None,
+        accumulate: Accumulate::default(),
+    };
+    let mut gradient = |rows, cols| Some(raw::Gradient { matrix: at.matrix(rows, cols, 4), f32: true });
+    op.da = gradient(r, k);
+    op.db = gradient(n, r);
+    op.dbias = gradient(1, n);
+    op
+}
+
+/// The argument of a name. Panics for one that is absent.
+pub fn forward_argument<'a>(op: &'a mut raw::Forward, name: &str) -> &'a mut raw::Matrix {
+    match name {
+        "x" => &mut op.x,
+        "w" => &mut op.w,
+        "a" => &mut op.a,
+        "b" => &mut op.b,
+        "y" => &mut op.y,
+        "h" => op.h.as_mut().expect("h"),
+        "bias" => op.bias.as_mut().expect("bias"),
+        _ => panic!("forward has no argument {name}"),
+    }
+}
+
+/// The argument of a name. Panics for one that is absent.
+pub fn backward_argument<'a>(op: &'a mut raw::Backward, name: &str) -> &'a mut raw::Matrix {
+    match name {
+        "dy" => &mut op.dy,
+        "w" => &mut op.w,
+        "a" => &mut op.a,
+        "b" => &mut op.b,
+        "x" => op.x.as_mut().expect("x"),
+        "h" => op.h.as_mut().expect("h"),
+        "dx" => op.dx.as_mut().expect("dx"),
+        "da" => &mut op.da.as_mut().expect("da").matrix,
+        "db" => &mut op.db.as_mut().expect("db").matrix,
+        "dbias" => &mut op.dbias.as_mut().expect("dbias").matrix,
+        _ => panic!("backward has no argument {name}"),
+    }
+}
