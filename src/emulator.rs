@@ -12,7 +12,7 @@ use ptx_emulator::{Memory, MemoryError, Module};
 
 use crate::error::{Error, Result};
 use crate::kernels::Image;
-use crate::plan::{Device, Launch, Plan, SYNC_BYTES};
+use crate::plan::{self, Device, Launch, Plan, SYNC_BYTES};
 use crate::{Dtype, Element, Gradient, Matrix, MatrixMut, cpu, raw};
 
 /// A simulated GPU.
@@ -22,6 +22,7 @@ pub struct Emulator {
     options: Options,
     modules: Vec<(&'static str, Arc<Module>)>,
     replays: u32,
+    plan: plan::Options,
 }
 
 /// What a run did and how it was planned.
@@ -61,6 +62,7 @@ impl Emulator {
             options: Options { device: simulated, ..Options::default() },
             modules: Vec::new(),
             replays: 0,
+            plan: plan::Options::default(),
         }
     }
 
@@ -82,6 +84,13 @@ impl Emulator {
     #[must_use]
     pub fn with_module(mut self, image: &'static str, module: Arc<Module>) -> Emulator {
         self.modules.push((image, module));
+        self
+    }
+
+    /// Choices to make instead of the planner's.
+    #[must_use]
+    pub fn with_plan_options(mut self, options: plan::Options) -> Emulator {
+        self.plan = options;
         self
     }
 
@@ -159,7 +168,7 @@ impl Emulator {
             h: h.as_ref().map(|h| upload(&mut memory, "h", cpu::shared(h), false)).transpose()?,
             y: upload(&mut memory, "y", cpu::shared(&y), false)?,
         };
-        let plan = Plan::forward(&uploaded, &self.device)?;
+        let plan = Plan::forward_with(&uploaded, &self.device, self.plan)?;
         let counters = self.execute(&mut memory, &plan)?;
         if let (Some(h), Some(from)) = (&mut h, uploaded.h) {
             download(&memory, "h", from, h)?;
@@ -203,7 +212,7 @@ impl Emulator {
             dbias: gradient(&mut memory, "dbias", &dbias, accumulate.dbias)?,
             accumulate,
         };
-        let plan = Plan::backward(&uploaded, &self.device)?;
+        let plan = Plan::backward_with(&uploaded, &self.device, self.plan)?;
         let counters = self.execute(&mut memory, &plan)?;
         if let (Some(dx), Some(from)) = (&mut dx, uploaded.dx) {
             download(&memory, "dx", from, dx)?;

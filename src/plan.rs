@@ -9,6 +9,7 @@ mod model;
 
 pub use crate::params::{LoraBackwardParams, LoraForwardParams, LoraMatrix, Params};
 pub use device::Device;
+pub use model::TileSize;
 
 use crate::error::{Error, Result};
 use crate::params::*;
@@ -48,6 +49,23 @@ pub struct Launch {
     pub shared_bytes: u32,
     /// The kernel's one parameter.
     pub params: Params,
+}
+
+/// What a caller may decide instead of the planner: for tests, and for measuring what the planner chooses between.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Options {
+    /// The tile shape; the fastest by the planner's model when absent.
+    pub tile: Option<TileSize>,
+}
+
+impl Options {
+    /// These options with one tile shape for every call.
+    #[must_use]
+    pub fn with_tile(mut self, tile: TileSize) -> Options {
+        self.tile = Some(tile);
+        self
+    }
 }
 
 /// What will run for one call, and why.
@@ -125,11 +143,19 @@ impl Plan {
     /// [`Error::TooLarge`] when there are more tiles than a launch can number, or when `device` has less
     /// shared memory or more SMs than the kernels are written for; [`Error::ZeroDimension`] when it has no SM.
     pub fn forward(op: &raw::Forward, device: &Device) -> Result<Plan> {
+        Plan::forward_with(op, device, Options::default())
+    }
+
+    /// [`forward`](Self::forward) with some choices made by the caller.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_with(op: &raw::Forward, device: &Device, options: Options) -> Result<Plan> {
         let shape = op.check()?;
         check_dtype(op.dtype)?;
         Tile::check(device)?;
         let LoraShape { m, n, k, r } = shape;
-        let tile = Tile::choose(device, &[(m, n, k + r)]);
+        let tile = Tile::choose(device, options.tile, &[(m, n, k + r)]);
         let (m_blocks, n_blocks) = (blocks(m, tile.block), blocks(n, tile.block));
         let h_units = m_blocks * blocks(r, LORA_NARROW_N);
         let units = units(h_units + m_blocks * n_blocks)?;
@@ -188,6 +214,14 @@ impl Plan {
     /// [`Error::TooLarge`] when there are more tiles than a launch can number, or when `device` has less
     /// shared memory or more SMs than the kernels are written for; [`Error::ZeroDimension`] when it has no SM.
     pub fn backward(op: &raw::Backward, device: &Device) -> Result<Plan> {
+        Plan::backward_with(op, device, Options::default())
+    }
+
+    /// [`backward`](Self::backward) with some choices made by the caller.
+    ///
+    /// # Errors
+    /// As [`backward`](Self::backward).
+    pub fn backward_with(op: &raw::Backward, device: &Device, options: Options) -> Result<Plan> {
         let shape = op.check()?;
         check_dtype(op.dtype)?;
         Tile::check(device)?;
@@ -197,7 +231,7 @@ impl Plan {
         let wants_db = op.db.is_some() && has_adapter;
         let wants_dh = has_adapter && (op.dx.is_some() || wants_da);
         let main = if op.dx.is_some() { vec![(m, k, n + r)] } else { vec![(m, r.max(1), n), (n, r.max(1), m)] };
-        let tile = Tile::choose(device, &main);
+        let tile = Tile::choose(device, options.tile, &main);
 
         let r_blocks = blocks(r, LORA_NARROW_N);
         let (m_blocks, n_blocks, k_blocks) = (blocks(m, tile.block), blocks(n, tile.block), blocks(k, tile.block));

@@ -7,13 +7,15 @@ use common::data::{EDGES, Placement, RANKS, Spec, shape_table};
 use common::emulated::Emulated;
 use common::{HostBackward, HostForward, check};
 use fused_lora::emulator::{Emulator, Timing};
-use fused_lora::plan::Device;
+use fused_lora::plan::{Device, TileSize};
 use fused_lora::{Dtype, Element, bf16, f16};
 
-/// The table on a GPU with one SM, whose few large tiles win, and on one with many, for which small tiles do.
+const TILES: [TileSize; 2] = [TileSize::Large, TileSize::Small];
+
+/// The table with both tiles in turn, on a GPU with one SM and on one with many.
 fn table<T: Element>(arch: u32) {
     for (i, spec) in shape_table().into_iter().enumerate() {
-        let backend = Emulated::new(arch, if i % 2 == 0 { 1 } else { 8 });
+        let backend = Emulated::new(arch, if i % 2 == 0 { 1 } else { 8 }).with_tile(TILES[i / 2 % 2]);
         check::forward::<T>(&backend, &spec);
         check::backward::<T>(&backend, &spec);
     }
@@ -48,7 +50,7 @@ fn every_placement_with_every_rank() {
                 let turn = p + i + edge;
                 let (n, k) = (EDGES[turn % 9], EDGES[(turn * 5 + 2) % 9]);
                 let spec = Spec { placement, accumulate: turn % 3 == 0, ..Spec::new(edge, n, k, r) };
-                let backend = Emulated::new(80, 1 + turn as u32 % 5);
+                let backend = Emulated::new(80, 1 + turn as u32 % 5).with_tile(TILES[turn / 2 % 2]);
                 if turn % 2 == 0 {
                     check::forward::<bf16>(&backend, &spec);
                     check::backward::<f16>(&backend, &spec);
@@ -68,7 +70,7 @@ fn any_subset_of_outputs() {
             let outputs = std::array::from_fn(|i| bits >> i & 1 == 1);
             let placement = Placement::ALL[bits as usize % 4];
             let spec = Spec { outputs, accumulate, f32_gradients, placement, ..Spec::new(71, 34, 19, 5) };
-            check::backward::<bf16>(&Emulated::new(80, 2), &spec);
+            check::backward::<bf16>(&Emulated::new(80, 2).with_tile(TILES[bits as usize / 4 % 2]), &spec);
         }
     }
 }
@@ -81,7 +83,7 @@ fn small_integers_are_exact() {
         let spec = Spec { placement: Placement::ALL[i % 4], accumulate, ..Spec::new(edge, n, k, r) }.integers();
         assert!(check::middle_is_exact(&spec, Dtype::Bf16), "the data of {spec:?} is too large");
         for arch in [75, 80] {
-            let backend = Emulated::new(arch, 3);
+            let backend = Emulated::new(arch, 3).with_tile(TILES[i % 2]);
             check::forward::<f16>(&backend, &spec);
             check::forward::<bf16>(&backend, &spec);
             check::backward::<f16>(&backend, &spec);

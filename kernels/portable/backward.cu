@@ -84,15 +84,14 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
   const uint32_t token = chunk * p.chunk_rows;
   const uint32_t token_end = min(token + p.chunk_rows, p.m);
   const uint32_t active_n = out.ptr != 0 ? out.cols - n : 0;
-  Dependency dh = {};
   if (needs_dh) {
-    dh = depends_on(p.sync, p.flag_shift, p.m_blocks, p.dh_units / p.m_blocks, token / Shape::kBlock,
-                    (token_end - token + Shape::kBlock - 1) / Shape::kBlock, 0);
+    wait_for(depends_on(p.sync, p.flag_shift, p.m_blocks, p.dh_units / p.m_blocks, token / Shape::kBlock,
+                        (token_end - token + Shape::kBlock - 1) / Shape::kBlock, 0));
   }
   Gradient tile;
   // With no gradient wanted (dbias alone) there is no narrow operand: an extent of zero reads nothing.
   const Segment tokens = segment(operand(wide, out.rows, token_end), operand(narrow, out.cols, token_end), token);
-  tile.accumulate(tokens, Segment{}, m, n, active_n, dh, smem);
+  tile.accumulate(tokens, Segment{}, m, n, active_n, {}, smem);
   if (!reduce_chunks(p, schedule, tile, first_tile + tile_index, chunk, active_n)) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

@@ -4,6 +4,15 @@ use super::{Device, Launch, MAX_CTAS, blocks};
 use crate::error::{Error, Result};
 use crate::params::*;
 
+/// The tile shapes compiled into the portable family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TileSize {
+    /// 128 × 128.
+    Large,
+    /// 64 × 64.
+    Small,
+}
+
 /// One of the tile shapes compiled into the portable family.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Tile {
@@ -87,9 +96,14 @@ impl Tile {
             .sum()
     }
 
-    /// The tile shape with the shortest predicted time; the large one when they tie.
-    pub(super) fn choose(device: &Device, products: &[(usize, usize, usize)]) -> Tile {
-        if SMALL.time(device, products) < LARGE.time(device, products) { SMALL } else { LARGE }
+    /// The tile shape asked for, or the one with the shortest predicted time; the large one when they tie.
+    pub(super) fn choose(device: &Device, size: Option<TileSize>, products: &[(usize, usize, usize)]) -> Tile {
+        match size {
+            Some(TileSize::Large) => LARGE,
+            Some(TileSize::Small) => SMALL,
+            None if SMALL.time(device, products) < LARGE.time(device, products) => SMALL,
+            None => LARGE,
+        }
     }
 
     pub(super) fn launch(

@@ -1,7 +1,7 @@
 //! The kernels' PTX on the emulator.
 
 use fused_lora::emulator::Emulator;
-use fused_lora::plan::Device;
+use fused_lora::plan::{Device, Options, TileSize};
 use fused_lora::{Element, Result};
 
 use super::{Backend, HostBackward, HostForward};
@@ -13,6 +13,11 @@ impl Emulated {
     /// A small GPU: few SMs, so that CTAs have several units of work to do.
     pub fn new(arch: u32, sms: u32) -> Self {
         Self(Emulator::new(Device::of_arch(&format!("emulated sm_{arch}, {sms} SMs"), arch, sms)))
+    }
+
+    /// The same with one tile shape for everything.
+    pub fn with_tile(self, tile: TileSize) -> Self {
+        Self(self.0.with_plan_options(Options::default().with_tile(tile)))
     }
 }
 
