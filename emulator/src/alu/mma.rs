@@ -89,7 +89,7 @@ fn join(even: &Lanes, odd: &Lanes) -> Tile {
 fn split(tile: &Tile, [even, odd]: &mut [Lanes; 2]) {
     let (pairs, _) = tile.as_flattened().as_chunks::<2>();
     for ((pair, even), odd) in pairs.iter().zip(even).zip(odd) {
-        *even = canonical32(pair[0]).put();
-        *odd = canonical32(pair[1]).put();
+        *even = canonical32(pair[0]).into();
+        *odd = canonical32(pair[1]).into();
     }
 }

@@ -101,9 +101,5 @@ pub(super) fn add_odd(x: f64, y: f64) -> f64 {
 
 /// The lanes as f32, in place of f16 or bf16.
 pub(super) fn widen_lanes(ty: Ty, a: &Lanes) -> Lanes {
-    if ty == Ty::F16 {
-        super::map(a, F16::widen)
-    } else {
-        super::map(a, Bf16::widen)
-    }
+    if ty == Ty::F16 { super::map(a, F16::widen) } else { super::map(a, Bf16::widen) }
 }

@@ -51,7 +51,11 @@ fn speed() {
     ] {
         time(name, || ternary(black_box(op), black_box(ty), black_box(a), black_box(b), black_box(c))[3]);
     }
-    for (name, cmp, ty) in [("setp.lt.s32", Compare::Lt, Ty::S(32)), ("setp.geu.f32", Compare::Geu, Ty::F32), ("setp.ge.u64", Compare::Ge, Ty::U(64))] {
+    for (name, cmp, ty) in [
+        ("setp.lt.s32", Compare::Lt, Ty::S(32)),
+        ("setp.geu.f32", Compare::Geu, Ty::F32),
+        ("setp.ge.u64", Compare::Ge, Ty::U(64)),
+    ] {
         time(name, || u64::from(setp(black_box(cmp), black_box(ty), black_box(a), black_box(b))));
     }
     for (name, to, from, round, integer) in [
