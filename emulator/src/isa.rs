@@ -206,180 +206,38 @@ pub(crate) enum Vote {
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Op {
-    Unary {
-        op: Unary,
-        ty: Ty,
-        d: Dst,
-        a: Src,
-    },
-    Binary {
-        op: Binary,
-        ty: Ty,
-        d: Dst,
-        a: Src,
-        b: Src,
-    },
-    Ternary {
-        op: Ternary,
-        ty: Ty,
-        d: Dst,
-        a: Src,
-        b: Src,
-        c: Src,
-    },
-    Bfi {
-        ty: Ty,
-        d: Dst,
-        a: Src,
-        b: Src,
-        pos: Src,
-        len: Src,
-    },
-    Cvt {
-        to: Ty,
-        from: Ty,
-        round: Round,
-        integer: bool,
-        sat: bool,
-        relu: bool,
-        d: Dst,
-        a: Src,
-    },
+    Unary { op: Unary, ty: Ty, d: Dst, a: Src },
+    Binary { op: Binary, ty: Ty, d: Dst, a: Src, b: Src },
+    Ternary { op: Ternary, ty: Ty, d: Dst, a: Src, b: Src, c: Src },
+    Bfi { ty: Ty, d: Dst, a: Src, b: Src, pos: Src, len: Src },
+    Cvt { to: Ty, from: Ty, round: Round, integer: bool, sat: bool, relu: bool, d: Dst, a: Src },
     /// Two f32 to f16x2 or bf16x2: `a` to the upper half.
-    CvtPack {
-        to: Ty,
-        relu: bool,
-        d: Dst,
-        a: Src,
-        b: Src,
-    },
+    CvtPack { to: Ty, relu: bool, d: Dst, a: Src, b: Src },
     /// `mov d, {a, b, …}`: `part` bits each, first one lowest.
-    Pack {
-        part: u8,
-        d: Dst,
-        parts: Vec<Src>,
-    },
-    Unpack {
-        part: u8,
-        parts: Vec<Dst>,
-        a: Src,
-    },
-    Setp {
-        cmp: Compare,
-        ty: Ty,
-        p: u16,
-        q: Option<u16>,
-        a: Src,
-        b: Src,
-        combine: Option<(Logic, Pred)>,
-    },
-    Selp {
-        d: Dst,
-        a: Src,
-        b: Src,
-        p: Pred,
-    },
-    PredLogic {
-        op: Logic,
-        p: u16,
-        a: Pred,
-        b: Pred,
-    },
-    PredMov {
-        p: u16,
-        a: Pred,
-    },
-    PredConst {
-        p: u16,
-        value: bool,
-    },
-    Ld {
-        space: Space,
-        ty: Ty,
-        d: Vec<Dst>,
-        addr: Address,
-        sem: Semantics,
-    },
-    St {
-        space: Space,
-        ty: Ty,
-        addr: Address,
-        a: Vec<Src>,
-        sem: Semantics,
-    },
-    Atom {
-        space: Space,
-        op: Atomic,
-        ty: Ty,
-        d: Dst,
-        addr: Address,
-        b: Src,
-        c: Src,
-        sem: Semantics,
-    },
-    Fence {
-        scope: Scope,
-    },
+    Pack { part: u8, d: Dst, parts: Vec<Src> },
+    Unpack { part: u8, parts: Vec<Dst>, a: Src },
+    Setp { cmp: Compare, ty: Ty, p: u16, q: Option<u16>, a: Src, b: Src, combine: Option<(Logic, Pred)> },
+    Selp { d: Dst, a: Src, b: Src, p: Pred },
+    PredLogic { op: Logic, p: u16, a: Pred, b: Pred },
+    PredMov { p: u16, a: Pred },
+    PredConst { p: u16, value: bool },
+    Ld { space: Space, ty: Ty, d: Vec<Dst>, addr: Address, sem: Semantics },
+    St { space: Space, ty: Ty, addr: Address, a: Vec<Src>, sem: Semantics },
+    Atom { space: Space, op: Atomic, ty: Ty, d: Dst, addr: Address, b: Src, c: Src, sem: Semantics },
+    Fence { scope: Scope },
     /// Converts between a generic address and one of `space`.
-    Cvta {
-        space: Space,
-        to_space: bool,
-        d: Dst,
-        a: Src,
-    },
-    CpAsync {
-        bytes: u8,
-        dst: Address,
-        src: Address,
-        valid: Option<Src>,
-    },
+    Cvta { space: Space, to_space: bool, d: Dst, a: Src },
+    CpAsync { bytes: u8, dst: Address, src: Address, valid: Option<Src> },
     CpAsyncCommit,
-    CpAsyncWait {
-        pending: Option<u32>,
-    },
-    Ldmatrix {
-        trans: bool,
-        d: Vec<Dst>,
-        addr: Address,
-    },
-    Mma {
-        k: u8,
-        ab: Ty,
-        d: [Dst; 4],
-        a: Vec<Src>,
-        b: Vec<Src>,
-        c: [Src; 4],
-    },
-    Bar {
-        id: Src,
-        count: Option<Src>,
-        arrive: bool,
-    },
-    WarpSync {
-        mask: Src,
-    },
-    Shfl {
-        mode: Shuffle,
-        d: Dst,
-        p: Option<u16>,
-        a: Src,
-        b: Src,
-        c: Src,
-        mask: Src,
-    },
-    VoteSync {
-        mode: Vote,
-        d: Dst,
-        p: Option<u16>,
-        a: Pred,
-        mask: Src,
-    },
-    ActiveMask {
-        d: Dst,
-    },
-    Bra {
-        target: u32,
-    },
+    CpAsyncWait { pending: Option<u32> },
+    Ldmatrix { trans: bool, d: Vec<Dst>, addr: Address },
+    Mma { k: u8, ab: Ty, d: [Dst; 4], a: Vec<Src>, b: Vec<Src>, c: [Src; 4] },
+    Bar { id: Src, count: Option<Src>, arrive: bool },
+    WarpSync { mask: Src },
+    Shfl { mode: Shuffle, d: Dst, p: Option<u16>, a: Src, b: Src, c: Src, mask: Src },
+    VoteSync { mode: Vote, d: Dst, p: Option<u16>, a: Pred, mask: Src },
+    ActiveMask { d: Dst },
+    Bra { target: u32 },
     Exit,
     Trap,
     Nanosleep,
@@ -390,12 +248,7 @@ impl Op {
     pub fn is_collective(&self) -> bool {
         matches!(
             self,
-            Op::Ldmatrix { .. }
-                | Op::Mma { .. }
-                | Op::Bar { .. }
-                | Op::WarpSync { .. }
-                | Op::Shfl { .. }
-                | Op::VoteSync { .. }
+            Op::Ldmatrix { .. } | Op::Mma { .. } | Op::Bar { .. } | Op::WarpSync { .. } | Op::Shfl { .. } | Op::VoteSync { .. }
         )
     }
 }
