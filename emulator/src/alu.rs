@@ -197,7 +197,7 @@ fn compare<T: Lane + PartialOrd>(cmp: Compare, a: &Lanes, b: &Lanes) -> u32 {
         Compare::Leu => !compare::<T>(Compare::Gt, a, b),
         Compare::Gtu => !compare::<T>(Compare::Le, a, b),
         Compare::Geu => !compare::<T>(Compare::Lt, a, b),
-        Compare::Num => test(a, b, |x: T, y: T| (x == x) & (y == y)),
+        Compare::Num => test(a, b, |x: T, y: T| (x <= y) | (x > y)),
         Compare::Nan => !compare::<T>(Compare::Num, a, b),
     }
 }
@@ -225,8 +225,8 @@ pub(crate) fn atomic(op: Atomic, ty: Ty, old: u64, b: u64, c: u64) -> u64 {
     let mask = u64::MAX >> (64 - ty.bits());
     let signed = |x: u64| (x << (64 - ty.bits())).cast_signed();
     let new = match (op, ty) {
-        (Atomic::Add, Ty::F32) => float::canonical32(f32::get(old) + f32::get(b)).put(),
-        (Atomic::Add, Ty::F64) => float::canonical64(f64::get(old) + f64::get(b)).put(),
+        (Atomic::Add, Ty::F32) => float::canonical32(f32::get(old) + f32::get(b)).into(),
+        (Atomic::Add, Ty::F64) => float::canonical64(f64::get(old) + f64::get(b)),
         (Atomic::Add, _) => old.wrapping_add(b),
         (Atomic::Min, Ty::S(_)) => {
             if signed(b) < signed(old) {

@@ -12,17 +12,19 @@ pub(super) fn implemented(to: Ty, from: Ty, round: Round, integer: bool, sat: bo
     if matches!((to, from), (Ty::B(_), _) | (_, Ty::B(_))) || is_packed(to) || is_packed(from) {
         return false;
     }
-    let narrow = matches!(to, Ty::F16 | Ty::Bf16);
+    // `.sat` to a float is for f16, f32 and f64.
+    if sat && to == Ty::Bf16 {
+        return false;
+    }
+    let same_or_wider = to == from || to.bits() > from.bits();
     match (is_float(to), is_float(from)) {
         (false, false) => !integer && !relu,
         (false, true) => (integer || round == Round::Rz) && !relu,
-        (true, false) => !integer && round == Round::Rn && !relu && !(sat && to == Ty::Bf16),
-        // `.rni` and its like: floats of one type, to an integral value.
-        (true, true) if integer => to == from && !relu && !(sat && to == Ty::Bf16),
-        (true, true) => {
-            let exact = to == from || (to.bits() > from.bits());
-            (exact || round == Round::Rn) && !(relu && !(narrow && from == Ty::F32)) && !(sat && to == Ty::Bf16)
-        }
+        (true, false) => round == Round::Rn && !integer && !relu,
+        // `.rni` and its like: within one type, to an integral value.
+        (true, true) if integer => to == from && !relu,
+        (true, true) if relu => round == Round::Rn && from == Ty::F32 && matches!(to, Ty::F16 | Ty::Bf16),
+        (true, true) => same_or_wider || round == Round::Rn,
     }
 }
 

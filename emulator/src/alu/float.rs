@@ -10,14 +10,15 @@ const NAN32: u32 = 0x7fff_ffff;
 /// For f64 the ISA names none; this is `CUDART_NAN`.
 const NAN64: u64 = 0xfff8_0000_0000_0000;
 
+/// The bits of a result. Chosen among integers: between floats the compiler may take one NaN for another, and does.
 #[inline(always)]
-pub(super) fn canonical32(value: f32) -> f32 {
-    if value.is_nan() { f32::from_bits(NAN32) } else { value }
+pub(super) fn canonical32(value: f32) -> u32 {
+    if value.is_nan() { NAN32 } else { value.to_bits() }
 }
 
 #[inline(always)]
-pub(super) fn canonical64(value: f64) -> f64 {
-    if value.is_nan() { f64::from_bits(NAN64) } else { value }
+pub(super) fn canonical64(value: f64) -> u64 {
+    if value.is_nan() { NAN64 } else { value.to_bits() }
 }
 
 /// `neg` and `abs` touch the sign alone: the ISA leaves open which NaN they make of a NaN.
@@ -131,10 +132,11 @@ trait Half: Narrow {
         Self::narrow(Self::widen(x) - Self::widen(y))
     }
 
-    /// The product is exact in f64 (in f32 that of two bf16 can underflow).
+    /// Exact in f32, except what falls below its last place 2^-149: a product of two bf16 has 16 bits, so it is less than
+    /// 2^-134 then, half of the least bf16, and 0 whether it was rounded up to that or not.
     #[inline(always)]
     fn mul(x: u16, y: u16) -> u16 {
-        Self::narrow(odd32(f64::from(Self::widen(x)) * f64::from(Self::widen(y))))
+        Self::narrow(Self::widen(x) * Self::widen(y))
     }
 
     /// The product is exact in f64; the sum is rounded to odd twice, which is rounding to odd once, and then to nearest.
@@ -202,6 +204,6 @@ pub(super) fn fma(ty: Ty, a: &Lanes, b: &Lanes, c: &Lanes) -> Lanes {
 /// The product of two f32 is exact in f64, and the sum rounded to odd has 53 bits for 24. Unlike `f32::mul_add`, which is a
 /// call on processors whose baseline lacks the instruction, this vectorises.
 #[inline(always)]
-fn fma32(x: f32, y: f32, z: f32) -> f32 {
+fn fma32(x: f32, y: f32, z: f32) -> u32 {
     canonical32(add_odd(f64::from(x) * f64::from(y), f64::from(z)) as f32)
 }

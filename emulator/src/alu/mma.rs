@@ -25,20 +25,26 @@ pub(crate) fn mma(k: u8, ab: Ty, a: &[&Lanes], b: &[&Lanes], c: [&Lanes; 4]) -> 
 
 fn product<N: Narrow>(k: usize, a: &[&Lanes], b: &[&Lanes], c: [&Lanes; 4]) -> [Lanes; 4] {
     let mut d = [[0; 32]; 4];
+    let mut tile = [[0.0; 8]; 8];
     let mut columns = [[[0.0; 8]; 8]; 2];
-    for (tile, b) in columns.iter_mut().zip(b) {
-        *tile = transpose(&halves::<N>(b));
+    for (columns, b) in columns.iter_mut().zip(b) {
+        widen::<N>(b, &mut tile);
+        transpose(&tile, columns);
     }
-    for half in 0..2 {
+    for (half, d) in d.as_chunks_mut::<2>().0.iter_mut().enumerate() {
         let mut sum = join(c[2 * half], c[2 * half + 1]);
         for (step, b) in columns.iter().enumerate().take(k / 8) {
-            multiply(&mut sum, &halves::<N>(a[2 * step + half]), b);
+            widen::<N>(a[2 * step + half], &mut tile);
+            multiply(&mut sum, &tile, b);
         }
-        [d[2 * half], d[2 * half + 1]] = split(&sum);
+        split(&sum, d);
     }
     d
 }
 
+// Functions of their own: inlined, the loops of the following two are unrolled rather than vectorised.
+
+#[inline(never)]
 fn multiply(sum: &mut Tile, a: &Tile, b: &Tile) {
     for (sum, a) in sum.iter_mut().zip(a) {
         let mut row = *sum;
@@ -51,23 +57,24 @@ fn multiply(sum: &mut Tile, a: &Tile, b: &Tile) {
     }
 }
 
-fn halves<N: Narrow>(register: &Lanes) -> Tile {
-    let mut tile = [[0.0; 8]; 8];
-    let (pairs, _) = tile.as_flattened_mut().as_chunks_mut::<2>();
-    for (pair, bits) in pairs.iter_mut().zip(register) {
-        *pair = [N::widen(*bits as u16), N::widen((*bits >> 16) as u16)];
+#[inline(never)]
+fn widen<N: Narrow>(register: &Lanes, tile: &mut Tile) {
+    let mut words = [0u32; 32];
+    for (word, x) in words.iter_mut().zip(register) {
+        *word = *x as u32;
     }
-    tile
+    for (pair, word) in tile.as_flattened_mut().as_chunks_mut::<2>().0.iter_mut().zip(&words) {
+        *pair = [N::widen(*word as u16), N::widen((*word >> 16) as u16)];
+    }
 }
 
-fn transpose(tile: &Tile) -> Tile {
-    let mut result = [[0.0; 8]; 8];
+#[inline(never)]
+fn transpose(tile: &Tile, result: &mut Tile) {
     for (i, row) in tile.iter().enumerate() {
         for (j, x) in row.iter().enumerate() {
             result[j][i] = *x;
         }
     }
-    result
 }
 
 fn join(even: &Lanes, odd: &Lanes) -> Tile {
@@ -79,12 +86,10 @@ fn join(even: &Lanes, odd: &Lanes) -> Tile {
     tile
 }
 
-fn split(tile: &Tile) -> [Lanes; 2] {
-    let mut lanes = [[0; 32]; 2];
+fn split(tile: &Tile, [even, odd]: &mut [Lanes; 2]) {
     let (pairs, _) = tile.as_flattened().as_chunks::<2>();
-    for (i, [even, odd]) in pairs.iter().enumerate() {
-        lanes[0][i] = canonical32(*even).put();
-        lanes[1][i] = canonical32(*odd).put();
+    for ((pair, even), odd) in pairs.iter().zip(even).zip(odd) {
+        *even = canonical32(pair[0]).into();
+        *odd = canonical32(pair[1]).into();
     }
-    lanes
 }

@@ -21,14 +21,13 @@ impl Narrow for F16 {
     #[inline(always)]
     fn widen(bits: u16) -> f32 {
         let bits = u32::from(bits);
+        let magnitude = ((bits & 0x7fff) << 13).cast_signed();
         // Rebias the exponent by 127 - 15 = 112; infinity and NaN need as much again to reach exponent 255.
-        let rebiased = ((bits & 0x7fff) << 13) + (112 << 23);
-        let exponent = bits & 0x7c00;
-        let special = rebiased + (112 << 23);
+        let special = if magnitude >= 31 << 23 { 112 << 23 } else { 0 };
+        let rebiased = (magnitude + (112 << 23) + special).cast_unsigned();
         // A subnormal m·2^-24 is 2^-14·(1 + m/1024) less 2^-14; the subtraction is exact.
-        let subnormal = (f32::from_bits(rebiased + (1 << 23)) - f32::from_bits(113 << 23)).to_bits();
-        let magnitude = if exponent == 0x7c00 { special } else { rebiased };
-        let magnitude = if exponent == 0 { subnormal } else { magnitude };
+        let subnormal = f32::from_bits(rebiased.wrapping_add(1 << 23)) - f32::from_bits(113 << 23);
+        let magnitude = if magnitude < 1 << 23 { subnormal.to_bits() } else { rebiased };
         f32::from_bits(magnitude | (bits & 0x8000) << 16)
     }
 

@@ -6,13 +6,13 @@ use std::time::Instant;
 use crate::alu::*;
 
 fn time(name: &str, mut f: impl FnMut() -> u64) {
-    let best = (0..7)
+    let best = (0..300)
         .map(|_| {
             let start = Instant::now();
-            for _ in 0..20_000 {
+            for _ in 0..500 {
                 black_box(f());
             }
-            start.elapsed().as_secs_f64() / 20_000.0 * 1e9
+            start.elapsed().as_secs_f64() / 500.0 * 1e9
         })
         .fold(f64::MAX, f64::min);
     println!("{name:28} {best:7.1} ns");
