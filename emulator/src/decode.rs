@@ -158,7 +158,7 @@ impl Decoder<'_> {
                 },
             },
         };
-        op.map_or_else(|| self.unsupported(), Ok)
+        op.filter(crate::alu::implemented).map_or_else(|| self.unsupported(), Ok)
     }
 
     fn unary(&self, op: Unary, ty: Ty) -> Result<Option<Op>> {
@@ -325,7 +325,7 @@ impl Decoder<'_> {
 
     /// PTX ISA, "Floating Point", "Half Precision Floating-Point" and "Data Movement: cvt".
     fn float_arithmetic(&self, words: &[&str]) -> Result<Option<Op>> {
-        // `.rn` is the default rounding of every one of these; other roundings and `.ftz`, `.sat` are not implemented.
+        // Other roundings than `.rn`, and `.ftz` and `.sat`, are not implemented.
         let plain: Vec<&str> = words.iter().copied().filter(|word| *word != "rn").collect();
         let (name, ty) = match *plain.as_slice() {
             ["cvt", ..] => return self.cvt(words),
@@ -337,18 +337,19 @@ impl Decoder<'_> {
             _ => return Ok(None),
         };
         let ty = self.float(ty)?;
+        let rounded = words.len() > 2;
         match name {
             "add" => self.binary(Binary::Add, ty),
             "sub" => self.binary(Binary::Sub, ty),
             "mul" => self.binary(Binary::MulLo, ty),
-            "div" if words.contains(&"rn") && matches!(ty, Ty::F32 | Ty::F64) => self.binary(Binary::Div, ty),
-            "min" => self.binary(Binary::Min, ty),
-            "max" => self.binary(Binary::Max, ty),
-            "fma" if words.contains(&"rn") => self.ternary(Ternary::Fma, ty),
-            "neg" => self.unary(Unary::Neg, ty),
-            "abs" => self.unary(Unary::Abs, ty),
-            "rcp" if words.contains(&"rn") && matches!(ty, Ty::F32 | Ty::F64) => self.unary(Unary::Rcp, ty),
-            "sqrt" if words.contains(&"rn") && matches!(ty, Ty::F32 | Ty::F64) => self.unary(Unary::Sqrt, ty),
+            "div" if rounded => self.binary(Binary::Div, ty),
+            "fma" if rounded => self.ternary(Ternary::Fma, ty),
+            "rcp" if rounded => self.unary(Unary::Rcp, ty),
+            "sqrt" if rounded => self.unary(Unary::Sqrt, ty),
+            "min" if !rounded => self.binary(Binary::Min, ty),
+            "max" if !rounded => self.binary(Binary::Max, ty),
+            "neg" if !rounded => self.unary(Unary::Neg, ty),
+            "abs" if !rounded => self.unary(Unary::Abs, ty),
             _ => Ok(None),
         }
     }

@@ -546,9 +546,8 @@ impl Parser {
             } else {
                 base = Some(resolve(self.next()?));
             }
-            if self.accept("+") {
-                offset = offset.wrapping_add(self.number()? as i64);
-            } else if self.peek() == "-" {
+            // A minus sign belongs to the number.
+            if self.accept("+") || self.peek() == "-" {
                 offset = offset.wrapping_add(self.number()? as i64);
             }
             self.expect("]")?;

@@ -384,6 +384,9 @@ fn what_is_not_implemented_is_named_with_its_line() {
         ("add.cc.u32 %r1, %r2, %r3;", "add.cc.u32"),
         ("ld.global.unknown.u32 %r1, [%rd1];", "ld.global.unknown.u32"),
         ("ldmatrix.sync.aligned.m8n8.x3.shared.b16 {%r1, %r2, %r3}, [%r4];", "ldmatrix"),
+        ("min.rn.f32 %r1, %r2, %r3;", "min.rn.f32"),
+        ("fma.f32 %r1, %r2, %r3, %r4;", "fma.f32"),
+        ("setp.lt.f16x2 %p1, %r2, %r3;", "setp.lt.f16x2"),
         ("mov.u32 %r1, %nosuch;", "%nosuch"),
         ("bra NOWHERE;", "NOWHERE"),
     ] {
