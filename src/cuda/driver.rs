@@ -1,5 +1,6 @@
 //! Finding the driver and a GPU, and turning what the driver says into errors.
 
+use std::error::Error as _;
 use std::ffi::CStr;
 use std::sync::Arc;
 
@@ -51,16 +52,19 @@ pub fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
 /// cudarc panics in any call when it cannot load the library, and offers no way to ask that exists in all its linking
 /// modes.
 fn find_library() -> Result<()> {
-    let mut reasons = Vec::new();
+    let mut reason = None;
     for name in LIBRARIES {
         // SAFETY: loading runs the library's initialisers; the driver's are made to run in any process, and cudarc is
         // about to load the same library.
         match unsafe { libloading::Library::new(*name) } {
             Ok(_) => return Ok(()),
-            Err(error) => reasons.push(error.to_string()),
+            // The loader's own words, about the name that an installed driver goes by.
+            Err(error) => {
+                reason = reason.or_else(|| Some(error.source().map_or(error.to_string(), ToString::to_string)))
+            }
         }
     }
-    Err(Error::NoDriver { reason: reasons.join("; ") })
+    Err(Error::NoDriver { reason: reason.unwrap_or_default() })
 }
 
 /// What planning looks at.
