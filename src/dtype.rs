@@ -49,8 +49,18 @@ pub trait Element: Copy + Send + Sync + Default + PartialEq + std::fmt::Debug + 
 }
 
 mod sealed {
+    /// With the feature `cuda` every element can be uploaded as it is.
+    #[cfg(feature = "cuda")]
+    pub trait Device: cudarc::driver::DeviceRepr + cudarc::driver::ValidAsZeroBits {}
+    #[cfg(feature = "cuda")]
+    impl<T: cudarc::driver::DeviceRepr + cudarc::driver::ValidAsZeroBits> Device for T {}
+    #[cfg(not(feature = "cuda"))]
+    pub trait Device {}
+    #[cfg(not(feature = "cuda"))]
+    impl<T> Device for T {}
+
     /// Bytes in memory, little-endian as on the GPU.
-    pub trait Sealed: Sized {
+    pub trait Sealed: Sized + Device {
         fn append_bytes(self, out: &mut Vec<u8>);
         /// From the first bytes of `bytes`, which holds at least one element.
         fn from_bytes(bytes: &[u8]) -> Self;

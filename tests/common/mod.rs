@@ -8,6 +8,8 @@ pub mod check;
 pub mod data;
 #[cfg(all(feature = "emulator", feature = "cuda"))]
 pub mod emulated;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod raw;
 
 use std::env;
