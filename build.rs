@@ -59,10 +59,8 @@ mod cuda {
                 .map(|worker| worker.join().unwrap_or_else(|_| Err("a compiler thread panicked".to_owned())))
                 .collect::<Result<Vec<String>>>()
         })?;
-        let table = format!(
-            "/// Every image of this build.\npub static IMAGES: &[Image] = &[\n{}];\n",
-            images.concat()
-        );
+        let table =
+            format!("/// Every image of this build.\npub static IMAGES: &[Image] = &[\n{}];\n", images.concat());
         write(&out.join("kernels.rs"), &table)
     }
 
@@ -180,7 +178,11 @@ mod cuda {
                 .output()
                 .map_err(|error| format!("cannot run {}: {error}", nvcc.display()))?;
             if !output.status.success() {
-                return Err(format!("nvcc failed on {}:\n{}", source.display(), String::from_utf8_lossy(&output.stderr)));
+                return Err(format!(
+                    "nvcc failed on {}:\n{}",
+                    source.display(),
+                    String::from_utf8_lossy(&output.stderr)
+                ));
             }
             let _ = write!(ptx, "({arch}, include_str!({path:?})), ");
         }
@@ -209,8 +211,9 @@ mod cuda {
         for arch in &archs.ptx {
             build.flag(format!("-gencode=arch=compute_{arch},code=compute_{arch}"));
         }
-        let objects =
-            build.try_compile_intermediates().map_err(|error| format!("nvcc failed on {}: {error}", source.display()))?;
+        let objects = build
+            .try_compile_intermediates()
+            .map_err(|error| format!("nvcc failed on {}: {error}", source.display()))?;
         let object = objects.first().ok_or("nvcc produced no output")?;
         let fatbin = folder.with_extension("fatbin");
         fs::copy(object, &fatbin).map_err(|error| format!("cannot copy {}: {error}", object.display()))?;

@@ -49,6 +49,10 @@ pub trait Element: Copy + Send + Sync + Default + PartialEq + std::fmt::Debug + 
 }
 
 mod sealed {
+    /// With the feature `cuda` every element can be uploaded as it is.
+    #[cfg(feature = "cuda")]
+    pub trait Sealed: cudarc::driver::DeviceRepr + cudarc::driver::ValidAsZeroBits {}
+    #[cfg(not(feature = "cuda"))]
     pub trait Sealed {}
     impl Sealed for half::f16 {}
     impl Sealed for half::bf16 {}

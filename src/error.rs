@@ -118,7 +118,9 @@ pub enum Error {
         needed: usize,
     },
     /// A buffer or workspace lives in another CUDA context (or on another device) than the kernels.
-    #[error("`{arg}` belongs to CUDA device {got}, expected device {expected} and the context the kernels were loaded in")]
+    #[error(
+        "`{arg}` belongs to CUDA device {got}, expected device {expected} and the context the kernels were loaded in"
+    )]
     WrongContext {
         /// Argument.
         arg: &'static str,

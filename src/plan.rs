@@ -90,10 +90,11 @@ fn blocks(extent: usize, block: u32) -> u64 {
 fn units(count: u64) -> Result<u32> {
     // Tickets run past the last unit by one per CTA.
     let limit = u64::from(u32::MAX) - (1 << 20);
-    u32::try_from(count)
-        .ok()
-        .filter(|_| count <= limit)
-        .ok_or(Error::TooLarge { what: "the number of tiles", got: count, limit })
+    u32::try_from(count).ok().filter(|_| count <= limit).ok_or(Error::TooLarge {
+        what: "the number of tiles",
+        got: count,
+        limit,
+    })
 }
 
 fn matrix(matrix: raw::Matrix) -> LoraMatrix {

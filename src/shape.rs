@@ -118,9 +118,12 @@ impl Operand {
 
 /// Checks shared by both operations, after the dimensions agreed.
 fn check_operands(shape: LoraShape, scale: f32, inputs: &[Operand], outputs: &[Operand]) -> Result<LoraShape> {
-    for (what, got) in
-        [("M (rows of x)", shape.m), ("N (rows of w)", shape.n), ("K (columns of w)", shape.k), ("R (rows of a)", shape.r)]
-    {
+    for (what, got) in [
+        ("M (rows of x)", shape.m),
+        ("N (rows of w)", shape.n),
+        ("K (columns of w)", shape.k),
+        ("R (rows of a)", shape.r),
+    ] {
         if got > MAX_DIMENSION {
             return Err(Error::TooLarge { what, got: got as u64, limit: MAX_DIMENSION as u64 });
         }

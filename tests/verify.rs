@@ -235,11 +235,27 @@ fn the_command_line_is_checked() {
         assert_eq!((status, out.as_str()), (3, ""), "{arguments:?}");
         assert!(err.starts_with("verify: "), "{err}");
     }
+}
+
+/// Without a GPU the default falls back, saying why; asking for CUDA does not.
+#[test]
+fn the_backend_is_chosen_and_named() {
+    let case = golden("decode_r1");
+    let case = case.to_str().expect("UTF-8");
+    let chosen = run(&[case]);
+    assert_eq!(chosen.status, 0, "{}", chosen.err);
+    let asked = run(&["--backend", "cuda", case]);
     if cfg!(not(feature = "cuda")) {
-        let Output { status, err, .. } = run(&["--backend", "cuda", "x"]);
-        assert_eq!(status, 3);
-        assert!(err.contains("this build has no cuda backend, expected feature `cuda`"), "{err}");
+        assert!(chosen.out.starts_with("backend: cpu (built without the `cuda` feature)\n"), "{}", chosen.out);
+        assert!(asked.err.contains("this build has no cuda backend, expected feature `cuda`"), "{}", asked.err);
+    } else if asked.status == 0 {
+        assert!(chosen.out.starts_with("backend: cuda ("), "{}", chosen.out);
+        return;
+    } else {
+        assert!(chosen.out.starts_with("backend: cpu (no NVIDIA driver found: CPU backend; "), "{}", chosen.out);
+        assert!(asked.err.starts_with("verify: the cuda backend failed: no NVIDIA driver found: "), "{}", asked.err);
     }
+    assert_eq!((asked.status, asked.out.as_str()), (3, ""));
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! What runs the operations: one interface over host vectors, one implementation per backend.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -109,28 +111,61 @@ pub struct Backend {
 /// The backends of this build.
 pub enum Kind {
     Cpu(cpu::Cpu),
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::Cuda),
 }
 
 impl Backend {
     /// The backend asked for, or the best there is.
     pub fn select(choice: Option<Choice>) -> std::result::Result<Self, Failure> {
-        let absent = |name| Failure::Usage(format!("this build has no {name} backend, expected feature `{name}`"));
-        let cpu = |why: &str| Self { kind: Kind::Cpu(cpu::Cpu), why: why.into() };
         match choice {
-            Some(Choice::Cpu) => Ok(cpu("as asked")),
-            Some(Choice::Cuda) => Err(absent("cuda")),
+            Some(Choice::Cpu) => Ok(Self::cpu("as asked".into())),
+            Some(Choice::Cuda) => Self::cuda(),
             Some(Choice::Emulator) => Err(absent("emulator")),
-            None => Ok(cpu("built without the `cuda` feature")),
+            None => Ok(Self::best()),
+        }
+    }
+
+    fn cpu(why: String) -> Self {
+        Self { kind: Kind::Cpu(cpu::Cpu), why }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda() -> std::result::Result<Self, Failure> {
+        let runner = cuda::Cuda::new().map_err(|error| Failure::Backend { backend: "cuda", error })?;
+        Ok(Self { why: runner.gpu().to_owned(), kind: Kind::Cuda(runner) })
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn cuda() -> std::result::Result<Self, Failure> {
+        Err(absent("cuda"))
+    }
+
+    /// The GPU where it can be used, else the CPU.
+    fn best() -> Self {
+        match Self::cuda() {
+            Ok(backend) => backend,
+            Err(Failure::Backend { error: fused_lora::Error::NoDriver { reason }, .. }) => {
+                Self::cpu(format!("no NVIDIA driver found: CPU backend; {reason}"))
+            }
+            Err(failure) if cfg!(feature = "cuda") => Self::cpu(format!("{failure}: CPU backend")),
+            Err(_) => Self::cpu("built without the `cuda` feature".into()),
         }
     }
 
     pub fn name(&self) -> &'static str {
         match &self.kind {
             Kind::Cpu(runner) => runner.name(),
+            #[cfg(feature = "cuda")]
+            Kind::Cuda(runner) => runner.name(),
         }
     }
 
     pub fn why(&self) -> &str {
         &self.why
     }
+}
+
+fn absent(name: &str) -> Failure {
+    Failure::Usage(format!("this build has no {name} backend, expected feature `{name}`"))
 }

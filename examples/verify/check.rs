@@ -72,6 +72,8 @@ impl Report {
 pub fn run(case: &Case, backend: &Backend) -> Result<Report, Failure> {
     match &backend.kind {
         Kind::Cpu(runner) => run_on(case, runner),
+        #[cfg(feature = "cuda")]
+        Kind::Cuda(runner) => run_on(case, runner),
     }
 }
 

@@ -79,7 +79,9 @@ impl Plan {
             line(format_args!("  note       {note}"));
         }
         if self.device.arch < 80 && self.dtype == crate::Dtype::Bf16 {
-            line(format_args!("  note       sm_75 has no bf16 tensor instruction: products are done in f32 arithmetic"));
+            line(format_args!(
+                "  note       sm_75 has no bf16 tensor instruction: products are done in f32 arithmetic"
+            ));
         }
         out
     }

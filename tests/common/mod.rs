@@ -6,6 +6,8 @@
 
 pub mod check;
 pub mod data;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 
 use fused_lora::{Accumulate, Element, Gradient, Matrix, MatrixMut, Result, cpu};
 

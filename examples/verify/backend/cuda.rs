@@ -1,0 +1,161 @@
+//! The CUDA backend, on GPU 0.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use fused_lora::cuda::cudarc::driver::sys::CUevent_flags;
+use fused_lora::cuda::cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DevicePtrMut, DriverError};
+use fused_lora::cuda::{self, Kernels, Workspace};
+use fused_lora::{Accumulate, Dtype, Element, Error, Gradient, LoraShape, Matrix, MatrixMut, Result};
+
+use super::{Backward, Form, Forms, Forward, Problem, Runner, Values};
+
+pub struct Cuda {
+    kernels: Kernels,
+    stream: Arc<CudaStream>,
+}
+
+/// What cudarc reports of the copies around an operation.
+fn copying(error: DriverError) -> Error {
+    Error::Driver { call: "copying between host and device", message: error.to_string() }
+}
+
+impl Cuda {
+    pub fn new() -> Result<Self> {
+        let kernels = Kernels::on_device(0)?;
+        let stream = kernels.context().new_stream().map_err(copying)?;
+        Ok(Self { kernels, stream })
+    }
+
+    pub fn gpu(&self) -> &str {
+        &self.kernels.device().name
+    }
+
+    fn upload<T: Element>(&self, data: &[T]) -> Result<CudaSlice<T>> {
+        self.stream.clone_htod(data).map_err(copying)
+    }
+
+    fn zeros<T: Element>(&self, elements: usize) -> Result<CudaSlice<T>> {
+        self.stream.alloc_zeros(elements).map_err(copying)
+    }
+
+    fn download<T: Element>(&self, data: &CudaSlice<T>) -> Result<Vec<T>> {
+        self.stream.clone_dtoh(data).map_err(copying)
+    }
+
+    fn workspace<T>(&self, problem: &Problem<T>) -> Result<Workspace>
+    where
+        T: Element,
+    {
+        let shape = LoraShape { m: problem.m, n: problem.n, k: problem.k, r: problem.r };
+        Workspace::new(&self.stream, self.kernels.workspace_bytes(T::DTYPE, shape)?)
+    }
+
+    fn now(&self) -> Result<CudaEvent> {
+        self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(copying)
+    }
+
+    /// Time on the GPU from one event to the other.
+    fn between(start: &CudaEvent, end: &CudaEvent) -> Result<Duration> {
+        let milliseconds = start.elapsed_ms(end).map_err(copying)?;
+        Ok(Duration::from_secs_f64(f64::from(milliseconds) / 1e3))
+    }
+}
+
+/// [`Values`] in device memory.
+enum Output<T> {
+    Storage(CudaSlice<T>),
+    F32(CudaSlice<f32>),
+}
+
+type View<'a, T> = Gradient<'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtrMut<f32> + 'a>;
+
+impl<T: Element> Output<T> {
+    fn zeros(cuda: &Cuda, form: Form, elements: usize) -> Result<Self> {
+        Ok(match form {
+            Form::Storage => Self::Storage(cuda.zeros(elements)?),
+            Form::F32 => Self::F32(cuda.zeros(elements)?),
+        })
+    }
+
+    fn view(&mut self, rows: usize, cols: usize) -> View<'_, T> {
+        match self {
+            Self::Storage(data) => Gradient::Storage(MatrixMut::new(data, rows, cols)),
+            Self::F32(data) => Gradient::F32(MatrixMut::new(data, rows, cols)),
+        }
+    }
+
+    fn download(&self, cuda: &Cuda) -> Result<Values<T>> {
+        Ok(match self {
+            Self::Storage(data) => Values::Storage(cuda.download(data)?),
+            Self::F32(data) => Values::F32(cuda.download(data)?),
+        })
+    }
+}
+
+impl Runner for Cuda {
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn computes(&self, dtype: Dtype) -> bool {
+        dtype != Dtype::F32
+    }
+
+    fn forward<T: Element>(&self, problem: &Problem<T>) -> Result<Forward<T>> {
+        let Problem { m, n, k, r, scale, .. } = *problem;
+        let (x, w) = (self.upload(&problem.x)?, self.upload(&problem.w)?);
+        let (a, b) = (self.upload(&problem.a)?, self.upload(&problem.b)?);
+        let bias = problem.bias.as_ref().map(|bias| self.upload(bias)).transpose()?;
+        let (mut h, mut y) = (self.zeros::<T>(m * r)?, self.zeros::<T>(m * n)?);
+        let mut workspace = self.workspace(problem)?;
+        let op = cuda::Forward {
+            x: Matrix::new(&x, m, k),
+            w: Matrix::new(&w, n, k),
+            a: Matrix::new(&a, r, k),
+            b: Matrix::new(&b, n, r),
+            scale,
+            bias: bias.as_ref().map(|bias| cuda::matrix(bias, 1, n)),
+            h: Some(MatrixMut::new(&mut h, m, r)),
+            y: MatrixMut::new(&mut y, m, n),
+        };
+        let start = self.now()?;
+        self.kernels.forward(&self.stream, op, &mut workspace)?;
+        let end = self.now()?;
+        Ok(Forward { h: self.download(&h)?, y: self.download(&y)?, time: Self::between(&start, &end)? })
+    }
+
+    fn backward<T: Element>(&self, problem: &Problem<T>, h: &[T], forms: Forms) -> Result<Backward<T>> {
+        let Problem { m, n, k, r, scale, .. } = *problem;
+        let (dy, w) = (self.upload(&problem.dy)?, self.upload(&problem.w)?);
+        let (a, b) = (self.upload(&problem.a)?, self.upload(&problem.b)?);
+        let (x, h, mut dx) = (self.upload(&problem.x)?, self.upload(h)?, self.zeros::<T>(m * k)?);
+        let (mut da, mut db) = (Output::zeros(self, forms.da, r * k)?, Output::zeros(self, forms.db, n * r)?);
+        let mut dbias = forms.dbias.map(|form| Output::zeros(self, form, n)).transpose()?;
+        let mut workspace = self.workspace(problem)?;
+        let op = cuda::Backward {
+            dy: Matrix::new(&dy, m, n),
+            w: Matrix::new(&w, n, k),
+            a: Matrix::new(&a, r, k),
+            b: Matrix::new(&b, n, r),
+            scale,
+            x: Some(Matrix::new(&x, m, k)),
+            h: Some(Matrix::new(&h, m, r)),
+            dx: Some(MatrixMut::new(&mut dx, m, k)),
+            da: Some(da.view(r, k)),
+            db: Some(db.view(n, r)),
+            dbias: dbias.as_mut().map(|dbias| dbias.view(1, n)),
+            accumulate: Accumulate::default(),
+        };
+        let start = self.now()?;
+        self.kernels.backward(&self.stream, op, &mut workspace)?;
+        let end = self.now()?;
+        Ok(Backward {
+            dx: self.download(&dx)?,
+            da: da.download(self)?,
+            db: db.download(self)?,
+            dbias: dbias.as_ref().map(|dbias| dbias.download(self)).transpose()?,
+            time: Self::between(&start, &end)?,
+        })
+    }
+}

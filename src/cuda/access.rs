@@ -1,0 +1,134 @@
+//! From buffers to addresses, with the guards that order the streams.
+
+use cudarc::driver::sys::CUresult;
+use cudarc::driver::{CudaContext, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
+
+use super::driver::failed;
+use super::{Backward, Forward};
+use crate::error::{Error, Result};
+use crate::shape::check_length;
+use crate::{Element, Gradient, Matrix, MatrixMut, raw};
+
+/// The buffers of one operation while it is being launched.
+///
+/// Taking an address makes the stream wait for what other streams do with the buffer; dropping this, after the launch,
+/// tells other streams to wait for ours.
+pub(super) struct Access<'s> {
+    context: &'s CudaContext,
+    stream: &'s CudaStream,
+    guards: Vec<SyncOnDrop<'s>>,
+    /// The first matrix that leaves its buffer.
+    lengths: Result<()>,
+}
+
+/// `got` must be the context of the kernels.
+pub(super) fn check_context(arg: &'static str, got: &CudaContext, expected: &CudaContext) -> Result<()> {
+    if got == expected {
+        return Ok(());
+    }
+    Err(Error::WrongContext { arg, got: got.ordinal(), expected: expected.ordinal() })
+}
+
+impl<'s> Access<'s> {
+    pub(super) fn new(context: &'s CudaContext, stream: &'s CudaStream) -> Result<Self> {
+        check_context("stream", stream.context(), context)?;
+        Ok(Self { context, stream, guards: Vec::with_capacity(10), lengths: Ok(()) })
+    }
+
+    pub(super) fn forward<T: Element>(&mut self, op: &'s mut Forward<'_, T>) -> Result<raw::Forward> {
+        Ok(raw::Forward {
+            dtype: T::DTYPE,
+            x: self.read("x", op.x)?,
+            w: self.read("w", op.w)?,
+            a: self.read("a", op.a)?,
+            b: self.read("b", op.b)?,
+            scale: op.scale,
+            bias: op.bias.map(|bias| self.read("bias", bias)).transpose()?,
+            h: op.h.as_mut().map(|h| self.write("h", h)).transpose()?,
+            y: self.write("y", &mut op.y)?,
+        })
+    }
+
+    pub(super) fn backward<T: Element>(&mut self, op: &'s mut Backward<'_, T>) -> Result<raw::Backward> {
+        Ok(raw::Backward {
+            dtype: T::DTYPE,
+            dy: self.read("dy", op.dy)?,
+            w: self.read("w", op.w)?,
+            a: self.read("a", op.a)?,
+            b: self.read("b", op.b)?,
+            scale: op.scale,
+            x: op.x.map(|x| self.read("x", x)).transpose()?,
+            h: op.h.map(|h| self.read("h", h)).transpose()?,
+            dx: op.dx.as_mut().map(|dx| self.write("dx", dx)).transpose()?,
+            da: op.da.as_mut().map(|da| self.gradient("da", da)).transpose()?,
+            db: op.db.as_mut().map(|db| self.gradient("db", db)).transpose()?,
+            dbias: op.dbias.as_mut().map(|dbias| self.gradient("dbias", dbias)).transpose()?,
+            accumulate: op.accumulate,
+        })
+    }
+
+    fn read<T>(&mut self, arg: &'static str, matrix: Matrix<'s, dyn DevicePtr<T> + 's>) -> Result<raw::Matrix> {
+        let Matrix { data, offset, rows, cols, row_stride } = matrix;
+        check_context(arg, data.stream().context(), self.context)?;
+        self.note(check_length(arg, data.len(), offset, (rows, cols, row_stride)));
+        let (base, guard) = data.device_ptr(self.stream);
+        self.guards.push(guard);
+        Ok(raw::Matrix { ptr: address::<T>(base, offset), rows, cols, row_stride })
+    }
+
+    fn write<T>(
+        &mut self,
+        arg: &'static str,
+        matrix: &'s mut MatrixMut<'_, dyn DevicePtrMut<T> + '_>,
+    ) -> Result<raw::Matrix> {
+        let MatrixMut { ref mut data, offset, rows, cols, row_stride } = *matrix;
+        check_context(arg, data.stream().context(), self.context)?;
+        self.note(check_length(arg, data.len(), offset, (rows, cols, row_stride)));
+        let (base, guard) = data.device_ptr_mut(self.stream);
+        self.guards.push(guard);
+        Ok(raw::Matrix { ptr: address::<T>(base, offset), rows, cols, row_stride })
+    }
+
+    fn gradient<T>(
+        &mut self,
+        arg: &'static str,
+        gradient: &'s mut Gradient<'_, dyn DevicePtrMut<T> + '_, dyn DevicePtrMut<f32> + '_>,
+    ) -> Result<raw::Gradient> {
+        match gradient {
+            Gradient::Storage(matrix) => Ok(raw::Gradient { matrix: self.write(arg, matrix)?, f32: false }),
+            Gradient::F32(matrix) => Ok(raw::Gradient { matrix: self.write(arg, matrix)?, f32: true }),
+        }
+    }
+
+    fn note(&mut self, length: Result<()>) {
+        if self.lengths.is_ok() {
+            self.lengths = length;
+        }
+    }
+
+    /// What to report. An address that looks wrong may be the consequence of a matrix that leaves its buffer.
+    pub(super) fn judge<V>(&self, verdict: Result<V>) -> Result<V> {
+        match verdict {
+            Ok(_) | Err(Error::Overlap { .. } | Error::NullPointer { .. } | Error::TooLarge { .. }) => {
+                self.lengths.clone().and(verdict)
+            }
+            Err(_) => verdict,
+        }
+    }
+
+    /// Taking an address cannot fail, so cudarc keeps the error for later: it is asked for before the launch relies on the
+    /// waits.
+    pub(super) fn check_waits(&self) -> Result<()> {
+        self.context.check_err().map_err(|error| match error.0 {
+            CUresult::CUDA_ERROR_STREAM_CAPTURE_ISOLATION => {
+                Error::Capturing { what: "a buffer waits for earlier work on it, as cudarc's event tracking asks," }
+            }
+            _ => failed("waiting for earlier work on the buffers")(error),
+        })
+    }
+}
+
+/// Only a matrix that leaves its buffer, which is refused, makes this wrap.
+fn address<T>(base: u64, offset: usize) -> u64 {
+    base.wrapping_add((offset as u64).wrapping_mul(size_of::<T>() as u64))
+}

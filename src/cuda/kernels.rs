@@ -1,0 +1,225 @@
+//! The kernels in a context, and the operations.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::driver::sys::CUstream;
+use cudarc::driver::{CudaContext, CudaStream};
+
+use super::access::{Access, check_context};
+use super::driver::failed;
+use super::launch::launch;
+use super::module::{self, Module};
+use super::{Backward, Forward, Workspace, driver, size};
+use crate::error::Result;
+use crate::plan::{Device, Launch, Plan};
+use crate::{Dtype, Element, LoraShape, raw};
+
+/// The kernels of this crate, loaded into a CUDA context.
+///
+/// A handle: clones share what is loaded, and any thread may use them. Dropping the last one waits for the device and unloads
+/// the kernels; graphs that were captured with them must not run after that.
+#[derive(Clone, Debug)]
+pub struct Kernels(Arc<Loaded>);
+
+#[derive(Debug)]
+struct Loaded {
+    context: Arc<CudaContext>,
+    device: Device,
+    modules: Vec<Module>,
+}
+
+impl Kernels {
+    /// Loads the kernels into `context`; [`context`](super::context) makes one without a panic.
+    ///
+    /// # Errors
+    /// [`Error::UnsupportedArch`](crate::Error::UnsupportedArch) when this build has no image for the GPU;
+    /// [`Error::Driver`](crate::Error::Driver).
+    pub fn new(context: &Arc<CudaContext>) -> Result<Self> {
+        let device = driver::properties(context)?;
+        let modules = module::load_all(context, &device)?;
+        Ok(Self(Arc::new(Loaded { context: context.clone(), device, modules })))
+    }
+
+    /// Loads the kernels into the primary context of GPU `ordinal`.
+    ///
+    /// # Errors
+    /// As [`context`](super::context) and [`Kernels::new`].
+    pub fn on_device(ordinal: usize) -> Result<Self> {
+        Self::new(&driver::context(ordinal)?)
+    }
+
+    /// The context the kernels are loaded in.
+    pub fn context(&self) -> &Arc<CudaContext> {
+        &self.0.context
+    }
+
+    /// The GPU as plans see it.
+    pub fn device(&self) -> &Device {
+        &self.0.device
+    }
+
+    /// Bytes of workspace that suffice for forward and for backward of `shape`, with any choice of optional arguments.
+    ///
+    /// # Errors
+    /// As [`Plan::forward`].
+    pub fn workspace_bytes(&self, dtype: Dtype, shape: LoraShape) -> Result<usize> {
+        Ok(self.forward_workspace_bytes(dtype, shape)?.max(self.backward_workspace_bytes(dtype, shape)?))
+    }
+
+    /// Bytes of workspace that suffice for forward of `shape`, whether h is kept or not.
+    ///
+    /// # Errors
+    /// As [`Plan::forward`].
+    pub fn forward_workspace_bytes(&self, dtype: Dtype, shape: LoraShape) -> Result<usize> {
+        size::forward(dtype, shape, self.device())
+    }
+
+    /// Bytes of workspace that suffice for backward of `shape`, with any choice of outputs.
+    ///
+    /// # Errors
+    /// As [`Plan::backward`].
+    pub fn backward_workspace_bytes(&self, dtype: Dtype, shape: LoraShape) -> Result<usize> {
+        size::backward(dtype, shape, self.device())
+    }
+
+    /// What [`forward`](Self::forward) would do: [`Plan::explain`] says it in words, and [`Plan::workspace_bytes`] is
+    /// exactly what it needs. Nothing is launched.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), less what concerns the workspace.
+    pub fn plan_forward<T: Element>(&self, stream: &CudaStream, op: &mut Forward<'_, T>) -> Result<Plan> {
+        let mut access = Access::new(self.context(), stream)?;
+        let op = access.forward(op)?;
+        access.judge(Plan::forward(&op, self.device()))
+    }
+
+    /// What [`backward`](Self::backward) would do, as [`plan_forward`](Self::plan_forward).
+    ///
+    /// # Errors
+    /// As [`backward`](Self::backward), less what concerns the workspace.
+    pub fn plan_backward<T: Element>(&self, stream: &CudaStream, op: &mut Backward<'_, T>) -> Result<Plan> {
+        let mut access = Access::new(self.context(), stream)?;
+        let op = access.backward(op)?;
+        access.judge(Plan::backward(&op, self.device()))
+    }
+
+    /// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ: one launch on `stream`.
+    ///
+    /// # Errors
+    /// What [`Plan::forward`] finds; [`Error::BufferTooShort`](crate::Error::BufferTooShort);
+    /// [`Error::WrongContext`](crate::Error::WrongContext); [`Error::Workspace`](crate::Error::Workspace);
+    /// [`Error::Capturing`](crate::Error::Capturing); [`Error::Driver`](crate::Error::Driver). Nothing is launched then.
+    pub fn forward<T: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
+        mut op: Forward<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        check_context("workspace", workspace.context(), self.context())?;
+        let mut access = Access::new(self.context(), stream)?;
+        let op = access.forward(&mut op)?;
+        let plan = access.judge(Plan::forward(&op, self.device()))?;
+        self.run(&plan, stream, &access, workspace)
+    }
+
+    /// dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B: one launch on `stream` for the
+    /// outputs that are present.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), with what [`Plan::backward`] finds. Nothing is launched then.
+    pub fn backward<T: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
+        mut op: Backward<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        check_context("workspace", workspace.context(), self.context())?;
+        let mut access = Access::new(self.context(), stream)?;
+        let op = access.backward(&mut op)?;
+        let plan = access.judge(Plan::backward(&op, self.device()))?;
+        self.run(&plan, stream, &access, workspace)
+    }
+
+    /// `access` is only looked at: the caller drops it, and with it the guards of the buffers, after the launch.
+    fn run(&self, plan: &Plan, stream: &Arc<CudaStream>, access: &Access<'_>, workspace: &mut Workspace) -> Result<()> {
+        let launch = plan.launch(workspace.address(), workspace.bytes())?;
+        access.check_waits()?;
+        workspace.order_on(stream)?;
+        // SAFETY: the buffers hold the matrices (`judge`), belong to this context, and are borrowed until the launch is
+        // queued; their guards, and the order in which streams free memory, cover the time until it has run. The workspace
+        // holds what the plan asked for, zeroed where it must be, and was ordered on this stream.
+        unsafe { self.launch(&launch, stream.cu_stream()) }?;
+        workspace.used_on(stream)
+    }
+
+    /// [`forward`](Self::forward) over addresses, for stacks on another version of cudarc or none: `stream` is a `CUstream`
+    /// (or `cudaStream_t`), and `workspace` holds `workspace_bytes` bytes. [`Plan::forward`] with
+    /// [`device`](Self::device) says how many are needed, and explains.
+    ///
+    /// # Errors
+    /// What [`Plan::forward`] and [`Plan::launch`] find; [`Error::Driver`](crate::Error::Driver).
+    ///
+    /// # Safety
+    /// - `stream` is a stream of the context the kernels are loaded in (the primary context of the device after
+    ///   [`on_device`](Self::on_device), which is also that of the CUDA runtime).
+    /// - Every matrix lies in device memory of that context, of the extent its dimensions and stride give and of the dtype of
+    ///   the operation. Until the launch has run it stays allocated, what is read is not written, and what is written is not
+    ///   accessed by anything else.
+    /// - So does the workspace, and its first [`SYNC_BYTES`](crate::plan::SYNC_BYTES) bytes were zeroed once after it was
+    ///   allocated and only touched by launches of this crate since.
+    /// - The kernels are not dropped before the launch, or any graph that it was captured into, has run for the last time.
+    pub unsafe fn forward_raw(
+        &self,
+        op: &raw::Forward,
+        workspace: u64,
+        workspace_bytes: usize,
+        stream: *mut c_void,
+    ) -> Result<()> {
+        let launch = Plan::forward(op, self.device())?.launch(workspace, workspace_bytes)?;
+        // SAFETY: what `launch` relies on is what this function asks of its caller.
+        unsafe { self.launch(&launch, stream.cast()) }
+    }
+
+    /// [`backward`](Self::backward) over addresses, as [`forward_raw`](Self::forward_raw).
+    ///
+    /// # Errors
+    /// What [`Plan::backward`] and [`Plan::launch`] find; [`Error::Driver`](crate::Error::Driver).
+    ///
+    /// # Safety
+    /// As [`forward_raw`](Self::forward_raw); gradients marked `f32` lie in memory for f32 elements.
+    pub unsafe fn backward_raw(
+        &self,
+        op: &raw::Backward,
+        workspace: u64,
+        workspace_bytes: usize,
+        stream: *mut c_void,
+    ) -> Result<()> {
+        let launch = Plan::backward(op, self.device())?.launch(workspace, workspace_bytes)?;
+        // SAFETY: what `launch` relies on is what this function asks of its caller.
+        unsafe { self.launch(&launch, stream.cast()) }
+    }
+
+    /// # Safety
+    /// `stream` is a stream of the kernels' context; what the parameters point to is as the launch says until it has run.
+    unsafe fn launch(&self, planned: &Launch, stream: CUstream) -> Result<()> {
+        let function = module::find(&self.0.modules, planned.image, planned.kernel, self.device().arch)?;
+        self.context().bind_to_thread().map_err(failed("cuCtxSetCurrent"))?;
+        // SAFETY: the function was found by the launch's own names in a module of this context, now current, which waits
+        // for the device before it unloads; the rest is what the caller vouches for.
+        unsafe { launch(function, stream, planned) }.map_err(failed("cuLaunchKernel"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Kernels, Workspace};
+
+    /// Compiles only if handles can be shared and workspaces sent.
+    #[test]
+    fn handles_are_shared_between_threads() {
+        fn shared<T: Send + Sync>() {}
+        shared::<Kernels>();
+        shared::<Workspace>();
+    }
+}

@@ -1,0 +1,303 @@
+//! The GPU of the machine, and the operations on it; or one visible line per test that needs one and finds none.
+
+use std::io::Write;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use fused_lora::cuda::cudarc::driver::{CudaSlice, CudaStream};
+use fused_lora::cuda::{self, Kernels, Workspace};
+use fused_lora::{Element, Error, Gradient, LoraShape, Matrix, MatrixMut, Result};
+
+use super::data::POISON;
+use super::{Backend, Host, HostBackward, HostForward, HostGradient};
+
+/// The kernels on GPU 0. Without a GPU the test is over: it says `SKIPPED: no GPU` on a line of its own, or fails when
+/// `FUSED_LORA_REQUIRE_GPU` is 1. Any error but that of a missing driver fails in any case.
+pub fn kernels(test: &str) -> Option<Kernels> {
+    static KERNELS: OnceLock<Result<Kernels>> = OnceLock::new();
+    match KERNELS.get_or_init(|| Kernels::on_device(0)) {
+        Ok(kernels) => Some(kernels.clone()),
+        Err(error @ Error::NoDriver { .. }) => {
+            if std::env::var_os("FUSED_LORA_REQUIRE_GPU").is_some_and(|value| value == "1") {
+                fail(test, &format!("{error}, and FUSED_LORA_REQUIRE_GPU is set"));
+            }
+            skipped(test, &format!("no GPU ({error})"));
+            None
+        }
+        Err(error) => fail(test, &error.to_string()),
+    }
+}
+
+/// Says that `test` does not run, past the test harness, which captures only what is printed by macros.
+pub fn skipped(test: &str, why: &str) {
+    // One write, so that lines of several tests do not mix; it starts a line because the harness, on one thread, has written
+    // the name of the test without ending its line.
+    let line = format!("\nSKIPPED: {why}: {test}\n");
+    std::io::stderr().write_all(line.as_bytes()).expect("stderr is writable");
+}
+
+#[track_caller]
+#[allow(clippy::panic)] // how a test fails
+fn fail(test: &str, why: &str) -> ! {
+    panic!("{test}: {why}")
+}
+
+/// The CUDA backend on a stream of its own, with one workspace for all its operations.
+pub struct Gpu {
+    pub kernels: Kernels,
+    pub stream: Arc<CudaStream>,
+    pub workspace: Mutex<Workspace>,
+}
+
+/// Forward in device memory.
+pub struct DeviceForward<T> {
+    pub host: HostForward<T>,
+    x: CudaSlice<T>,
+    w: CudaSlice<T>,
+    a: CudaSlice<T>,
+    b: CudaSlice<T>,
+    bias: Option<CudaSlice<T>>,
+    h: Option<CudaSlice<T>>,
+    y: CudaSlice<T>,
+}
+
+/// da, db or dbias in device memory.
+enum DeviceGradient<T> {
+    Storage(CudaSlice<T>),
+    F32(CudaSlice<f32>),
+}
+
+/// Backward in device memory.
+pub struct DeviceBackward<T> {
+    pub host: HostBackward<T>,
+    dy: CudaSlice<T>,
+    w: CudaSlice<T>,
+    a: CudaSlice<T>,
+    b: CudaSlice<T>,
+    x: Option<CudaSlice<T>>,
+    h: Option<CudaSlice<T>>,
+    dx: Option<CudaSlice<T>>,
+    da: Option<DeviceGradient<T>>,
+    db: Option<DeviceGradient<T>>,
+    dbias: Option<DeviceGradient<T>>,
+}
+
+impl Gpu {
+    pub fn new(kernels: Kernels) -> Self {
+        let stream = kernels.context().new_stream().expect("a stream");
+        Self::on(kernels, stream)
+    }
+
+    pub fn on(kernels: Kernels, stream: Arc<CudaStream>) -> Self {
+        let workspace = Mutex::new(Workspace::new(&stream, 0).expect("a workspace"));
+        Self { kernels, stream, workspace }
+    }
+
+    /// A whole buffer, with what surrounds the matrix. CUDA has no empty allocations: an empty one gets one element.
+    fn upload<T: Element>(&self, host: &Host<T>) -> CudaSlice<T> {
+        let uploaded = if host.data.is_empty() {
+            self.stream.clone_htod(&[T::default()])
+        } else {
+            self.stream.clone_htod(&host.data)
+        };
+        uploaded.expect("an upload")
+    }
+
+    fn download<T: Element>(&self, device: &CudaSlice<T>, host: &mut Host<T>) {
+        let all = self.stream.clone_dtoh(device).expect("a download");
+        let elements = host.data.len();
+        host.data.copy_from_slice(&all[..elements]);
+    }
+
+    pub fn upload_forward<T: Element>(&self, host: &HostForward<T>) -> DeviceForward<T> {
+        DeviceForward {
+            x: self.upload(&host.x),
+            w: self.upload(&host.w),
+            a: self.upload(&host.a),
+            b: self.upload(&host.b),
+            bias: host.bias.as_ref().map(|bias| self.upload(bias)),
+            h: host.h.as_ref().map(|h| self.upload(h)),
+            y: self.upload(&host.y),
+            host: host.clone(),
+        }
+    }
+
+    pub fn upload_backward<T: Element>(&self, host: &HostBackward<T>) -> DeviceBackward<T> {
+        let optional = |host: &Option<Host<T>>| host.as_ref().map(|host| self.upload(host));
+        let gradient = |host: &Option<HostGradient<T>>| {
+            host.as_ref().map(|host| match host {
+                HostGradient::Storage(host) => DeviceGradient::Storage(self.upload(host)),
+                HostGradient::F32(host) => DeviceGradient::F32(self.upload(host)),
+            })
+        };
+        DeviceBackward {
+            dy: self.upload(&host.dy),
+            w: self.upload(&host.w),
+            a: self.upload(&host.a),
+            b: self.upload(&host.b),
+            x: optional(&host.x),
+            h: optional(&host.h),
+            dx: optional(&host.dx),
+            da: gradient(&host.da),
+            db: gradient(&host.db),
+            dbias: gradient(&host.dbias),
+            host: host.clone(),
+        }
+    }
+
+    /// Writes the outputs back into `op`, whole.
+    pub fn download_forward<T: Element>(&self, device: &DeviceForward<T>, op: &mut HostForward<T>) {
+        self.download(&device.y, &mut op.y);
+        if let (Some(device), Some(h)) = (&device.h, &mut op.h) {
+            self.download(device, h);
+        }
+    }
+
+    /// Writes the outputs back into `op`, whole.
+    pub fn download_backward<T: Element>(&self, device: &DeviceBackward<T>, op: &mut HostBackward<T>) {
+        if let (Some(device), Some(dx)) = (&device.dx, &mut op.dx) {
+            self.download(device, dx);
+        }
+        let gradients = [(&device.da, &mut op.da), (&device.db, &mut op.db), (&device.dbias, &mut op.dbias)];
+        for (device, host) in gradients {
+            match (device, host) {
+                (Some(DeviceGradient::Storage(device)), Some(HostGradient::Storage(host))) => {
+                    self.download(device, host)
+                }
+                (Some(DeviceGradient::F32(device)), Some(HostGradient::F32(host))) => self.download(device, host),
+                _ => {}
+            }
+        }
+    }
+}
+
+fn view<'a, T: Element>(
+    data: &'a CudaSlice<T>,
+    host: &Host<T>,
+) -> Matrix<'a, dyn cuda::cudarc::driver::DevicePtr<T> + 'a> {
+    cuda::matrix::<T>(data, host.rows, host.cols).with_offset(host.offset).with_row_stride(host.row_stride)
+}
+
+fn view_mut<'a, T: Element>(
+    data: &'a mut CudaSlice<T>,
+    host: &Host<T>,
+) -> MatrixMut<'a, dyn cuda::cudarc::driver::DevicePtrMut<T> + 'a> {
+    cuda::matrix_mut::<T>(data, host.rows, host.cols).with_offset(host.offset).with_row_stride(host.row_stride)
+}
+
+impl<T: Element> DeviceForward<T> {
+    pub fn op(&mut self) -> cuda::Forward<'_, T> {
+        let Self { host, x, w, a, b, bias, h, y } = self;
+        cuda::Forward {
+            x: view(x, &host.x),
+            w: view(w, &host.w),
+            a: view(a, &host.a),
+            b: view(b, &host.b),
+            scale: host.scale,
+            bias: bias.as_ref().zip(host.bias.as_ref()).map(|(bias, host)| view(bias, host)),
+            h: h.as_mut().zip(host.h.as_ref()).map(|(h, host)| view_mut(h, host)),
+            y: view_mut(y, &host.y),
+        }
+    }
+
+    pub fn shape(&self) -> LoraShape {
+        LoraShape { m: self.host.x.rows, n: self.host.w.rows, k: self.host.w.cols, r: self.host.a.rows }
+    }
+}
+
+type GradientView<'a, T> =
+    Gradient<'a, dyn cuda::cudarc::driver::DevicePtrMut<T> + 'a, dyn cuda::cudarc::driver::DevicePtrMut<f32> + 'a>;
+
+fn gradient<'a, T: Element>(
+    device: &'a mut Option<DeviceGradient<T>>,
+    host: &Option<HostGradient<T>>,
+) -> Option<GradientView<'a, T>> {
+    match (device, host) {
+        (Some(DeviceGradient::Storage(device)), Some(HostGradient::Storage(host))) => {
+            Some(Gradient::Storage(view_mut(device, host)))
+        }
+        (Some(DeviceGradient::F32(device)), Some(HostGradient::F32(host))) => {
+            Some(Gradient::F32(view_mut(device, host)))
+        }
+        _ => None,
+    }
+}
+
+impl<T: Element> DeviceBackward<T> {
+    pub fn op(&mut self) -> cuda::Backward<'_, T> {
+        let Self { host, dy, w, a, b, x, h, dx, da, db, dbias } = self;
+        cuda::Backward {
+            dy: view(dy, &host.dy),
+            w: view(w, &host.w),
+            a: view(a, &host.a),
+            b: view(b, &host.b),
+            scale: host.scale,
+            x: x.as_ref().zip(host.x.as_ref()).map(|(x, host)| view(x, host)),
+            h: h.as_ref().zip(host.h.as_ref()).map(|(h, host)| view(h, host)),
+            dx: dx.as_mut().zip(host.dx.as_ref()).map(|(dx, host)| view_mut(dx, host)),
+            da: gradient(da, &host.da),
+            db: gradient(db, &host.db),
+            dbias: gradient(dbias, &host.dbias),
+            accumulate: host.accumulate,
+        }
+    }
+
+    pub fn shape(&self) -> LoraShape {
+        LoraShape { m: self.host.dy.rows, n: self.host.w.rows, k: self.host.w.cols, r: self.host.a.rows }
+    }
+}
+
+impl Backend for Gpu {
+    fn name(&self) -> String {
+        format!("cuda ({})", self.kernels.device().name)
+    }
+
+    fn forward<T: Element>(&self, op: &mut HostForward<T>) -> Result<()> {
+        let mut device = self.upload_forward(op);
+        let mut workspace = self.workspace.lock().expect("no other test has failed here");
+        let plan = self.kernels.plan_forward(&self.stream, &mut device.op())?;
+        workspace.reserve(&self.stream, plan.workspace_bytes())?;
+        self.kernels.forward(&self.stream, device.op(), &mut workspace)?;
+        self.download_forward(&device, op);
+        Ok(())
+    }
+
+    fn backward<T: Element>(&self, op: &mut HostBackward<T>) -> Result<()> {
+        let mut device = self.upload_backward(op);
+        let mut workspace = self.workspace.lock().expect("no other test has failed here");
+        let plan = self.kernels.plan_backward(&self.stream, &mut device.op())?;
+        workspace.reserve(&self.stream, plan.workspace_bytes())?;
+        self.kernels.backward(&self.stream, device.op(), &mut workspace)?;
+        self.download_backward(&device, op);
+        Ok(())
+    }
+}
+
+/// A workspace for everything of that shape.
+pub fn workspace<T: Element>(gpu: &Gpu, shape: LoraShape) -> Workspace {
+    let bytes = gpu.kernels.workspace_bytes(T::DTYPE, shape).expect("a plan");
+    Workspace::new(&gpu.stream, bytes).expect("a workspace")
+}
+
+/// The bits of an output, every element of which must have been written.
+fn bits<T: Element>(host: &Host<T>) -> Vec<u32> {
+    let bits = |(at, value): (usize, &T)| {
+        assert!(!host.is_element(at) || value.to_f32() != POISON, "element {at} was not written");
+        value.to_f32().to_bits()
+    };
+    host.data.iter().enumerate().map(bits).collect()
+}
+
+/// The bits of what forward wrote: y, h.
+pub fn forward_bits<T: Element>(op: &HostForward<T>) -> [Vec<u32>; 2] {
+    [bits(&op.y), op.h.as_ref().map(bits).unwrap_or_default()]
+}
+
+/// The bits of what backward wrote: dx, da, db, dbias.
+pub fn backward_bits<T: Element>(op: &HostBackward<T>) -> [Vec<u32>; 4] {
+    let gradient = |gradient: &Option<HostGradient<T>>| match gradient {
+        Some(HostGradient::Storage(host)) => bits(host),
+        Some(HostGradient::F32(host)) => bits(host),
+        None => Vec::new(),
+    };
+    [op.dx.as_ref().map(bits).unwrap_or_default(), gradient(&op.da), gradient(&op.db), gradient(&op.dbias)]
+}
