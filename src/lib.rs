@@ -138,7 +138,7 @@ pub use half::{bf16, f16};
 pub use ops::{Accumulate, Backward, Forward, Gradient, Matrix, MatrixMut};
 pub use shape::{LoraShape, MAX_DIMENSION};
 
-/// The code of the README runs as a test.
+/// The code of the README runs as a test; half of it is about `cuda`.
 #[cfg(all(doctest, feature = "cuda"))]
 #[doc = include_str!("../README.md")]
 struct ReadmeDoctests;

@@ -4,6 +4,8 @@
 //! figure of merit is the LoRA tax: time with the adapter over time of the plain product, less one.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod table;
 
 use std::time::Duration;
@@ -77,8 +79,17 @@ fn values<T: fused_lora::Element>(count: usize, seed: u32) -> Vec<T> {
     (0..count).map(|_| next()).collect()
 }
 
-/// Times all cases of an operation in one criterion group; returns the median time of those that were measured.
-fn run(criterion: &mut Criterion, backend: &dyn Backend, op: Op) -> fused_lora::Result<Vec<(Case, Duration)>> {
+/// What criterion measured of a case.
+struct Measurement {
+    case: Case,
+    /// Median time of one run.
+    time: Duration,
+    /// (slowest − fastest) / median of the samples.
+    spread: f64,
+}
+
+/// Times all cases of an operation in one criterion group; returns those that were measured.
+fn run(criterion: &mut Criterion, backend: &dyn Backend, op: Op) -> fused_lora::Result<Vec<Measurement>> {
     let name = match op {
         Op::Forward => "forward",
         Op::Backward => "backward",
@@ -117,7 +128,9 @@ fn run(criterion: &mut Criterion, backend: &dyn Backend, op: Op) -> fused_lora::
         if samples.len() >= SAMPLES {
             let mut last = samples.split_off(samples.len() - SAMPLES);
             last.sort_unstable();
-            measured.push((case, (last[(SAMPLES - 1) / 2] + last[SAMPLES / 2]) / 2));
+            let time = (last[(SAMPLES - 1) / 2] + last[SAMPLES / 2]) / 2;
+            let spread = (last[SAMPLES - 1] - last[0]).as_secs_f64() / time.as_secs_f64();
+            measured.push(Measurement { case, time, spread });
         }
     }
     group.finish();
@@ -140,7 +153,16 @@ fn main() -> fused_lora::Result<()> {
     Ok(())
 }
 
-/// The CPU.
+/// The GPU where there is one, else the CPU.
+#[cfg(feature = "cuda")]
 fn select() -> Box<dyn Backend> {
-    Box::new(cpu::Cpu { why: "as long as nothing else is timed".into() })
+    match cuda::Gpu::new() {
+        Ok(gpu) => Box::new(gpu),
+        Err(error) => Box::new(cpu::Cpu { why: error.to_string() }),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn select() -> Box<dyn Backend> {
+    Box::new(cpu::Cpu { why: "built without the `cuda` feature".into() })
 }
