@@ -2,76 +2,131 @@
 //!
 //! With the `cuda` feature the build compares every size, offset and constant with what bindgen reads from the header.
 
-/// See `LoraMatrix` in `kernels/params.h`.
+/// A row-major matrix in device memory.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoraMatrix {
+    /// Device address of element (0, 0); 0 when the matrix is absent.
     pub ptr: u64,
+    /// Elements between the starts of two rows.
     pub row_stride: i64,
 }
 
-/// See `LoraForwardParams` in `kernels/params.h`.
+/// The parameter of a forward kernel. Units of work are numbered h first, then y.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LoraForwardParams {
+    /// M × K, input.
     pub x: LoraMatrix,
+    /// N × K, frozen weight.
     pub w: LoraMatrix,
+    /// R × K, down projection.
     pub a: LoraMatrix,
+    /// N × R, up projection.
     pub b: LoraMatrix,
+    /// M × R, written by the h units and read by the y units: the caller's, or in the workspace.
     pub h: LoraMatrix,
+    /// M × N, output.
     pub y: LoraMatrix,
+    /// Device address of N elements of the storage type; 0 when absent.
     pub bias: u64,
+    /// Device address of the synchronisation words ([`SYNC_BYTES`](super::plan::SYNC_BYTES)).
     pub sync: u64,
+    /// Tokens.
     pub m: u32,
+    /// Output features.
     pub n: u32,
+    /// Input features.
     pub k: u32,
+    /// Rank; 0 for the plain product.
     pub r: u32,
+    /// Factor of h: α/r or α/√r.
     pub scale: f32,
+    /// Tiles along M.
     pub m_blocks: u32,
+    /// Tiles along N.
     pub n_blocks: u32,
+    /// Units of h: `m_blocks` × narrow tiles along R.
     pub h_units: u32,
+    /// All units: `h_units` + `m_blocks` × `n_blocks`.
     pub units: u32,
+    /// M-blocks that pass over w together, for reuse in L2.
     pub group_m: u32,
+    /// 2^`flag_shift` M-blocks share one flag.
     pub flag_shift: u32,
+    /// Words from `sync` on that the last CTA clears.
     pub sync_words: u32,
 }
 
-/// See `LoraBackwardParams` in `kernels/params.h`.
+/// The parameter of a backward kernel. Units of work are numbered dh, dx, db (with dbias), da.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LoraBackwardParams {
+    /// M × N, gradient of the output.
     pub dy: LoraMatrix,
+    /// N × K, frozen weight.
     pub w: LoraMatrix,
+    /// R × K, down projection.
     pub a: LoraMatrix,
+    /// N × R, up projection.
     pub b: LoraMatrix,
+    /// M × K, input of forward; absent unless da is computed.
     pub x: LoraMatrix,
+    /// M × R, as forward wrote it; absent unless db is computed.
     pub h: LoraMatrix,
+    /// M × R, in the workspace; written by the dh units, read by the dx and da units.
     pub dh: LoraMatrix,
+    /// M × K, output; absent when not asked for.
     pub dx: LoraMatrix,
+    /// R × K, output; absent when not asked for.
     pub da: LoraMatrix,
+    /// N × R, output; absent when not asked for.
     pub db: LoraMatrix,
+    /// Device address of N elements, output; 0 when not asked for.
     pub dbias: u64,
+    /// Device address of f32 partial sums: one block of `partial_stride` per tile and chunk of db, then of da.
     pub partials: u64,
+    /// Device address of the synchronisation words ([`SYNC_BYTES`](super::plan::SYNC_BYTES)).
     pub sync: u64,
+    /// Tokens.
     pub m: u32,
+    /// Output features.
     pub n: u32,
+    /// Input features.
     pub k: u32,
+    /// Rank; 0 for the plain product.
     pub r: u32,
+    /// Factor of dh: α/r or α/√r.
     pub scale: f32,
+    /// Tiles along M.
     pub m_blocks: u32,
+    /// Tiles along N.
     pub n_blocks: u32,
+    /// Tiles along K.
     pub k_blocks: u32,
+    /// Units of dh: `m_blocks` × narrow tiles along R.
     pub dh_units: u32,
+    /// First unit past dx: `dh_units` + `m_blocks` × `k_blocks`.
     pub dx_end: u32,
+    /// First unit past db: `dx_end` + tiles of db × `chunks`.
     pub db_end: u32,
+    /// First unit past da, the number of units: `db_end` + tiles of da × `chunks`.
     pub units: u32,
+    /// Chunks in which db and da reduce over tokens.
     pub chunks: u32,
+    /// Tokens per chunk, a multiple of the block of rows.
     pub chunk_rows: u32,
+    /// Distance between two blocks of partial sums, in f32 elements.
     pub partial_stride: u32,
+    /// First counter of finished chunks (one per tile of db and da), in words from `sync`.
     pub counters: u32,
+    /// M-blocks that pass over w together, for reuse in L2.
     pub group_m: u32,
+    /// 2^`flag_shift` M-blocks share one flag.
     pub flag_shift: u32,
+    /// Words from `sync` on that the last CTA clears.
     pub sync_words: u32,
+    /// `LORA_ACCUMULATE_*` (which outputs add) and `LORA_*_F32` (which gradients are f32), or-ed.
     pub flags: u32,
 }
 

@@ -1,5 +1,26 @@
 //! The properties of a GPU that planning looks at.
 
+/// `(key, name, compute capability, SMs)` of GPUs to plan for without one. SMs are the CUDA cores of NVIDIA's data sheet or
+/// architecture white paper over the cores of an SM (64 in sm_75 and sm_80, 128 in the others); for the B200, whose data
+/// sheet gives no cores, they are what the driver reports. SXM modules where a name is also sold as a PCIe card.
+#[rustfmt::skip]
+const NAMED: &[(&str, &str, u32, u32)] = &[
+    ("t4",         "NVIDIA T4",                    75,  40), // 2560 cores
+    ("rtx2080ti",  "NVIDIA GeForce RTX 2080 Ti",   75,  68), // 4352
+    ("a100",       "NVIDIA A100",                  80, 108), // 6912
+    ("a10",        "NVIDIA A10",                   86,  72), // 9216
+    ("a40",        "NVIDIA A40",                   86,  84), // 10752
+    ("rtx3090",    "NVIDIA GeForce RTX 3090",      86,  82), // 10496
+    ("l4",         "NVIDIA L4",                    89,  58), // 7424
+    ("l40s",       "NVIDIA L40S",                  89, 142), // 18176
+    ("rtx4090",    "NVIDIA GeForce RTX 4090",      89, 128), // 16384
+    ("h100",       "NVIDIA H100 SXM",              90, 132), // 16896
+    ("h200",       "NVIDIA H200",                  90, 132), // 16896
+    ("b200",       "NVIDIA B200",                 100, 148),
+    ("rtx5090",    "NVIDIA GeForce RTX 5090",     120, 170), // 21760
+    ("rtxpro6000", "NVIDIA RTX PRO 6000 Blackwell", 120, 188), // 24064
+];
+
 /// A GPU as the planner sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
@@ -32,5 +53,80 @@ impl Device {
             shared_per_block: shared_per_block << 10,
             shared_per_sm: shared_per_sm << 10,
         }
+    }
+
+    /// A well-known GPU, for planning without it: [`names`](Self::names) lists what is known. Case, spaces and hyphens
+    /// do not matter.
+    ///
+    /// ```
+    /// use fused_lora::plan::Device;
+    ///
+    /// let h200 = Device::named("H200").expect("it is in the table");
+    /// assert_eq!((h200.arch, h200.sms), (90, 132));
+    /// assert_eq!(Device::named("RTX 4090"), Device::named("rtx4090"));
+    /// assert_eq!(Device::named("voodoo2"), None);
+    /// ```
+    pub fn named(name: &str) -> Option<Device> {
+        let key: String = name.chars().filter(|c| !matches!(c, ' ' | '-')).flat_map(char::to_lowercase).collect();
+        let &(_, name, arch, sms) = NAMED.iter().find(|row| row.0 == key)?;
+        Some(Self::of_arch(name, arch, sms))
+    }
+
+    /// The names that [`named`](Self::named) knows.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        NAMED.iter().map(|row| row.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Device;
+    use crate::plan::Plan;
+    use crate::raw::{Forward, Matrix};
+    use crate::{Dtype, Error};
+
+    fn forward() -> Forward {
+        let at = |index: u64, rows, cols| Matrix::new(index << 32, rows, cols);
+        Forward {
+            dtype: Dtype::Bf16,
+            x: at(1, 8192, 4096),
+            w: at(2, 4096, 4096),
+            a: at(3, 16, 4096),
+            b: at(4, 4096, 16),
+            scale: 2.0,
+            bias: None,
+            h: None,
+            y: at(5, 8192, 4096),
+        }
+    }
+
+    #[test]
+    fn every_named_device_is_planned_for_within_its_means() {
+        assert!(Device::names().count() >= 10);
+        for name in Device::names() {
+            let device = Device::named(name).unwrap();
+            let plan = Plan::forward(&forward(), &device).unwrap();
+            let launch = plan.launch(256, plan.workspace_bytes()).unwrap();
+            assert!(launch.shared_bytes <= device.shared_per_block, "{name}");
+            let ctas_per_sm = launch.grid[0].div_ceil(device.sms);
+            assert!(ctas_per_sm * launch.shared_bytes <= device.shared_per_sm, "{name}");
+            assert!(plan.explain().contains(&device.name), "{name}");
+        }
+    }
+
+    #[test]
+    fn names_are_unique_and_written_as_they_are_looked_up() {
+        let mut names: Vec<&str> = Device::names().collect();
+        assert!(names.iter().all(|name| name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit())));
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), Device::names().count());
+    }
+
+    #[test]
+    fn architectures_before_turing_are_refused() {
+        let volta = Device::of_arch("V100", 70, 80);
+        let refused = Plan::forward(&forward(), &volta);
+        assert_eq!(refused, Err(Error::UnsupportedArch { got: 70, built: "sm_75 and later".to_owned() }));
     }
 }
