@@ -28,7 +28,7 @@ mod cuda {
     const DEFAULT_SASS: &[u32] = &[75, 80, 86, 89, 90, 100, 120];
     /// PTX in the fatbin, for GPUs to come.
     const DEFAULT_PTX: &[u32] = &[80];
-    /// PTX the emulator runs: with and without cp.async and bf16 tensor instructions.
+    /// PTX that the feature `emulator` runs: with and without cp.async and bf16 tensor instructions.
     const EMULATED: &[u32] = &[75, 80];
 
     type Result<T> = std::result::Result<T, String>;
@@ -169,7 +169,8 @@ mod cuda {
         let name = format!("{}_{}", source.parent().map(stem).unwrap_or_default(), stem(source));
         let fatbin = compile_fatbin(source, archs, &out.join(&name))?;
         let mut ptx = String::new();
-        for arch in EMULATED {
+        let emulated = if env::var_os("CARGO_FEATURE_EMULATOR").is_some() { EMULATED } else { &[] };
+        for arch in emulated {
             let path = out.join(format!("{name}.compute_{arch}.ptx"));
             let output = Command::new(nvcc)
                 .args(["-std=c++17", "-O3", "-lineinfo", "-ptx"])

@@ -7,7 +7,8 @@ pub struct Image {
     pub name: &'static str,
     /// The fatbin: SASS for [`sass`](Self::sass), PTX for [`ptx_archs`](Self::ptx_archs).
     pub fatbin: &'static [u8],
-    /// Plain PTX by virtual architecture (75, 80), with line information: what the emulator runs.
+    /// Plain PTX by virtual architecture (75, 80), with line information: what the emulator runs. Empty without the
+    /// feature `emulator`.
     pub ptx: &'static [(u32, &'static str)],
     /// Compute capabilities (major · 10 + minor) with machine code in the fatbin.
     pub sass: &'static [u32],

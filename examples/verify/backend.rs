@@ -1,13 +1,15 @@
 //! What runs the operations: one interface over host vectors, one implementation per backend.
 
-mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod slices;
 
 use std::str::FromStr;
 use std::time::Duration;
 
 use fused_lora::{Dtype, Element, Result};
+#[cfg(feature = "cuda")]
+use fused_lora::{emulator::Emulator, plan::Device};
 
 use super::failure::Failure;
 
@@ -110,9 +112,11 @@ pub struct Backend {
 
 /// The backends of this build.
 pub enum Kind {
-    Cpu(cpu::Cpu),
+    Cpu(slices::Cpu),
     #[cfg(feature = "cuda")]
     Cuda(cuda::Cuda),
+    #[cfg(feature = "cuda")]
+    Emulator(Emulator),
 }
 
 impl Backend {
@@ -121,13 +125,13 @@ impl Backend {
         match choice {
             Some(Choice::Cpu) => Ok(Self::cpu("as asked".into())),
             Some(Choice::Cuda) => Self::cuda(),
-            Some(Choice::Emulator) => Err(absent("emulator")),
+            Some(Choice::Emulator) => Self::emulator(),
             None => Ok(Self::best()),
         }
     }
 
     fn cpu(why: String) -> Self {
-        Self { kind: Kind::Cpu(cpu::Cpu), why }
+        Self { kind: Kind::Cpu(slices::Cpu), why }
     }
 
     #[cfg(feature = "cuda")]
@@ -139,6 +143,20 @@ impl Backend {
     #[cfg(not(feature = "cuda"))]
     fn cuda() -> std::result::Result<Self, Failure> {
         Err(absent("cuda"))
+    }
+
+    /// A small GPU of compute capability 8.0: the kernels that run on everything later as well.
+    #[cfg(feature = "cuda")]
+    #[allow(clippy::unnecessary_wraps)] // as the other backends
+    fn emulator() -> std::result::Result<Self, Failure> {
+        let runner = Emulator::new(Device::of_arch("emulated sm_80 with 4 SMs", 80, 4));
+        Ok(Self { why: runner.device().name.clone(), kind: Kind::Emulator(runner) })
+    }
+
+    /// The emulator runs the PTX that nvcc made of the kernels.
+    #[cfg(not(feature = "cuda"))]
+    fn emulator() -> std::result::Result<Self, Failure> {
+        Err(absent("emulator"))
     }
 
     /// The GPU where it can be used, else the CPU.
@@ -158,6 +176,8 @@ impl Backend {
             Kind::Cpu(runner) => runner.name(),
             #[cfg(feature = "cuda")]
             Kind::Cuda(runner) => runner.name(),
+            #[cfg(feature = "cuda")]
+            Kind::Emulator(runner) => runner.name(),
         }
     }
 
@@ -167,5 +187,5 @@ impl Backend {
 }
 
 fn absent(name: &str) -> Failure {
-    Failure::Usage(format!("this build has no {name} backend, expected feature `{name}`"))
+    Failure::Usage(format!("this build has no {name} backend, expected feature `cuda`"))
 }

@@ -74,6 +74,8 @@ pub fn run(case: &Case, backend: &Backend) -> Result<Report, Failure> {
         Kind::Cpu(runner) => run_on(case, runner),
         #[cfg(feature = "cuda")]
         Kind::Cuda(runner) => run_on(case, runner),
+        #[cfg(feature = "cuda")]
+        Kind::Emulator(runner) => run_on(case, runner),
     }
 }
 

@@ -1,0 +1,115 @@
+//! The backends that compute on slices in host memory: the CPU, and the emulator, which copies them itself.
+
+use std::time::Instant;
+
+use fused_lora::{Accumulate, Dtype, Element, Gradient, Matrix, MatrixMut, Result, cpu};
+
+use super::{Backward, Form, Forms, Forward, Problem, Runner, Values};
+
+/// A backend over slices.
+trait OnSlices {
+    const NAME: &'static str;
+    fn computes(&self, dtype: Dtype) -> bool;
+    fn forward<T: Element>(&self, op: cpu::Forward<'_, T>) -> Result<()>;
+    fn backward<T: Element>(&self, op: cpu::Backward<'_, T>) -> Result<()>;
+}
+
+/// All cores.
+pub struct Cpu;
+
+impl OnSlices for Cpu {
+    const NAME: &'static str = "cpu";
+
+    fn computes(&self, _: Dtype) -> bool {
+        true
+    }
+
+    fn forward<T: Element>(&self, op: cpu::Forward<'_, T>) -> Result<()> {
+        cpu::forward(op)
+    }
+
+    fn backward<T: Element>(&self, op: cpu::Backward<'_, T>) -> Result<()> {
+        cpu::backward(op)
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl OnSlices for fused_lora::emulator::Emulator {
+    const NAME: &'static str = "emulator";
+
+    fn computes(&self, dtype: Dtype) -> bool {
+        dtype != Dtype::F32
+    }
+
+    fn forward<T: Element>(&self, op: cpu::Forward<'_, T>) -> Result<()> {
+        self.forward(op).map(drop)
+    }
+
+    fn backward<T: Element>(&self, op: cpu::Backward<'_, T>) -> Result<()> {
+        self.backward(op).map(drop)
+    }
+}
+
+impl<S: OnSlices> Runner for S {
+    fn name(&self) -> &'static str {
+        S::NAME
+    }
+
+    fn computes(&self, dtype: Dtype) -> bool {
+        self.computes(dtype)
+    }
+
+    fn forward<T: Element>(&self, problem: &Problem<T>) -> Result<Forward<T>> {
+        let Problem { m, n, k, r, scale, x, w, a, b, bias, .. } = problem;
+        let (m, n, k, r) = (*m, *n, *k, *r);
+        let (mut h, mut y) = (vec![T::default(); m * r], vec![T::default(); m * n]);
+        let start = Instant::now();
+        OnSlices::forward(
+            self,
+            cpu::Forward {
+                x: Matrix::new(&x[..], m, k),
+                w: Matrix::new(&w[..], n, k),
+                a: Matrix::new(&a[..], r, k),
+                b: Matrix::new(&b[..], n, r),
+                scale: *scale,
+                bias: bias.as_ref().map(|bias| Matrix::new(&bias[..], 1, n)),
+                h: Some(MatrixMut::new(&mut h[..], m, r)),
+                y: MatrixMut::new(&mut y[..], m, n),
+            },
+        )?;
+        Ok(Forward { h, y, time: start.elapsed() })
+    }
+
+    fn backward<T: Element>(&self, problem: &Problem<T>, h: &[T], forms: Forms) -> Result<Backward<T>> {
+        let Problem { m, n, k, r, scale, x, w, a, b, dy, .. } = problem;
+        let (m, n, k, r) = (*m, *n, *k, *r);
+        let (mut dx, mut da, mut db) = (vec![T::default(); m * k], forms.da.zeros(r * k), forms.db.zeros(n * r));
+        let mut dbias = forms.dbias.map(|form: Form| form.zeros(n));
+        let start = Instant::now();
+        OnSlices::backward(
+            self,
+            cpu::Backward {
+                dy: Matrix::new(&dy[..], m, n),
+                w: Matrix::new(&w[..], n, k),
+                a: Matrix::new(&a[..], r, k),
+                b: Matrix::new(&b[..], n, r),
+                scale: *scale,
+                x: Some(Matrix::new(&x[..], m, k)),
+                h: Some(Matrix::new(h, m, r)),
+                dx: Some(MatrixMut::new(&mut dx[..], m, k)),
+                da: Some(view(&mut da, r, k)),
+                db: Some(view(&mut db, n, r)),
+                dbias: dbias.as_mut().map(|dbias| view(dbias, 1, n)),
+                accumulate: Accumulate::default(),
+            },
+        )?;
+        Ok(Backward { dx, da, db, dbias, time: start.elapsed() })
+    }
+}
+
+fn view<T>(values: &mut Values<T>, rows: usize, cols: usize) -> Gradient<'_, [T], [f32]> {
+    match values {
+        Values::Storage(values) => Gradient::Storage(MatrixMut::new(&mut values[..], rows, cols)),
+        Values::F32(values) => Gradient::F32(MatrixMut::new(&mut values[..], rows, cols)),
+    }
+}
