@@ -1,6 +1,6 @@
 //! The emulator backend: the launches that a GPU would get, executed on a CPU model of the PTX ISA. For tests.
 //!
-//! Operands are slices, as for [`cpu`](crate::cpu). Each is copied into simulated memory of exactly its size in which only
+//! Operands are slices, as for [`cpu`]. Each is copied into simulated memory of exactly its size in which only
 //! the matrix's elements are initialised, so that a read of anything else, a write outside an output, an output element
 //! that is never written and a workspace that is not left clean are errors, beside all that the emulator itself finds.
 
@@ -33,6 +33,9 @@ pub struct Run {
     /// What the kernel did.
     pub counters: Counters,
 }
+
+/// Parsed PTX by image and virtual architecture.
+type Modules = HashMap<(&'static str, u32), Arc<Module>>;
 
 fn report(text: impl std::fmt::Display) -> Error {
     Error::Emulator { report: text.to_string() }
@@ -131,7 +134,7 @@ impl Emulator {
         if let Some((_, module)) = self.modules.iter().rev().find(|(name, _)| *name == image) {
             return Ok(Arc::clone(module));
         }
-        static MODULES: Mutex<Option<HashMap<(&str, u32), Arc<Module>>>> = Mutex::new(None);
+        static MODULES: Mutex<Option<Modules>> = Mutex::new(None);
         let arch = self.device.arch;
         let ptx = Image::find(image).and_then(|image| {
             image.ptx.iter().filter(|(virtual_arch, _)| *virtual_arch <= arch).max_by_key(|ptx| ptx.0)

@@ -186,6 +186,7 @@ impl Backend {
     }
 }
 
+#[cfg(not(feature = "cuda"))]
 fn absent(name: &str) -> Failure {
     Failure::Usage(format!("this build has no {name} backend, expected feature `cuda`"))
 }

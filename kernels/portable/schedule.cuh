@@ -30,8 +30,8 @@ class TicketSchedule {
   // The unit drawn before. Ends the use of shared memory by the unit at hand.
   __device__ __forceinline__ uint32_t next() { return broadcast<kTicket>(drawn_); }
 
-  // Counts this CTA's arrival at a word, after everything it did before its last barrier; true in the CTA that completes
-  // `total` arrivals, which then sees everything the others did.
+  // Counts this CTA's arrival at a word, after everything it did before its last barrier; true in the CTA that
+  // completes `total` arrivals, which then sees everything the others did.
   __device__ __forceinline__ bool arrive_last(uint32_t word, uint32_t total) {
     const uint32_t before = threadIdx.x == 0 ? ptx::atomic_add_acq_rel(sync_ + word, 1) : 0;
     return broadcast<kArrival>(before) == total - 1;
