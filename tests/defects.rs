@@ -12,7 +12,6 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::check;
 use common::data::{Placement, Spec};
@@ -21,6 +20,7 @@ use fused_lora::emulator::{Emulator, Timing};
 use fused_lora::kernels::Image;
 use fused_lora::plan::{Device, Options, TileSize};
 use ptx_emulator::Module;
+use rayon::prelude::*;
 
 const FORWARD: &str = "portable_forward";
 const BACKWARD: &str = "portable_backward";
@@ -208,19 +208,9 @@ fn verdict(image: &'static str, tile: TileSize, module: &Arc<Module>, seeds: u64
     Ok(())
 }
 
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).expect("a folder");
-    for entry in fs::read_dir(from).expect("a readable folder") {
-        let path = entry.expect("an entry").path();
-        let target = to.join(path.file_name().expect("a name"));
-        if path.is_dir() { copy(&path, &target) } else { drop(fs::copy(&path, &target).expect("a copy")) }
-    }
-}
-
 /// PTX of the kernels with a defect; `None` is the kernels as they are.
 fn compile(image: &str, defect: Option<&Defect>, folder: &Path) -> String {
-    let _ = fs::remove_dir_all(folder);
-    copy(&common::project().join("kernels"), folder);
+    common::copy_folder(&common::project().join("kernels"), folder);
     if let Some(Defect { file, old, new, what, .. }) = defect {
         let path = folder.join(file);
         let text = fs::read_to_string(&path).expect("a source file");
@@ -238,24 +228,6 @@ fn compile(image: &str, defect: Option<&Defect>, folder: &Path) -> String {
     fs::read_to_string(ptx).expect("PTX")
 }
 
-/// Calls `work` for every index on all cores.
-fn on_all_cores(count: usize, work: impl Fn(usize) + Sync) {
-    let next = AtomicUsize::new(0);
-    let cores = std::thread::available_parallelism().map_or(2, usize::from);
-    std::thread::scope(|scope| {
-        for _ in 0..cores {
-            scope.spawn(|| {
-                while let at @ 0.. = next.fetch_add(1, Ordering::Relaxed) {
-                    if at >= count {
-                        break;
-                    }
-                    work(at);
-                }
-            });
-        }
-    });
-}
-
 #[test]
 fn every_defect_of_the_sources_is_noticed() {
     if !Path::new(env!("FUSED_LORA_NVCC")).is_file() {
@@ -264,7 +236,7 @@ fn every_defect_of_the_sources_is_noticed() {
     }
     let folder = common::scratch().join("defects");
     let missed = std::sync::Mutex::new(Vec::new());
-    on_all_cores(DEFECTS.len() + 2, |at| {
+    (0..DEFECTS.len() + 2).into_par_iter().for_each(|at| {
         let defect = at.checked_sub(2).map(|at| &DEFECTS[at]);
         let image = defect.map_or([FORWARD, BACKWARD][at % 2], |defect| defect.image);
         let ptx = compile(image, defect, &folder.join(at.to_string()));
@@ -353,8 +325,8 @@ fn every_synchronising_instruction_is_needed() {
         work.extend(found.into_iter().map(|site| (image, tile, kernel, Arc::clone(&lines), site)));
     }
     let missed = std::sync::Mutex::new(String::new());
-    on_all_cores(work.len(), |at| {
-        let (image, tile, kernel, lines, Site { line, text, replacement, source }) = &work[at];
+    work.par_iter().for_each(|(image, tile, kernel, lines, site)| {
+        let Site { line, text, replacement, source } = site;
         let mut lines = (**lines).clone();
         lines[*line].clone_from(replacement);
         let module = Arc::new(Module::parse(&lines.join("\n")).expect("the PTX parses"));

@@ -53,22 +53,8 @@ fn golden(case: &str) -> PathBuf {
 /// A copy of a case that a test may spoil.
 fn copy_of(case: &str, test: &str) -> PathBuf {
     let target = common::scratch().join(format!("{test}-{case}"));
-    let _ = fs::remove_dir_all(&target);
-    copy(&golden(case), &target);
+    common::copy_folder(&golden(case), &target);
     target
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).expect("a folder");
-    for entry in fs::read_dir(from).expect("a readable folder") {
-        let path = entry.expect("an entry").path();
-        let target = to.join(path.file_name().expect("a name"));
-        if path.is_dir() {
-            copy(&path, &target);
-        } else {
-            fs::copy(&path, &target).expect("a copy");
-        }
-    }
 }
 
 /// Sets the sign-and-exponent byte of the first element of a tensor so that its value is wrong by far.

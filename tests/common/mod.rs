@@ -12,8 +12,8 @@ pub mod emulated;
 pub mod gpu;
 pub mod raw;
 
-use std::env;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::{env, fs};
 
 use fused_lora::{Accumulate, Element, Gradient, Matrix, MatrixMut, Result, cpu};
 
@@ -25,6 +25,21 @@ pub fn project() -> PathBuf {
 /// A folder for files that tests write; in a bundle as `project`.
 pub fn scratch() -> PathBuf {
     env::var_os("CARGO_TARGET_TMPDIR").unwrap_or_else(|| env!("CARGO_TARGET_TMPDIR").into()).into()
+}
+
+/// A fresh copy of a folder with all it holds.
+pub fn copy_folder(from: &Path, to: &Path) {
+    let _ = fs::remove_dir_all(to);
+    fs::create_dir_all(to).expect("a folder");
+    for entry in fs::read_dir(from).expect("a readable folder") {
+        let path = entry.expect("an entry").path();
+        let target = to.join(path.file_name().expect("a name"));
+        if path.is_dir() {
+            copy_folder(&path, &target);
+        } else {
+            fs::copy(&path, &target).expect("a copy");
+        }
+    }
 }
 
 /// A strided matrix in a buffer of its own, with something before it, between its rows and after it.
