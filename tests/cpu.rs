@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::data::{EDGES, Placement, RANKS, Spec, shape_table};
+use common::data::{Placement, Spec, integer_table, shape_table, subset_table};
 use common::{Backend, Cpu, Host, HostBackward, HostForward, HostGradient, check};
 use fused_lora::{Dtype, Element, Error, bf16, f16};
 use proptest::prelude::*;
@@ -32,23 +32,15 @@ fn shapes_in_f32() {
 /// All combinations of presence, accumulation and gradient type at one ragged shape.
 #[test]
 fn any_subset_of_outputs() {
-    for bits in 1..16u32 {
-        for (accumulate, f32_gradients) in [(false, false), (false, true), (true, false), (true, true)] {
-            let outputs = std::array::from_fn(|i| bits >> i & 1 == 1);
-            let placement = Placement::ALL[bits as usize % 4];
-            let spec = Spec { outputs, accumulate, f32_gradients, placement, ..Spec::new(21, 34, 19, 5) };
-            check::backward::<bf16>(&Cpu, &spec);
-            check::backward::<f32>(&Cpu, &spec);
-        }
+    for spec in subset_table(21, 34, 19, 5) {
+        check::backward::<bf16>(&Cpu, &spec);
+        check::backward::<f32>(&Cpu, &spec);
     }
 }
 
 #[test]
 fn small_integers_are_exact() {
-    for (i, &edge) in EDGES.iter().enumerate() {
-        let (n, k, r) = (EDGES[(i + 4) % 9], EDGES[(i * 2) % 9], RANKS[i % 8]);
-        let accumulate = i % 2 == 0;
-        let spec = Spec { placement: Placement::ALL[i % 4], accumulate, ..Spec::new(edge, n, k, r) }.integers();
+    for spec in integer_table() {
         assert!(check::middle_is_exact(&spec, Dtype::Bf16), "the data of {spec:?} is too large");
         check::forward::<f16>(&Cpu, &spec);
         check::forward::<bf16>(&Cpu, &spec);

@@ -6,7 +6,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::data::{EDGES, Placement, RANKS, Spec, shape_table};
+use common::data::{Placement, Spec, integer_table, shape_table, subset_table};
 use common::gpu::{self, Gpu, backward_bits, forward_bits, kernels, skipped};
 use common::{Backend, check};
 use fused_lora::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
@@ -38,14 +38,9 @@ fn shapes_in_bf16() {
 fn any_subset_of_outputs() {
     let Some(kernels) = kernels("any_subset_of_outputs") else { return };
     let gpu = Gpu::new(kernels);
-    for bits in 1..16u32 {
-        for (accumulate, f32_gradients) in [(false, false), (false, true), (true, false), (true, true)] {
-            let outputs = std::array::from_fn(|i| bits >> i & 1 == 1);
-            let placement = Placement::ALL[bits as usize % 4];
-            let spec = Spec { outputs, accumulate, f32_gradients, placement, ..Spec::new(21, 34, 19, 5) };
-            check::backward::<bf16>(&gpu, &spec);
-            check::backward::<f16>(&gpu, &spec);
-        }
+    for spec in subset_table(21, 34, 19, 5) {
+        check::backward::<bf16>(&gpu, &spec);
+        check::backward::<f16>(&gpu, &spec);
     }
 }
 
@@ -53,10 +48,7 @@ fn any_subset_of_outputs() {
 fn small_integers_are_exact() {
     let Some(kernels) = kernels("small_integers_are_exact") else { return };
     let gpu = Gpu::new(kernels);
-    for (i, &edge) in EDGES.iter().enumerate() {
-        let (n, k, r) = (EDGES[(i + 4) % 9], EDGES[(i * 2) % 9], RANKS[i % 8]);
-        let accumulate = i % 2 == 0;
-        let spec = Spec { placement: Placement::ALL[i % 4], accumulate, ..Spec::new(edge, n, k, r) }.integers();
+    for spec in integer_table() {
         check::forward::<f16>(&gpu, &spec);
         check::forward::<bf16>(&gpu, &spec);
         check::backward::<f16>(&gpu, &spec);

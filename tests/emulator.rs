@@ -3,12 +3,12 @@
 
 mod common;
 
-use common::data::{EDGES, Placement, RANKS, Spec, shape_table};
+use common::data::{EDGES, Placement, RANKS, Spec, integer_table, shape_table, subset_table};
 use common::emulated::Emulated;
 use common::{HostBackward, HostForward, check};
 use fused_lora::emulator::{Emulator, Timing};
 use fused_lora::plan::{Device, TileSize};
-use fused_lora::{Dtype, Element, bf16, f16};
+use fused_lora::{Element, bf16, f16};
 
 const TILES: [TileSize; 2] = [TileSize::Large, TileSize::Small];
 
@@ -65,29 +65,20 @@ fn every_placement_with_every_rank() {
 
 #[test]
 fn any_subset_of_outputs() {
-    for bits in 1..16u32 {
-        for (accumulate, f32_gradients) in [(false, false), (false, true), (true, false), (true, true)] {
-            let outputs = std::array::from_fn(|i| bits >> i & 1 == 1);
-            let placement = Placement::ALL[bits as usize % 4];
-            let spec = Spec { outputs, accumulate, f32_gradients, placement, ..Spec::new(71, 34, 19, 5) };
-            check::backward::<bf16>(&Emulated::new(80, 2).with_tile(TILES[bits as usize / 4 % 2]), &spec);
-        }
+    for (i, spec) in subset_table(71, 34, 19, 5).iter().enumerate() {
+        check::backward::<bf16>(&Emulated::new(80, 2).with_tile(TILES[i / 16 % 2]), spec);
     }
 }
 
 #[test]
 fn small_integers_are_exact() {
-    for (i, &edge) in EDGES.iter().enumerate() {
-        let (n, k, r) = (EDGES[(i + 4) % 9], EDGES[(i * 2) % 9], RANKS[i % 8]);
-        let accumulate = i % 2 == 0;
-        let spec = Spec { placement: Placement::ALL[i % 4], accumulate, ..Spec::new(edge, n, k, r) }.integers();
-        assert!(check::middle_is_exact(&spec, Dtype::Bf16), "the data of {spec:?} is too large");
+    for (i, spec) in integer_table().iter().enumerate() {
         for arch in [75, 80] {
             let backend = Emulated::new(arch, 3).with_tile(TILES[i % 2]);
-            check::forward::<f16>(&backend, &spec);
-            check::forward::<bf16>(&backend, &spec);
-            check::backward::<f16>(&backend, &spec);
-            check::backward::<bf16>(&backend, &spec);
+            check::forward::<f16>(&backend, spec);
+            check::forward::<bf16>(&backend, spec);
+            check::backward::<f16>(&backend, spec);
+            check::backward::<bf16>(&backend, spec);
         }
     }
 }

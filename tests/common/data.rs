@@ -225,3 +225,25 @@ pub fn shape_table() -> Vec<Spec> {
     }
     table
 }
+
+/// Every choice of outputs of backward, with and without accumulation, with gradients of either type, at one ragged shape.
+pub fn subset_table(m: usize, n: usize, k: usize, r: usize) -> Vec<Spec> {
+    let mut table = Vec::new();
+    for bits in 1..16u32 {
+        for (accumulate, f32_gradients) in [(false, false), (false, true), (true, false), (true, true)] {
+            let outputs = std::array::from_fn(|i| bits >> i & 1 == 1);
+            let placement = Placement::ALL[bits as usize % 4];
+            table.push(Spec { outputs, accumulate, f32_gradients, placement, ..Spec::new(m, n, k, r) });
+        }
+    }
+    table
+}
+
+/// Small integers at the edges of tiles: every result must be the exact one, rounded once.
+pub fn integer_table() -> Vec<Spec> {
+    let spec = |(i, &m): (usize, &usize)| {
+        let (n, k, r) = (EDGES[(i + 4) % 9], EDGES[(i * 2) % 9], RANKS[i % 8]);
+        Spec { placement: Placement::ALL[i % 4], accumulate: i % 2 == 0, ..Spec::new(m, n, k, r) }.integers()
+    };
+    EDGES.iter().enumerate().map(spec).collect()
+}
