@@ -3,6 +3,7 @@
 mod access;
 mod collective;
 mod copy;
+mod step;
 mod sync;
 mod warp;
 

@@ -1,0 +1,130 @@
+//! What each instruction does.
+
+use super::access::convert_address;
+use super::warp::Flow;
+use super::{Context, Cta, Fault, Outcome};
+use crate::alu::{self, Lanes};
+use crate::isa::{Logic, Op, Src};
+use crate::report::Rule;
+
+/// Executes one instruction for the lanes in `mask`.
+pub(super) fn step(
+    context: &mut Context<'_>,
+    cta: &mut Cta,
+    warp: usize,
+    (pc, mask): (u32, u32),
+    op: &Op,
+) -> Outcome<Flow> {
+    let state = &cta.warps[warp];
+    let read = |source: &Src| state.read(context, cta, *source);
+    let (d, value) = match op {
+        Op::Unary { op, ty, d, a } => (d, alu::unary(*op, *ty, &read(a))),
+        Op::Binary { op, ty, d, a, b } => (d, alu::binary(*op, *ty, &read(a), &read(b))),
+        Op::Ternary { op, ty, d, a, b, c } => (d, alu::ternary(*op, *ty, &read(a), &read(b), &read(c))),
+        Op::Bfi { ty, d, a, b, pos, len } => (d, alu::bfi(*ty, &read(a), &read(b), &read(pos), &read(len))),
+        Op::Cvt { to, from, round, integer, sat, relu, d, a } => {
+            (d, alu::cvt(*to, *from, *round, *integer, *sat, *relu, &read(a)))
+        }
+        Op::CvtPack { to, relu, d, a, b } => (d, alu::cvt_pack(*to, *relu, &read(a), &read(b))),
+        Op::Pack { part, d, parts } => (d, pack(*part, parts.iter().map(read))),
+        Op::Selp { d, a, b, p } => {
+            let (chosen, mut value) = (state.predicate(*p), read(b));
+            let a = read(a);
+            (0..32).filter(|lane| chosen >> lane & 1 != 0).for_each(|lane| value[lane] = a[lane]);
+            (d, value)
+        }
+        Op::Cvta { space, to_space, d, a } => (d, read(a).map(|address| convert_address(*space, *to_space, address))),
+        Op::ActiveMask { d } => (d, [u64::from(mask); 32]),
+        _ => return effect(context, cta, warp, (pc, mask), op),
+    };
+    cta.warps[warp].put(*d, mask, &value);
+    Ok(Flow::Next)
+}
+
+fn pack(part: u8, parts: impl Iterator<Item = Lanes>) -> Lanes {
+    let mut out = [0; 32];
+    for (i, lanes) in parts.enumerate() {
+        let (keep, shift) = (u64::MAX >> (64 - u32::from(part)), i as u32 * u32::from(part));
+        out.iter_mut().zip(&lanes).for_each(|(out, lane)| *out |= (lane & keep) << shift);
+    }
+    out
+}
+
+/// Instructions that do more than give one register a value.
+fn effect(context: &mut Context<'_>, cta: &mut Cta, warp: usize, (pc, mask): (u32, u32), op: &Op) -> Outcome<Flow> {
+    let at = (pc, mask);
+    match op {
+        Op::Setp { .. } | Op::PredLogic { .. } | Op::PredMov { .. } | Op::PredConst { .. } => {
+            set_predicate(context, cta, warp, mask, op);
+        }
+        Op::Unpack { part, parts, a } => {
+            let value = cta.warps[warp].read(context, cta, *a);
+            let keep = u64::MAX >> (64 - u32::from(*part));
+            for (i, d) in parts.iter().enumerate() {
+                cta.warps[warp].put(*d, mask, &value.map(|value| value >> (i as u32 * u32::from(*part)) & keep));
+            }
+        }
+        Op::Ld { space, ty, to, d, addr, sem } => cta.load(context, warp, at, (*space, *ty, *to), (d, *addr), *sem)?,
+        Op::St { space, ty, addr, a, sem } => cta.store(context, warp, at, (*space, *ty), (a, *addr), *sem)?,
+        Op::Atom { space, op, ty, d, addr, b, c, sem } => {
+            cta.atomic(context, warp, at, (*space, *op, *ty), (*d, *addr, *b, *c), *sem)?;
+        }
+        Op::Fence { scope } => cta.fence(warp, *scope),
+        Op::CpAsync { bytes, dst, src, valid } => {
+            cta.issue_copies(context, warp, at, *bytes, (*dst, *src, *valid))?;
+        }
+        Op::CpAsyncCommit => cta.warps[warp].copies.commit(mask),
+        Op::CpAsyncWait { pending } => cta.wait_copies(context, warp, mask, *pending)?,
+        Op::Ldmatrix { trans, d, addr } => cta.ldmatrix(context, warp, pc, *trans, (d, *addr))?,
+        Op::Mma { k, ab, d, a, b, c } => cta.mma(context, warp, (*k, *ab), (d, a, b, c)),
+        Op::Shfl { mode, d, p, a, b, c, .. } => cta.shuffle(context, warp, mask, *mode, (*d, *p, *a, *b, *c))?,
+        Op::VoteSync { mode, d, p, a, .. } => cta.vote(warp, mask, *mode, (*d, *p, *a)),
+        // Lanes of a warp are one agent: what they do is ordered.
+        Op::WarpSync { .. } => {}
+        Op::Bar { id, count, arrive } => {
+            let lane = mask.trailing_zeros() as usize;
+            let state = &cta.warps[warp];
+            let id = state.read(context, cta, *id)[lane];
+            let count = count.map(|count| state.read(context, cta, count)[lane]);
+            if cta.arrive(context, warp, id, count, !arrive)? {
+                return Ok(Flow::Block);
+            }
+        }
+        Op::Bra { target } => return Ok(Flow::Branch(*target)),
+        Op::Exit => return Ok(Flow::Exit),
+        Op::Trap => return Err(Fault::new(Rule::Trap, "the kernel executed a trap")),
+        Op::Nanosleep => return Ok(Flow::Yield),
+        _ => return Err(Fault::new(Rule::Trap, format!("{op:?} is not implemented"))),
+    }
+    Ok(Flow::Next)
+}
+
+fn set_predicate(context: &Context<'_>, cta: &mut Cta, warp: usize, mask: u32, op: &Op) {
+    let state = &cta.warps[warp];
+    let logic = |op: Logic, a: u32, b: u32| match op {
+        Logic::And => a & b,
+        Logic::Or => a | b,
+        Logic::Xor => a ^ b,
+    };
+    let (p, value) = match op {
+        Op::Setp { cmp, ty, p, q, a, b, combine } => {
+            let (a, b) = (state.read(context, cta, *a), state.read(context, cta, *b));
+            let holds = alu::setp(*cmp, *ty, &a, &b);
+            // PTX ISA, "setp": p = (a cmp b) op c, q = !(a cmp b) op c.
+            let combined = |value| match combine {
+                Some((op, c)) => logic(*op, value, state.predicate(*c)),
+                None => value,
+            };
+            let (holds, fails) = (combined(holds), combined(!holds));
+            if let Some(q) = q {
+                cta.warps[warp].put_predicate(*q, mask, fails);
+            }
+            (*p, holds)
+        }
+        Op::PredLogic { op, p, a, b } => (*p, logic(*op, state.predicate(*a), state.predicate(*b))),
+        Op::PredMov { p, a } => (*p, state.predicate(*a)),
+        Op::PredConst { p, value } => (*p, if *value { u32::MAX } else { 0 }),
+        _ => return,
+    };
+    cta.warps[warp].put_predicate(p, mask, value);
+}
