@@ -152,7 +152,8 @@ impl Decoder<'_> {
 
     fn op(&self) -> Result<Op> {
         let words: Vec<&str> = self.statement.opcode.split('.').collect();
-        let families: [fn(&Self, &[&str]) -> Result<Option<Op>>; 4] = [
+        type Family<'a> = fn(&Decoder<'a>, &[&str]) -> Result<Option<Op>>;
+        let families: [Family<'_>; 4] = [
             |decoder, words| decoder.arithmetic(words),
             |decoder, words| decoder.float_arithmetic(words),
             |decoder, words| decoder.memory(words),
