@@ -2,6 +2,7 @@
 
 mod common;
 
+use approx::abs_diff_eq;
 use common::data::Rng;
 use fused_lora::reference::{self, Expected, Inputs, Mat, check, unit_roundoff};
 use fused_lora::{Dtype, Element, bf16, f16};
@@ -63,7 +64,11 @@ fn gradients_are_slopes() {
             let mut moved = inputs.clone();
             parameter(&mut moved).data[at] += 1.0;
             let slope = loss(&moved) - loss(&inputs);
-            assert!((slope - gradient.data[at]).abs() < 1e-12, "{name}[{at}]: {slope}, {}", gradient.data[at]);
+            assert!(
+                abs_diff_eq!(slope, gradient.data[at], epsilon = 1e-12),
+                "{name}[{at}]: {slope}, {}",
+                gradient.data[at]
+            );
         }
     }
 }
