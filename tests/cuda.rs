@@ -7,8 +7,8 @@ mod common;
 use std::sync::Arc;
 
 use common::data::{Placement, Spec, integer_table, shape_table, subset_table};
-use common::gpu::{self, Gpu, backward_bits, forward_bits, kernels, skipped};
-use common::{Backend, check};
+use common::gpu::{self, Gpu, backward_bits, forward_bits, kernels};
+use common::{Backend, check, skipped};
 use fused_lora::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use fused_lora::cuda::cudarc::driver::{CudaContext, CudaStream};
 use fused_lora::cuda::{self, Kernels, Workspace};

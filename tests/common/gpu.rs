@@ -1,6 +1,5 @@
 //! The GPU of the machine, and the operations on it; or one visible line per test that needs one and finds none.
 
-use std::io::Write;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use fused_lora::cuda::cudarc::driver::{CudaSlice, CudaStream};
@@ -8,7 +7,7 @@ use fused_lora::cuda::{self, Kernels, Workspace};
 use fused_lora::{Element, Error, Gradient, LoraShape, Matrix, MatrixMut, Result};
 
 use super::data::POISON;
-use super::{Backend, Host, HostBackward, HostForward, HostGradient};
+use super::{Backend, Host, HostBackward, HostForward, HostGradient, skipped};
 
 /// The kernels on GPU 0. Without a GPU the test is over: it says `SKIPPED: no GPU` on a line of its own, or fails when
 /// `FUSED_LORA_REQUIRE_GPU` is 1. Any error but that of a missing driver fails in any case.
@@ -25,14 +24,6 @@ pub fn kernels(test: &str) -> Option<Kernels> {
         }
         Err(error) => fail(test, &error.to_string()),
     }
-}
-
-/// Says that `test` does not run, past the test harness, which captures only what is printed by macros.
-pub fn skipped(test: &str, why: &str) {
-    // One write, so that lines of several tests do not mix; it starts a line because the harness, on one thread, has written
-    // the name of the test without ending its line.
-    let line = format!("\nSKIPPED: {why}: {test}\n");
-    std::io::stderr().write_all(line.as_bytes()).expect("stderr is writable");
 }
 
 #[track_caller]

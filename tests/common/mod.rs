@@ -12,6 +12,7 @@ pub mod emulated;
 pub mod gpu;
 pub mod raw;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
@@ -25,6 +26,14 @@ pub fn project() -> PathBuf {
 /// A folder for files that tests write; in a bundle as `project`.
 pub fn scratch() -> PathBuf {
     env::var_os("CARGO_TARGET_TMPDIR").unwrap_or_else(|| env!("CARGO_TARGET_TMPDIR").into()).into()
+}
+
+/// Says that `test` does not run, past the test harness, which captures only what is printed by macros.
+pub fn skipped(test: &str, why: &str) {
+    // One write, so that lines of several tests do not mix; it starts a line because the harness, on one thread, has written
+    // the name of the test without ending its line.
+    let line = format!("\nSKIPPED: {why}: {test}\n");
+    std::io::stderr().write_all(line.as_bytes()).expect("stderr is writable");
 }
 
 /// A fresh copy of a folder with all it holds.
