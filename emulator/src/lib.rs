@@ -2,6 +2,8 @@
 #![doc = include_str!("../README.md")]
 
 mod alu;
+#[doc(hidden)]
+pub mod calibration;
 mod clock;
 mod decode;
 mod exec;

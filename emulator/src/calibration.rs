@@ -1,0 +1,354 @@
+//! Tiny kernels, one per primitive and mode, whose output on real hardware the emulator must reproduce.
+//!
+//! Each [`Case`] is PTX text with a launch and an input that follows from its name. A recorder runs them on a GPU and writes
+//! the bytes they leave ([`Recording`]); `tests/calibration.rs` replays every recording here. What the PTX ISA leaves open
+//! (the order in which mma adds) is kept out by small integers, or recorded for the record only.
+
+use crate::{Counters, Launch, Memory, Module, Options, Report};
+
+/// What the input words hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Input {
+    /// Random bits.
+    Bits,
+    /// Two f16 each: random integers from −8 to 8.
+    SmallF16,
+    /// Two bf16 each: random integers from −8 to 8.
+    SmallBf16,
+    /// One f32 each: random bits with an exponent between 2⁻³⁰ and 2³⁰, and now and then a special value.
+    F32,
+}
+
+/// One kernel `k(in, out)` and how to launch it: one CTA.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// Unique; files and reports call it so.
+    pub name: String,
+    /// Oldest compute capability (major · 10 + minor) that runs it.
+    pub arch: u32,
+    /// Only on that very major version (`sm_90a` and the like).
+    pub exact_arch: bool,
+    /// The module.
+    pub ptx: String,
+    /// Threads of the CTA.
+    pub threads: u32,
+    /// Words of `in`.
+    pub input_words: usize,
+    /// Words of `out`.
+    pub output_words: usize,
+    /// What `in` holds.
+    pub input: Input,
+}
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}
+
+const SPECIAL: [u32; 8] =
+    [0, 0x8000_0000, 0x7f80_0000, 0xff80_0000, 0x7fc0_0000, 0x0000_0001, 0x7f7f_ffff, 0x3f80_8000];
+
+impl Case {
+    /// The bytes of `in`.
+    pub fn input_bytes(&self) -> Vec<u8> {
+        let seed = self.name.bytes().fold(0u64, |seed, byte| seed.wrapping_mul(31).wrapping_add(u64::from(byte)));
+        let mut random = Random(seed);
+        let mut word = || match self.input {
+            Input::Bits => random.next() as u32,
+            Input::F32 => {
+                let bits = random.next();
+                match SPECIAL.get((bits >> 40) as usize % 64) {
+                    Some(special) => *special,
+                    None => (bits as u32 & 0x807f_ffff) | ((97 + (bits >> 32) as u32 % 61) << 23),
+                }
+            }
+            Input::SmallF16 | Input::SmallBf16 => {
+                let mut half = || {
+                    let value = (random.next() % 17) as f32 - 8.0;
+                    let bits = value.to_bits();
+                    match self.input {
+                        Input::SmallBf16 => bits >> 16,
+                        _ => u32::from(half::f16::from_f32(value).to_bits()),
+                    }
+                };
+                half() | half() << 16
+            }
+        };
+        (0..self.input_words).flat_map(|_| word().to_le_bytes()).collect()
+    }
+
+    /// What the emulator leaves in `out`.
+    ///
+    /// # Errors
+    /// The report of a broken rule; a case has none.
+    pub fn run(&self, options: &Options) -> Result<(Vec<u8>, Counters), Box<Report>> {
+        let fail = |message: String| {
+            Box::new(Report {
+                rule: crate::Rule::BadLaunch,
+                kernel: self.name.clone(),
+                message,
+                site: None,
+                other: None,
+            })
+        };
+        let module = Module::parse(&self.ptx).map_err(|error| fail(error.to_string()))?;
+        let mut memory = Memory::new();
+        let input = memory.alloc("in", self.input_words * 4);
+        let output = memory.alloc("out", self.output_words * 4);
+        memory.write(input, &self.input_bytes()).map_err(|error| fail(error.to_string()))?;
+        let params: Vec<u8> = [input, output].into_iter().flat_map(u64::to_le_bytes).collect();
+        let launch = Launch {
+            kernel: "k",
+            grid: [1, 1, 1],
+            cluster: [1, 1, 1],
+            block: [self.threads, 1, 1],
+            shared_bytes: 0,
+            params: &params,
+        };
+        let counters = module.launch(&mut memory, &launch, options)?;
+        let bytes = memory.read(output, self.output_words * 4).map_err(|error| fail(error.to_string()))?;
+        Ok((bytes, counters))
+    }
+}
+
+/// Builds the text of a case: `%t` is the thread, `tile` 16 KiB of shared memory at a multiple of 1024, `%i0`… the thread's
+/// words of input, `%o0`… its words of output.
+struct Body {
+    reads: usize,
+    writes: usize,
+    text: String,
+}
+
+impl Body {
+    fn case(self, name: &str, arch: u32, threads: u32, input: Input) -> Case {
+        let Body { reads, writes, text } = self;
+        let loads: String = (0..reads).map(|i| format!("    ld.global.b32 %i{i}, [%in+{}];\n", 4 * i)).collect();
+        let stores: String = (0..writes).map(|i| format!("    st.global.b32 [%out+{}], %o{i};\n", 4 * i)).collect();
+        let (exact, target) = if arch == 90 { (true, "sm_90a".to_owned()) } else { (false, format!("sm_{arch}")) };
+        let version = if arch == 90 { "8.0" } else { "7.0" };
+        let ptx = format!(
+            ".version {version}\n.target {target}\n.address_size 64\n.shared .align 1024 .b8 tile[16384];\n\
+             .visible .entry k(.param .u64 in, .param .u64 out)\n{{\n    .reg .pred %p<8>;\n    .reg .b16 %h<16>;\n    \
+             .reg .b32 %t, %s, %i<{reads}>, %o<{writes}>, %r<64>;\n    .reg .f32 %f<160>;\n    .reg .b64 %in, %out, %rd<8>;\n    \
+             ld.param.u64 %in, [in];\n    ld.param.u64 %out, [out];\n    mov.u32 %t, %tid.x;\n    mov.u32 %s, tile;\n    \
+             mul.wide.u32 %rd0, %t, {};\n    add.s64 %in, %in, %rd0;\n    mul.wide.u32 %rd0, %t, {};\n    \
+             add.s64 %out, %out, %rd0;\n{loads}{text}{stores}    ret;\n}}\n",
+            4 * reads,
+            4 * writes
+        );
+        Case {
+            name: name.to_owned(),
+            arch,
+            exact_arch: exact,
+            ptx,
+            threads,
+            input_words: reads * threads as usize,
+            output_words: writes * threads as usize,
+            input,
+        }
+    }
+}
+
+fn body(reads: usize, writes: usize, text: impl Into<String>) -> Body {
+    Body { reads, writes, text: text.into() }
+}
+
+fn list(prefix: &str, range: std::ops::Range<usize>) -> String {
+    let items: Vec<String> = range.map(|i| format!("%{prefix}{i}")).collect();
+    items.join(", ")
+}
+
+/// mma.sync, with sums that are exact in any order.
+fn products(cases: &mut Vec<Case>) {
+    for (ty, input) in [("f16", Input::SmallF16), ("bf16", Input::SmallBf16)] {
+        for (k, a, b) in [(8, 2, 1), (16, 4, 2)] {
+            // f16 m16n8k8 came with sm_75, everything else with sm_80.
+            let arch = if (ty, k) == ("f16", 8) { 75 } else { 80 };
+            let zero: String = (0..4).map(|i| format!("    mov.f32 %f{i}, 0f3F800000;\n")).collect();
+            let text = format!(
+                "{zero}    mma.sync.aligned.m16n8k{k}.row.col.f32.{ty}.{ty}.f32 {{{d}}}, {{{a}}}, {{{b}}}, {{{d}}};\n{moves}",
+                d = list("f", 0..4),
+                a = list("i", 0..a),
+                b = list("i", a..a + b),
+                moves = (0..4).map(|i| format!("    mov.b32 %o{i}, %f{i};\n")).collect::<String>(),
+            );
+            cases.push(body(a + b, 4, text).case(&format!("mma.m16n8k{k}.{ty}"), arch, 32, input));
+        }
+    }
+}
+
+/// ldmatrix: every thread fills 16 bytes of shared memory, then reads rows in another order.
+fn matrices(cases: &mut Vec<Case>) {
+    for count in [1usize, 2, 4] {
+        for trans in ["", ".trans"] {
+            let text = format!(
+                "    shl.b32 %r0, %t, 4;\n    add.s32 %r0, %r0, %s;\n    st.shared.v4.b32 [%r0], {{%i0, %i1, %i2, %i3}};\n    \
+                 bar.sync 0;\n    xor.b32 %r1, %t, 5;\n    shl.b32 %r1, %r1, 4;\n    add.s32 %r1, %r1, %s;\n    \
+                 ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {{{}}}, [%r1];\n",
+                list("o", 0..count)
+            );
+            cases.push(body(4, count, text).case(&format!("ldmatrix.x{count}{trans}"), 75, 32, Input::Bits));
+        }
+    }
+}
+
+/// cp.async of every size, with every number of valid bytes that can differ.
+fn copies(cases: &mut Vec<Case>) {
+    for (bytes, cache, valid) in [
+        (4, "ca", 0),
+        (4, "ca", 3),
+        (8, "ca", 5),
+        (8, "ca", 8),
+        (16, "ca", 16),
+        (16, "cg", 1),
+        (16, "cg", 10),
+        (16, "cg", 16),
+    ] {
+        let text = format!(
+            "    shl.b32 %r0, %t, 4;\n    add.s32 %r0, %r0, %s;\n    st.shared.v4.b32 [%r0], {{%t, %t, %t, %t}};\n    \
+             bar.sync 0;\n    cp.async.{cache}.shared.global [%r0], [%in], {bytes}, {valid};\n    cp.async.commit_group;\n    \
+             cp.async.wait_group 0;\n    ld.shared.v4.b32 {{%o0, %o1, %o2, %o3}}, [%r0];\n"
+        );
+        cases.push(body(4, 4, text).case(&format!("cp.async.{cache}.{bytes}.{valid}"), 80, 32, Input::Bits));
+    }
+}
+
+/// Conversions and arithmetic whose rounding the emulator computes itself.
+fn arithmetic(cases: &mut Vec<Case>) {
+    let unary = |name: &str, arch, text: &str| body(1, 1, text).case(name, arch, 256, Input::F32);
+    for (ty, arch) in [("f16", 75), ("bf16", 80)] {
+        cases.push(unary(
+            &format!("cvt.rn.{ty}.f32"),
+            arch,
+            &format!("    mov.b32 %f0, %i0;\n    cvt.rn.{ty}.f32 %h0, %f0;\n    cvt.u32.u16 %o0, %h0;\n"),
+        ));
+    }
+    for ty in ["f16x2", "bf16x2"] {
+        let text = format!("    mov.b32 %f0, %i0;\n    mov.b32 %f1, %i1;\n    cvt.rn.{ty}.f32 %o0, %f0, %f1;\n");
+        cases.push(body(2, 1, text).case(&format!("cvt.rn.{ty}.f32"), 80, 256, Input::F32));
+    }
+    for (name, arch) in [
+        ("fma.rn.f16x2", 75),
+        ("fma.rn.bf16x2", 80),
+        ("add.f16x2", 75),
+        ("mul.f16x2", 75),
+        ("min.f16x2", 80),
+        ("max.NaN.bf16x2", 80),
+    ] {
+        let operands = if name.starts_with("fma") { "%i0, %i1, %i2" } else { "%i0, %i1" };
+        cases.push(body(3, 1, format!("    {name} %o0, {operands};\n")).case(name, arch, 256, Input::Bits));
+    }
+    for name in ["add.f32", "mul.f32", "div.rn.f32", "min.f32", "max.f32", "max.NaN.f32"] {
+        let text =
+            format!("    mov.b32 %f0, %i0;\n    mov.b32 %f1, %i1;\n    {name} %f2, %f0, %f1;\n    mov.b32 %o0, %f2;\n");
+        let arch = if name.contains("NaN") { 80 } else { 75 };
+        cases.push(body(2, 1, text).case(name, arch, 256, Input::F32));
+    }
+    let text = "    mov.b32 %f0, %i0;\n    mov.b32 %f1, %i1;\n    mov.b32 %f2, %i2;\n    fma.rn.f32 %f3, %f0, %f1, %f2;\n    \
+                mov.b32 %o0, %f3;\n";
+    cases.push(body(3, 1, text).case("fma.rn.f32", 75, 256, Input::F32));
+    for name in ["cvt.rni.s32.f32", "cvt.rzi.u32.f32", "cvt.rmi.s32.f32", "cvt.rpi.s32.f32"] {
+        let text = format!("    mov.b32 %f0, %i0;\n    {name} %o0, %f0;\n");
+        cases.push(body(1, 1, text).case(name, 75, 256, Input::F32));
+    }
+    for (name, operands) in [
+        ("prmt.b32", "%i0, %i1, %i2"),
+        ("lop3.b32", "%i0, %i1, %i2, 0x1e"),
+        ("bfe.u32", "%i0, %i1, %i2"),
+        ("bfe.s32", "%i0, %i1, %i2"),
+        ("bfi.b32", "%i0, %i1, %i2, %i3"),
+        ("shf.l.wrap.b32", "%i0, %i1, %i2"),
+        ("shf.r.clamp.b32", "%i0, %i1, %i2"),
+        ("shl.b32", "%i0, %i1"),
+        ("shr.s32", "%i0, %i1"),
+        ("bfind.u32", "%i0"),
+        ("mul.hi.s32", "%i0, %i1"),
+    ] {
+        cases.push(body(4, 1, format!("    {name} %o0, {operands};\n")).case(name, 75, 256, Input::Bits));
+    }
+}
+
+/// Shuffles and votes.
+fn warps(cases: &mut Vec<Case>) {
+    for (mode, lanes, clamp) in [
+        ("up", 3, 0),
+        ("down", 5, 31),
+        ("bfly", 9, 31),
+        ("idx", 7, 31),
+        ("idx", 3, 0x181f),
+        ("down", 2, 0x181f),
+        ("up", 1, 0x1800),
+    ] {
+        let text =
+            format!("    shfl.sync.{mode}.b32 %o0|%p0, %i0, {lanes}, {clamp}, -1;\n    selp.u32 %o1, 1, 0, %p0;\n");
+        cases.push(body(1, 2, text).case(&format!("shfl.{mode}.{lanes}.{clamp:#x}"), 75, 64, Input::Bits));
+    }
+    let text = "    and.b32 %r0, %i0, 1;\n    setp.ne.u32 %p0, %r0, 0;\n    vote.sync.ballot.b32 %o0, %p0, -1;\n    \
+                vote.sync.any.pred %p1, %p0, -1;\n    selp.u32 %o1, 1, 0, %p1;\n";
+    cases.push(body(1, 2, text).case("vote", 75, 64, Input::Bits));
+}
+
+/// Every case the emulator can run.
+pub fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    products(&mut cases);
+    matrices(&mut cases);
+    copies(&mut cases);
+    arithmetic(&mut cases);
+    warps(&mut cases);
+    cases
+}
+
+/// What one GPU left in `out`, as a text file: a head of `key: value` lines, then a line `name hexadecimal-bytes` per case.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recording {
+    /// `gpu`, `driver`, `commit`, `command`, in order.
+    pub head: Vec<(String, String)>,
+    /// Output bytes by case.
+    pub outputs: Vec<(String, Vec<u8>)>,
+}
+
+impl Recording {
+    /// Reads the text form.
+    ///
+    /// # Errors
+    /// A sentence with the line that is not understood.
+    pub fn parse(text: &str) -> Result<Recording, String> {
+        let mut recording = Recording::default();
+        for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+            let bad = || format!("line {}: expected `key: value` or `name bytes`, found `{line}`", number + 1);
+            if let Some((key, value)) = line.split_once(": ") {
+                recording.head.push((key.to_owned(), value.to_owned()));
+                continue;
+            }
+            let (name, digits) = line.split_once(' ').ok_or_else(bad)?;
+            let byte = |pair: &[u8]| {
+                let digit = |byte: u8| char::from(byte).to_digit(16);
+                let [high, low] = *pair else { return None };
+                Some((digit(high)? << 4 | digit(low)?) as u8)
+            };
+            let bytes = digits.as_bytes().chunks(2).map(byte).collect::<Option<Vec<u8>>>().ok_or_else(bad)?;
+            recording.outputs.push((name.to_owned(), bytes));
+        }
+        Ok(recording)
+    }
+
+    /// Writes the text form.
+    pub fn to_text(&self) -> String {
+        let mut text: String = self.head.iter().map(|(key, value)| format!("{key}: {value}\n")).collect();
+        for (name, bytes) in &self.outputs {
+            text += name;
+            text.push(' ');
+            text.extend(bytes.iter().map(|byte| format!("{byte:02x}")));
+            text.push('\n');
+        }
+        text
+    }
+}
