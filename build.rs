@@ -39,7 +39,7 @@ mod cuda {
     }
 
     pub fn build() -> Result<()> {
-        for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "LIBCLANG_PATH", ARCHS_VARIABLE] {
+        for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "LIBCLANG_PATH", ARCHS_VARIABLE] {
             println!("cargo:rerun-if-env-changed={variable}");
         }
         // The folder as a whole: a header that changes must rebuild every image.
@@ -70,7 +70,18 @@ mod cuda {
         fs::write(path, text).map_err(|error| format!("cannot write {}: {error}", path.display()))
     }
 
-    /// NVCC, then CUDA_HOME and CUDA_PATH, then PATH, then /usr/local/cuda: the first that exists.
+    /// The release of an nvcc, from the line `Cuda compilation tools, release 13.0, V13.0.88`.
+    fn release(nvcc: &Path) -> Option<(u32, u32)> {
+        let output = Command::new(nvcc).arg("--version").output().ok()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let (_, release) = text.split_once("release ")?;
+        let (major, rest) = release.split_once('.')?;
+        let minor: String = rest.chars().take_while(char::is_ascii_digit).collect();
+        Some((major.parse().ok()?, minor.parse().ok()?))
+    }
+
+    /// NVCC, then CUDA_HOME and CUDA_PATH, then PATH, then /usr/local/cuda: the first of CUDA 12 or later. What NVCC names is
+    /// used or refused, never passed over.
     fn find_nvcc() -> Result<PathBuf> {
         let exe = format!("nvcc{}", env::consts::EXE_SUFFIX);
         let mut candidates: Vec<(&str, PathBuf)> = Vec::new();
@@ -86,14 +97,31 @@ mod cuda {
             candidates.extend(env::split_paths(&path).map(|folder| ("PATH", folder.join(&exe))));
         }
         candidates.push(("default", Path::new("/usr/local/cuda/bin").join(&exe)));
-        if let Some((_, nvcc)) = candidates.iter().find(|(_, path)| path.is_file()) {
-            return Ok(nvcc.clone());
+        let mut looked = Vec::new();
+        for (origin, path) in &candidates {
+            let verdict = match path.is_file().then(|| release(path)) {
+                Some(Some((12.., _))) => {
+                    if *origin == "PATH" || *origin == "default" {
+                        // Another PATH could lead elsewhere; with the variables above it does not matter.
+                        println!("cargo:rerun-if-env-changed=PATH");
+                    }
+                    return Ok(path.clone());
+                }
+                Some(Some((major, minor))) => format!("is of CUDA {major}.{minor}"),
+                Some(None) => "does not say its release".to_owned(),
+                None => "does not exist".to_owned(),
+            };
+            if *origin == "NVCC" {
+                return Err(format!(
+                    "the variable NVCC names {}, which {verdict}; expected nvcc of CUDA 12 or later",
+                    path.display()
+                ));
+            }
+            if *origin != "PATH" || path.is_file() {
+                looked.push(format!("    {} ({origin}), which {verdict}", path.display()));
+            }
         }
-        let looked: Vec<String> = candidates
-            .iter()
-            .filter(|(origin, _)| *origin != "PATH")
-            .map(|(origin, path)| format!("    {} ({origin})", path.display()))
-            .collect();
+        println!("cargo:rerun-if-env-changed=PATH");
         Err(format!(
             "the feature `cuda` needs nvcc (CUDA 12 or later), and none was found. Looked for\n{}\n    {exe} in every \
              folder of PATH\nThree ways out:\n  1. install the CUDA toolkit, and set CUDA_HOME if it is not in a usual \
@@ -238,12 +266,12 @@ mod cuda {
         std::panic::set_hook(hook);
         let bindings = bindings
             .map_err(|_| {
-                "the feature `cuda` binds kernels/params.h with bindgen, which needs libclang, and none was found \
-                 (LIBCLANG_PATH, llvm-config, the usual library folders).\nThree ways out:\n  1. install libclang \
+                let named = env::var("LIBCLANG_PATH").map(|path| format!(" = {path}")).unwrap_or_default();
+                format!("the feature `cuda` binds kernels/params.h with bindgen, which needs libclang, and none was found \
+                 (LIBCLANG_PATH{named}, llvm-config, the usual library folders).\nThree ways out:\n  1. install libclang \
                  (Debian: `apt-get install libclang-dev`), or set LIBCLANG_PATH to the folder that holds it;\n  2. in a \
                  checkout of this project, run `make toolchain` and then `. .toolchain/env`;\n  3. build the CPU \
-                 backend alone with `--no-default-features`."
-                    .to_owned()
+                 backend alone with `--no-default-features`.")
             })?
             .map_err(|error| format!("bindgen failed on kernels/params.h: {error}"))?;
         let path = out.join("params.rs");

@@ -5,8 +5,8 @@
 //! where the caller does not pass one.
 //!
 //! **Rounding.** As the GPU kernels: sums in f32; h and dh are rounded to the storage type and used as rounded; y and dx
-//! get one rounding at the end, of both products, the bias and what is accumulated into. Sums of up to 512 products of
-//! f32 values are done in f64, and so is dbias.
+//! get one rounding at the end, of both products, the bias and what is accumulated into. Products of
+//! f32 matrices of up to 2²⁷ multiply-adds are summed in f64, and so is dbias.
 //!
 //! **Repeatable.** The same inputs on the same machine give the same bits, whatever the number of threads: the order of
 //! every sum follows from the shape.

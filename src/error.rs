@@ -129,6 +129,13 @@ pub enum Error {
         /// Device ordinal the kernels were loaded on.
         expected: usize,
     },
+    /// A buffer was allocated through another `CudaContext` object of the same device than the stream was made by. cudarc
+    /// orders streams and buffers per object.
+    #[error("`{arg}` was allocated through another `CudaContext` object than the stream, expected the same one")]
+    ForeignContext {
+        /// Argument.
+        arg: &'static str,
+    },
     /// The GPU's architecture has no image in this build.
     #[error("GPU architecture sm_{got} has no kernel image in this build, which holds {built}")]
     UnsupportedArch {

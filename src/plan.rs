@@ -13,6 +13,7 @@ pub use model::TileSize;
 
 use crate::error::{Error, Result};
 use crate::params::*;
+use crate::shape::Ranges;
 use crate::{Dtype, LoraShape, raw};
 use model::Tile;
 
@@ -78,6 +79,10 @@ pub struct Plan {
     launch: Launch,
     scratch: Scratch,
     notes: Vec<String>,
+    /// Where the arguments lie.
+    ranges: Ranges,
+    /// The caller chose the tile.
+    forced_tile: bool,
 }
 
 /// Byte offsets into the workspace of what the call did not bring along.
@@ -151,7 +156,7 @@ impl Plan {
     /// # Errors
     /// As [`forward`](Self::forward).
     pub fn forward_with(op: &raw::Forward, device: &Device, options: Options) -> Result<Plan> {
-        let shape = op.check()?;
+        let (shape, ranges) = op.judge()?;
         check_dtype(op.dtype)?;
         Tile::check(device)?;
         let LoraShape { m, n, k, r } = shape;
@@ -204,7 +209,8 @@ impl Plan {
             (_, false) => "lora_forward_f16_small",
         };
         let launch = tile.launch("portable_forward", kernel, units, device, Params::Forward(params));
-        Ok(Plan { shape, dtype: op.dtype, device: device.clone(), tile, launch, scratch, notes })
+        let forced_tile = options.tile.is_some();
+        Ok(Plan { shape, dtype: op.dtype, device: device.clone(), tile, launch, scratch, notes, ranges, forced_tile })
     }
 
     /// Plans the requested outputs of backward after checking the arguments.
@@ -222,7 +228,7 @@ impl Plan {
     /// # Errors
     /// As [`backward`](Self::backward).
     pub fn backward_with(op: &raw::Backward, device: &Device, options: Options) -> Result<Plan> {
-        let shape = op.check()?;
+        let (shape, ranges) = op.judge()?;
         check_dtype(op.dtype)?;
         Tile::check(device)?;
         let LoraShape { m, n, k, r } = shape;
@@ -276,7 +282,8 @@ impl Plan {
             a: matrix(op.a),
             b: matrix(op.b),
             x: optional(op.x),
-            h: optional(op.h),
+            // Of db's narrow operand nothing is read when dbias alone is wanted; it is still an address.
+            h: if wants_db { optional(op.h) } else { matrix(op.dy) },
             dh: LoraMatrix { ptr: 0, row_stride: dh_stride as i64 },
             dx: optional(op.dx),
             da: gradient(wants_da, op.da),
@@ -325,7 +332,8 @@ impl Plan {
             (_, false) => "lora_backward_f16_small",
         };
         let launch = tile.launch("portable_backward", kernel, units, device, Params::Backward(params));
-        Ok(Plan { shape, dtype: op.dtype, device: device.clone(), tile, launch, scratch, notes })
+        let forced_tile = options.tile.is_some();
+        Ok(Plan { shape, dtype: op.dtype, device: device.clone(), tile, launch, scratch, notes, ranges, forced_tile })
     }
 
     /// Workspace the launch needs, in bytes: the synchronisation area, h or dh, and partial sums.
@@ -343,7 +351,8 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::Workspace`] when `bytes` is less than [`workspace_bytes`](Self::workspace_bytes);
-    /// [`Error::NullPointer`], [`Error::Misaligned`] and [`Error::TooLarge`] for the address.
+    /// [`Error::NullPointer`], [`Error::Misaligned`] and [`Error::TooLarge`] for the address; [`Error::Overlap`] when an
+    /// argument lies in it.
     pub fn launch(&self, workspace: u64, bytes: usize) -> Result<Launch> {
         if bytes < self.workspace_bytes() {
             return Err(Error::Workspace { got: bytes, needed: self.workspace_bytes() });
@@ -357,6 +366,10 @@ impl Plan {
         if workspace.checked_add(self.scratch.end).is_none() {
             let limit = u64::MAX - self.scratch.end;
             return Err(Error::TooLarge { what: "the address of the workspace", got: workspace, limit });
+        }
+        let end = workspace + self.scratch.end;
+        if let Some(&(other, ..)) = self.ranges.iter().find(|(_, from, to)| *from < end && workspace < *to) {
+            return Err(Error::Overlap { output: "workspace", other });
         }
         let mut launch = self.launch.clone();
         let place = |ptr: &mut u64, offset: Option<u64>| {

@@ -28,6 +28,9 @@ impl Mat {
     }
 
     /// Element (row, col).
+    ///
+    /// # Panics
+    /// Outside the matrix.
     pub fn at(&self, row: usize, col: usize) -> f64 {
         self.data[row * self.cols + col]
     }
@@ -37,7 +40,10 @@ impl Mat {
         Self { data: self.data.iter().map(|&v| f(v)).collect(), ..*self }
     }
 
-    /// The sum; both must have the same shape.
+    /// The sum.
+    ///
+    /// # Panics
+    /// When `other` has fewer rows or columns.
     pub fn plus(&self, other: &Self) -> Self {
         Self::from_fn(self.rows, self.cols, |i, j| self.at(i, j) + other.at(i, j))
     }
@@ -48,6 +54,9 @@ impl Mat {
     }
 
     /// `self · other`, summed in f64.
+    ///
+    /// # Panics
+    /// When `other` has fewer rows than `self` has columns.
     pub fn times(&self, other: &Self) -> Self {
         Self::from_fn(self.rows, other.cols, |i, j| (0..self.cols).map(|p| self.at(i, p) * other.at(p, j)).sum())
     }

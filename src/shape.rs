@@ -47,6 +47,13 @@ pub(crate) fn check_length(
     if needed > len { Err(Error::BufferTooShort { arg, got: len, needed }) } else { Ok(()) }
 }
 
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// Arguments with the addresses of their first and one past their last byte.
+pub(crate) type Ranges = Vec<(&'static str, u64, u64)>;
+
 /// A matrix argument with what the checks need to know about it.
 struct Operand {
     arg: &'static str,
@@ -104,17 +111,17 @@ impl Operand {
         (self.matrix.rows > 1).then(|| (self.matrix.row_stride * self.element_bytes) as u64)
     }
 
-    /// Exact for equal pitches and for a single row (column ranges of one buffer may interleave), by address range
-    /// otherwise.
+    /// Exact for equal pitches and for a single row: column ranges of one buffer may interleave. With different pitches
+    /// rows meet at multiples of their greatest common divisor, which is never too lenient.
     fn overlaps(&self, other: &Operand) -> bool {
         let ((start, end), (other_start, other_end)) = (self.range(), other.range());
         if self.is_empty() || other.is_empty() || end <= other_start || other_end <= start {
             return false;
         }
         let pitch = match (self.pitch(), other.pitch()) {
-            (Some(pitch), Some(other)) if pitch == other => pitch,
+            (Some(pitch), Some(other)) => gcd(pitch, other),
             (Some(pitch), None) | (None, Some(pitch)) => pitch,
-            _ => return true,
+            (None, None) => return true,
         };
         let width = |o: &Operand| (o.matrix.cols * o.element_bytes) as u64;
         // Where a row of `other` starts, relative to the start of a row of `self`.
@@ -128,7 +135,12 @@ impl Operand {
 }
 
 /// Checks shared by both operations, after the dimensions agreed.
-fn check_operands(shape: LoraShape, scale: f32, inputs: &[Operand], outputs: &[Operand]) -> Result<LoraShape> {
+fn check_operands(
+    shape: LoraShape,
+    scale: f32,
+    inputs: &[Operand],
+    outputs: &[Operand],
+) -> Result<(LoraShape, Ranges)> {
     for (what, got) in [
         ("M (rows of x)", shape.m),
         ("N (rows of w)", shape.n),
@@ -150,7 +162,8 @@ fn check_operands(shape: LoraShape, scale: f32, inputs: &[Operand], outputs: &[O
             return Err(Error::Overlap { output: output.arg, other: other.arg });
         }
     }
-    Ok(shape)
+    let range = |operand: &Operand| (operand.arg, operand.range().0, operand.range().1);
+    Ok((shape, inputs.iter().chain(outputs).map(range).collect()))
 }
 
 fn nonzero(arg: &'static str, matrix: &Matrix) -> Result<()> {
@@ -168,6 +181,10 @@ impl Forward {
     /// [`Error::ZeroDimension`], [`Error::Dimension`], [`Error::TooLarge`], [`Error::Scale`], [`Error::Stride`],
     /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
+        self.judge().map(|(shape, _)| shape)
+    }
+
+    pub(crate) fn judge(&self) -> Result<(LoraShape, Ranges)> {
         nonzero("x", &self.x)?;
         nonzero("w", &self.w)?;
         let shape = LoraShape { m: self.x.rows, n: self.w.rows, k: self.w.cols, r: self.a.rows };
@@ -200,6 +217,10 @@ impl Backward {
     /// # Errors
     /// As [`Forward::check`], and [`Error::NoOutput`], [`Error::Missing`].
     pub fn check(&self) -> Result<LoraShape> {
+        self.judge().map(|(shape, _)| shape)
+    }
+
+    pub(crate) fn judge(&self) -> Result<(LoraShape, Ranges)> {
         nonzero("dy", &self.dy)?;
         nonzero("w", &self.w)?;
         let shape = LoraShape { m: self.dy.rows, n: self.w.rows, k: self.w.cols, r: self.a.rows };

@@ -212,6 +212,17 @@ fn column_windows_may_interleave() {
     assert_eq!(op.check(), Err(Error::Overlap { output: "y", other: "bias" }));
 }
 
+/// With different pitches rows can only meet at multiples of the greatest common divisor.
+#[test]
+fn windows_of_different_pitch_may_interleave() {
+    let mut op = ops::forward(Dtype::F16, LoraShape { m: 50, n: 2, k: 2, r: 0 });
+    let window = |first: u64, row_stride| Matrix { ptr: (1 << 41) + 2 * first, rows: 50, cols: 2, row_stride };
+    (op.x, op.y) = (window(0, 12), window(2, 8));
+    assert!(op.check().is_ok());
+    op.y = window(3, 8);
+    assert_eq!(op.check(), Err(Error::Overlap { output: "y", other: "x" }));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 

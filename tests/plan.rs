@@ -4,12 +4,14 @@
 mod common;
 
 use common::raw as ops;
-use fused_lora::plan::{Device, LoraBackwardParams, LoraForwardParams, Params, Plan, SYNC_BYTES, WORKSPACE_ALIGN};
+use fused_lora::plan::{
+    Device, LoraBackwardParams, LoraForwardParams, Options, Params, Plan, SYNC_BYTES, TileSize, WORKSPACE_ALIGN,
+};
 use fused_lora::{Dtype, Error, LoraShape, MAX_DIMENSION, raw};
 use proptest::prelude::*;
 
 /// Where workspaces are said to be.
-const WORKSPACE: u64 = 1 << 62;
+const WORKSPACE: u64 = 1 << 63;
 /// Columns of h, dh, da and db that one tile computes: LORA_NARROW_N.
 const NARROW: u64 = 64;
 /// Words before the flags: LORA_SYNC_FLAGS.
@@ -351,6 +353,20 @@ fn a_wrong_workspace_is_refused() {
     }
 }
 
+/// A workspace is scratch: no argument may lie in it.
+#[test]
+fn a_workspace_on_an_argument_is_refused() {
+    let device = Device::of_arch("a device", 90, 132);
+    let shape = LoraShape { m: 64, n: 128, k: 128, r: 8 };
+    let op = ops::forward(Dtype::F16, shape);
+    let plan = Plan::forward(&op, &device).expect("a plan");
+    let needed = plan.workspace_bytes();
+    assert_eq!(plan.launch(op.y.ptr, needed), Err(Error::Overlap { output: "workspace", other: "y" }));
+    let before = op.x.ptr - needed as u64;
+    assert!(plan.launch(before, needed).is_ok());
+    assert_eq!(plan.launch(before + 256, needed), Err(Error::Overlap { output: "workspace", other: "x" }));
+}
+
 #[test]
 fn explain_names_the_kernel_the_grid_and_every_slow_operand() {
     let shape = LoraShape { m: 100, n: 200, k: 304, r: 16 };
@@ -385,6 +401,15 @@ fn explain_names_the_kernel_the_grid_and_every_slow_operand() {
     for name in slow {
         assert!(text.contains(&format!("{name} is read element by element: its address")), "{text}");
     }
+    assert!(text.contains("reduction") && text.contains("the shape with the shortest predicted time"), "{text}");
+    let forced = Options::default().with_tile(TileSize::Small);
+    let text = Plan::backward_with(&raw::Backward { da: None, db: None, dbias: None, ..op }, &device, forced)
+        .expect("a plan")
+        .explain();
+    assert!(
+        !text.contains("reduction") && text.contains("64 x 64 x 32") && text.contains("the shape asked for"),
+        "{text}"
+    );
     // What no requested output reads is not slow.
     let text = explain(&raw::Backward { dx: None, da: None, dbias: None, ..op });
     assert_eq!(text.matches("element by element").count(), 2, "{text}");

@@ -219,7 +219,7 @@ impl<'a> Recorded<'a> {
         let measured = measure::error(&self.peft.data, truth);
         let peft =
             case.recorded_error(mode.name, &name).map_or(measured, |(relative, largest)| Error { relative, largest });
-        let bound = measure::bound(peft, truth, dtype);
+        let bound = measure::bound(peft, truth, mode.storage);
         // The triangle inequality, with a little room because the norm divided by is that of PEFT's tensor.
         let from_peft_bound = Error {
             relative: 1.05 * (bound.relative + peft.relative),

@@ -1,6 +1,7 @@
 //! Errors and their bounds.
 
-use safetensors::Dtype;
+use fused_lora::Dtype;
+use fused_lora::reference::unit_roundoff;
 
 /// Distance between two tensors: the Frobenius norm of the difference over that of the truth (not divided where the truth
 /// is zero), and the largest difference.
@@ -24,7 +25,8 @@ pub fn error(values: &[f64], truth: &[f64]) -> Error {
     Error { relative, largest: if squares.is_nan() { f64::NAN } else { largest } }
 }
 
-/// At most 1.5 times PEFT's own error, or one rounding of the result's type, whichever is larger.
+/// At most 1.5 times PEFT's own error, or one rounding to the type that products come in, whichever is larger. (Under
+/// autocast that is bf16, although dA and dB are then widened to f32.)
 ///
 /// As a norm, one rounding is the unit roundoff: no value moves by more, relatively. For a single value it is the distance
 /// between neighbours at the largest one: half of it for rounding the value, half for the rounded middle (h or dh) that
@@ -35,15 +37,6 @@ pub fn bound(peft: Error, truth: &[f64], dtype: Dtype) -> Error {
     let (relative, spacing) =
         if largest > 0.0 { (roundoff, 2.0 * roundoff * largest.log2().floor().exp2()) } else { (0.0, 0.0) };
     Error { relative: (1.5 * peft.relative).max(relative), largest: (1.5 * peft.largest).max(spacing) }
-}
-
-fn unit_roundoff(dtype: Dtype) -> f64 {
-    let dtype = match dtype {
-        Dtype::F16 => fused_lora::Dtype::F16,
-        Dtype::BF16 => fused_lora::Dtype::Bf16,
-        _ => fused_lora::Dtype::F32,
-    };
-    fused_lora::reference::unit_roundoff(dtype)
 }
 
 impl Error {

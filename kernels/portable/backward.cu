@@ -89,6 +89,7 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
                         (token_end - token + Shape::kBlock - 1) / Shape::kBlock, 0));
   }
   Gradient tile;
+  tile.wants_sums = sums_out.ptr != 0 && n == 0;
   // With no gradient wanted (dbias alone) there is no narrow operand: an extent of zero reads nothing.
   const Segment tokens = segment(operand(wide, out.rows, token_end), operand(narrow, out.cols, token_end), token);
   tile.accumulate(tokens, Segment{}, m, n, active_n, {}, smem);

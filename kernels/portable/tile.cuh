@@ -201,6 +201,7 @@ struct Tile {
 
   float acc[kFragsM][kFragsN][4] = {};      // (16 rows, 8 columns) per fragment
   float sums[kSums ? kFragsM : 1][4] = {};  // row sums of A, the same in every column
+  bool wants_sums = kSums;
 
   // Row and first of two columns, relative to the tile, of elements {0, 1} (half 0) or {2, 3} (half 1) of a fragment.
   static __device__ __forceinline__ uint32_t row_of(int frag_m, int half) {
@@ -248,7 +249,7 @@ struct Tile {
       uint32_t a[kFragsM][4];
 #pragma unroll
       for (int i = 0; i < kFragsM; ++i) load_fragment_a<kMajorA, kBlockM>(a[i], stage, warp_row + i * 16, k);
-      if (kSums) {
+      if (kSums && wants_sums) {
 #pragma unroll
         for (int i = 0; i < kFragsM; ++i) ptx::mma_m16n8k16<T>(sums[i], a[i], kOnes<T>, kOnes<T>);
       }

@@ -11,9 +11,9 @@ const TILE: usize = 256;
 const DEPTH: usize = 256;
 /// Enough tiles to keep many cores busy.
 const ENOUGH_TILES: usize = 32;
-/// Sums of f32 operands up to this length are done in f64: in small layers one rounding more or less shows, and time does
-/// not.
-const SHORT: usize = 512;
+/// Multiply-adds up to which products of f32 operands are summed in f64: in small layers one rounding more or less shows,
+/// and time does not.
+const SMALL_WORK: usize = 1 << 27;
 /// Multiply-adds below which starting other threads costs more than it saves.
 const SERIAL_WORK: usize = 1 << 19;
 
@@ -122,7 +122,8 @@ pub(super) fn product<T: Element, O: Element>(
     output: MatrixMut<'_, [O]>,
 ) {
     let depth: usize = terms.iter().map(|term| term.lhs.depth()).sum();
-    if T::DTYPE == Dtype::F32 && depth <= SHORT {
+    let work = output.rows.saturating_mul(output.cols).saturating_mul(depth);
+    if T::DTYPE == Dtype::F32 && work <= SMALL_WORK {
         product_in::<f64, T, O>(terms, epilogue, output, depth);
     } else {
         product_in::<f32, T, O>(terms, epilogue, output, depth);

@@ -1,5 +1,7 @@
 //! From buffers to addresses, with the guards that order the streams.
 
+use std::sync::Arc;
+
 use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 
@@ -67,9 +69,19 @@ impl<'s> Access<'s> {
         })
     }
 
+    /// A buffer of this context, allocated through the very object that the stream was made by: cudarc decides per object
+    /// whether streams wait for one another.
+    fn check_buffer(&self, arg: &'static str, buffer: &CudaStream) -> Result<()> {
+        check_context(arg, buffer.context(), self.context)?;
+        if Arc::ptr_eq(buffer.context(), self.stream.context()) {
+            return Ok(());
+        }
+        Err(Error::ForeignContext { arg })
+    }
+
     fn read<T>(&mut self, arg: &'static str, matrix: Matrix<'s, dyn DevicePtr<T> + 's>) -> Result<raw::Matrix> {
         let Matrix { data, offset, rows, cols, row_stride } = matrix;
-        check_context(arg, data.stream().context(), self.context)?;
+        self.check_buffer(arg, data.stream())?;
         self.note(check_length(arg, data.len(), offset, (rows, cols, row_stride)));
         let (base, guard) = data.device_ptr(self.stream);
         self.guards.push(guard);
@@ -82,7 +94,7 @@ impl<'s> Access<'s> {
         matrix: &'s mut MatrixMut<'_, dyn DevicePtrMut<T> + '_>,
     ) -> Result<raw::Matrix> {
         let MatrixMut { ref mut data, offset, rows, cols, row_stride } = *matrix;
-        check_context(arg, data.stream().context(), self.context)?;
+        self.check_buffer(arg, data.stream())?;
         self.note(check_length(arg, data.len(), offset, (rows, cols, row_stride)));
         let (base, guard) = data.device_ptr_mut(self.stream);
         self.guards.push(guard);
@@ -119,7 +131,8 @@ impl<'s> Access<'s> {
     /// Taking an address cannot fail, so cudarc keeps the error for later: it is asked for before the launch relies on the
     /// waits.
     pub(super) fn check_waits(&self) -> Result<()> {
-        self.context.check_err().map_err(|error| match error.0 {
+        // cudarc keeps it in the context object of the stream, which need not be the kernels' own.
+        self.stream.context().check_err().map_err(|error| match error.0 {
             CUresult::CUDA_ERROR_STREAM_CAPTURE_ISOLATION => {
                 Error::Capturing { what: "a buffer waits for earlier work on it, as cudarc's event tracking asks," }
             }

@@ -108,8 +108,10 @@ impl Kernels {
     ///
     /// # Errors
     /// What [`Plan::forward`] finds; [`Error::BufferTooShort`](crate::Error::BufferTooShort);
-    /// [`Error::WrongContext`](crate::Error::WrongContext); [`Error::Workspace`](crate::Error::Workspace);
-    /// [`Error::Capturing`](crate::Error::Capturing); [`Error::Driver`](crate::Error::Driver). Nothing is launched then.
+    /// [`Error::WrongContext`](crate::Error::WrongContext); [`Error::ForeignContext`](crate::Error::ForeignContext);
+    /// [`Error::Workspace`](crate::Error::Workspace); [`Error::Capturing`](crate::Error::Capturing);
+    /// [`Error::Driver`](crate::Error::Driver). Nothing is launched then, but for one case: on the per-thread default stream
+    /// the driver may fail to record the event that follows the launch.
     pub fn forward<T: Element>(
         &self,
         stream: &Arc<CudaStream>,

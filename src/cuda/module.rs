@@ -4,8 +4,8 @@ use std::ffi::CString;
 use std::sync::Arc;
 
 use cudarc::driver::CudaContext;
-use cudarc::driver::result::{function, module};
-use cudarc::driver::sys::{CUfunction, CUfunction_attribute as Attribute, CUmodule, CUresult};
+use cudarc::driver::result::{DriverError, function, module};
+use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute as Attribute, CUmodule, CUresult};
 
 use super::driver::failed;
 use crate::error::{Error, Result};
@@ -52,6 +52,22 @@ fn unsupported(arch: u32, image: Option<&Image>) -> Error {
     Error::UnsupportedArch { got: arch, built: image.map_or_else(|| "no kernels".to_owned(), Image::architectures) }
 }
 
+/// The image is for this GPU, or it would not be loaded: a driver that finds nothing in it is older than the toolkit.
+fn too_old(error: DriverError) -> Error {
+    let mut version = 0;
+    // SAFETY: the driver writes one integer.
+    let known = unsafe { sys::cuDriverGetVersion(&mut version) }.result().is_ok();
+    let driver =
+        if known { format!("CUDA {}.{}", version / 1000, version % 1000 / 10) } else { "an unknown version".into() };
+    let Error::Driver { call, message } = failed("cuModuleLoadData")(error) else {
+        return failed("cuModuleLoadData")(error);
+    };
+    Error::Driver {
+        call,
+        message: format!("{message}; the driver supports {driver}, expected that of the nvcc of this build"),
+    }
+}
+
 /// The function a launch names.
 pub(super) fn find(modules: &[Module], image: &'static str, kernel: &str, arch: u32) -> Result<CUfunction> {
     modules
@@ -81,7 +97,9 @@ impl Module {
         // SAFETY: a context is current, and the data is a whole fatbin that nvcc wrote, which says its own length. The
         // driver is done with it when the call returns.
         let handle = unsafe { module::load_data(fatbin.as_ptr().cast()) }.map_err(|error| match error.0 {
-            CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU => unsupported(device.arch, Some(image)),
+            CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
+            | CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+            | CUresult::CUDA_ERROR_INVALID_IMAGE => too_old(error),
             _ => failed("cuModuleLoadData")(error),
         })?;
         // From here on dropping it unloads.
@@ -104,8 +122,12 @@ fn prepare(module: CUmodule, kernel: &str, device: &Device) -> Result<CUfunction
         .map_err(failed("cuFuncGetAttribute"))?;
     let limit = i32::try_from(device.shared_per_block).unwrap_or(i32::MAX) - fixed;
     let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-    // SAFETY: as above; the driver checks the value.
-    unsafe { function::set_function_attribute(kernel, attribute, limit) }.map_err(failed("cuFuncSetAttribute"))?;
+    // All of an SM's unified memory as shared memory: the plan counts on several CTAs per SM.
+    let carveout = Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+    for (attribute, value) in [(attribute, limit), (carveout, 100)] {
+        // SAFETY: as above; the driver checks the value.
+        unsafe { function::set_function_attribute(kernel, attribute, value) }.map_err(failed("cuFuncSetAttribute"))?;
+    }
     Ok(kernel)
 }
 

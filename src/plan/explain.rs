@@ -40,11 +40,12 @@ impl Plan {
             if self.device.arch < 80 { ", register-staged loads" } else { " and cp.async" },
         ));
         line(format_args!(
-            "  tiles      {0} x {0} x {1}, {2} threads, {3} bytes of shared memory: the shape with the shortest predicted time",
+            "  tiles      {0} x {0} x {1}, {2} threads, {3} bytes of shared memory: {4}",
             self.tile.block,
             crate::params::LORA_BLOCK_K,
             self.tile.threads,
-            self.launch.shared_bytes
+            self.launch.shared_bytes,
+            if self.forced_tile { "the shape asked for" } else { "the shape with the shortest predicted time" }
         ));
         match &self.launch.params {
             Params::Forward(p) => {
@@ -58,10 +59,12 @@ impl Plan {
                     p.db_end - p.dx_end,
                     p.units - p.db_end
                 ));
-                line(format_args!(
-                    "  reduction  db and da over {} chunk(s) of {} tokens, added in order",
-                    p.chunks, p.chunk_rows
-                ));
+                if p.units > p.dx_end {
+                    line(format_args!(
+                        "  reduction  db and da over {} chunk(s) of {} tokens, added in order",
+                        p.chunks, p.chunk_rows
+                    ));
+                }
             }
         }
         line(format_args!(
