@@ -3,6 +3,7 @@
 
 mod alu;
 mod clock;
+mod counters;
 mod decode;
 mod exec;
 mod isa;
@@ -14,7 +15,8 @@ mod regalloc;
 mod report;
 mod shadow;
 
-pub use launch::{Counters, Device, Launch, Options, Timing};
+pub use counters::{Class, Counters, Line};
+pub use launch::{Checks, Device, Launch, Options, Timing};
 pub use memory::{Memory, MemoryError};
 pub use module::Module;
 pub use report::{ParseError, Report, Rule, Site};

@@ -164,8 +164,16 @@ fn shared_memory_is_ordered_by_barriers() {
         assert!(matches!(report.rule, Rule::Race | Rule::Uninitialised), "{report}");
     }
     TWO_WARPS.reports(&EXCHANGE.replace("bar.sync 1;", ""), Rule::Race, "shared memory at offset");
-    // One warp needs none.
-    ONE_WARP.passes(&EXCHANGE.replace("xor.b32 %r2, %r1, 128", "xor.b32 %r2, %r1, 64").replace("bar.sync 0;", ""));
+    // Within a warp, the warp's own barrier is enough, and needed.
+    let within = EXCHANGE.replace("xor.b32 %r2, %r1, 128", "xor.b32 %r2, %r1, 64");
+    let within = within.replace("bar.sync 0;", "bar.warp.sync -1;").replace("bar.sync 1;", "bar.warp.sync 0xffffffff;");
+    TWO_WARPS.twins(
+        &within,
+        &[
+            ("bar.warp.sync -1;", "", Rule::Race, "by another lane of the warp"),
+            ("bar.warp.sync 0xffffffff;", "", Rule::Race, "by another lane of the warp"),
+        ],
+    );
 }
 
 #[test]
@@ -241,7 +249,7 @@ fn global_memory_is_ordered_by_release_and_acquire() {
         &[
             ("ld.acquire.gpu", "ld.relaxed.gpu", Rule::Race, "`ld.global.u32 %r2, [%rd2]`"),
             ("red.release.gpu", "red.relaxed.gpu", Rule::Race, "`out` at offset"),
-            ("ld.acquire.gpu", "ld.acquire.cta", Rule::Race, "`ld.global.u32 %r2, [%rd2]`"),
+            ("ld.acquire.gpu", "ld.acquire.cta", Rule::Race, "their scopes do not include one another"),
             ("red.release.gpu.global.add.u32 [%in], 1;", "", Rule::Livelock, "20000 instructions without an effect"),
             ("ld.acquire.gpu", "ld", Rule::Race, "atomic"),
         ],

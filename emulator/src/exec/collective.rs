@@ -2,8 +2,10 @@
 
 use super::{Context, Cta, Fault, Outcome};
 use crate::alu::{self, Lanes};
+use crate::clock::View;
 use crate::isa::{Address, Dst, Pred, Shuffle, Src, Ty, Vote};
 use crate::report::Rule;
+use crate::shadow::Access;
 
 impl Cta {
     /// PTX ISA, "ldmatrix": lane 8 j + i gives the address of row i of matrix j; of each row, lane 4 i + t receives the
@@ -17,7 +19,9 @@ impl Cta {
         (d, address): (&[Dst], Address),
     ) -> Outcome<()> {
         let addresses = self.warps[warp].addresses(context, self, address);
-        let (access, clock) = self.warp_access(warp, pc, 0);
+        context.count_rows(pc, &addresses[..8 * d.len()]);
+        let views = &self.warps[warp].views;
+        let (access, common) = (views.access(self.serial, pc, 0), views.common());
         for (matrix, d) in d.iter().enumerate() {
             let mut rows = [[0u16; 8]; 8];
             for (row, elements) in rows.iter_mut().enumerate() {
@@ -27,8 +31,8 @@ impl Cta {
                     let message = format!("row of ldmatrix at {at:#x}, expected a multiple of 16");
                     return Err(Fault::new(Rule::Misaligned, message).lane(lane as u32));
                 }
-                let data =
-                    self.read_shared(context, at, 16, access, &clock).map_err(|fault| fault.lane(lane as u32))?;
+                let data = self.read_row(context, warp, (row, at), access, common.as_ref());
+                let data = data.map_err(|fault| fault.lane(lane as u32))?;
                 for (element, bytes) in elements.iter_mut().zip(data.as_chunks::<2>().0) {
                     *element = u16::from_le_bytes(*bytes);
                 }
@@ -43,6 +47,28 @@ impl Cta {
             }
         }
         Ok(())
+    }
+
+    /// The lanes that receive elements of a row (without `.trans`) count as those that read it, whoever named its address.
+    #[inline]
+    fn read_row(
+        &mut self,
+        context: &mut Context<'_>,
+        warp: usize,
+        (row, at): (usize, u64),
+        access: Access,
+        common: Option<&View>,
+    ) -> Outcome<[u8; 16]> {
+        let lanes = 0xf << (4 * row);
+        if let Some(view) = common {
+            return self.read_shared(context, at, 16, Access { lanes, ..access }, view);
+        }
+        let mut data = [0; 16];
+        for lane in (0..32).filter(|lane| lanes >> lane & 1 != 0) {
+            let view = self.warps[warp].views.view(lane);
+            data = self.read_shared(context, at, 16, access.of_lane(lane), &view)?;
+        }
+        Ok(data)
     }
 
     pub(super) fn mma(

@@ -69,7 +69,7 @@ fn effect(context: &mut Context<'_>, cta: &mut Cta, warp: usize, (pc, mask): (u3
         Op::Atom { space, op, ty, d, addr, b, c, sem } => {
             cta.atomic(context, warp, at, (*space, *op, *ty), (*d, *addr, *b, *c), *sem)?;
         }
-        Op::Fence { scope } => cta.fence(warp, *scope),
+        Op::Fence { scope } => cta.fence(context, warp, mask, *scope),
         Op::CpAsync { bytes, dst, src, valid } => {
             cta.issue_copies(context, warp, at, *bytes, (*dst, *src, *valid))?;
         }
@@ -79,8 +79,7 @@ fn effect(context: &mut Context<'_>, cta: &mut Cta, warp: usize, (pc, mask): (u3
         Op::Mma { k, ab, d, a, b, c } => cta.mma(context, warp, (*k, *ab), (d, a, b, c)),
         Op::Shfl { mode, d, p, a, b, c, .. } => cta.shuffle(context, warp, mask, *mode, (*d, *p, *a, *b, *c))?,
         Op::VoteSync { mode, d, p, a, .. } => cta.vote(warp, mask, *mode, (*d, *p, *a)),
-        // Lanes of a warp are one agent: what they do is ordered.
-        Op::WarpSync { .. } => {}
+        Op::WarpSync { .. } => cta.warp_sync(warp, mask),
         Op::Bar { id, count, arrive } => {
             let lane = mask.trailing_zeros() as usize;
             let state = &cta.warps[warp];

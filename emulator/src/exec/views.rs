@@ -1,0 +1,154 @@
+//! What the lanes of a warp are ordered after.
+//!
+//! Lanes are threads: what one does is ordered before what another does by `bar.warp.sync`, a barrier or a flag only (PTX
+//! ISA, "Memory Consistency Model": program order is that of a thread; "bar.warp.sync" orders memory, `shfl.sync`,
+//! `vote.sync`, `ldmatrix` and `mma` do not). Mostly they know the same, so there is one clock for the warp, and others only
+//! for lanes that know more: one that has acquired a flag, or halves that synchronised apart.
+
+use std::rc::Rc;
+
+use super::sync::{Fenced, Released};
+use crate::clock::{Clock, View};
+use crate::shadow::Access;
+
+#[derive(Clone, Debug)]
+pub(super) struct Views {
+    agent: u16,
+    /// Of the warp: every step that others may learn of ends an epoch.
+    epoch: u32,
+    /// What every lane knows.
+    clock: Rc<Clock>,
+    /// Disjoint sets of lanes that know more, with all they know.
+    apart: Vec<(u32, Rc<Clock>)>,
+    /// Up to which epoch each lane has waited for its own copies.
+    waited: [u32; 32],
+    /// What lanes have read through a flag, and acquire with their next fence.
+    pub seen: Vec<(u32, Rc<Released>)>,
+    /// What lanes' fences have made ready for their next strong writes.
+    pub fenced: Vec<Fenced>,
+}
+
+impl Views {
+    pub fn new(cta: u32, warp: u32, agents: usize) -> Views {
+        Views {
+            agent: 2 * warp as u16,
+            epoch: 1,
+            clock: Rc::new(Clock::new(cta, agents)),
+            apart: Vec::new(),
+            waited: [0; 32],
+            seen: Vec::new(),
+            fenced: Vec::new(),
+        }
+    }
+
+    /// Ends an epoch: what follows is not covered by what was published before.
+    pub fn next_epoch(&mut self) {
+        self.epoch += 1;
+    }
+
+    fn clock_of(&self, lane: u32) -> &Rc<Clock> {
+        self.apart.iter().find(|(lanes, _)| lanes >> lane & 1 != 0).map_or(&self.clock, |(_, clock)| clock)
+    }
+
+    /// What a lane's next access is held against.
+    pub fn view(&self, lane: u32) -> View {
+        let clock = Rc::clone(self.clock_of(lane));
+        View { clock, agent: self.agent, lane: Some(lane), own: self.epoch, waited: self.waited[lane as usize] }
+    }
+
+    /// What the lanes know alike; `None` when some know more.
+    pub fn common(&self) -> Option<View> {
+        let view = || View { clock: Rc::clone(&self.clock), agent: self.agent, lane: None, own: 0, waited: 0 };
+        self.apart.is_empty().then(view)
+    }
+
+    /// An access by the warp, yet without lanes.
+    pub fn access(&self, cta: u32, pc: u32, kind: u8) -> Access {
+        Access { cta, agent: self.agent, clock: self.epoch, pc, kind, ..Access::default() }
+    }
+
+    /// Adds the own steps of `lanes` to a clock. `all`: those are all that the warp still has.
+    fn add_own(&self, clock: &mut Clock, lanes: u32, all: bool) {
+        clock.add(self.agent, if all { u32::MAX } else { lanes }, self.epoch);
+        let mut left = lanes;
+        while left != 0 {
+            let waited = self.waited[left.trailing_zeros() as usize];
+            let same = (0..32).map(|lane| left & 1 << lane);
+            let same: u32 = same.filter(|lane| *lane != 0 && self.waited[lane.trailing_zeros() as usize] == waited).sum();
+            clock.add(self.agent + 1, if all && same == lanes { u32::MAX } else { same }, waited);
+            left &= !same;
+        }
+    }
+
+    /// What a release by all of `lanes` says: what they know and what they did.
+    pub fn published(&self, lanes: u32, live: u32) -> Clock {
+        let mut left = lanes;
+        let mut joined: Option<Clock> = None;
+        let base = std::iter::once((u32::MAX, &self.clock));
+        for (group, clock) in self.apart.iter().map(|(group, clock)| (*group, clock)).chain(base) {
+            if group & left == 0 {
+                continue;
+            }
+            left &= !group;
+            match &mut joined {
+                Some(joined) => joined.join(clock),
+                None => joined = Some((**clock).clone()),
+            }
+        }
+        let mut clock = joined.unwrap_or_else(|| (*self.clock).clone());
+        self.add_own(&mut clock, lanes, lanes & live == live);
+        clock
+    }
+
+    /// Every lane learns a clock that holds all they know already.
+    pub fn replace(&mut self, clock: &Rc<Clock>) {
+        self.clock = Rc::clone(clock);
+        self.apart.clear();
+    }
+
+    /// These lanes learn what a release said.
+    pub fn learn(&mut self, lanes: u32, live: u32, clock: &Clock) {
+        if lanes & live == live {
+            Rc::make_mut(&mut self.clock).join(clock);
+            self.apart.iter_mut().for_each(|(_, apart)| Rc::make_mut(apart).join(clock));
+            return;
+        }
+        let mut left = lanes;
+        let mut split = Vec::new();
+        for (group, known) in &mut self.apart {
+            let both = *group & lanes;
+            left &= !both;
+            if both == *group {
+                Rc::make_mut(known).join(clock);
+            } else if both != 0 {
+                *group &= !both;
+                split.push((both, Rc::clone(known)));
+            }
+        }
+        if left != 0 {
+            split.push((left, Rc::clone(&self.clock)));
+        }
+        for (group, mut known) in split {
+            Rc::make_mut(&mut known).join(clock);
+            self.apart.push((group, known));
+        }
+    }
+
+    /// `bar.warp.sync`: what each of the lanes did and knew comes before what all of them do next.
+    pub fn sync(&mut self, lanes: u32, live: u32) {
+        let clock = Rc::new(self.published(lanes, live));
+        if lanes & live == live {
+            self.replace(&clock);
+        } else {
+            self.apart.iter_mut().for_each(|(group, _)| *group &= !lanes);
+            self.apart.retain(|(group, _)| *group != 0);
+            self.apart.push((lanes, clock));
+        }
+        self.next_epoch();
+    }
+
+    /// The lane has waited for its copies up to an epoch of theirs.
+    pub fn waited(&mut self, lane: u32, epoch: u32) {
+        self.waited[lane as usize] = epoch;
+    }
+}
