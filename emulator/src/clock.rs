@@ -103,7 +103,7 @@ impl Clock {
 
     /// Whether all lanes of the agent are known up to the access: the quick test that mostly suffices.
     #[inline]
-    fn covers_agent(&self, access: &Access) -> bool {
+    pub fn covers_agent(&self, access: &Access) -> bool {
         access.cta == self.cta && self.own.all[access.agent as usize] >= access.clock
     }
 
@@ -162,6 +162,7 @@ impl View {
         if self.clock.covers_agent(access) { 0 } else { self.unordered_lanes(access, lanes()) }
     }
 
+    #[cold]
     fn unordered_lanes(&self, access: &Access, mut lanes: u32) -> u32 {
         if let Some(lane) = self.lane
             && access.cta == self.clock.cta

@@ -232,7 +232,12 @@ impl Access {
         let writes = (self.kind | access.kind) & WRITE != 0;
         // Reads by other CTAs are not worth the look at their clocks.
         if overlap != 0 && (writes || self.cta == access.cta) {
-            let unordered = view.unordered(self, || self.lanes_at(overlap));
+            let unordered = if writes || self.agent == access.agent {
+                view.unordered(self, || self.lanes_at(overlap))
+            } else {
+                // That a read stands for another warp's is worth the quick look alone.
+                u32::from(!view.clock.covers_agent(self))
+            };
             // The new one stands for this one if it is at least as much in the way of others.
             let stands_for = (access.kind & WRITE != 0 || self.kind & WRITE == 0)
                 && (access.kind & ATOMIC == 0 || (self.kind ^ access.kind) & !(WRITE | UPDATE) == 0);
@@ -245,7 +250,7 @@ impl Access {
                 if !one_instruction && !clusters.strong(self, access) {
                     return Err(Access { lanes: unordered, strip: 0, ..*self });
                 }
-            } else if stands_for && self.strip == 0 && overlap == self.bytes && !together {
+            } else if stands_for && self.strip == 0 && overlap == self.bytes && self.agent == access.agent && !together {
                 self.lanes &= unordered;
             }
             if self.bytes == 0 {

@@ -285,9 +285,9 @@ impl Cta {
     ) -> Outcome<()> {
         let each = ty.bits() as usize / 8;
         let bytes = each * d.len();
-        if let (Space::Param, Src::Imm(base)) = (space, address.base) {
-            // The same for all lanes.
-            let at = base.wrapping_add(address.offset as u64);
+        let addresses = self.warps[warp].addresses(context, self, address);
+        let at = addresses[mask.trailing_zeros() as usize & 31];
+        if space == Space::Param && addresses.iter().all(|other| *other == at) {
             aligned(at, bytes, 0)?;
             let data = read_param(context, at, bytes)?;
             context.counters.param_loaded += u64::from(mask.count_ones()) * bytes as u64;
@@ -297,7 +297,6 @@ impl Cta {
             }
             return Ok(());
         }
-        let addresses = self.warps[warp].addresses(context, self, address);
         context.count_access(pc, space, (&addresses, mask), bytes);
         let weak = sem.order == Order::Weak;
         let access = self.warps[warp].views.access(self.serial, pc, if weak { 0 } else { strong(sem.scope) });
@@ -373,9 +372,9 @@ impl Cta {
         let mut values = [0u128; 32];
         let keep = u64::MAX >> (64 - ty.bits());
         for (i, a) in a.iter().enumerate() {
-            let element = self.warps[warp].read(context, self, *a);
+            let element = self.warps[warp].operand(context, self, *a);
             let shift = i as u32 * ty.bits();
-            values.iter_mut().zip(&element).for_each(|(value, x)| *value |= u128::from(x & keep) << shift);
+            values.iter_mut().zip(element.iter()).for_each(|(value, x)| *value |= u128::from(x & keep) << shift);
         }
         context.count_access(pc, space, (&addresses, mask), bytes);
         let weak = sem.order == Order::Weak;

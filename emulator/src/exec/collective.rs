@@ -1,7 +1,9 @@
 //! Instructions that all lanes of a warp execute together.
 
+use std::borrow::Cow;
+
 use super::{Context, Cta, Fault, Outcome};
-use crate::alu::{self, Lanes};
+use crate::alu;
 use crate::clock::View;
 use crate::isa::{Address, Dst, Pred, Shuffle, Src, Ty, Vote};
 use crate::report::Rule;
@@ -80,10 +82,13 @@ impl Cta {
     ) {
         context.counters.mma += 1;
         let state = &self.warps[warp];
-        let read = |sources: &[Src]| -> Vec<Lanes> { sources.iter().map(|s| state.read(context, self, *s)).collect() };
-        let (a, b, c) = (read(a), read(b), read(c));
-        let (a, b): (Vec<&Lanes>, Vec<&Lanes>) = (a.iter().collect(), b.iter().collect());
-        let sums = alu::mma(k, ab, &a, &b, [&c[0], &c[1], &c[2], &c[3]]);
+        let read = |source: &Src| state.operand(context, self, *source);
+        let (mut a_lanes, mut b_lanes) = ([const { Cow::Borrowed(&[0; 32]) }; 4], [const { Cow::Borrowed(&[0; 32]) }; 2]);
+        a_lanes.iter_mut().zip(a).for_each(|(lanes, source)| *lanes = read(source));
+        b_lanes.iter_mut().zip(b).for_each(|(lanes, source)| *lanes = read(source));
+        let c = c.each_ref().map(read);
+        let (a, b) = (a_lanes.each_ref().map(|a| &**a), b_lanes.each_ref().map(|b| &**b));
+        let sums = alu::mma(k, ab, &a, &b, c.each_ref().map(|c| &**c));
         for (d, sum) in d.iter().zip(&sums) {
             self.warps[warp].put(*d, u32::MAX, sum);
         }

@@ -203,14 +203,14 @@ impl Cta {
         sem: Semantics,
         atomic: bool,
     ) {
-        let Warp { views, live, .. } = &self.warps[warp];
+        let views = &self.warps[warp].views;
         let mut published: Vec<Released> = Vec::new();
         let cta = Some(self.serial);
         if matches!(sem.order, Order::Release | Order::AcqRel) {
-            published.push(Released { clock: views.published(1 << lane, *live), scope: sem.scope, cta });
+            published.push(Released { clock: views.published(1 << lane, u32::MAX), scope: sem.scope, cta });
         }
         for fenced in views.fenced.iter().filter(|fenced| fenced.lanes >> lane & 1 != 0) {
-            published.push(Released { clock: fenced.views.published(1 << lane, *live), scope: fenced.scope, cta });
+            published.push(Released { clock: fenced.views.published(1 << lane, u32::MAX), scope: fenced.scope, cta });
         }
         let place = self.place(word.space, word.address);
         self.mark_flag(context, word, !published.is_empty());

@@ -80,7 +80,8 @@ impl Views {
         }
     }
 
-    /// What a release by all of `lanes` says: what they know and what they did.
+    /// What a release by all of `lanes` says: what they know and what they did. When these are all lanes that are `live`, it
+    /// speaks for those that have exited, too, as barriers do not wait for them; `u32::MAX` lets it speak for `lanes` alone.
     pub fn published(&self, lanes: u32, live: u32) -> Clock {
         let mut left = lanes;
         let mut joined: Option<Clock> = None;

@@ -1,5 +1,6 @@
 //! One warp: its registers, how its lanes diverge and meet again.
 
+use std::borrow::Cow;
 use std::fmt::Write;
 
 use super::copy::Copies;
@@ -102,6 +103,15 @@ impl Warp {
     pub fn put_predicate(&mut self, p: u16, mask: u32, value: u32) {
         let target = &mut self.predicates[p as usize];
         *target = *target & !mask | value & mask;
+    }
+
+    /// A source operand for all lanes, where it lies.
+    #[inline]
+    pub fn operand(&self, context: &Context<'_>, cta: &Cta, source: Src) -> Cow<'_, Lanes> {
+        match source {
+            Src::Reg(slot) => Cow::Borrowed(&self.registers[slot as usize]),
+            other => Cow::Owned(self.read(context, cta, other)),
+        }
     }
 
     /// A source operand for all lanes.
