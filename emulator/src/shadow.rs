@@ -83,7 +83,8 @@ impl Clusters {
 }
 
 const CELL: usize = 16;
-const SLOTS: usize = 4;
+/// One write and the reads of four warps: as many as a tile of a product has in its main loop.
+const SLOTS: usize = 5;
 const PAGE: usize = 64;
 /// Reads and atomics that 16 bytes remember.
 const MOST: usize = 12;
@@ -158,19 +159,23 @@ impl Access {
 #[derive(Debug, Default)]
 struct Cell {
     slots: [Access; SLOTS],
-    more: Option<Box<Vec<Access>>>,
+    /// Which of the spills holds more, from 1.
+    spill: u32,
 }
 
 /// The memory of one allocation (or of the shared memory of one CTA), a page at a time where it is touched.
 #[derive(Debug, Default)]
 pub(crate) struct Shadow {
     pages: Vec<Option<Box<[Cell; PAGE]>>>,
+    /// What cells have no slots for.
+    spills: Vec<Vec<Access>>,
     random: u32,
 }
 
 impl Shadow {
     pub fn clear(&mut self) {
         self.pages.clear();
+        self.spills.clear();
     }
 
     /// Checks and records an access to `[at, at + bytes)`. `equal`: the bytes written are those that are there. Weak writes
@@ -197,8 +202,9 @@ impl Shadow {
             let cells = self.pages[page].get_or_insert_with(|| Box::new(std::array::from_fn(|_| Cell::default())));
             let cell = &mut cells[at / CELL % PAGE];
             let access = Access { bytes: mask, ..access };
-            if let Some(left) = cell.touch(access, view, equal, clusters)? {
-                cell.remember(left, &mut self.random);
+            let spill = (cell.spill as usize).checked_sub(1).and_then(|at| self.spills.get_mut(at));
+            if let Some(left) = cell.touch(spill, access, view, equal, clusters)? {
+                cell.remember(&mut self.spills, left, &mut self.random);
             }
             at = upto;
         }
@@ -225,7 +231,9 @@ impl Access {
             return Ok(Entry::Free);
         }
         let together = self.same_time(access);
-        if together && self.holds(access) {
+        // Of what a thread issued, no two writes are ordered, be they of one time.
+        let issued = access.agent != view.agent;
+        if together && self.holds(access) && !(issued && access.kind & WRITE != 0) {
             return Ok(Entry::Holds);
         }
         let overlap = self.bytes & access.bytes;
@@ -246,11 +254,12 @@ impl Access {
                     self.bytes &= !overlap;
                 }
             } else if writes {
-                let one_instruction = together && self.pc == access.pc && equal && access.kind & ATOMIC == 0;
+                let one_instruction = together && self.pc == access.pc && equal && !issued;
                 if !one_instruction && !clusters.strong(self, access) {
                     return Err(Access { lanes: unordered, strip: 0, ..*self });
                 }
-            } else if stands_for && self.strip == 0 && overlap == self.bytes && self.agent == access.agent && !together {
+            } else if stands_for && self.strip == 0 && overlap == self.bytes && self.agent == access.agent && !together
+            {
                 self.lanes &= unordered;
             }
             if self.bytes == 0 {
@@ -264,7 +273,14 @@ impl Access {
 impl Cell {
     /// Holds an access against all that are remembered; gives it back when there is no place for it.
     #[inline]
-    fn touch(&mut self, access: Access, view: &View, equal: bool, clusters: Clusters) -> Result<Option<Access>, Access> {
+    fn touch(
+        &mut self,
+        spill: Option<&mut Vec<Access>>,
+        access: Access,
+        view: &View,
+        equal: bool,
+        clusters: Clusters,
+    ) -> Result<Option<Access>, Access> {
         let (mut place, mut merged) = (None, false);
         for slot in &mut self.slots {
             match slot.meet(&access, view, equal, clusters)? {
@@ -275,7 +291,7 @@ impl Cell {
                 Entry::Other => {}
             }
         }
-        if let Some(more) = &mut self.more {
+        if let Some(more) = spill {
             let mut at = 0;
             while at < more.len() {
                 match more[at].meet(&access, view, equal, clusters)? {
@@ -300,8 +316,12 @@ impl Cell {
 
     /// Finds a place beyond the slots, or takes that of another read or atomic.
     #[cold]
-    fn remember(&mut self, access: Access, random: &mut u32) {
-        let more = self.more.get_or_insert_default();
+    fn remember(&mut self, spills: &mut Vec<Vec<Access>>, access: Access, random: &mut u32) {
+        if self.spill == 0 {
+            spills.push(Vec::new());
+            self.spill = spills.len() as u32;
+        }
+        let more = &mut spills[self.spill as usize - 1];
         let expendable = |access: &&mut Access| access.kind & (WRITE | ATOMIC) != WRITE;
         let count = self.slots.iter_mut().chain(more.iter_mut()).filter(expendable).count();
         if count < MOST {

@@ -109,7 +109,8 @@ fn lanes_that_write_the_same_place() {
     ld.shared.u8 %r4, [%r3];
     ret;",
     );
-    TWO_WARPS.twins(&bytes, &[("    ld", "    xor.b32 %r3, %r3, 1;\n    ld", Rule::Race, "by another lane of the warp")]);
+    TWO_WARPS
+        .twins(&bytes, &[("    ld", "    xor.b32 %r3, %r3, 1;\n    ld", Rule::Race, "by another lane of the warp")]);
 }
 
 /// One lane raises the flag for its warp, one waits for its warp.
@@ -188,7 +189,8 @@ fn scopes_include_one_another() {
     let count = words("    red.relaxed.gpu.global.add.u32 [%in], 1;\n    ret;");
     TWO_CTAS.twins(&count, &[("relaxed.gpu", "relaxed.cta", Rule::Race, "their scopes do not include one another")]);
     TWO_WARPS.passes(&count.replace("relaxed.gpu", "relaxed.cta"));
-    let pair = words("    red.relaxed.gpu.global.add.u32 [%in], 1;\n    ld.relaxed.gpu.global.u32 %r4, [%in];\n    ret;");
+    let pair =
+        words("    red.relaxed.gpu.global.add.u32 [%in], 1;\n    ld.relaxed.gpu.global.u32 %r4, [%in];\n    ret;");
     TWO_CTAS.twins(
         &pair,
         &[
@@ -233,7 +235,12 @@ fn release_sequences_go_through_atomics_only() {
         CHAIN,
         &[
             // A store begins anew, even a strong one.
-            ("red.relaxed.gpu.global.add.u32 [%in], 1", "st.relaxed.gpu.global.u32 [%in], 2", Rule::Race, "`ld.global.u32 %r5, [%out]`"),
+            (
+                "red.relaxed.gpu.global.add.u32 [%in], 1",
+                "st.relaxed.gpu.global.u32 [%in], 2",
+                Rule::Race,
+                "`ld.global.u32 %r5, [%out]`",
+            ),
             ("red.release", "red.relaxed", Rule::Race, "`ld.global.u32 %r5, [%out]`"),
             ("ld.acquire", "ld.relaxed", Rule::Race, "`ld.global.u32 %r5, [%out]`"),
             ("red.relaxed.gpu", "red.relaxed.cta", Rule::Race, "their scopes do not include one another"),
@@ -266,14 +273,14 @@ DONE:
     TWO_WARPS.twins(
         warps,
         &[
+            ("@!%p0 atom", "@!%p0 st.global.u32 [%in], 1;\n @!%p0 atom", Rule::Race, "is not ordered after"),
+            // Half of the flag overwritten: the same.
             (
                 "@!%p0 atom",
-                "@!%p0 st.global.u32 [%in], 1;\n @!%p0 atom",
+                "@!%p0 st.relaxed.gpu.global.u16 [%in+2], 0;\n @!%p0 atom",
                 Rule::Race,
                 "is not ordered after",
             ),
-            // Half of the flag overwritten: the same.
-            ("@!%p0 atom", "@!%p0 st.relaxed.gpu.global.u16 [%in+2], 0;\n @!%p0 atom", Rule::Race, "is not ordered after"),
         ],
     );
 }
@@ -318,18 +325,14 @@ const COPIED: &str = "
 fn a_wait_serves_the_thread_that_waits() {
     ONE_WARP.passes(COPIED);
     let neighbour = COPIED.replace("ld.shared.u32 %r4, [%r1]", "bar.warp.sync -1;\n    ld.shared.u32 %r4, [%r2]");
-    ONE_WARP.twins(
-        &neighbour,
-        &[("    bar.warp.sync -1;\n", "", Rule::Race, "write of an asynchronous copy")],
-    );
+    ONE_WARP.twins(&neighbour, &[("    bar.warp.sync -1;\n", "", Rule::Race, "write of an asynchronous copy")]);
     // The barrier before the wait orders nothing.
-    let early = neighbour.replace("bar.warp.sync -1;", "").replace("cp.async.wait", "bar.warp.sync -1;\n cp.async.wait");
+    let early =
+        neighbour.replace("bar.warp.sync -1;", "").replace("cp.async.wait", "bar.warp.sync -1;\n cp.async.wait");
     ONE_WARP.reports(&early, Rule::Race, "write of an asynchronous copy");
     // Only half of the lanes wait before the barrier.
-    let half = neighbour.replace(
-        "    cp.async.wait_group 0;",
-        "    setp.lt.u32 %p1, %t, 16;\n    @%p1 cp.async.wait_group 0;",
-    );
+    let half = neighbour
+        .replace("    cp.async.wait_group 0;", "    setp.lt.u32 %p1, %t, 16;\n    @%p1 cp.async.wait_group 0;");
     let half = half.replace("    ret;", "    cp.async.wait_all;\n    ret;");
     let broken = module(&half);
     for seed in 1..=SEEDS {
@@ -345,6 +348,12 @@ fn copies_are_not_ordered_among_each_other() {
         "    cp.async.commit_group;\n    cp.async.wait_group 0;\n    cp.async.cg.shared.global [%r1], [%rd2], 16;\n    cp.async.commit_group;",
     );
     ONE_WARP.twins(&twice, &[("cp.async.wait_group 0;", "", Rule::Race, "write of an asynchronous copy")]);
+    // Not even within a group.
+    let group = COPIED.replace(
+        "    cp.async.commit_group;",
+        "    cp.async.cg.shared.global [%r1], [%rd2], 16;\n    cp.async.commit_group;",
+    );
+    ONE_WARP.reports(&group, Rule::Race, "write of an asynchronous copy");
     // A store by the thread itself: before the copy it is ordered, after it only once waited for.
     let store = COPIED.replace("    cp.async.cg", "    st.shared.u32 [%r1], %t;\n    cp.async.cg");
     ONE_WARP.passes(&store);

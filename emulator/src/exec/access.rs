@@ -53,7 +53,8 @@ fn memory_fault(error: MemoryError) -> Fault {
 }
 
 fn race(what: &str, access: &Access, other: Access) -> Fault {
-    let verb = |access: &Access| match (access.kind & UPDATE != 0, access.kind & WRITE != 0, access.kind & ATOMIC != 0) {
+    let verb = |access: &Access| match (access.kind & UPDATE != 0, access.kind & WRITE != 0, access.kind & ATOMIC != 0)
+    {
         (true, ..) => "atomic",
         (_, true, false) => "write",
         (_, true, true) => "strong write",
@@ -90,6 +91,11 @@ fn flagged(written: &[u8]) -> bool {
     written.iter().fold(0, |any, byte| any | byte) & FLAGGED != 0
 }
 
+/// Whether a weak write by a thread itself leaves the bytes as they are.
+fn lands_equal(there: &[u8], written: &[u8], data: &[u8], access: Access, view: &View) -> bool {
+    access.kind & ATOMIC == 0 && access.agent == view.agent && there == data && !written.contains(&0)
+}
+
 /// Stores bytes; strong writes leave the marks of flags.
 fn put(place: &mut [u8], written: &mut [u8], data: &[u8], kind: u8) {
     place.copy_from_slice(data);
@@ -101,7 +107,14 @@ fn put(place: &mut [u8], written: &mut [u8], data: &[u8], kind: u8) {
 }
 
 impl Context<'_> {
-    fn check_global(&mut self, index: usize, at: (usize, usize), access: Access, view: &View, equal: bool) -> Outcome<()> {
+    fn check_global(
+        &mut self,
+        index: usize,
+        at: (usize, usize),
+        access: Access,
+        view: &View,
+        equal: bool,
+    ) -> Outcome<()> {
         if !self.options.checks.races {
             return Ok(());
         }
@@ -171,9 +184,10 @@ impl Cta {
         if !context.options.checks.races {
             return Ok(());
         }
-        self.shared.shadow.access((offset, bytes), access, view, equal, context.clusters).map_err(|other| {
-            race(&format!("{bytes} bytes of shared memory at offset {offset}"), &access, other)
-        })
+        self.shared
+            .shadow
+            .access((offset, bytes), access, view, equal, context.clusters)
+            .map_err(|other| race(&format!("{bytes} bytes of shared memory at offset {offset}"), &access, other))
     }
 
     pub(super) fn read_shared(
@@ -205,7 +219,8 @@ impl Cta {
     ) -> Outcome<()> {
         let offset = self.shared_offset(address, data.len())?;
         let range = offset..offset + data.len();
-        let equal = self.shared.data[range.clone()] == *data && !self.shared.written[range.clone()].contains(&0);
+        let equal =
+            lands_equal(&self.shared.data[range.clone()], &self.shared.written[range.clone()], data, access, view);
         self.check_shared(context, (offset, data.len()), access, view, equal)?;
         if access.kind & ATOMIC == 0 && flagged(&self.shared.written[range.clone()]) {
             self.end_flags(context, Word { space: Space::Shared, address, bytes: data.len() }, false);
@@ -226,7 +241,8 @@ impl Cta {
         let (index, offset) = context.memory.find(address, data.len()).map_err(memory_fault)?;
         let range = offset..offset + data.len();
         let allocation = &context.memory.allocations[index];
-        let equal = allocation.data[range.clone()] == *data && !allocation.written[range.clone()].contains(&0);
+        let equal =
+            lands_equal(&allocation.data[range.clone()], &allocation.written[range.clone()], data, access, view);
         let flagged = access.kind & ATOMIC == 0 && flagged(&allocation.written[range.clone()]);
         context.check_global(index, (offset, data.len()), access, view, equal)?;
         if flagged {

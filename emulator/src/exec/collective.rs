@@ -83,7 +83,8 @@ impl Cta {
         context.counters.mma += 1;
         let state = &self.warps[warp];
         let read = |source: &Src| state.operand(context, self, *source);
-        let (mut a_lanes, mut b_lanes) = ([const { Cow::Borrowed(&[0; 32]) }; 4], [const { Cow::Borrowed(&[0; 32]) }; 2]);
+        let (mut a_lanes, mut b_lanes) =
+            ([const { Cow::Borrowed(&[0; 32]) }; 4], [const { Cow::Borrowed(&[0; 32]) }; 2]);
         a_lanes.iter_mut().zip(a).for_each(|(lanes, source)| *lanes = read(source));
         b_lanes.iter_mut().zip(b).for_each(|(lanes, source)| *lanes = read(source));
         let c = c.each_ref().map(read);

@@ -12,8 +12,8 @@ mod warp;
 use std::collections::BTreeMap;
 
 use crate::clock::Clock;
-use crate::isa::Instruction;
 use crate::counters::Counters;
+use crate::isa::Instruction;
 use crate::launch::{Checked, Launch, Options};
 use crate::memory::Memory;
 use crate::module::{Kernel, Module};

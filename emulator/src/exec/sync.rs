@@ -174,6 +174,9 @@ impl Cta {
     /// PTX ISA, "Release and Acquire Patterns", "Observation Order", "Synchronizes-with": the read must be morally strong
     /// with the write whose value it takes; what began the release and what ends the acquisition, operation or fence, too.
     pub(super) fn acquire(&mut self, context: &Context<'_>, (warp, lane): (usize, u32), word: Word, sem: Semantics) {
+        if word.space == Space::Local {
+            return;
+        }
         let Some(flag) = context.flags.get(&self.place(word.space, word.address)) else { return };
         let near = |scope, cta, other_scope| {
             context.clusters.includes(scope, cta, self.serial)
@@ -203,6 +206,9 @@ impl Cta {
         sem: Semantics,
         atomic: bool,
     ) {
+        if word.space == Space::Local {
+            return;
+        }
         let views = &self.warps[warp].views;
         let mut published: Vec<Released> = Vec::new();
         let cta = Some(self.serial);

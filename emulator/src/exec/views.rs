@@ -74,7 +74,8 @@ impl Views {
         while left != 0 {
             let waited = self.waited[left.trailing_zeros() as usize];
             let same = (0..32).map(|lane| left & 1 << lane);
-            let same: u32 = same.filter(|lane| *lane != 0 && self.waited[lane.trailing_zeros() as usize] == waited).sum();
+            let same: u32 =
+                same.filter(|lane| *lane != 0 && self.waited[lane.trailing_zeros() as usize] == waited).sum();
             clock.add(self.agent + 1, if all && same == lanes { u32::MAX } else { same }, waited);
             left &= !same;
         }

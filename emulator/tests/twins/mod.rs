@@ -73,10 +73,9 @@ impl Run {
     pub fn reports(&self, broken: &str, rule: Rule, at: &str) {
         let module = module(broken);
         for seed in 1..=SEEDS {
-            let report = match self.with_seed(&module, seed) {
-                Ok(_) => panic!("seed {seed}: nothing is reported, expected {rule:?} at `{at}` in{broken}"),
-                Err(report) => report,
-            };
+            let result = self.with_seed(&module, seed);
+            assert!(result.is_err(), "seed {seed}: nothing is reported, expected {rule:?} at `{at}` in{broken}");
+            let report = result.expect_err("the kernel is broken");
             assert_eq!(report.rule, rule, "seed {seed}: {report}");
             let text = report.to_string();
             assert!(text.contains(at), "seed {seed}: expected `{at}` in: {text}");
