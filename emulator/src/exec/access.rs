@@ -1,6 +1,6 @@
 //! Loads, stores and atomics: state spaces, bounds, alignment, what was never written, races.
 
-use super::sync::Word;
+use super::flags::{Word, flagged};
 use super::{Context, Cta, Fault, Outcome, Shared};
 use crate::alu;
 use crate::clock::View;
@@ -82,13 +82,6 @@ fn first_unwritten(written: &[u8]) -> Option<usize> {
         return None;
     }
     written.iter().position(|&written| written == 0)
-}
-
-/// In `written`: the byte belongs to a flag.
-const FLAGGED: u8 = 2;
-
-fn flagged(written: &[u8]) -> bool {
-    written.iter().fold(0, |any, byte| any | byte) & FLAGGED != 0
 }
 
 /// Whether a weak write by a thread itself leaves the bytes as they are.
@@ -251,24 +244,6 @@ impl Cta {
         let Allocation { data: bytes, written, .. } = &mut context.memory.allocations[index];
         put(&mut bytes[range.clone()], &mut written[range], data, access.kind);
         Ok(())
-    }
-
-    /// Before a strong write: flags on other bytes that it overlaps end. If it publishes, its bytes are a flag's from now on.
-    pub(super) fn mark_flag(&mut self, context: &mut Context<'_>, word: Word, publishes: bool) {
-        let written = if word.space == Space::Shared {
-            let offset = (word.address - u64::from(SHARED_BASE)) as usize;
-            &mut self.shared.written[offset..offset + word.bytes]
-        } else {
-            let Ok((index, offset)) = context.memory.find(word.address, word.bytes) else { return };
-            &mut context.memory.allocations[index].written[offset..offset + word.bytes]
-        };
-        let was_flagged = flagged(written);
-        if publishes {
-            written.iter_mut().for_each(|written| *written |= FLAGGED);
-        }
-        if was_flagged {
-            self.end_flags(context, word, true);
-        }
     }
 
     /// The bytes of one lane's local memory.

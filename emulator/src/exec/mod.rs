@@ -4,6 +4,7 @@ mod access;
 mod collective;
 mod copy;
 mod count;
+mod flags;
 mod step;
 mod sync;
 mod views;
@@ -20,7 +21,8 @@ use crate::module::{Kernel, Module};
 use crate::report::{Report, Rule, Site};
 use crate::shadow::{Access, Clusters, Shadow};
 use count::LineCount;
-use sync::{Barrier, Flag, Place};
+use flags::{Flag, Place};
+use sync::Barrier;
 use warp::{Stop, Warp};
 
 /// Barriers of a CTA (PTX ISA, "bar, barrier").

@@ -7,7 +7,7 @@
 
 use std::rc::Rc;
 
-use super::sync::{Fenced, Released};
+use super::flags::{Fenced, Released};
 use crate::clock::{Clock, View};
 use crate::shadow::Access;
 
