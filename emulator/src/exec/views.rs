@@ -154,3 +154,127 @@ impl Views {
         self.waited[lane as usize] = epoch;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shadow::{ATOMIC, Clusters, Shadow, WRITE};
+
+    /// Thread `t` is lane `t % 3` of warp `t / 3 % 2` of CTA `t / 6`.
+    const THREADS: usize = 12;
+    const LANES: u32 = 0b111;
+    const CLUSTERS: Clusters = Clusters { grid: [2, 1, 1], cluster: [1, 1, 1] };
+
+    /// The same twice: as the emulator does it, and with every access and a dense vector clock for every thread.
+    struct Both {
+        shadow: Shadow,
+        /// By warp.
+        views: Vec<Views>,
+        past: Vec<(usize, u32, u64, u8)>,
+        clocks: [[u32; THREADS]; THREADS],
+    }
+
+    impl Both {
+        fn new() -> Both {
+            let views = (0..4).map(|warp| Views::new(warp / 2, warp % 2, 4)).collect();
+            let mut clocks = [[0; THREADS]; THREADS];
+            (0..THREADS).for_each(|thread| clocks[thread][thread] = 1);
+            Both { shadow: Shadow::default(), views, past: Vec::new(), clocks }
+        }
+
+        /// Whether each of the two sees a race.
+        fn access(&mut self, thread: usize, at: usize, bytes: usize, kind: u8) -> (bool, bool) {
+            let (cta, lane) = ((thread / 6) as u32, (thread % 3) as u32);
+            let views = &self.views[thread / 3];
+            let (access, view) = (views.access(cta, kind.into(), kind).of_lane(lane), views.view(lane));
+            let seen = self.shadow.access((at, bytes), access, &view, false, CLUSTERS).is_err();
+            let mask = ((1u64 << bytes) - 1) << at;
+            let races = |past: &(usize, u32, u64, u8)| {
+                past.2 & mask != 0
+                    && (past.3 | kind) & WRITE != 0
+                    && past.1 > self.clocks[thread][past.0]
+                    && past.0 != thread
+                    && (past.3 & kind & ATOMIC == 0 || past.2 != mask)
+            };
+            let truly = self.past.iter().any(races);
+            self.past.push((thread, self.clocks[thread][thread], mask, kind));
+            (seen, truly)
+        }
+
+        /// One thread's release is acquired by another.
+        fn pass_on(&mut self, from: usize, to: usize) {
+            let published = self.views[from / 3].published(1 << (from % 3), u32::MAX);
+            self.views[to / 3].learn(1 << (to % 3), LANES, &published);
+            self.views[from / 3].next_epoch();
+            let theirs = self.clocks[from];
+            self.learn(to, &theirs);
+            self.clocks[from][from] += 1;
+        }
+
+        /// Lanes of a warp synchronise.
+        fn sync(&mut self, warp: usize, lanes: u32) {
+            self.views[warp].sync(lanes, LANES);
+            let threads: Vec<usize> =
+                (0..3).filter(|lane| lanes >> lane & 1 != 0).map(|lane| 3 * warp + lane).collect();
+            let before = self.clocks;
+            for &to in &threads {
+                threads.iter().for_each(|&from| self.learn(to, &before[from]));
+            }
+            threads.iter().for_each(|&thread| self.clocks[thread][thread] += 1);
+        }
+
+        /// The warps of a CTA meet at a barrier.
+        fn barrier(&mut self, cta: usize) {
+            let [first, second] = [2 * cta, 2 * cta + 1].map(|warp| self.views[warp].published(LANES, LANES));
+            let mut joined = first;
+            joined.join(&second);
+            let joined = Rc::new(joined);
+            let threads = 6 * cta..6 * cta + 6;
+            let before = self.clocks;
+            for views in &mut self.views[2 * cta..2 * cta + 2] {
+                views.next_epoch();
+                views.replace(&joined);
+            }
+            for to in threads.clone() {
+                threads.clone().for_each(|from| self.learn(to, &before[from]));
+            }
+            threads.for_each(|thread| self.clocks[thread][thread] += 1);
+        }
+
+        fn learn(&mut self, to: usize, theirs: &[u32; THREADS]) {
+            self.clocks[to].iter_mut().zip(theirs).for_each(|(mine, theirs)| *mine = (*mine).max(*theirs));
+        }
+    }
+
+    #[test]
+    fn the_same_races_as_with_everything_remembered() {
+        let (mut state, mut races, mut steps) = (1u64, 0, 0u32);
+        let mut random = |below: usize| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as usize % below
+        };
+        for round in 0..20_000 {
+            let mut both = Both::new();
+            for _ in 0..40 {
+                // Mostly in order, or the first race comes at once.
+                match random(16) {
+                    0..5 => both.pass_on(random(THREADS), random(THREADS)),
+                    5..9 => both.sync(random(4), 1 + random(7) as u32),
+                    9 => both.barrier(random(2)),
+                    _ => {}
+                }
+                let bytes = 1 << random(5);
+                let at = random(32 / bytes) * bytes;
+                let kind = [0, 0, 0, WRITE, ATOMIC, ATOMIC | WRITE][random(if round % 3 == 0 { 6 } else { 4 })];
+                let (seen, truly) = both.access(random(THREADS), at, bytes, kind);
+                assert_eq!(seen, truly, "round {round}");
+                steps += 1;
+                if truly {
+                    races += 1;
+                    break;
+                }
+            }
+        }
+        assert!(races > 1000 && steps > 50_000, "{races} races in {steps} accesses");
+    }
+}
