@@ -404,6 +404,11 @@ fn registers_limit_the_resident_ctas() {
     // 8 warps of 33 · 32 rounded up to 1280: 6 CTAs.
     assert_eq!(resident(Some(33), device.clone()), Ok(12));
     assert_eq!(resident(Some(32), Device { ctas_per_sm: 3, ..device.clone() }), Ok(6));
+    // What the PTX allows counts where nothing is said.
+    let text = ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 a, .param .u64 b)\n.maxnreg 128\n{\n ret;\n}";
+    let allowed = ptx_emulator::Module::parse(text).expect("the kernel parses");
+    let options = Options { device: device.clone(), ..Options::default() };
+    assert_eq!(many.with_options(&allowed, &options).map(|counters| counters.resident_ctas), Ok(4));
     let refused = resident(Some(200), Device { registers_per_sm: 32768, ..device.clone() }).expect_err("too many");
     assert_eq!(refused.rule, Rule::BadLaunch);
     assert_eq!(resident(Some(256), device).expect_err("no thread has so many").rule, Rule::BadLaunch);
