@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-pub use ptx_emulator::{Counters, Options, Timing};
+pub use ptx_emulator::{Checks, Class, Counters, Options, Timing};
 use ptx_emulator::{Memory, MemoryError, Module};
 
 use crate::error::{Error, Result};
@@ -59,6 +59,7 @@ impl Emulator {
             shared_per_cta: device.shared_per_block,
             threads_per_sm,
             ctas_per_sm: 16,
+            registers_per_sm: 65536,
         };
         Emulator {
             device,
@@ -80,6 +81,13 @@ impl Emulator {
     #[must_use]
     pub fn with_copies(mut self, copies: Timing) -> Emulator {
         self.options.copies = copies;
+        self
+    }
+
+    /// What the emulator looks for and counts.
+    #[must_use]
+    pub fn with_checks(mut self, checks: Checks) -> Emulator {
+        self.options.checks = checks;
         self
     }
 

@@ -6,7 +6,7 @@ mod common;
 use common::data::{EDGES, Placement, RANKS, Spec, integer_table, shape_table, subset_table};
 use common::emulated::Emulated;
 use common::{HostBackward, HostForward, check};
-use fused_lora::emulator::{Emulator, Timing};
+use fused_lora::emulator::{Checks, Class, Emulator, Timing};
 use fused_lora::plan::{Device, TileSize};
 use fused_lora::{Element, bf16, f16};
 
@@ -175,13 +175,36 @@ fn replays_find_the_workspace_clean() {
     }
 }
 
+/// Aligned operands reach shared memory and the tensor cores without bank conflicts, in both directions and with both tiles.
+#[test]
+fn no_bank_conflicts() {
+    let checks = Checks { counters: true, ..Checks::default() };
+    let spec = Spec { placement: Placement::Aligned, bias: false, ..Spec::new(256, 256, 128, 16) };
+    for tile in TILES {
+        let emulator = Emulated::new(80, 4).with_tile(tile).0.with_checks(checks);
+        let (mut forward, mut backward) = (spec.forward::<bf16>(), spec.backward::<bf16>());
+        let runs = [emulator.forward(forward.views()), emulator.backward(backward.views())];
+        for run in runs {
+            let counters = run.expect("the kernel runs").counters;
+            assert!(counters.mix[&Class::Matrix] > 0 && counters.mix[&Class::Copy] > 0);
+            for line in counters.lines().iter().filter(|line| matches!(line.class, Class::Matrix | Class::Copy)) {
+                assert_eq!(line.conflicts, 0, "{tile:?}: {line:?}");
+            }
+        }
+    }
+}
+
 /// How fast the emulator is: `cargo test --test emulator -- --ignored --nocapture`.
 #[test]
 #[ignore = "a measurement, not a test"]
 fn speed_of_a_product_of_1024_cubed() {
     let mut op =
         Spec { placement: Placement::Aligned, bias: false, ..Spec::new(1024, 1024, 1024, 0) }.forward::<bf16>();
-    let start = std::time::Instant::now();
-    let run = Emulator::new(Device::of_arch("emulated", 80, 4)).forward(op.views()).expect("forward runs");
-    println!("{:.2} s, {:?}\n{}", start.elapsed().as_secs_f64(), run.counters, run.plan.explain());
+    let none = Checks { races: false, uninitialised: false, counters: false };
+    for checks in [none, Checks { races: true, ..none }, Checks::default(), Checks { counters: true, ..none }] {
+        let start = std::time::Instant::now();
+        let emulator = Emulator::new(Device::of_arch("emulated", 80, 4)).with_checks(checks);
+        let run = emulator.forward(op.views()).expect("forward runs");
+        println!("{:.2} s with {checks:?}: {:?}", start.elapsed().as_secs_f64(), run.counters);
+    }
 }

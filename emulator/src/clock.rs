@@ -1,32 +1,90 @@
-//! Vector clocks: what happens before what.
+//! Vector clocks: what happens before what, to the thread.
 //!
-//! An *agent* is a warp or its queue of asynchronous copies, numbered within its CTA. Each agent counts its own epochs; a
-//! clock says up to which epoch of every other agent its owner is ordered. CTAs hear of one another only through flags in
-//! global memory, so clocks hold their own CTA densely and others only once they are known.
+//! An *agent* is a warp or its queue of asynchronous copies, numbered within its CTA: `2 w` and `2 w + 1` for warp `w`. Each
+//! agent counts its own epochs. A clock says up to which epoch of every other agent its owner is ordered: for all lanes of
+//! that agent, and, where some lanes are known further (one elected lane released a flag), for those. Warps mostly act as
+//! one, so the second part is nearly always empty. CTAs hear of one another only through flags, so clocks hold their own CTA
+//! densely and others only once they are known.
 
 use std::rc::Rc;
 
 use crate::shadow::Access;
 
-type Foreign = Vec<(u32, Vec<u32>)>;
+/// Lanes of an agent that are known further than all of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Part {
+    agent: u16,
+    lanes: u32,
+    epoch: u32,
+}
+
+/// What is known of one CTA.
+#[derive(Clone, Debug, Default)]
+struct Known {
+    /// By agent.
+    all: Vec<u32>,
+    parts: Vec<Part>,
+}
+
+impl Known {
+    fn new(agents: usize) -> Known {
+        Known { all: vec![0; agents], parts: Vec::new() }
+    }
+
+    fn covers(&self, agent: u16, lanes: u32, epoch: u32) -> bool {
+        if self.all.get(agent as usize).is_some_and(|known| *known >= epoch) {
+            return true;
+        }
+        let further = self.parts.iter().filter(|part| part.agent == agent && part.epoch >= epoch);
+        further.fold(lanes, |left, part| left & !part.lanes) == 0
+    }
+
+    fn add(&mut self, agent: u16, mut lanes: u32, epoch: u32) {
+        if self.all[agent as usize] >= epoch {
+            return;
+        }
+        if lanes == u32::MAX {
+            self.all[agent as usize] = epoch;
+            self.parts.retain(|part| part.agent != agent || part.epoch > epoch);
+            return;
+        }
+        for part in self.parts.iter_mut().filter(|part| part.agent == agent) {
+            if part.epoch > epoch {
+                lanes &= !part.lanes;
+            } else if part.epoch < epoch {
+                part.lanes &= !lanes;
+            }
+        }
+        match self.parts.iter_mut().find(|part| part.agent == agent && part.epoch == epoch) {
+            Some(part) => part.lanes |= lanes,
+            None => self.parts.push(Part { agent, lanes, epoch }),
+        }
+        self.parts.retain(|part| part.lanes != 0);
+    }
+
+    fn raise(&mut self, other: &Known) {
+        self.all.iter_mut().zip(&other.all).for_each(|(mine, theirs)| *mine = (*mine).max(*theirs));
+        let all = &self.all;
+        self.parts.retain(|part| part.epoch > all[part.agent as usize]);
+        other.parts.iter().for_each(|part| self.add(part.agent, part.lanes, part.epoch));
+    }
+}
+
+type Foreign = Vec<(u32, Known)>;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Clock {
     cta: u32,
-    own: Vec<u32>,
+    own: Known,
     /// By CTA, ascending; shared because a CTA's warps learn the same at their barriers.
     foreign: Rc<Foreign>,
 }
 
-fn raise(clock: &mut [u32], other: &[u32]) {
-    clock.iter_mut().zip(other).for_each(|(mine, theirs)| *mine = (*mine).max(*theirs));
-}
-
-fn entry(foreign: &mut Foreign, cta: u32, agents: usize) -> &mut Vec<u32> {
+fn entry(foreign: &mut Foreign, cta: u32, agents: usize) -> &mut Known {
     let at = match foreign.binary_search_by_key(&cta, |entry| entry.0) {
         Ok(at) => at,
         Err(at) => {
-            foreign.insert(at, (cta, vec![0; agents]));
+            foreign.insert(at, (cta, Known::new(agents)));
             at
         }
     };
@@ -35,38 +93,36 @@ fn entry(foreign: &mut Foreign, cta: u32, agents: usize) -> &mut Vec<u32> {
 
 impl Clock {
     pub fn new(cta: u32, agents: usize) -> Clock {
-        Clock { cta, own: vec![0; agents], foreign: Rc::default() }
+        Clock { cta, own: Known::new(agents), foreign: Rc::default() }
     }
 
-    /// The CTA whose agent owns this clock, or published it first.
-    pub fn cta(&self) -> u32 {
-        self.cta
+    /// The owner is ordered after these lanes of an agent of its own CTA, up to an epoch. All lanes: `u32::MAX`.
+    pub fn add(&mut self, agent: u16, lanes: u32, epoch: u32) {
+        self.own.add(agent, lanes, epoch);
     }
 
-    pub fn epoch(&self, agent: u16) -> u32 {
-        self.own[agent as usize]
+    /// Whether all lanes of the agent are known up to the access: the quick test that mostly suffices.
+    #[inline]
+    pub fn covers_agent(&self, access: &Access) -> bool {
+        access.cta == self.cta && self.own.all[access.agent as usize] >= access.clock
     }
 
-    pub fn set_epoch(&mut self, agent: u16, epoch: u32) {
-        self.own[agent as usize] = epoch;
-    }
-
-    /// Whether the remembered access happens before the owner's next step.
-    pub fn covers(&self, access: &Access) -> bool {
+    /// Whether what `lanes` did in the remembered access happens before the owner's next step.
+    fn covers_lanes(&self, access: &Access, lanes: u32) -> bool {
         if access.cta == self.cta {
-            return self.own[access.agent as usize] >= access.clock;
+            return self.own.covers(access.agent, lanes, access.clock);
         }
         let known = self.foreign.binary_search_by_key(&access.cta, |entry| entry.0);
-        known.is_ok_and(|at| self.foreign[at].1[access.agent as usize] >= access.clock)
+        known.is_ok_and(|at| self.foreign[at].1.covers(access.agent, lanes, access.clock))
     }
 
     /// Learns all that `other` knows.
     pub fn join(&mut self, other: &Clock) {
-        let agents = self.own.len();
+        let agents = self.own.all.len();
         if other.cta == self.cta {
-            raise(&mut self.own, &other.own);
+            self.own.raise(&other.own);
         } else {
-            raise(entry(Rc::make_mut(&mut self.foreign), other.cta, agents), &other.own);
+            entry(Rc::make_mut(&mut self.foreign), other.cta, agents).raise(&other.own);
         }
         if Rc::ptr_eq(&self.foreign, &other.foreign) || other.foreign.is_empty() {
             return;
@@ -75,13 +131,55 @@ impl Clock {
             self.foreign = Rc::clone(&other.foreign);
             return;
         }
-        for (cta, epochs) in other.foreign.iter() {
+        for (cta, known) in other.foreign.iter() {
             if *cta == self.cta {
-                raise(&mut self.own, epochs);
+                self.own.raise(known);
             } else {
-                raise(entry(Rc::make_mut(&mut self.foreign), *cta, agents), epochs);
+                entry(Rc::make_mut(&mut self.foreign), *cta, agents).raise(known);
             }
         }
+    }
+}
+
+/// What one thread, or an operation it issued, is ordered after.
+#[derive(Clone, Debug)]
+pub(crate) struct View {
+    pub clock: Rc<Clock>,
+    /// Of the thread's warp.
+    pub agent: u16,
+    /// The thread; `None` for what several lanes do together.
+    pub lane: Option<u32>,
+    /// The thread's own steps that come before, by epoch.
+    pub own: u32,
+    /// The thread's own copies that come before.
+    pub waited: u32,
+}
+
+impl View {
+    /// Of what the remembered access did with `lanes`, the lanes that are not ordered before the viewer's next step.
+    #[inline]
+    pub fn unordered(&self, access: &Access, lanes: impl FnOnce() -> u32) -> u32 {
+        if self.clock.covers_agent(access) { 0 } else { self.unordered_lanes(access, lanes()) }
+    }
+
+    #[cold]
+    fn unordered_lanes(&self, access: &Access, mut lanes: u32) -> u32 {
+        if let Some(lane) = self.lane
+            && access.cta == self.clock.cta
+        {
+            let known = match access.agent.wrapping_sub(self.agent) {
+                0 => self.own,
+                1 => self.waited,
+                _ => 0,
+            };
+            if access.clock <= known {
+                lanes &= !(1 << lane);
+            }
+        }
+        if lanes == 0 || self.clock.covers_lanes(access, lanes) {
+            return 0;
+        }
+        (0..32).map(|lane| lanes & 1 << lane).filter(|lane| *lane != 0 && !self.clock.covers_lanes(access, *lane)).sum()
     }
 }
 
@@ -90,21 +188,45 @@ mod tests {
     use super::*;
 
     fn access(cta: u32, agent: u16, clock: u32) -> Access {
-        Access { cta, agent, clock, ..Access::default() }
+        Access { cta, agent, clock, lanes: 0xf, ..Access::default() }
+    }
+
+    fn covers(clock: &Clock, access: &Access) -> bool {
+        clock.covers_agent(access) || clock.covers_lanes(access, access.lanes)
     }
 
     #[test]
     fn knowledge_passes_on_across_ctas() {
         let (mut a, mut b, mut c) = (Clock::new(0, 2), Clock::new(1, 2), Clock::new(2, 2));
-        a.set_epoch(0, 3);
+        a.add(0, u32::MAX, 3);
         b.join(&a);
-        assert!(b.covers(&access(0, 0, 3)) && !b.covers(&access(0, 0, 4)) && !b.covers(&access(0, 1, 1)));
-        b.set_epoch(1, 5);
+        assert!(covers(&b, &access(0, 0, 3)) && !covers(&b, &access(0, 0, 4)) && !covers(&b, &access(0, 1, 1)));
+        b.add(1, u32::MAX, 5);
         c.join(&b);
-        assert!(c.covers(&access(0, 0, 3)) && c.covers(&access(1, 1, 5)) && !c.covers(&access(1, 1, 6)));
+        assert!(covers(&c, &access(0, 0, 3)) && covers(&c, &access(1, 1, 5)) && !covers(&c, &access(1, 1, 6)));
         // What comes back about the own CTA counts as its own.
         let mut other_warp = Clock::new(0, 2);
         other_warp.join(&c);
-        assert!(other_warp.covers(&access(0, 0, 3)) && other_warp.covers(&access(1, 1, 5)));
+        assert!(covers(&other_warp, &access(0, 0, 3)) && covers(&other_warp, &access(1, 1, 5)));
+    }
+
+    #[test]
+    fn some_lanes_are_known_further() {
+        let mut a = Clock::new(0, 2);
+        a.add(0, u32::MAX, 3);
+        a.add(0, 0b0011, 5);
+        a.add(0, 0b0110, 4);
+        assert!(a.covers_lanes(&access(0, 0, 4), 0b0111) && !a.covers_lanes(&access(0, 0, 5), 0b0111));
+        assert!(a.covers_lanes(&access(0, 0, 5), 0b0011) && !a.covers_lanes(&access(0, 0, 4), 0b1000));
+        let mut b = Clock::new(1, 2);
+        b.join(&a);
+        assert!(b.covers_lanes(&access(0, 0, 5), 0b0001) && !b.covers_lanes(&access(0, 0, 5), 0b0100));
+        b.add(0, u32::MAX, 1);
+        // A thread's own steps need no clock.
+        let view = View { clock: Rc::new(a.clone()), agent: 0, lane: Some(3), own: 7, waited: 0 };
+        assert_eq!(view.unordered(&access(0, 0, 7), || 0b1000), 0);
+        assert_eq!(view.unordered(&access(0, 0, 7), || 0b1010), 0b0010);
+        a.add(0, u32::MAX, 6);
+        assert!(a.own.parts.is_empty());
     }
 }

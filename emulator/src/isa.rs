@@ -147,9 +147,11 @@ pub(crate) enum Order {
     AcqRel,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Of a strong access or a fence. `.sys` is the GPU here: nothing beyond it takes part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Scope {
     Cta,
+    Cluster,
     Gpu,
 }
 

@@ -34,12 +34,21 @@ pub struct Device {
     pub threads_per_sm: u32,
     /// Resident CTAs per SM.
     pub ctas_per_sm: u32,
+    /// 32-bit registers per SM.
+    pub registers_per_sm: u32,
 }
 
 impl Default for Device {
     /// A device of four SMs with the shared memory of compute capability 8.0.
     fn default() -> Self {
-        Device { sms: 4, shared_per_sm: 164 << 10, shared_per_cta: 163 << 10, threads_per_sm: 2048, ctas_per_sm: 32 }
+        Device {
+            sms: 4,
+            shared_per_sm: 164 << 10,
+            shared_per_cta: 163 << 10,
+            threads_per_sm: 2048,
+            ctas_per_sm: 32,
+            registers_per_sm: 65536,
+        }
     }
 }
 
@@ -64,37 +73,48 @@ pub struct Options {
     pub device: Device,
     /// When asynchronous copies land.
     pub copies: Timing,
-    /// Look for data races. Without, a run takes about half the time.
-    pub races: bool,
+    /// What is looked for and counted beside what every run is checked for.
+    pub checks: Checks,
+    /// Registers per thread, as ptxas reports them, when they should limit how many CTAs are resident. PTX does not say:
+    /// without a number here, those that `.maxnreg` allows are taken, else none.
+    pub registers: Option<u32>,
     /// Warp instructions without any effect on memory, barriers or other warps after which the run is a livelock.
     pub patience: u64,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { seed: 1, device: Device::default(), copies: Timing::Mixed, races: true, patience: 2_000_000 }
+        Options {
+            seed: 1,
+            device: Device::default(),
+            copies: Timing::Mixed,
+            checks: Checks::default(),
+            registers: None,
+            patience: 2_000_000,
+        }
     }
 }
 
-/// What a run did.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Counters {
-    /// Instructions executed, one for all lanes of a warp.
-    pub instructions: u64,
-    /// `mma.sync` instructions.
-    pub mma: u64,
-    /// Bytes loaded from global memory, asynchronous copies included.
-    pub global_loaded: u64,
-    /// Bytes stored to global memory, atomics included.
-    pub global_stored: u64,
-    /// Bytes loaded from shared memory.
-    pub shared_loaded: u64,
-    /// Bytes stored to shared memory, asynchronous copies included.
-    pub shared_stored: u64,
-    /// CTAs that were alive at once, at the most.
-    pub resident_ctas: u32,
+/// Checks that cost time. Bounds, alignment, barriers and deadlocks are always checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Checks {
+    /// Data races.
+    pub races: bool,
+    /// Reads of what nothing has written.
+    pub uninitialised: bool,
+    /// Counts by instruction: [`Counters::lines`](crate::Counters::lines), bank conflicts, sectors.
+    pub counters: bool,
 }
+
+impl Default for Checks {
+    /// All but the counters.
+    fn default() -> Self {
+        Checks { races: true, uninitialised: true, counters: false }
+    }
+}
+
+/// Registers are given to warps in units of this many.
+const REGISTER_UNIT: u32 = 256;
 
 fn product([x, y, z]: [u32; 3]) -> Option<u32> {
     x.checked_mul(y)?.checked_mul(z)
@@ -111,7 +131,8 @@ pub(crate) struct Checked<'a> {
 }
 
 impl Launch<'_> {
-    pub(crate) fn check<'m>(&self, module: &'m Module, device: &Device) -> Result<Checked<'m>, Box<Report>> {
+    pub(crate) fn check<'m>(&self, module: &'m Module, options: &Options) -> Result<Checked<'m>, Box<Report>> {
+        let device = &options.device;
         let bad = |message: String| {
             Err(Box::new(Report {
                 rule: Rule::BadLaunch,
@@ -148,7 +169,15 @@ impl Launch<'_> {
         }
         let by_shared = device.shared_per_sm / (shared_bytes + SHARED_BASE);
         let by_threads = device.threads_per_sm / threads.next_multiple_of(32);
-        let per_sm = by_shared.min(by_threads).min(device.ctas_per_sm);
+        let registers = options.registers.or(kernel.max_registers).unwrap_or(0);
+        if registers > 255 {
+            return bad(format!("{registers} registers per thread, expected at most 255"));
+        }
+        let by_registers = match registers {
+            0 => u32::MAX,
+            each => device.registers_per_sm / (threads.div_ceil(32) * (32 * each).next_multiple_of(REGISTER_UNIT)),
+        };
+        let per_sm = by_shared.min(by_threads).min(by_registers).min(device.ctas_per_sm);
         if per_sm == 0 || device.sms == 0 {
             return bad(format!("no SM of {device:?} can hold a CTA"));
         }

@@ -5,6 +5,7 @@ mod alu;
 #[doc(hidden)]
 pub mod calibration;
 mod clock;
+mod counters;
 mod decode;
 mod exec;
 mod isa;
@@ -16,7 +17,8 @@ mod regalloc;
 mod report;
 mod shadow;
 
-pub use launch::{Counters, Device, Launch, Options, Timing};
+pub use counters::{Class, Counters, Line};
+pub use launch::{Checks, Device, Launch, Options, Timing};
 pub use memory::{Memory, MemoryError};
 pub use module::Module;
 pub use report::{ParseError, Report, Rule, Site};

@@ -32,7 +32,7 @@ pub(crate) struct Allocation {
     pub name: String,
     pub base: u64,
     pub data: Vec<u8>,
-    /// One byte per byte: 0 while unwritten.
+    /// One byte per byte: 0 while unwritten; 1, and 2 where a flag has been.
     pub written: Vec<u8>,
     pub shadow: Shadow,
 }

@@ -21,6 +21,8 @@ pub(crate) struct Kernel {
     pub local_end: u32,
     pub param_bytes: u32,
     pub max_threads: Option<u32>,
+    /// `.maxnreg`.
+    pub max_registers: Option<u32>,
 }
 
 /// The kernels of one PTX file.
@@ -97,5 +99,6 @@ fn kernel(function: &parse::Function, source: &Source) -> Result<Kernel, ParseEr
         local_end: names.local_bytes,
         param_bytes: names.param_bytes,
         max_threads: function.max_threads,
+        max_registers: function.max_registers,
     })
 }

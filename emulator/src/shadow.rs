@@ -1,97 +1,345 @@
 //! Data races by happens-before.
 //!
-//! Each four bytes of memory remember up to three accesses: an access races with a remembered one of another agent that it
-//! overlaps, that is not ordered before it (see `clock`), when one of the two writes.
+//! Each 16 bytes of memory that have been touched remember who accessed which of them. PTX ISA, "Memory Consistency Model":
+//! an access races with a remembered one that it overlaps when one of the two writes, they are not ordered (see `clock`),
+//! and they are not *morally strong*: both strong, of scopes that include one another's thread, on exactly the same bytes.
+//!
+//! An access is forgotten once a later one that is ordered after it stands for it: whatever races with the first races with
+//! the second. Beyond that, of weak writes nothing is ever forgotten, of other accesses only when 16 bytes have seen more than
+//! [`MOST`] that are unordered among themselves (reads by that many warps, say): then one of them, chosen at random, so
+//! that over several seeds no side of a race stays hidden.
 
-use crate::clock::Clock;
+use crate::clock::View;
+use crate::isa::Scope;
 
 /// An access as memory remembers it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Access {
     pub cta: u32,
-    /// Agent within the CTA.
-    pub agent: u16,
-    /// Bits 0-3: bytes of the cell; `WRITE`; `ATOMIC`; 0 in an empty slot.
-    pub kind: u8,
+    /// The agent's epoch.
     pub clock: u32,
     /// Index of the instruction.
     pub pc: u32,
+    /// The lanes that each accessed all of `bytes`; in a strip, the lane at byte 0 of the cell, which may be "negative".
+    pub lanes: u32,
+    /// Agent within the CTA.
+    pub agent: u16,
+    /// Bytes of the cell; 0 in an empty slot.
+    pub bytes: u16,
+    /// `WRITE`, `ATOMIC`, `UPDATE` and the scope.
+    pub kind: u8,
+    /// Not 0: neighbouring lanes each accessed `1 << (strip - 1)` bytes, one after the other.
+    pub strip: u8,
 }
 
-pub(crate) const WRITE: u8 = 16;
-pub(crate) const ATOMIC: u8 = 32;
-const BYTES: u8 = 15;
-const SLOTS: usize = 3;
+pub(crate) const WRITE: u8 = 1;
+/// A strong access.
+pub(crate) const ATOMIC: u8 = 2;
+/// Reads and writes at once.
+pub(crate) const UPDATE: u8 = 4;
+const NARROW_CTA: u8 = 8;
+const NARROW_CLUSTER: u8 = 16;
 
-/// The memory of one allocation (or of the shared memory of one CTA), grown when first touched.
+/// The `kind` of a strong access.
+pub(crate) fn strong(scope: Scope) -> u8 {
+    match scope {
+        Scope::Cta => ATOMIC | NARROW_CTA,
+        Scope::Cluster => ATOMIC | NARROW_CLUSTER,
+        Scope::Gpu => ATOMIC,
+    }
+}
+
+/// Which CTAs form a cluster.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Clusters {
+    pub grid: [u32; 3],
+    pub cluster: [u32; 3],
+}
+
+impl Clusters {
+    fn of(self, cta: u32) -> [u32; 3] {
+        let ([x, y, _], [cx, cy, cz]) = (self.grid, self.cluster);
+        [cta % x / cx, cta / x % y / cy, cta / x / y / cz]
+    }
+
+    /// Whether the scope of a thread of the one CTA takes in the threads of the other.
+    pub fn includes(self, scope: Scope, a: u32, b: u32) -> bool {
+        match scope {
+            Scope::Cta => a == b,
+            Scope::Cluster => a == b || self.of(a) == self.of(b),
+            Scope::Gpu => true,
+        }
+    }
+
+    fn strong(self, a: &Access, b: &Access) -> bool {
+        let kinds = a.kind | b.kind;
+        let near = if kinds & NARROW_CTA != 0 {
+            self.includes(Scope::Cta, a.cta, b.cta)
+        } else {
+            kinds & NARROW_CLUSTER == 0 || self.includes(Scope::Cluster, a.cta, b.cta)
+        };
+        a.kind & b.kind & ATOMIC != 0 && near && a.element() == b.element()
+    }
+}
+
+const CELL: usize = 16;
+/// One write and the reads of four warps: as many as a tile of a product has in its main loop.
+const SLOTS: usize = 5;
+const PAGE: usize = 64;
+/// Reads and atomics that 16 bytes remember.
+const MOST: usize = 12;
+
+impl Access {
+    pub fn of_lane(self, lane: u32) -> Access {
+        Access { lanes: 1 << lane, ..self }
+    }
+
+    /// Lanes that accessed some of `bytes`.
+    fn lanes_at(&self, bytes: u16) -> u32 {
+        if self.strip == 0 {
+            return self.lanes;
+        }
+        let width = 1u32 << (self.strip - 1);
+        let touched = self.bytes & bytes;
+        let touches = |group: &u32| u32::from(touched) >> (group * width) & ((1 << width) - 1) != 0;
+        (0..CELL as u32 / width).filter(touches).map(|group| 1 << (self.lanes.wrapping_add(group) & 31)).sum()
+    }
+
+    /// Bytes that each lane accessed.
+    fn element(&self) -> u32 {
+        if self.strip == 0 { self.bytes.count_ones() } else { 1 << (self.strip - 1) }
+    }
+
+    /// The strip this access of one lane would be a part of.
+    fn as_strip(&self) -> Option<(u8, u32)> {
+        let width = self.bytes.count_ones();
+        let first = self.bytes.trailing_zeros();
+        let fits = width < 16 && width.is_power_of_two() && first.is_multiple_of(width) && self.lanes.is_power_of_two();
+        fits.then(|| (width.trailing_zeros() as u8 + 1, self.lanes.trailing_zeros().wrapping_sub(first / width)))
+    }
+
+    fn same_time(&self, other: &Access) -> bool {
+        self.clock == other.clock && self.agent == other.agent && self.cta == other.cta && self.kind == other.kind
+    }
+
+    /// Strong alike: what is morally strong with the one is with the other.
+    fn as_strong_as(&self, other: &Access) -> bool {
+        (self.kind ^ other.kind) & !(WRITE | UPDATE) == 0 && self.element() == other.element()
+    }
+
+    /// Whether `other`, of the same time, is remembered by this already.
+    fn holds(&self, other: &Access) -> bool {
+        if self.bytes & other.bytes != other.bytes {
+            return false;
+        }
+        match self.strip {
+            0 if self.kind & ATOMIC != 0 && self.bytes != other.bytes => false,
+            // Of a write the value counts, see `Shadow::access`.
+            0 if self.kind & WRITE != 0 => self.lanes == other.lanes,
+            0 => self.lanes & other.lanes == other.lanes,
+            strip => other.as_strip() == Some((strip, self.lanes)),
+        }
+    }
+
+    /// Takes in an access of the same time and instruction, if one entry can stand for both exactly.
+    fn merge(&mut self, other: &Access) -> bool {
+        if self.strip == 0 && self.bytes == other.bytes {
+            self.lanes |= other.lanes;
+            return true;
+        }
+        if self.strip == 0 && self.lanes == other.lanes && self.kind & ATOMIC == 0 {
+            self.bytes |= other.bytes;
+            return true;
+        }
+        let Some((strip, first)) = other.as_strip() else { return false };
+        let mine = if self.strip == 0 { self.as_strip() } else { Some((self.strip, self.lanes)) };
+        if mine != Some((strip, first)) {
+            return false;
+        }
+        (self.strip, self.lanes) = (strip, first);
+        self.bytes |= other.bytes;
+        true
+    }
+}
+
+#[derive(Debug, Default)]
+struct Cell {
+    slots: [Access; SLOTS],
+    /// Which of the spills holds more, from 1.
+    spill: u32,
+}
+
+/// The memory of one allocation (or of the shared memory of one CTA), a page at a time where it is touched.
 #[derive(Debug, Default)]
 pub(crate) struct Shadow {
-    cells: Vec<[Access; SLOTS]>,
+    pages: Vec<Option<Box<[Cell; PAGE]>>>,
+    /// What cells have no slots for.
+    spills: Vec<Vec<Access>>,
+    random: u32,
 }
 
 impl Shadow {
     pub fn clear(&mut self) {
-        self.cells.clear();
+        self.pages.clear();
+        self.spills.clear();
     }
 
-    /// Checks and records an access to `[offset, offset + bytes)` of memory that is `size` bytes long.
-    /// `before` is the accessor's clock. The error is the access that this one races with.
+    /// Checks and records an access to `[at, at + bytes)`. `equal`: the bytes written are those that are there. Weak writes
+    /// of several lanes by one instruction do not race then: whichever comes last, the outcome is the same (PTX ISA: the
+    /// model's axioms hold for races of one size, so one of the values lands; the CUDA guide says the same).
+    ///
+    /// The error is the access that this one races with, with the lanes that it is not ordered after.
     pub fn access(
         &mut self,
-        (offset, bytes, size): (usize, usize, usize),
+        (at, bytes): (usize, usize),
         access: Access,
-        before: &Clock,
-        random: &mut u64,
+        view: &View,
+        equal: bool,
+        clusters: Clusters,
     ) -> Result<(), Access> {
-        if self.cells.is_empty() {
-            self.cells.resize(size.div_ceil(4), [Access::default(); SLOTS]);
-        }
-        let (mut at, end) = (offset, offset + bytes);
+        let (mut at, end) = (at, at + bytes);
         while at < end {
-            let cell_end = (at / 4 + 1) * 4;
-            let upto = end.min(cell_end);
-            let mask = (BYTES >> (4 - (upto - at))) << (at % 4);
-            touch(&mut self.cells[at / 4], Access { kind: access.kind | mask, ..access }, before, random)?;
+            let upto = end.min((at / CELL + 1) * CELL);
+            let mask = (u16::MAX >> (CELL - (upto - at))) << (at % CELL);
+            let page = at / CELL / PAGE;
+            if page >= self.pages.len() {
+                self.pages.resize_with(page + 1, || None);
+            }
+            let cells = self.pages[page].get_or_insert_with(|| Box::new(std::array::from_fn(|_| Cell::default())));
+            let cell = &mut cells[at / CELL % PAGE];
+            let access = Access { bytes: mask, ..access };
+            let spill = (cell.spill as usize).checked_sub(1).and_then(|at| self.spills.get_mut(at));
+            if let Some(left) = cell.touch(spill, access, view, equal, clusters)? {
+                cell.remember(&mut self.spills, left, &mut self.random);
+            }
             at = upto;
         }
         Ok(())
     }
 }
 
-fn touch(slots: &mut [Access; SLOTS], access: Access, before: &Clock, random: &mut u64) -> Result<(), Access> {
-    let mut place = None;
-    for (index, slot) in slots.iter().enumerate() {
-        if slot.kind == 0 {
-            place.get_or_insert(index);
-            continue;
+/// What an entry is to an access.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Entry {
+    /// Remembers it already.
+    Holds,
+    /// Has taken it in.
+    Merged,
+    Free,
+    Other,
+}
+
+impl Access {
+    /// Holds a new access against this remembered one.
+    #[inline]
+    fn meet(&mut self, access: &Access, view: &View, equal: bool, clusters: Clusters) -> Result<Entry, Access> {
+        if self.bytes == 0 {
+            return Ok(Entry::Free);
         }
-        let same_agent = slot.agent == access.agent && slot.cta == access.cta;
-        if same_agent && slot.kind == access.kind {
-            place = Some(index);
-            if slot.clock == access.clock {
-                // Remembered already; what else is remembered was checked then.
-                return Ok(());
+        let together = self.same_time(access);
+        // Of what a thread issued, no two writes are ordered, be they of one time.
+        let issued = access.agent != view.agent;
+        if together && self.holds(access) && !(issued && access.kind & WRITE != 0) {
+            return Ok(Entry::Holds);
+        }
+        let overlap = self.bytes & access.bytes;
+        let writes = (self.kind | access.kind) & WRITE != 0;
+        // Reads by other CTAs are not worth the look at their clocks.
+        if overlap != 0 && (writes || self.cta == access.cta) {
+            let unordered = if writes || self.agent == access.agent {
+                view.unordered(self, || self.lanes_at(overlap))
+            } else {
+                // That a read stands for another warp's is worth the quick look alone.
+                u32::from(!view.clock.covers_agent(self))
+            };
+            // The new one stands for this one if it is at least as much in the way of others.
+            let stands_for = (access.kind & WRITE != 0 || self.kind & WRITE == 0)
+                && (access.kind & ATOMIC == 0 || self.as_strong_as(access));
+            if unordered == 0 {
+                // What is left of a strong access would seem to be a smaller one.
+                let whole = overlap == self.bytes || self.kind & ATOMIC == 0 || self.strip != 0;
+                if stands_for && whole {
+                    self.bytes &= !overlap;
+                }
+            } else if writes {
+                let one_instruction = together && self.pc == access.pc && equal && !issued;
+                if !one_instruction && !clusters.strong(self, access) {
+                    return Err(Access { lanes: unordered, strip: 0, ..*self });
+                }
+            } else if stands_for && self.strip == 0 && overlap == self.bytes && self.agent == access.agent && !together
+            {
+                self.lanes &= unordered;
             }
-            continue;
+            if self.bytes == 0 {
+                return Ok(Entry::Free);
+            }
         }
-        if slot.kind & access.kind & BYTES == 0 {
-            continue;
+        Ok(if together && self.pc == access.pc && self.merge(access) { Entry::Merged } else { Entry::Other })
+    }
+}
+
+impl Cell {
+    /// Holds an access against all that are remembered; gives it back when there is no place for it.
+    #[inline]
+    fn touch(
+        &mut self,
+        spill: Option<&mut Vec<Access>>,
+        access: Access,
+        view: &View,
+        equal: bool,
+        clusters: Clusters,
+    ) -> Result<Option<Access>, Access> {
+        let (mut place, mut merged) = (None, false);
+        for slot in &mut self.slots {
+            match slot.meet(&access, view, equal, clusters)? {
+                // What else is remembered was checked then, or has been checked against this since.
+                Entry::Holds => return Ok(None),
+                Entry::Merged => merged = true,
+                Entry::Free => place = Some(slot),
+                Entry::Other => {}
+            }
         }
-        let ordered = same_agent || before.covers(slot);
-        let harmless = (slot.kind | access.kind) & WRITE == 0 || slot.kind & access.kind & ATOMIC != 0;
-        if !ordered && !harmless {
-            return Err(*slot);
+        if let Some(more) = spill {
+            let mut at = 0;
+            while at < more.len() {
+                match more[at].meet(&access, view, equal, clusters)? {
+                    Entry::Holds => return Ok(None),
+                    Entry::Merged => merged = true,
+                    Entry::Free => {
+                        more.swap_remove(at);
+                        continue;
+                    }
+                    Entry::Other => {}
+                }
+                at += 1;
+            }
         }
-        // What happens before a write that covers it need not be remembered.
-        let covered = slot.kind & BYTES & !access.kind == 0;
-        if ordered && covered && (access.kind & WRITE != 0 || slot.kind & WRITE == 0) {
-            place.get_or_insert(index);
+        match place {
+            _ if merged => {}
+            Some(place) => *place = access,
+            None => return Ok(Some(access)),
+        }
+        Ok(None)
+    }
+
+    /// Finds a place beyond the slots, or takes that of another read or atomic.
+    #[cold]
+    fn remember(&mut self, spills: &mut Vec<Vec<Access>>, access: Access, random: &mut u32) {
+        if self.spill == 0 {
+            spills.push(Vec::new());
+            self.spill = spills.len() as u32;
+        }
+        let more = &mut spills[self.spill as usize - 1];
+        let expendable = |access: &&mut Access| access.kind & (WRITE | ATOMIC) != WRITE;
+        let count = self.slots.iter_mut().chain(more.iter_mut()).filter(expendable).count();
+        if count < MOST {
+            more.push(access);
+            return;
+        }
+        *random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let chosen = (*random >> 16) as usize % count;
+        if let Some(place) = self.slots.iter_mut().chain(more.iter_mut()).filter(expendable).nth(chosen) {
+            *place = access;
         }
     }
-    let index = place.unwrap_or_else(|| {
-        *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (*random >> 33) as usize % SLOTS
-    });
-    slots[index] = access;
-    Ok(())
 }

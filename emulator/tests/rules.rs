@@ -1,94 +1,9 @@
 //! Each rule: a kernel that breaks it is reported, with the rule and the line, for every seed; its correct twin never is.
 
-use ptx_emulator::{Counters, Device, Launch, Memory, Module, Options, Report, Rule, Timing};
+mod twins;
 
-const SEEDS: u64 = 20;
-
-/// A kernel `k` with two pointers; registers, 1024 bytes of shared memory and `%t` = thread are at hand.
-fn module(body: &str) -> Module {
-    let text = format!(
-        "
-.version 8.0
-.target sm_80
-.address_size 64
-.shared .align 16 .b8 tile[1024];
-.visible .entry k(.param .u64 in, .param .u64 out)
-{{
-    .reg .pred %p<4>;
-    .reg .b32 %t, %c, %r<16>;
-    .reg .b64 %in, %out, %rd<8>;
-    ld.param.u64 %in, [in];
-    ld.param.u64 %out, [out];
-    mov.u32 %t, %tid.x;
-    mov.u32 %c, %ctaid.x;
-{body}
-}}
-"
-    );
-    Module::parse(&text).expect("the kernel parses")
-}
-
-struct Run {
-    ctas: u32,
-    threads: u32,
-    /// Bytes of `in`, all initialised, and of `out`, not initialised.
-    bytes: (usize, usize),
-}
-
-const ONE_WARP: Run = Run { ctas: 1, threads: 32, bytes: (4096, 4096) };
-const TWO_WARPS: Run = Run { threads: 64, ..ONE_WARP };
-const TWO_CTAS: Run = Run { ctas: 2, ..ONE_WARP };
-
-impl Run {
-    fn with_seed(&self, module: &Module, seed: u64) -> Result<Counters, Box<Report>> {
-        let mut memory = Memory::new();
-        let input = memory.alloc("in", self.bytes.0);
-        let output = memory.alloc("out", self.bytes.1);
-        memory.write(input, &vec![0; self.bytes.0]).expect("in range");
-        let params: Vec<u8> = [input, output].into_iter().flat_map(u64::to_le_bytes).collect();
-        let launch = Launch {
-            kernel: "k",
-            grid: [self.ctas, 1, 1],
-            cluster: [1, 1, 1],
-            block: [self.threads, 1, 1],
-            shared_bytes: 0,
-            params: &params,
-        };
-        let copies = [Timing::Eager, Timing::Lazy, Timing::Mixed][seed as usize % 3];
-        module.launch(&mut memory, &launch, &Options { seed, copies, patience: 20_000, ..Options::default() })
-    }
-
-    /// The broken kernel is reported under `rule` at the instruction `at`, for every seed.
-    #[track_caller]
-    fn reports(&self, broken: &str, rule: Rule, at: &str) {
-        let module = module(broken);
-        for seed in 1..=SEEDS {
-            let report = self.with_seed(&module, seed).expect_err("the kernel is broken");
-            assert_eq!(report.rule, rule, "seed {seed}: {report}");
-            let text = report.to_string();
-            assert!(text.contains(at), "seed {seed}: expected `{at}` in: {text}");
-        }
-    }
-
-    #[track_caller]
-    fn passes(&self, correct: &str) {
-        let module = module(correct);
-        for seed in 1..=SEEDS {
-            let report = self.with_seed(&module, seed).err().map(|report| report.to_string());
-            assert_eq!(report, None, "seed {seed}");
-        }
-    }
-
-    /// `correct` passes; each `(old, new)` breaks it.
-    #[track_caller]
-    fn twins(&self, correct: &str, broken: &[(&str, &str, Rule, &str)]) {
-        self.passes(correct);
-        for (old, new, rule, at) in broken {
-            assert!(correct.contains(old), "`{old}` is not in the kernel");
-            self.reports(&correct.replacen(old, new, 1), *rule, at);
-        }
-    }
-}
+use ptx_emulator::{Device, Launch, Memory, Options, Rule};
+use twins::*;
 
 /// Every thread copies a word.
 const COPY: &str = "
@@ -164,8 +79,16 @@ fn shared_memory_is_ordered_by_barriers() {
         assert!(matches!(report.rule, Rule::Race | Rule::Uninitialised), "{report}");
     }
     TWO_WARPS.reports(&EXCHANGE.replace("bar.sync 1;", ""), Rule::Race, "shared memory at offset");
-    // One warp needs none.
-    ONE_WARP.passes(&EXCHANGE.replace("xor.b32 %r2, %r1, 128", "xor.b32 %r2, %r1, 64").replace("bar.sync 0;", ""));
+    // Within a warp, the warp's own barrier is enough, and needed.
+    let within = EXCHANGE.replace("xor.b32 %r2, %r1, 128", "xor.b32 %r2, %r1, 64");
+    let within = within.replace("bar.sync 0;", "bar.warp.sync -1;").replace("bar.sync 1;", "bar.warp.sync 0xffffffff;");
+    TWO_WARPS.twins(
+        &within,
+        &[
+            ("bar.warp.sync -1;", "", Rule::Race, "by another lane of the warp"),
+            ("bar.warp.sync 0xffffffff;", "", Rule::Race, "by another lane of the warp"),
+        ],
+    );
 }
 
 #[test]
@@ -241,7 +164,7 @@ fn global_memory_is_ordered_by_release_and_acquire() {
         &[
             ("ld.acquire.gpu", "ld.relaxed.gpu", Rule::Race, "`ld.global.u32 %r2, [%rd2]`"),
             ("red.release.gpu", "red.relaxed.gpu", Rule::Race, "`out` at offset"),
-            ("ld.acquire.gpu", "ld.acquire.cta", Rule::Race, "`ld.global.u32 %r2, [%rd2]`"),
+            ("ld.acquire.gpu", "ld.acquire.cta", Rule::Race, "their scopes do not include one another"),
             ("red.release.gpu.global.add.u32 [%in], 1;", "", Rule::Livelock, "20000 instructions without an effect"),
             ("ld.acquire.gpu", "ld", Rule::Race, "atomic"),
         ],

@@ -13,7 +13,8 @@ impl Decoder<'_> {
             ["atom", ..] => self.atom(&words[1..], true),
             ["red", ..] if !matches!(words.get(1), Some(&"async")) => self.atom(&words[1..], false),
             ["membar", "cta"] | ["fence", "acq_rel" | "sc", "cta"] => Ok(Some(Op::Fence { scope: Scope::Cta })),
-            ["membar", "gl" | "sys"] | ["fence", "acq_rel" | "sc", "gpu" | "sys" | "cluster"] => {
+            ["fence", "acq_rel" | "sc", "cluster"] => Ok(Some(Op::Fence { scope: Scope::Cluster })),
+            ["membar", "gl" | "sys"] | ["fence", "acq_rel" | "sc", "gpu" | "sys"] => {
                 Ok(Some(Op::Fence { scope: Scope::Gpu }))
             }
             ["cvta", space_word, "u64"] => self.cvta(space(space_word), false),
@@ -66,7 +67,8 @@ impl Decoder<'_> {
                 "acquire" if load => sem.order = Order::Acquire,
                 "release" if !load => sem.order = Order::Release,
                 "cta" => sem.scope = Scope::Cta,
-                "gpu" | "sys" | "cluster" => sem.scope = Scope::Gpu,
+                "cluster" => sem.scope = Scope::Cluster,
+                "gpu" | "sys" => sem.scope = Scope::Gpu,
                 "nc" if load => {}
                 "ca" | "cg" | "cs" | "lu" | "cv" if load => {}
                 "wb" | "wt" | "cg" | "cs" if !load => {}
@@ -132,7 +134,8 @@ impl Decoder<'_> {
                 "release" => sem.order = Order::Release,
                 "acq_rel" if returns => sem.order = Order::AcqRel,
                 "cta" => sem.scope = Scope::Cta,
-                "gpu" | "sys" | "cluster" => {}
+                "cluster" => sem.scope = Scope::Cluster,
+                "gpu" | "sys" => {}
                 other => match (space(other), atomic(other), scalar(other)) {
                     (Some(found @ (Space::Global | Space::Shared)), ..) => in_space = found,
                     (_, Some(found), _) if op.is_none() => op = Some(found),

@@ -1,14 +1,14 @@
 //! Loads, stores and atomics: state spaces, bounds, alignment, what was never written, races.
 
-use std::rc::Rc;
-
-use super::{Clock, Context, Cta, Fault, Outcome};
-use crate::alu::{self, Lanes};
+use super::flags::{Word, flagged};
+use super::{Context, Cta, Fault, Outcome, Shared};
+use crate::alu;
+use crate::clock::View;
 use crate::decode::{LOCAL_BASE, SHARED_BASE};
 use crate::isa::{Address, Atomic, Dst, Order, Semantics, Space, Src, Ty};
-use crate::memory::MemoryError;
+use crate::memory::{Allocation, MemoryError};
 use crate::report::Rule;
-use crate::shadow::{ATOMIC, Access, WRITE};
+use crate::shadow::{ATOMIC, Access, UPDATE, WRITE, strong};
 
 /// Generic addresses of shared and local memory: far below every global allocation.
 const SHARED_WINDOW: u64 = 0x7000_0000_0000;
@@ -16,7 +16,7 @@ const LOCAL_WINDOW: u64 = 0x6000_0000_0000;
 const WINDOW: u64 = 1 << 32;
 
 /// The state space and the address in it that a generic address stands for.
-fn resolve(space: Space, address: u64) -> (Space, u64) {
+pub(super) fn resolve(space: Space, address: u64) -> (Space, u64) {
     let within = |window: u64| address.checked_sub(window).filter(|offset| *offset < WINDOW);
     match space {
         Space::Generic => match (within(SHARED_WINDOW), within(LOCAL_WINDOW)) {
@@ -53,14 +53,24 @@ fn memory_fault(error: MemoryError) -> Fault {
 }
 
 fn race(what: &str, access: &Access, other: Access) -> Fault {
-    let verb = |access: &Access| match (access.kind & ATOMIC != 0, access.kind & WRITE != 0) {
-        (true, _) => "atomic",
-        (_, true) => "write",
-        _ => "read",
+    let verb = |access: &Access| match (access.kind & UPDATE != 0, access.kind & WRITE != 0, access.kind & ATOMIC != 0)
+    {
+        (true, ..) => "atomic",
+        (_, true, false) => "write",
+        (_, true, true) => "strong write",
+        (_, _, false) => "read",
+        (_, _, true) => "strong read",
     };
     let by = |access: &Access| if access.agent & 1 == 1 { " of an asynchronous copy" } else { "" };
+    let hint = if access.kind & other.kind & ATOMIC != 0 {
+        " (both are strong, but their scopes do not include one another or their sizes differ)"
+    } else if access.cta == other.cta && access.agent == other.agent && access.agent & 1 == 0 {
+        " by another lane of the warp"
+    } else {
+        ""
+    };
     let message =
-        format!("{}{} of {what} is not ordered after {}{}", verb(access), by(access), verb(&other), by(&other));
+        format!("{}{} of {what} is not ordered after {}{}{hint}", verb(access), by(access), verb(&other), by(&other));
     Fault { other: Some(other), ..Fault::new(Rule::Race, message) }
 }
 
@@ -74,61 +84,73 @@ fn first_unwritten(written: &[u8]) -> Option<usize> {
     written.iter().position(|&written| written == 0)
 }
 
-impl Context<'_> {
-    /// Reads up to 16 bytes of global memory.
-    pub(super) fn read_global(
-        &mut self,
-        address: u64,
-        bytes: usize,
-        access: Access,
-        clock: &Clock,
-    ) -> Outcome<[u8; 16]> {
-        let (index, offset) = self.memory.find(address, bytes).map_err(memory_fault)?;
-        let allocation = &mut self.memory.allocations[index];
-        if let Some(at) = first_unwritten(&allocation.written[offset..offset + bytes]) {
-            let (name, address) = (allocation.name.clone(), address + at as u64);
-            return Err(memory_fault(MemoryError::Uninitialised { name, offset: offset + at, address }));
-        }
-        if self.options.races {
-            let size = allocation.data.len();
-            allocation
-                .shadow
-                .access((offset, bytes, size), access, clock, &mut self.random)
-                .map_err(|other| race(&format!("`{}` at offset {offset}", allocation.name), &access, other))?;
-        }
-        let mut data = [0; 16];
-        data[..bytes].copy_from_slice(&allocation.data[offset..offset + bytes]);
-        Ok(data)
-    }
+/// Whether a weak write by a thread itself leaves the bytes as they are.
+fn lands_equal(there: &[u8], written: &[u8], data: &[u8], access: Access, view: &View) -> bool {
+    access.kind & ATOMIC == 0 && access.agent == view.agent && there == data && !written.contains(&0)
+}
 
-    fn write_global(&mut self, address: u64, data: &[u8], access: Access, clock: &Clock) -> Outcome<()> {
-        let (index, offset) = self.memory.find(address, data.len()).map_err(memory_fault)?;
-        let allocation = &mut self.memory.allocations[index];
-        if self.options.races {
-            let size = allocation.data.len();
-            allocation
-                .shadow
-                .access((offset, data.len(), size), access, clock, &mut self.random)
-                .map_err(|other| race(&format!("`{}` at offset {offset}", allocation.name), &access, other))?;
-        }
-        allocation.data[offset..offset + data.len()].copy_from_slice(data);
-        allocation.written[offset..offset + data.len()].fill(1);
-        Ok(())
+/// Stores bytes; strong writes leave the marks of flags.
+fn put(place: &mut [u8], written: &mut [u8], data: &[u8], kind: u8) {
+    place.copy_from_slice(data);
+    if kind & ATOMIC == 0 {
+        written.fill(1);
+    } else {
+        written.iter_mut().for_each(|written| *written |= 1);
     }
 }
 
+impl Context<'_> {
+    fn check_global(
+        &mut self,
+        index: usize,
+        at: (usize, usize),
+        access: Access,
+        view: &View,
+        equal: bool,
+    ) -> Outcome<()> {
+        if !self.options.checks.races {
+            return Ok(());
+        }
+        let Allocation { shadow, base, name, .. } = &mut self.memory.allocations[index];
+        let (offset, bytes) = at;
+        shadow.access(((*base % 16) as usize + offset, bytes), access, view, equal, self.clusters).map_err(|other| {
+            let address = *base + offset as u64;
+            race(&format!("{bytes} bytes of `{name}` at offset {offset} (address {address:#x})"), &access, other)
+        })
+    }
+
+    /// Reads up to 16 bytes of global memory.
+    pub(super) fn read_global(&mut self, address: u64, bytes: usize, access: Access, view: &View) -> Outcome<[u8; 16]> {
+        let (index, offset) = self.memory.find(address, bytes).map_err(memory_fault)?;
+        let allocation = &self.memory.allocations[index];
+        if self.options.checks.uninitialised
+            && let Some(at) = first_unwritten(&allocation.written[offset..offset + bytes])
+        {
+            let (name, address) = (allocation.name.clone(), address + at as u64);
+            return Err(memory_fault(MemoryError::Uninitialised { name, offset: offset + at, address }));
+        }
+        self.check_global(index, (offset, bytes), access, view, false)?;
+        Ok(padded(&self.memory.allocations[index].data[offset..offset + bytes]))
+    }
+}
+
+/// Bytes with zeros after them.
+#[inline]
+fn padded(bytes: &[u8]) -> [u8; 16] {
+    // The lengths that occur, each a move of its own rather than a call.
+    if let Ok(all) = <[u8; 16]>::try_from(bytes) {
+        return all;
+    }
+    let mut data = [0; 16];
+    if let Ok(word) = <[u8; 4]>::try_from(bytes) {
+        data[..4].copy_from_slice(&word);
+    } else {
+        data[..bytes.len()].copy_from_slice(bytes);
+    }
+    data
+}
+
 impl Cta {
-    pub(super) fn access_of(&self, agent: u16, clock: u32, pc: u32, kind: u8) -> Access {
-        Access { cta: self.serial, agent, kind, clock, pc }
-    }
-
-    /// An access of a warp itself, with the clock to hold it against.
-    pub(super) fn warp_access(&self, warp: usize, pc: u32, kind: u8) -> (Access, Rc<Clock>) {
-        let clock = Rc::clone(&self.warps[warp].clock);
-        let agent = 2 * warp as u16;
-        (self.access_of(agent, clock.epoch(agent), pc, kind), clock)
-    }
-
     /// Offset in shared memory of an access that lies inside it.
     fn shared_offset(&self, address: u64, bytes: usize) -> Outcome<usize> {
         let offset = address.checked_sub(u64::from(SHARED_BASE)).map(|offset| offset as usize);
@@ -146,20 +168,19 @@ impl Cta {
 
     fn check_shared(
         &mut self,
-        context: &mut Context<'_>,
-        at: (usize, usize),
+        context: &Context<'_>,
+        (offset, bytes): (usize, usize),
         access: Access,
-        clock: &Clock,
+        view: &View,
+        equal: bool,
     ) -> Outcome<()> {
-        if !context.options.races {
+        if !context.options.checks.races {
             return Ok(());
         }
-        let (offset, bytes) = at;
-        let size = self.shared.data.len();
         self.shared
             .shadow
-            .access((offset, bytes, size), access, clock, &mut context.random)
-            .map_err(|other| race(&format!("shared memory at offset {offset}"), &access, other))
+            .access((offset, bytes), access, view, equal, context.clusters)
+            .map_err(|other| race(&format!("{bytes} bytes of shared memory at offset {offset}"), &access, other))
     }
 
     pub(super) fn read_shared(
@@ -168,17 +189,17 @@ impl Cta {
         address: u64,
         bytes: usize,
         access: Access,
-        clock: &Clock,
+        view: &View,
     ) -> Outcome<[u8; 16]> {
         let offset = self.shared_offset(address, bytes)?;
-        if let Some(at) = first_unwritten(&self.shared.written[offset..offset + bytes]) {
+        if context.options.checks.uninitialised
+            && let Some(at) = first_unwritten(&self.shared.written[offset..offset + bytes])
+        {
             let message = format!("byte {} of shared memory was never written", offset + at);
             return Err(Fault::new(Rule::Uninitialised, message));
         }
-        self.check_shared(context, (offset, bytes), access, clock)?;
-        let mut data = [0; 16];
-        data[..bytes].copy_from_slice(&self.shared.data[offset..offset + bytes]);
-        Ok(data)
+        self.check_shared(context, (offset, bytes), access, view, false)?;
+        Ok(padded(&self.shared.data[offset..offset + bytes]))
     }
 
     pub(super) fn write_shared(
@@ -187,12 +208,41 @@ impl Cta {
         address: u64,
         data: &[u8],
         access: Access,
-        clock: &Clock,
+        view: &View,
     ) -> Outcome<()> {
         let offset = self.shared_offset(address, data.len())?;
-        self.check_shared(context, (offset, data.len()), access, clock)?;
-        self.shared.data[offset..offset + data.len()].copy_from_slice(data);
-        self.shared.written[offset..offset + data.len()].fill(1);
+        let range = offset..offset + data.len();
+        let equal =
+            lands_equal(&self.shared.data[range.clone()], &self.shared.written[range.clone()], data, access, view);
+        self.check_shared(context, (offset, data.len()), access, view, equal)?;
+        if access.kind & ATOMIC == 0 && flagged(&self.shared.written[range.clone()]) {
+            self.end_flags(context, Word { space: Space::Shared, address, bytes: data.len() }, false);
+        }
+        let Shared { data: bytes, written, .. } = &mut self.shared;
+        put(&mut bytes[range.clone()], &mut written[range], data, access.kind);
+        Ok(())
+    }
+
+    fn write_global(
+        &mut self,
+        context: &mut Context<'_>,
+        address: u64,
+        data: &[u8],
+        access: Access,
+        view: &View,
+    ) -> Outcome<()> {
+        let (index, offset) = context.memory.find(address, data.len()).map_err(memory_fault)?;
+        let range = offset..offset + data.len();
+        let allocation = &context.memory.allocations[index];
+        let equal =
+            lands_equal(&allocation.data[range.clone()], &allocation.written[range.clone()], data, access, view);
+        let flagged = access.kind & ATOMIC == 0 && flagged(&allocation.written[range.clone()]);
+        context.check_global(index, (offset, data.len()), access, view, equal)?;
+        if flagged {
+            self.end_flags(context, Word { space: Space::Global, address, bytes: data.len() }, false);
+        }
+        let Allocation { data: bytes, written, .. } = &mut context.memory.allocations[index];
+        put(&mut bytes[range.clone()], &mut written[range], data, access.kind);
         Ok(())
     }
 
@@ -224,42 +274,77 @@ impl Cta {
         (d, address): (&[Dst], Address),
         sem: Semantics,
     ) -> Outcome<()> {
-        let addresses = self.warps[warp].addresses(context, self, address);
         let each = ty.bits() as usize / 8;
         let bytes = each * d.len();
-        let kind = if sem.order == Order::Weak { 0 } else { ATOMIC };
-        let (access, clock) = self.warp_access(warp, pc, kind);
+        let addresses = self.warps[warp].addresses(context, self, address);
+        let at = addresses[mask.trailing_zeros() as usize & 31];
+        if space == Space::Param && addresses.iter().all(|other| *other == at) {
+            aligned(at, bytes, 0)?;
+            let data = read_param(context, at, bytes)?;
+            context.counters.param_loaded += u64::from(mask.count_ones()) * bytes as u64;
+            for (i, d) in d.iter().enumerate() {
+                let value = element(&data[i * each..(i + 1) * each], ty, to);
+                self.warps[warp].put(*d, mask, &[value; 32]);
+            }
+            return Ok(());
+        }
+        context.count_access(pc, space, (&addresses, mask), bytes);
+        let weak = sem.order == Order::Weak;
+        let access = self.warps[warp].views.access(self.serial, pc, if weak { 0 } else { strong(sem.scope) });
         for lane in lanes_of(mask) {
             let (space, at) = resolve(space, addresses[lane as usize]);
             aligned(at, bytes, lane)?;
-            let data = match space {
-                Space::Shared => {
-                    context.counters.shared_loaded += bytes as u64;
-                    self.read_shared(context, at, bytes, access, &clock)
-                }
-                Space::Param => read_param(context, at, bytes),
-                Space::Local => self.local(context, warp, lane, at, bytes).map(|found| {
-                    let mut data = [0; 16];
-                    data[..bytes].copy_from_slice(found);
-                    data
-                }),
-                Space::Global | Space::Generic => {
-                    context.counters.global_loaded += bytes as u64;
-                    context.read_global(at, bytes, access, &clock)
+            // Strong accesses of vectors are one for each element (PTX ISA, "Vector Data-types").
+            let parts = if weak { 1 } else { d.len() };
+            let mut data = [0; 16];
+            for part in 0..parts {
+                let bytes = bytes / parts;
+                let at = at + (part * bytes) as u64;
+                let found = self.load_lane(context, (warp, lane), (space, at, bytes), access)?;
+                data[part * bytes..(part + 1) * bytes].copy_from_slice(&found[..bytes]);
+                if !weak {
+                    self.acquire(context, (warp, lane), Word { space, address: at, bytes }, sem);
                 }
             }
-            .map_err(|fault| fault.lane(lane))?;
             for (i, d) in d.iter().enumerate() {
                 if let Some(d) = d {
                     let value = element(&data[i * each..(i + 1) * each], ty, to);
                     self.warps[warp].registers[*d as usize][lane as usize] = value;
                 }
             }
-            if sem.order != Order::Weak {
-                self.acquire(context, warp, at, sem);
-            }
         }
         Ok(())
+    }
+
+    #[inline]
+    fn load_lane(
+        &mut self,
+        context: &mut Context<'_>,
+        (warp, lane): (usize, u32),
+        (space, at, bytes): (Space, u64, usize),
+        access: Access,
+    ) -> Outcome<[u8; 16]> {
+        let view = self.warps[warp].views.view(lane);
+        let access = access.of_lane(lane);
+        match space {
+            Space::Shared => {
+                context.counters.shared_loaded += bytes as u64;
+                self.read_shared(context, at, bytes, access, &view)
+            }
+            Space::Param => {
+                context.counters.param_loaded += bytes as u64;
+                read_param(context, at, bytes)
+            }
+            Space::Local => {
+                context.counters.local_loaded += bytes as u64;
+                self.local(context, warp, lane, at, bytes).map(|found| padded(found))
+            }
+            Space::Global | Space::Generic => {
+                context.counters.global_loaded += bytes as u64;
+                context.read_global(at, bytes, access, &view)
+            }
+        }
+        .map_err(|fault| fault.lane(lane))
     }
 
     pub(super) fn store(
@@ -272,41 +357,66 @@ impl Cta {
         sem: Semantics,
     ) -> Outcome<()> {
         let addresses = self.warps[warp].addresses(context, self, address);
-        let values: Vec<Lanes> = a.iter().map(|a| self.warps[warp].read(context, self, *a)).collect();
         let each = ty.bits() as usize / 8;
         let bytes = each * a.len();
-        let kind = WRITE | if sem.order == Order::Weak { 0 } else { ATOMIC };
-        let (access, clock) = self.warp_access(warp, pc, kind);
+        // What each lane stores, first element lowest.
+        let mut values = [0u128; 32];
+        let keep = u64::MAX >> (64 - ty.bits());
+        for (i, a) in a.iter().enumerate() {
+            let element = self.warps[warp].operand(context, self, *a);
+            let shift = i as u32 * ty.bits();
+            values.iter_mut().zip(element.iter()).for_each(|(value, x)| *value |= u128::from(x & keep) << shift);
+        }
+        context.count_access(pc, space, (&addresses, mask), bytes);
+        let weak = sem.order == Order::Weak;
+        let access = self.warps[warp].views.access(self.serial, pc, WRITE | if weak { 0 } else { strong(sem.scope) });
         for lane in lanes_of(mask) {
             let (space, at) = resolve(space, addresses[lane as usize]);
             aligned(at, bytes, lane)?;
-            let mut data = [0u8; 16];
-            for (i, value) in values.iter().enumerate() {
-                data[i * each..(i + 1) * each].copy_from_slice(&value[lane as usize].to_le_bytes()[..each]);
-            }
-            match space {
-                Space::Shared => {
-                    context.counters.shared_stored += bytes as u64;
-                    self.write_shared(context, at, &data[..bytes], access, &clock)
+            let data = values[lane as usize].to_le_bytes();
+            let parts = if weak { 1 } else { a.len() };
+            for part in 0..parts {
+                let bytes = bytes / parts;
+                let at = at + (part * bytes) as u64;
+                let data = &data[part * bytes..(part + 1) * bytes];
+                self.store_lane(context, (warp, lane), (space, at, data), access)?;
+                if !weak {
+                    self.release(context, (warp, lane), Word { space, address: at, bytes }, sem, false);
                 }
-                Space::Local => {
-                    self.local(context, warp, lane, at, bytes).map(|place| place.copy_from_slice(&data[..bytes]))
-                }
-                _ => {
-                    context.counters.global_stored += bytes as u64;
-                    context.write_global(at, &data[..bytes], access, &clock)
-                }
-            }
-            .map_err(|fault| fault.lane(lane))?;
-            if sem.order != Order::Weak {
-                self.release(context, warp, at, sem, false);
             }
         }
-        if sem.order != Order::Weak {
-            self.warps[warp].next_epoch();
+        if !weak {
+            self.warps[warp].views.next_epoch();
         }
         context.idle = 0;
         Ok(())
+    }
+
+    #[inline]
+    fn store_lane(
+        &mut self,
+        context: &mut Context<'_>,
+        (warp, lane): (usize, u32),
+        (space, at, data): (Space, u64, &[u8]),
+        access: Access,
+    ) -> Outcome<()> {
+        let view = self.warps[warp].views.view(lane);
+        let access = access.of_lane(lane);
+        match space {
+            Space::Shared => {
+                context.counters.shared_stored += data.len() as u64;
+                self.write_shared(context, at, data, access, &view)
+            }
+            Space::Local => {
+                context.counters.local_stored += data.len() as u64;
+                self.local(context, warp, lane, at, data.len()).map(|place| place.copy_from_slice(data))
+            }
+            _ => {
+                context.counters.global_stored += data.len() as u64;
+                self.write_global(context, at, data, access, &view)
+            }
+        }
+        .map_err(|fault| fault.lane(lane))
     }
 
     /// `atom` and `red`, lane by lane.
@@ -322,30 +432,26 @@ impl Cta {
         let addresses = self.warps[warp].addresses(context, self, address);
         let (b, c) = (self.warps[warp].read(context, self, b), self.warps[warp].read(context, self, c));
         let bytes = ty.bits() as usize / 8;
+        context.count_access(pc, space, (&addresses, mask), bytes);
+        let access = self.warps[warp].views.access(self.serial, pc, UPDATE | strong(sem.scope));
         for lane in lanes_of(mask) {
             let (space, at) = resolve(space, addresses[lane as usize]);
             aligned(at, bytes, lane)?;
-            let (read, clock) = self.warp_access(warp, pc, ATOMIC);
+            let view = self.warps[warp].views.view(lane);
+            let read = access.of_lane(lane);
             let data = match space {
-                Space::Shared => self.read_shared(context, at, bytes, read, &clock),
-                Space::Global => context.read_global(at, bytes, read, &clock),
+                Space::Shared => self.read_shared(context, at, bytes, read, &view),
+                Space::Global => context.read_global(at, bytes, read, &view),
                 _ => Err(Fault::new(Rule::Trap, format!("an atomic on {space:?} memory"))),
             }
             .map_err(|fault| fault.lane(lane))?;
             let old = element(&data[..bytes], ty, ty.bits() as u8);
-            self.acquire(context, warp, at, sem);
+            let word = Word { space, address: at, bytes };
+            self.acquire(context, (warp, lane), word, sem);
             let new = alu::atomic(op, ty, old, b[lane as usize], c[lane as usize]);
-            let (write, clock) = self.warp_access(warp, pc, ATOMIC | WRITE);
-            let data = &new.to_le_bytes()[..bytes];
-            if space == Space::Shared {
-                context.counters.shared_stored += bytes as u64;
-                self.write_shared(context, at, data, write, &clock)
-            } else {
-                context.counters.global_stored += bytes as u64;
-                context.write_global(at, data, write, &clock)
-            }
-            .map_err(|fault| fault.lane(lane))?;
-            self.release(context, warp, at, sem, true);
+            let write = Access { kind: read.kind | WRITE, ..read };
+            self.store_lane(context, (warp, lane), (space, at, &new.to_le_bytes()[..bytes]), write)?;
+            self.release(context, (warp, lane), word, sem, true);
             if new != old {
                 context.idle = 0;
             }
@@ -353,7 +459,8 @@ impl Cta {
                 self.warps[warp].registers[d as usize][lane as usize] = old;
             }
         }
-        self.warps[warp].next_epoch();
+        context.counters.atomics += u64::from(mask.count_ones());
+        self.warps[warp].views.next_epoch();
         Ok(())
     }
 }
@@ -372,9 +479,7 @@ fn read_param(context: &Context<'_>, at: u64, bytes: usize) -> Outcome<[u8; 16]>
         let message = format!("{bytes} bytes at offset {at} of {} bytes of parameters", params.len());
         return Err(Fault::new(Rule::OutOfBounds, message));
     };
-    let mut data = [0; 16];
-    data[..bytes].copy_from_slice(found);
-    Ok(data)
+    Ok(padded(found))
 }
 
 /// A loaded element, extended to a register of `to` bits by its sign when its type has one.

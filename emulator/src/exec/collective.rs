@@ -1,9 +1,13 @@
 //! Instructions that all lanes of a warp execute together.
 
+use std::borrow::Cow;
+
 use super::{Context, Cta, Fault, Outcome};
-use crate::alu::{self, Lanes};
+use crate::alu;
+use crate::clock::View;
 use crate::isa::{Address, Dst, Pred, Shuffle, Src, Ty, Vote};
 use crate::report::Rule;
+use crate::shadow::Access;
 
 impl Cta {
     /// PTX ISA, "ldmatrix": lane 8 j + i gives the address of row i of matrix j; of each row, lane 4 i + t receives the
@@ -17,7 +21,9 @@ impl Cta {
         (d, address): (&[Dst], Address),
     ) -> Outcome<()> {
         let addresses = self.warps[warp].addresses(context, self, address);
-        let (access, clock) = self.warp_access(warp, pc, 0);
+        context.count_rows(pc, &addresses[..8 * d.len()]);
+        let views = &self.warps[warp].views;
+        let (access, common) = (views.access(self.serial, pc, 0), views.common());
         for (matrix, d) in d.iter().enumerate() {
             let mut rows = [[0u16; 8]; 8];
             for (row, elements) in rows.iter_mut().enumerate() {
@@ -27,8 +33,8 @@ impl Cta {
                     let message = format!("row of ldmatrix at {at:#x}, expected a multiple of 16");
                     return Err(Fault::new(Rule::Misaligned, message).lane(lane as u32));
                 }
-                let data =
-                    self.read_shared(context, at, 16, access, &clock).map_err(|fault| fault.lane(lane as u32))?;
+                let data = self.read_row(context, warp, (row, at), access, common.as_ref());
+                let data = data.map_err(|fault| fault.lane(lane as u32))?;
                 for (element, bytes) in elements.iter_mut().zip(data.as_chunks::<2>().0) {
                     *element = u16::from_le_bytes(*bytes);
                 }
@@ -45,6 +51,28 @@ impl Cta {
         Ok(())
     }
 
+    /// The lanes that receive elements of a row (without `.trans`) count as those that read it, whoever named its address.
+    #[inline]
+    fn read_row(
+        &mut self,
+        context: &mut Context<'_>,
+        warp: usize,
+        (row, at): (usize, u64),
+        access: Access,
+        common: Option<&View>,
+    ) -> Outcome<[u8; 16]> {
+        let lanes = 0xf << (4 * row);
+        if let Some(view) = common {
+            return self.read_shared(context, at, 16, Access { lanes, ..access }, view);
+        }
+        let mut data = [0; 16];
+        for lane in (0..32).filter(|lane| lanes >> lane & 1 != 0) {
+            let view = self.warps[warp].views.view(lane);
+            data = self.read_shared(context, at, 16, access.of_lane(lane), &view)?;
+        }
+        Ok(data)
+    }
+
     pub(super) fn mma(
         &mut self,
         context: &mut Context<'_>,
@@ -54,10 +82,14 @@ impl Cta {
     ) {
         context.counters.mma += 1;
         let state = &self.warps[warp];
-        let read = |sources: &[Src]| -> Vec<Lanes> { sources.iter().map(|s| state.read(context, self, *s)).collect() };
-        let (a, b, c) = (read(a), read(b), read(c));
-        let (a, b): (Vec<&Lanes>, Vec<&Lanes>) = (a.iter().collect(), b.iter().collect());
-        let sums = alu::mma(k, ab, &a, &b, [&c[0], &c[1], &c[2], &c[3]]);
+        let read = |source: &Src| state.operand(context, self, *source);
+        let (mut a_lanes, mut b_lanes) =
+            ([const { Cow::Borrowed(&[0; 32]) }; 4], [const { Cow::Borrowed(&[0; 32]) }; 2]);
+        a_lanes.iter_mut().zip(a).for_each(|(lanes, source)| *lanes = read(source));
+        b_lanes.iter_mut().zip(b).for_each(|(lanes, source)| *lanes = read(source));
+        let c = c.each_ref().map(read);
+        let (a, b) = (a_lanes.each_ref().map(|a| &**a), b_lanes.each_ref().map(|b| &**b));
+        let sums = alu::mma(k, ab, &a, &b, c.each_ref().map(|c| &**c));
         for (d, sum) in d.iter().zip(&sums) {
             self.warps[warp].put(*d, u32::MAX, sum);
         }

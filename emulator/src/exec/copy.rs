@@ -1,15 +1,16 @@
 //! `cp.async`: copies that land some time between being issued and being waited for.
 //!
-//! PTX ISA, "Data Movement and Conversion Instructions: cp.async". A warp's copies are an agent of their own; their epochs
-//! count commits and waits, so that a wait orders exactly the copies it waited for.
+//! PTX ISA, "Data Movement and Conversion Instructions: cp.async": copies are ordered among each other and before anything
+//! else by nothing but a wait, and that for the executing thread alone. A warp's copies are an agent of their own, each of the
+//! lane that issued it; their epochs count commits and waits, so that a wait orders exactly the copies it waited for.
 
-use std::rc::Rc;
-
-use super::{Clock, Context, Cta, Fault, Outcome};
+use super::warp::Warp;
+use super::{Context, Cta, Fault, Outcome};
+use crate::clock::View;
 use crate::isa::{Address, Src};
 use crate::launch::Timing;
 use crate::report::Rule;
-use crate::shadow::WRITE;
+use crate::shadow::{Access, WRITE};
 
 #[derive(Debug)]
 struct Copy {
@@ -24,7 +25,8 @@ struct Copy {
     bytes: u8,
     /// Bytes that are copied; zeros follow.
     valid: u8,
-    issued: Rc<Clock>,
+    /// What the thread was ordered after when it issued the copy.
+    issued: View,
     landed: bool,
 }
 
@@ -61,6 +63,7 @@ impl Cta {
         let to = state.addresses(context, self, to);
         let from = state.addresses(context, self, from);
         let valid = valid.map(|valid| state.read(context, self, valid));
+        context.count_copy(pc, (&to, &from, valid.as_ref(), mask), bytes);
         for lane in (0..32u32).filter(|lane| mask >> lane & 1 != 0) {
             let at = lane as usize;
             let valid = valid.as_ref().map_or(u64::from(bytes), |valid| valid[at] & 0xffff_ffff);
@@ -90,7 +93,7 @@ impl Cta {
                 from: from[at],
                 bytes,
                 valid: valid as u8,
-                issued: Rc::clone(&warp_state.clock),
+                issued: warp_state.views.view(lane),
                 landed: false,
             };
             copies.queue.push(copy);
@@ -100,7 +103,7 @@ impl Cta {
             }
         }
         // What the warp does after this must not count as ordered before the copies.
-        self.warps[warp].next_epoch();
+        self.warps[warp].views.next_epoch();
         Ok(())
     }
 
@@ -125,12 +128,14 @@ impl Cta {
             }
         }
         self.warps[warp].copies.queue.retain(|copy| !is_waited_for(copy));
-        let state = &mut self.warps[warp];
-        let copies = &mut state.copies;
+        let Warp { copies, views, .. } = &mut self.warps[warp];
         copies.epoch += 1;
-        let known = copies.queue.iter().map(|copy| copy.epoch - 1).min().unwrap_or(copies.epoch);
-        let agent = 2 * state.id as u16 + 1;
-        Rc::make_mut(&mut state.clock).set_epoch(agent, known);
+        let mut known = [copies.epoch; 32];
+        for copy in &copies.queue {
+            let known = &mut known[copy.lane as usize];
+            *known = (*known).min(copy.epoch - 1);
+        }
+        (0..32u32).filter(|lane| mask >> lane & 1 != 0).for_each(|lane| views.waited(lane, known[lane as usize]));
         Ok(())
     }
 
@@ -146,23 +151,24 @@ impl Cta {
     }
 
     fn land(&mut self, context: &mut Context<'_>, warp: usize, at: usize) -> Outcome<()> {
-        let agent = 2 * self.warps[warp].id as u16 + 1;
         let copy = &mut self.warps[warp].copies.queue[at];
         copy.landed = true;
-        let &mut Copy { lane, epoch, pc, to, from, bytes, valid, .. } = copy;
-        let issued = Rc::clone(&copy.issued);
-        let place = |fault: Fault| Fault { pc: Some(pc), ..fault }.lane(u32::from(lane));
+        let Copy { lane, epoch, pc, to, from, bytes, valid, ref issued, .. } = *copy;
+        let issued = issued.clone();
+        let lane = u32::from(lane);
+        let place = |fault: Fault| Fault { pc: Some(pc), ..fault }.lane(lane);
+        let access = Access { cta: self.serial, agent: issued.agent + 1, clock: epoch, pc, ..Access::default() };
+        let access = access.of_lane(lane);
         let mut data = [0u8; 16];
-        let access = self.access_of(agent, epoch, pc, 0);
         if valid != 0 {
             let valid = usize::from(valid);
-            let found = context.read_global(from, valid, access, &issued).map_err(place)?;
-            data[..valid].copy_from_slice(&found[..valid]);
+            data = context.read_global(from, valid, access, &issued).map_err(place)?;
             context.counters.global_loaded += valid as u64;
         }
         context.counters.shared_stored += u64::from(bytes);
+        context.counters.copied += u64::from(valid);
         context.idle = 0;
-        let access = self.access_of(agent, epoch, pc, WRITE);
+        let access = Access { kind: WRITE, ..access };
         self.write_shared(context, u64::from(to), &data[..usize::from(bytes)], access, &issued).map_err(place)
     }
 }

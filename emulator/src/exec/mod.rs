@@ -3,20 +3,26 @@
 mod access;
 mod collective;
 mod copy;
+mod count;
+mod flags;
 mod step;
 mod sync;
+mod views;
 mod warp;
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use crate::clock::Clock;
+use crate::counters::Counters;
 use crate::isa::Instruction;
-use crate::launch::{Checked, Counters, Launch, Options};
+use crate::launch::{Checked, Launch, Options};
 use crate::memory::Memory;
 use crate::module::{Kernel, Module};
 use crate::report::{Report, Rule, Site};
-use crate::shadow::{Access, Shadow};
-use sync::{Barrier, Flag};
+use crate::shadow::{Access, Clusters, Shadow};
+use count::LineCount;
+use flags::{Flag, Place};
+use sync::Barrier;
 use warp::{Stop, Warp};
 
 /// Barriers of a CTA (PTX ISA, "bar, barrier").
@@ -54,9 +60,12 @@ struct Context<'a> {
     memory: &'a mut Memory,
     threads: u32,
     shared_bytes: u32,
-    flags: HashMap<u64, Flag>,
+    flags: BTreeMap<Place, Flag>,
+    clusters: Clusters,
     random: u64,
     counters: Counters,
+    /// By instruction, when counters are asked for.
+    lines: Option<Vec<LineCount>>,
     /// Instructions since the last one with an effect outside its warp.
     idle: u64,
     /// Warps of the CTA at hand that a barrier has let go.
@@ -124,7 +133,7 @@ impl Module {
     /// # Errors
     /// The [`Report`] of the first broken rule. Memory then holds what had been written by that time.
     pub fn launch(&self, memory: &mut Memory, launch: &Launch<'_>, options: &Options) -> Result<Counters, Box<Report>> {
-        let Checked { kernel, threads, ctas, shared_bytes, resident } = launch.check(self, &options.device)?;
+        let Checked { kernel, threads, ctas, shared_bytes, resident } = launch.check(self, options)?;
         memory.clear_shadow();
         let context = Context {
             kernel,
@@ -133,7 +142,9 @@ impl Module {
             memory,
             threads,
             shared_bytes,
-            flags: HashMap::new(),
+            flags: BTreeMap::new(),
+            clusters: Clusters { grid: launch.grid, cluster: launch.cluster },
+            lines: options.checks.counters.then(|| vec![LineCount::default(); kernel.code.len()]),
             random: options.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
             counters: Counters { resident_ctas: resident, ..Counters::default() },
             idle: 0,
@@ -143,6 +154,7 @@ impl Module {
             Machine { context, module: self, slots: Vec::new(), waiting: Vec::new(), runnable: Vec::new() };
         machine.prepare(ctas, resident);
         machine.run()?;
+        machine.context.sum_up(self);
         Ok(machine.context.counters)
     }
 }
@@ -250,7 +262,10 @@ impl Machine<'_> {
     fn report(&self, slot: usize, warp: usize, pc: u32, fault: Fault) -> Box<Report> {
         let serial = self.slots[slot].as_ref().map_or(0, |cta| cta.serial);
         let site = self.site(serial, warp as u32, fault.lane, fault.pc.unwrap_or(pc));
-        let other = fault.other.map(|access| self.site(access.cta, u32::from(access.agent / 2), None, access.pc));
+        let other = fault.other.map(|access| {
+            let lane = Some(access.lanes.trailing_zeros()).filter(|lane| *lane < 32);
+            self.site(access.cta, u32::from(access.agent / 2), lane, access.pc)
+        });
         Box::new(Report {
             rule: fault.rule,
             kernel: self.context.kernel.name.clone(),

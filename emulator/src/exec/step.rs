@@ -1,5 +1,7 @@
 //! What each instruction does.
 
+use std::borrow::Cow;
+
 use super::access::convert_address;
 use super::warp::Flow;
 use super::{Context, Cta, Fault, Outcome};
@@ -16,7 +18,7 @@ pub(super) fn step(
     op: &Op,
 ) -> Outcome<Flow> {
     let state = &cta.warps[warp];
-    let read = |source: &Src| state.read(context, cta, *source);
+    let read = |source: &Src| state.operand(context, cta, *source);
     let (d, value) = match op {
         Op::Unary { op, ty, d, a } => (d, alu::unary(*op, *ty, &read(a))),
         Op::Binary { op, ty, d, a, b } => (d, alu::binary(*op, *ty, &read(a), &read(b))),
@@ -28,7 +30,7 @@ pub(super) fn step(
         Op::CvtPack { to, relu, d, a, b } => (d, alu::cvt_pack(*to, *relu, &read(a), &read(b))),
         Op::Pack { part, d, parts } => (d, pack(*part, parts.iter().map(read))),
         Op::Selp { d, a, b, p } => {
-            let (chosen, mut value) = (state.predicate(*p), read(b));
+            let (chosen, mut value) = (state.predicate(*p), read(b).into_owned());
             let a = read(a);
             (0..32).filter(|lane| chosen >> lane & 1 != 0).for_each(|lane| value[lane] = a[lane]);
             (d, value)
@@ -41,11 +43,11 @@ pub(super) fn step(
     Ok(Flow::Next)
 }
 
-fn pack(part: u8, parts: impl Iterator<Item = Lanes>) -> Lanes {
+fn pack<'a>(part: u8, parts: impl Iterator<Item = Cow<'a, Lanes>>) -> Lanes {
     let mut out = [0; 32];
     for (i, lanes) in parts.enumerate() {
         let (keep, shift) = (u64::MAX >> (64 - u32::from(part)), i as u32 * u32::from(part));
-        out.iter_mut().zip(&lanes).for_each(|(out, lane)| *out |= (lane & keep) << shift);
+        out.iter_mut().zip(lanes.iter()).for_each(|(out, lane)| *out |= (lane & keep) << shift);
     }
     out
 }
@@ -69,7 +71,7 @@ fn effect(context: &mut Context<'_>, cta: &mut Cta, warp: usize, (pc, mask): (u3
         Op::Atom { space, op, ty, d, addr, b, c, sem } => {
             cta.atomic(context, warp, at, (*space, *op, *ty), (*d, *addr, *b, *c), *sem)?;
         }
-        Op::Fence { scope } => cta.fence(warp, *scope),
+        Op::Fence { scope } => cta.fence(context, warp, mask, *scope),
         Op::CpAsync { bytes, dst, src, valid } => {
             cta.issue_copies(context, warp, at, *bytes, (*dst, *src, *valid))?;
         }
@@ -79,8 +81,7 @@ fn effect(context: &mut Context<'_>, cta: &mut Cta, warp: usize, (pc, mask): (u3
         Op::Mma { k, ab, d, a, b, c } => cta.mma(context, warp, (*k, *ab), (d, a, b, c)),
         Op::Shfl { mode, d, p, a, b, c, .. } => cta.shuffle(context, warp, mask, *mode, (*d, *p, *a, *b, *c))?,
         Op::VoteSync { mode, d, p, a, .. } => cta.vote(warp, mask, *mode, (*d, *p, *a)),
-        // Lanes of a warp are one agent: what they do is ordered.
-        Op::WarpSync { .. } => {}
+        Op::WarpSync { .. } => cta.warp_sync(warp, mask),
         Op::Bar { id, count, arrive } => {
             let lane = mask.trailing_zeros() as usize;
             let state = &cta.warps[warp];
@@ -108,7 +109,7 @@ fn set_predicate(context: &Context<'_>, cta: &mut Cta, warp: usize, mask: u32, o
     };
     let (p, value) = match op {
         Op::Setp { cmp, ty, p, q, a, b, combine } => {
-            let (a, b) = (state.read(context, cta, *a), state.read(context, cta, *b));
+            let (a, b) = (state.operand(context, cta, *a), state.operand(context, cta, *b));
             let holds = alu::setp(*cmp, *ty, &a, &b);
             // PTX ISA, "setp": p = (a cmp b) op c, q = !(a cmp b) op c.
             let combined = |value| match combine {

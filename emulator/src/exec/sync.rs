@@ -1,9 +1,9 @@
-//! What orders memory: barriers of a CTA, flags in memory, fences.
+//! Barriers of a CTA and of a warp.
 
 use std::rc::Rc;
 
+use super::warp::Warp;
 use super::{Clock, Context, Cta, Fault, Outcome};
-use crate::isa::{Order, Scope, Semantics};
 use crate::report::Rule;
 
 /// A barrier of a CTA: who has arrived in this phase.
@@ -14,14 +14,6 @@ pub(super) struct Barrier {
     pub expected: Option<Option<u32>>,
     waiting: Vec<usize>,
     clock: Option<Clock>,
-}
-
-/// A word through which warps synchronise, with what its last releases published.
-#[derive(Debug)]
-pub(super) struct Flag {
-    clock: Clock,
-    /// Released at CTA scope: of use within that CTA only.
-    within: Option<u32>,
 }
 
 impl Cta {
@@ -57,12 +49,14 @@ impl Cta {
             _ => barrier.expected = Some(count),
         }
         barrier.arrived += 32;
-        let clock = &mut self.warps[warp].clock;
+        context.counters.barriers += 1;
+        let Warp { views, live, .. } = &mut self.warps[warp];
+        let published = views.published(*live, *live);
         match &mut barrier.clock {
-            Some(joined) => joined.join(clock),
-            None => barrier.clock = Some((**clock).clone()),
+            Some(joined) => joined.join(&published),
+            None => barrier.clock = Some(published),
         }
-        self.warps[warp].next_epoch();
+        views.next_epoch();
         if waits {
             barrier.waiting.push(warp);
             self.warps[warp].blocked = Some(id as u32);
@@ -90,10 +84,11 @@ impl Cta {
             return Err(Fault::new(Rule::BarrierMisuse, message));
         }
         let Barrier { waiting, clock, .. } = std::mem::take(barrier);
+        let clock = clock.map(Rc::new);
         for warp in waiting {
             let state = &mut self.warps[warp];
             if let Some(clock) = &clock {
-                Rc::make_mut(&mut state.clock).join(clock);
+                state.views.replace(clock);
             }
             state.blocked = None;
             state.resume();
@@ -103,62 +98,9 @@ impl Cta {
         Ok(())
     }
 
-    /// What a load, or the read of an atomic, learns from the word at `address`.
-    pub(super) fn acquire(&mut self, context: &Context<'_>, warp: usize, address: u64, sem: Semantics) {
-        let Some(flag) = context.flags.get(&address) else { return };
-        let same_cta = flag.clock.cta() == self.serial;
-        if flag.within.is_some_and(|cta| cta != self.serial) || (sem.scope == Scope::Cta && !same_cta) {
-            return;
-        }
-        let warp = &mut self.warps[warp];
-        if matches!(sem.order, Order::Acquire | Order::AcqRel) {
-            Rc::make_mut(&mut warp.clock).join(&flag.clock);
-        } else {
-            match &mut warp.pending {
-                Some(pending) => pending.join(&flag.clock),
-                None => warp.pending = Some(flag.clock.clone()),
-            }
-        }
-    }
-
-    /// What a store, or the write of an atomic, publishes through the word at `address`. An atomic continues what earlier
-    /// releases published; a store begins anew.
-    pub(super) fn release(&self, context: &mut Context<'_>, warp: usize, address: u64, sem: Semantics, atomic: bool) {
-        let warp = &self.warps[warp];
-        let published = match (sem.order, &warp.fenced) {
-            (Order::Release | Order::AcqRel, _) => Some((&warp.clock, sem.scope)),
-            (_, Some((clock, scope))) => Some((clock, *scope)),
-            _ => None,
-        };
-        let Some((clock, scope)) = published else {
-            if !atomic {
-                context.flags.remove(&address);
-            }
-            return;
-        };
-        let within = (scope == Scope::Cta).then_some(self.serial);
-        match context.flags.get_mut(&address) {
-            Some(flag) if atomic => {
-                flag.clock.join(clock);
-                flag.within = flag.within.or(within);
-            }
-            _ => {
-                context.flags.insert(address, Flag { clock: (**clock).clone(), within });
-            }
-        }
-    }
-
-    /// Orders what relaxed reads have seen before what follows, and what went before relaxed writes to come.
-    pub(super) fn fence(&mut self, warp: usize, scope: Scope) {
-        let serial = self.serial;
-        let warp = &mut self.warps[warp];
-        if let Some(pending) = &warp.pending
-            && (scope == Scope::Gpu || pending.cta() == serial)
-        {
-            Rc::make_mut(&mut warp.clock).join(pending);
-            warp.pending = None;
-        }
-        warp.fenced = Some((Rc::clone(&warp.clock), scope));
-        warp.next_epoch();
+    /// `bar.warp.sync`.
+    pub(super) fn warp_sync(&mut self, warp: usize, lanes: u32) {
+        let live = self.warps[warp].live;
+        self.warps[warp].views.sync(lanes, live);
     }
 }

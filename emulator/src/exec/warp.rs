@@ -1,11 +1,12 @@
 //! One warp: its registers, how its lanes diverge and meet again.
 
+use std::borrow::Cow;
 use std::fmt::Write;
-use std::rc::Rc;
 
 use super::copy::Copies;
 use super::step::step;
-use super::{Clock, Context, Cta, Fault, Outcome};
+use super::views::Views;
+use super::{Context, Cta, Fault, Outcome};
 use crate::alu::Lanes;
 use crate::decode::LOCAL_BASE;
 use crate::isa::{Address, Compare, Dst, Instruction, Op, Pred, Special, Src};
@@ -33,11 +34,7 @@ pub(super) struct Warp {
     pub blocked: Option<u32>,
     pub registers: Vec<Lanes>,
     predicates: Vec<u32>,
-    pub clock: Rc<Clock>,
-    /// What relaxed reads have seen since the last fence.
-    pub pending: Option<Clock>,
-    /// What went before the last fence, and its scope.
-    pub fenced: Option<(Rc<Clock>, crate::isa::Scope)>,
+    pub views: Views,
     pub copies: Copies,
     pub local: Vec<u8>,
 }
@@ -67,8 +64,6 @@ impl Warp {
         let kernel = context.kernel;
         let lanes = (context.threads - id * 32).min(32);
         let live = u32::MAX >> (32 - lanes);
-        let mut clock = Clock::new(cta, agents);
-        clock.set_epoch(2 * id as u16, 1);
         Warp {
             id,
             live,
@@ -76,19 +71,10 @@ impl Warp {
             blocked: None,
             registers: vec![[0; 32]; kernel.registers as usize],
             predicates: vec![0; kernel.predicates as usize],
-            clock: Rc::new(clock),
-            pending: None,
-            fenced: None,
+            views: Views::new(cta, id, agents),
             copies: Copies::default(),
             local: vec![0; 32 * (kernel.local_end - LOCAL_BASE) as usize],
         }
-    }
-
-    /// Begins an epoch: what follows is not covered by what was published before.
-    pub fn next_epoch(&mut self) {
-        let agent = 2 * self.id as u16;
-        let clock = Rc::make_mut(&mut self.clock);
-        clock.set_epoch(agent, clock.epoch(agent) + 1);
     }
 
     pub fn resume(&mut self) {
@@ -117,6 +103,15 @@ impl Warp {
     pub fn put_predicate(&mut self, p: u16, mask: u32, value: u32) {
         let target = &mut self.predicates[p as usize];
         *target = *target & !mask | value & mask;
+    }
+
+    /// A source operand for all lanes, where it lies.
+    #[inline]
+    pub fn operand(&self, context: &Context<'_>, cta: &Cta, source: Src) -> Cow<'_, Lanes> {
+        match source {
+            Src::Reg(slot) => Cow::Borrowed(&self.registers[slot as usize]),
+            other => Cow::Owned(self.read(context, cta, other)),
+        }
     }
 
     /// A source operand for all lanes.
@@ -283,6 +278,9 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
         };
         context.counters.instructions += 1;
         context.idle += 1;
+        if let Some(lines) = &mut context.lines {
+            lines[pc as usize].executed += 1;
+        }
         if active == 0 {
             pc += 1;
             continue;

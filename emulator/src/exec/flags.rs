@@ -1,0 +1,222 @@
+//! Flags in memory: what releases and acquisitions order, by operations or fences.
+
+use std::collections::btree_map;
+use std::rc::Rc;
+
+use super::views::Views;
+use super::warp::Warp;
+use super::{Clock, Context, Cta};
+use crate::decode::SHARED_BASE;
+use crate::isa::{Order, Scope, Semantics, Space};
+
+/// What a release pattern published.
+#[derive(Clone, Debug)]
+pub(super) struct Released {
+    clock: Clock,
+    /// Of the release or the fence.
+    scope: Scope,
+    /// By whom; `None`: by threads of several CTAs.
+    cta: Option<u32>,
+}
+
+/// What lanes knew and had done at a fence.
+#[derive(Clone, Debug)]
+pub(super) struct Fenced {
+    lanes: u32,
+    scope: Scope,
+    views: Box<Views>,
+}
+
+/// Bytes of a state space that one element of an access covers.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Word {
+    pub space: Space,
+    pub address: u64,
+    pub bytes: usize,
+}
+
+/// CTA (`u32::MAX`: global memory) and address.
+pub(super) type Place = (u32, u64);
+
+/// A word through which threads synchronise, with what its last releases published.
+#[derive(Debug)]
+pub(super) struct Flag {
+    bytes: usize,
+    /// Scope and CTA of the last write.
+    last: (Scope, u32),
+    releases: Vec<Rc<Released>>,
+}
+
+/// Releases by different CTAs that a flag tells apart.
+const RELEASES: usize = 8;
+
+impl Flag {
+    fn add(&mut self, released: Released) {
+        let wide = |released: &Released| released.scope == Scope::Gpu;
+        let several = self.releases.len() >= RELEASES && wide(&released);
+        let cta = if several { None } else { released.cta };
+        let same = |other: &Rc<Released>| other.scope == released.scope && (other.cta == released.cta || several);
+        match self.releases.iter_mut().find(|other| same(other)) {
+            Some(other) => {
+                let other = Rc::make_mut(other);
+                other.clock.join(&released.clock);
+                other.cta = if other.cta == released.cta { other.cta } else { cta };
+            }
+            None => self.releases.push(Rc::new(Released { cta, ..released })),
+        }
+    }
+}
+
+/// In `written`: the byte belongs to a flag.
+const FLAGGED: u8 = 2;
+
+pub(super) fn flagged(written: &[u8]) -> bool {
+    written.iter().fold(0, |any, byte| any | byte) & FLAGGED != 0
+}
+
+impl Cta {
+    /// Before a strong write: flags on other bytes that it overlaps end. If it publishes, its bytes are a flag's from now on.
+    pub(super) fn mark_flag(&mut self, context: &mut Context<'_>, word: Word, publishes: bool) {
+        let written = if word.space == Space::Shared {
+            let offset = (word.address - u64::from(SHARED_BASE)) as usize;
+            &mut self.shared.written[offset..offset + word.bytes]
+        } else {
+            let Ok((index, offset)) = context.memory.find(word.address, word.bytes) else { return };
+            &mut context.memory.allocations[index].written[offset..offset + word.bytes]
+        };
+        let was_flagged = flagged(written);
+        if publishes {
+            written.iter_mut().for_each(|written| *written |= FLAGGED);
+        }
+        if was_flagged {
+            self.end_flags(context, word, true);
+        }
+    }
+
+    fn place(&self, space: Space, address: u64) -> Place {
+        (if space == Space::Shared { self.serial } else { u32::MAX }, address)
+    }
+
+    /// What a lane's load, or the read of its atomic, learns from the word.
+    ///
+    /// PTX ISA, "Release and Acquire Patterns", "Observation Order", "Synchronizes-with": the read must be morally strong
+    /// with the write whose value it takes; what began the release and what ends the acquisition, operation or fence, too.
+    pub(super) fn acquire(&mut self, context: &Context<'_>, (warp, lane): (usize, u32), word: Word, sem: Semantics) {
+        if word.space == Space::Local {
+            return;
+        }
+        let Some(flag) = context.flags.get(&self.place(word.space, word.address)) else { return };
+        let near = |scope, cta, other_scope| {
+            context.clusters.includes(scope, cta, self.serial)
+                && context.clusters.includes(other_scope, self.serial, cta)
+        };
+        if flag.bytes != word.bytes || !near(flag.last.0, flag.last.1, sem.scope) {
+            return;
+        }
+        let Warp { views, live, .. } = &mut self.warps[warp];
+        for released in &flag.releases {
+            let within = released.cta.is_none_or(|cta| near(released.scope, cta, sem.scope));
+            if within && matches!(sem.order, Order::Acquire | Order::AcqRel) {
+                views.learn(1 << lane, *live, &released.clock);
+            } else {
+                see(&mut views.seen, 1 << lane, released);
+            }
+        }
+    }
+
+    /// What a lane's store, or the write of its atomic, publishes through the word. An atomic continues what it reads,
+    /// if it is morally strong with the write it reads from; a store begins anew.
+    pub(super) fn release(
+        &mut self,
+        context: &mut Context<'_>,
+        (warp, lane): (usize, u32),
+        word: Word,
+        sem: Semantics,
+        atomic: bool,
+    ) {
+        if word.space == Space::Local {
+            return;
+        }
+        let views = &self.warps[warp].views;
+        let mut published: Vec<Released> = Vec::new();
+        let cta = Some(self.serial);
+        if matches!(sem.order, Order::Release | Order::AcqRel) {
+            published.push(Released { clock: views.published(1 << lane, u32::MAX), scope: sem.scope, cta });
+        }
+        for fenced in views.fenced.iter().filter(|fenced| fenced.lanes >> lane & 1 != 0) {
+            published.push(Released { clock: fenced.views.published(1 << lane, u32::MAX), scope: fenced.scope, cta });
+        }
+        let place = self.place(word.space, word.address);
+        self.mark_flag(context, word, !published.is_empty());
+        let clusters = context.clusters;
+        let flag = match context.flags.entry(place) {
+            btree_map::Entry::Vacant(_) if published.is_empty() => return,
+            btree_map::Entry::Vacant(entry) => {
+                entry.insert(Flag { bytes: word.bytes, last: (sem.scope, self.serial), releases: Vec::new() })
+            }
+            btree_map::Entry::Occupied(entry) => entry.into_mut(),
+        };
+        let (scope, writer) = flag.last;
+        let continues =
+            clusters.includes(scope, writer, self.serial) && clusters.includes(sem.scope, self.serial, writer);
+        if !(atomic && continues) {
+            flag.releases.clear();
+        }
+        flag.last = (sem.scope, self.serial);
+        published.into_iter().for_each(|released| flag.add(released));
+        if flag.releases.is_empty() {
+            context.flags.remove(&place);
+        }
+    }
+
+    /// Writes to other bytes than exactly those of a flag end it, as does a weak write: what reads the flag later does not
+    /// read what was released.
+    pub(super) fn end_flags(&self, context: &mut Context<'_>, word: Word, keep: bool) {
+        let Word { space, address, bytes } = word;
+        let range = self.place(space, address.saturating_sub(15))..self.place(space, address + bytes as u64);
+        let overlaps = |place: &Place, flag: &Flag| {
+            place.1 + flag.bytes as u64 > address && !(keep && place.1 == address && flag.bytes == bytes)
+        };
+        let ended: Vec<Place> =
+            context.flags.range(range).filter(|(place, flag)| overlaps(place, flag)).map(|(place, _)| *place).collect();
+        ended.iter().for_each(|place| drop(context.flags.remove(place)));
+    }
+
+    /// Orders what relaxed reads have seen before what follows, and what went before relaxed writes to come. The order among
+    /// `fence.sc` themselves gives no causality order, hence is not followed.
+    pub(super) fn fence(&mut self, context: &Context<'_>, warp: usize, lanes: u32, scope: Scope) {
+        let (serial, clusters) = (self.serial, context.clusters);
+        let Warp { views, live, .. } = &mut self.warps[warp];
+        for (by, released) in std::mem::take(&mut views.seen) {
+            let within = released.cta.is_none_or(|cta| {
+                clusters.includes(released.scope, cta, serial) && clusters.includes(scope, serial, cta)
+            });
+            if within && by & lanes != 0 {
+                views.learn(by & lanes, *live, &released.clock);
+            }
+            let left = if within { by & !lanes } else { by };
+            if left != 0 {
+                views.seen.push((left, released));
+            }
+        }
+        for fenced in views.fenced.iter_mut().filter(|fenced| fenced.scope <= scope) {
+            fenced.lanes &= !lanes;
+        }
+        views.fenced.retain(|fenced| fenced.lanes != 0);
+        let (seen, fenced) = (std::mem::take(&mut views.seen), std::mem::take(&mut views.fenced));
+        let snapshot = Box::new(views.clone());
+        (views.seen, views.fenced) = (seen, fenced);
+        views.fenced.push(Fenced { lanes, scope, views: snapshot });
+        views.next_epoch();
+    }
+}
+
+/// Remembers what lanes have read, once per scope and origin.
+fn see(seen: &mut Vec<(u32, Rc<Released>)>, lanes: u32, released: &Rc<Released>) {
+    let same = |other: &Released| other.scope == released.scope && other.cta == released.cta;
+    match seen.iter_mut().find(|(by, other)| *by == lanes && same(other)) {
+        Some((_, other)) if Rc::ptr_eq(other, released) => {}
+        Some((_, other)) => Rc::make_mut(other).clock.join(&released.clock),
+        None => seen.push((lanes, Rc::clone(released))),
+    }
+}

@@ -1,0 +1,280 @@
+//! What the lanes of a warp are ordered after.
+//!
+//! Lanes are threads: what one does is ordered before what another does by `bar.warp.sync`, a barrier or a flag only (PTX
+//! ISA, "Memory Consistency Model": program order is that of a thread; "bar.warp.sync" orders memory, `shfl.sync`,
+//! `vote.sync`, `ldmatrix` and `mma` do not). Mostly they know the same, so there is one clock for the warp, and others only
+//! for lanes that know more: one that has acquired a flag, or halves that synchronised apart.
+
+use std::rc::Rc;
+
+use super::flags::{Fenced, Released};
+use crate::clock::{Clock, View};
+use crate::shadow::Access;
+
+#[derive(Clone, Debug)]
+pub(super) struct Views {
+    agent: u16,
+    /// Of the warp: every step that others may learn of ends an epoch.
+    epoch: u32,
+    /// What every lane knows.
+    clock: Rc<Clock>,
+    /// Disjoint sets of lanes that know more, with all they know.
+    apart: Vec<(u32, Rc<Clock>)>,
+    /// Up to which epoch each lane has waited for its own copies.
+    waited: [u32; 32],
+    /// What lanes have read through a flag, and acquire with their next fence.
+    pub seen: Vec<(u32, Rc<Released>)>,
+    /// What lanes' fences have made ready for their next strong writes.
+    pub fenced: Vec<Fenced>,
+}
+
+impl Views {
+    pub fn new(cta: u32, warp: u32, agents: usize) -> Views {
+        Views {
+            agent: 2 * warp as u16,
+            epoch: 1,
+            clock: Rc::new(Clock::new(cta, agents)),
+            apart: Vec::new(),
+            waited: [0; 32],
+            seen: Vec::new(),
+            fenced: Vec::new(),
+        }
+    }
+
+    /// Ends an epoch: what follows is not covered by what was published before.
+    pub fn next_epoch(&mut self) {
+        self.epoch += 1;
+    }
+
+    fn clock_of(&self, lane: u32) -> &Rc<Clock> {
+        self.apart.iter().find(|(lanes, _)| lanes >> lane & 1 != 0).map_or(&self.clock, |(_, clock)| clock)
+    }
+
+    /// What a lane's next access is held against.
+    pub fn view(&self, lane: u32) -> View {
+        let clock = Rc::clone(self.clock_of(lane));
+        View { clock, agent: self.agent, lane: Some(lane), own: self.epoch, waited: self.waited[lane as usize] }
+    }
+
+    /// What the lanes know alike; `None` when some know more.
+    pub fn common(&self) -> Option<View> {
+        let view = || View { clock: Rc::clone(&self.clock), agent: self.agent, lane: None, own: 0, waited: 0 };
+        self.apart.is_empty().then(view)
+    }
+
+    /// An access by the warp, yet without lanes.
+    pub fn access(&self, cta: u32, pc: u32, kind: u8) -> Access {
+        Access { cta, agent: self.agent, clock: self.epoch, pc, kind, ..Access::default() }
+    }
+
+    /// Adds the own steps of `lanes` to a clock. `all`: those are all that the warp still has.
+    fn add_own(&self, clock: &mut Clock, lanes: u32, all: bool) {
+        clock.add(self.agent, if all { u32::MAX } else { lanes }, self.epoch);
+        let mut left = lanes;
+        while left != 0 {
+            let waited = self.waited[left.trailing_zeros() as usize];
+            let same = (0..32).map(|lane| left & 1 << lane);
+            let same: u32 =
+                same.filter(|lane| *lane != 0 && self.waited[lane.trailing_zeros() as usize] == waited).sum();
+            clock.add(self.agent + 1, if all && same == lanes { u32::MAX } else { same }, waited);
+            left &= !same;
+        }
+    }
+
+    /// What a release by all of `lanes` says: what they know and what they did. When these are all lanes that are `live`, it
+    /// speaks for those that have exited, too, as barriers do not wait for them; `u32::MAX` lets it speak for `lanes` alone.
+    pub fn published(&self, lanes: u32, live: u32) -> Clock {
+        let mut left = lanes;
+        let mut joined: Option<Clock> = None;
+        let base = std::iter::once((u32::MAX, &self.clock));
+        for (group, clock) in self.apart.iter().map(|(group, clock)| (*group, clock)).chain(base) {
+            if group & left == 0 {
+                continue;
+            }
+            left &= !group;
+            match &mut joined {
+                Some(joined) => joined.join(clock),
+                None => joined = Some((**clock).clone()),
+            }
+        }
+        let mut clock = joined.unwrap_or_else(|| (*self.clock).clone());
+        self.add_own(&mut clock, lanes, lanes & live == live);
+        clock
+    }
+
+    /// Every lane learns a clock that holds all they know already.
+    pub fn replace(&mut self, clock: &Rc<Clock>) {
+        self.clock = Rc::clone(clock);
+        self.apart.clear();
+    }
+
+    /// These lanes learn what a release said.
+    pub fn learn(&mut self, lanes: u32, live: u32, clock: &Clock) {
+        if lanes & live == live {
+            Rc::make_mut(&mut self.clock).join(clock);
+            self.apart.iter_mut().for_each(|(_, apart)| Rc::make_mut(apart).join(clock));
+            return;
+        }
+        let mut left = lanes;
+        let mut split = Vec::new();
+        for (group, known) in &mut self.apart {
+            let both = *group & lanes;
+            left &= !both;
+            if both == *group {
+                Rc::make_mut(known).join(clock);
+            } else if both != 0 {
+                *group &= !both;
+                split.push((both, Rc::clone(known)));
+            }
+        }
+        if left != 0 {
+            split.push((left, Rc::clone(&self.clock)));
+        }
+        for (group, mut known) in split {
+            Rc::make_mut(&mut known).join(clock);
+            self.apart.push((group, known));
+        }
+    }
+
+    /// `bar.warp.sync`: what each of the lanes did and knew comes before what all of them do next.
+    pub fn sync(&mut self, lanes: u32, live: u32) {
+        let clock = Rc::new(self.published(lanes, live));
+        if lanes & live == live {
+            self.replace(&clock);
+        } else {
+            self.apart.iter_mut().for_each(|(group, _)| *group &= !lanes);
+            self.apart.retain(|(group, _)| *group != 0);
+            self.apart.push((lanes, clock));
+        }
+        self.next_epoch();
+    }
+
+    /// The lane has waited for its copies up to an epoch of theirs.
+    pub fn waited(&mut self, lane: u32, epoch: u32) {
+        self.waited[lane as usize] = epoch;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shadow::{ATOMIC, Clusters, Shadow, WRITE};
+
+    /// Thread `t` is lane `t % 3` of warp `t / 3 % 2` of CTA `t / 6`.
+    const THREADS: usize = 12;
+    const LANES: u32 = 0b111;
+    const CLUSTERS: Clusters = Clusters { grid: [2, 1, 1], cluster: [1, 1, 1] };
+
+    /// The same twice: as the emulator does it, and with every access and a dense vector clock for every thread.
+    struct Both {
+        shadow: Shadow,
+        /// By warp.
+        views: Vec<Views>,
+        past: Vec<(usize, u32, u64, u8)>,
+        clocks: [[u32; THREADS]; THREADS],
+    }
+
+    impl Both {
+        fn new() -> Both {
+            let views = (0..4).map(|warp| Views::new(warp / 2, warp % 2, 4)).collect();
+            let mut clocks = [[0; THREADS]; THREADS];
+            (0..THREADS).for_each(|thread| clocks[thread][thread] = 1);
+            Both { shadow: Shadow::default(), views, past: Vec::new(), clocks }
+        }
+
+        /// Whether each of the two sees a race.
+        fn access(&mut self, thread: usize, at: usize, bytes: usize, kind: u8) -> (bool, bool) {
+            let (cta, lane) = ((thread / 6) as u32, (thread % 3) as u32);
+            let views = &self.views[thread / 3];
+            let (access, view) = (views.access(cta, kind.into(), kind).of_lane(lane), views.view(lane));
+            let seen = self.shadow.access((at, bytes), access, &view, false, CLUSTERS).is_err();
+            let mask = ((1u64 << bytes) - 1) << at;
+            let races = |past: &(usize, u32, u64, u8)| {
+                past.2 & mask != 0
+                    && (past.3 | kind) & WRITE != 0
+                    && past.1 > self.clocks[thread][past.0]
+                    && past.0 != thread
+                    && (past.3 & kind & ATOMIC == 0 || past.2 != mask)
+            };
+            let truly = self.past.iter().any(races);
+            self.past.push((thread, self.clocks[thread][thread], mask, kind));
+            (seen, truly)
+        }
+
+        /// One thread's release is acquired by another.
+        fn pass_on(&mut self, from: usize, to: usize) {
+            let published = self.views[from / 3].published(1 << (from % 3), u32::MAX);
+            self.views[to / 3].learn(1 << (to % 3), LANES, &published);
+            self.views[from / 3].next_epoch();
+            let theirs = self.clocks[from];
+            self.learn(to, &theirs);
+            self.clocks[from][from] += 1;
+        }
+
+        /// Lanes of a warp synchronise.
+        fn sync(&mut self, warp: usize, lanes: u32) {
+            self.views[warp].sync(lanes, LANES);
+            let threads: Vec<usize> =
+                (0..3).filter(|lane| lanes >> lane & 1 != 0).map(|lane| 3 * warp + lane).collect();
+            let before = self.clocks;
+            for &to in &threads {
+                threads.iter().for_each(|&from| self.learn(to, &before[from]));
+            }
+            threads.iter().for_each(|&thread| self.clocks[thread][thread] += 1);
+        }
+
+        /// The warps of a CTA meet at a barrier.
+        fn barrier(&mut self, cta: usize) {
+            let [first, second] = [2 * cta, 2 * cta + 1].map(|warp| self.views[warp].published(LANES, LANES));
+            let mut joined = first;
+            joined.join(&second);
+            let joined = Rc::new(joined);
+            let threads = 6 * cta..6 * cta + 6;
+            let before = self.clocks;
+            for views in &mut self.views[2 * cta..2 * cta + 2] {
+                views.next_epoch();
+                views.replace(&joined);
+            }
+            for to in threads.clone() {
+                threads.clone().for_each(|from| self.learn(to, &before[from]));
+            }
+            threads.for_each(|thread| self.clocks[thread][thread] += 1);
+        }
+
+        fn learn(&mut self, to: usize, theirs: &[u32; THREADS]) {
+            self.clocks[to].iter_mut().zip(theirs).for_each(|(mine, theirs)| *mine = (*mine).max(*theirs));
+        }
+    }
+
+    #[test]
+    fn the_same_races_as_with_everything_remembered() {
+        let (mut state, mut races, mut steps) = (1u64, 0, 0u32);
+        let mut random = |below: usize| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as usize % below
+        };
+        for round in 0..20_000 {
+            let mut both = Both::new();
+            for _ in 0..40 {
+                // Mostly in order, or the first race comes at once.
+                match random(16) {
+                    0..5 => both.pass_on(random(THREADS), random(THREADS)),
+                    5..9 => both.sync(random(4), 1 + random(7) as u32),
+                    9 => both.barrier(random(2)),
+                    _ => {}
+                }
+                let bytes = 1 << random(5);
+                let at = random(32 / bytes) * bytes;
+                let kind = [0, 0, 0, WRITE, ATOMIC, ATOMIC | WRITE][random(if round % 3 == 0 { 6 } else { 4 })];
+                let (seen, truly) = both.access(random(THREADS), at, bytes, kind);
+                assert_eq!(seen, truly, "round {round}");
+                steps += 1;
+                if truly {
+                    races += 1;
+                    break;
+                }
+            }
+        }
+        assert!(races > 1000 && steps > 50_000, "{races} races in {steps} accesses");
+    }
+}
