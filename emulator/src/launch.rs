@@ -111,16 +111,13 @@ pub(crate) struct Checked<'a> {
 }
 
 impl Launch<'_> {
+    pub(crate) fn bad(&self, message: String) -> Box<Report> {
+        let kernel = self.kernel.to_owned();
+        Box::new(Report { rule: Rule::BadLaunch, kernel, message, site: None, other: None })
+    }
+
     pub(crate) fn check<'m>(&self, module: &'m Module, device: &Device) -> Result<Checked<'m>, Box<Report>> {
-        let bad = |message: String| {
-            Err(Box::new(Report {
-                rule: Rule::BadLaunch,
-                kernel: self.kernel.to_owned(),
-                message,
-                site: None,
-                other: None,
-            }))
-        };
+        let bad = |message: String| Err(self.bad(message));
         let kernel = match module.kernel(self.kernel) {
             Some(Ok(kernel)) => kernel,
             Some(Err(error)) => return bad(error.to_string()),

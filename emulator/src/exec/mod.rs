@@ -1,6 +1,7 @@
 //! Runs a launch: CTAs that come and go, warps that take turns at random, until all have exited or a rule is broken.
 
 mod access;
+mod call;
 mod collective;
 mod copy;
 mod step;
@@ -126,6 +127,7 @@ impl Module {
     pub fn launch(&self, memory: &mut Memory, launch: &Launch<'_>, options: &Options) -> Result<Counters, Box<Report>> {
         let Checked { kernel, threads, ctas, shared_bytes, resident } = launch.check(self, &options.device)?;
         memory.clear_shadow();
+        self.load(memory).map_err(|message| launch.bad(message))?;
         let context = Context {
             kernel,
             launch,
