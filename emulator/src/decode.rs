@@ -16,32 +16,42 @@ pub(crate) use operands::{Frame, LOCAL_BASE, Layout, Names, SHARED_BASE};
 
 type Result<T> = std::result::Result<T, ParseError>;
 
-/// Decodes the body of a kernel or a function. Targets of branches are instructions of it, those of calls are not.
-pub(crate) fn decode(function: &Function, names: &mut Names) -> Result<Vec<Instruction>> {
+/// Decodes the body of a kernel or a function. Targets of branches are instructions of it, those of calls are not. All that
+/// cannot be decoded is returned, in the order of the text.
+pub(crate) fn decode(function: &Function, names: &mut Names) -> std::result::Result<Vec<Instruction>, Vec<ParseError>> {
+    let mut errors = Vec::new();
     let starts = starts(function);
     names.set_labels(function, &starts);
     let names = &*names;
     let mut code = Vec::with_capacity(function.body.len() + 1);
     for statement in &function.body {
-        let decoder = Decoder { names, statement };
-        let guard = match &statement.guard {
-            Some((name, negated)) => Some(Pred { slot: decoder.predicate(name)?, negated: *negated }),
-            None => None,
-        };
-        let mut emit = |op| {
-            let Statement { line, location, ref text, .. } = *statement;
-            code.push(Instruction { op, guard, line, location, text: text.clone().into() });
-        };
-        emit(decoder.op()?);
-        if is_call(statement) {
-            emit(decoder.results_of_call()?);
+        match instructions(names, statement) {
+            Ok(decoded) => code.extend(decoded),
+            Err(error) => errors.push(error),
         }
+    }
+    if !errors.is_empty() {
+        return Err(errors);
     }
     // Falling off the end returns.
     let line = function.body.last().map_or(function.line, |statement| statement.line);
     let op = names.link.map_or(Op::Exit, |link| Op::Return { link });
     code.push(Instruction { op, guard: None, line, location: 0, text: "ret".into() });
     Ok(code)
+}
+
+/// One instruction, or two for a call.
+fn instructions(names: &Names, statement: &Statement) -> Result<impl Iterator<Item = Instruction>> {
+    let decoder = Decoder { names, statement };
+    let guard = match &statement.guard {
+        Some((name, negated)) => Some(Pred { slot: decoder.predicate(name)?, negated: *negated }),
+        None => None,
+    };
+    let first = decoder.op()?;
+    let second = if is_call(statement) { Some(decoder.results_of_call()?) } else { None };
+    let Statement { line, location, ref text, .. } = *statement;
+    let instruction = move |op| Instruction { op, guard, line, location, text: text.clone().into() };
+    Ok([Some(first), second].into_iter().flatten().map(instruction))
 }
 
 fn is_call(statement: &Statement) -> bool {

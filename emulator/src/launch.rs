@@ -120,7 +120,7 @@ impl Launch<'_> {
         let bad = |message: String| Err(self.bad(message));
         let kernel = match module.kernel(self.kernel) {
             Some(Ok(kernel)) => kernel,
-            Some(Err(error)) => return bad(error.to_string()),
+            Some(Err(errors)) => return bad(errors.first().map_or_else(String::new, ToString::to_string)),
             None => return bad(format!("no such kernel, expected one of {}", module.kernels().join(", "))),
         };
         if self.params.len() != kernel.param_bytes as usize {

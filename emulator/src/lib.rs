@@ -16,5 +16,5 @@ mod shadow;
 
 pub use launch::{Counters, Device, Launch, Options, Timing};
 pub use memory::{Memory, MemoryError};
-pub use module::Module;
+pub use module::{KernelInfo, Module, Parameter};
 pub use report::{ParseError, Report, Rule, Site};

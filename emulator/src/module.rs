@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
-use crate::decode::{self, CallGraph, Frame, LOCAL_BASE, Layout, Names};
+use crate::decode::{self, CallGraph, Frame, LOCAL_BASE, Layout, Names, SHARED_BASE};
 use crate::isa::{Instruction, Op};
 use crate::memory::{Memory, Preset};
 use crate::parse::{self, Global, Location, Relocation, Source};
@@ -39,6 +39,50 @@ impl Kernel {
     }
 }
 
+/// One parameter of a kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Parameter {
+    /// Its name in the PTX.
+    pub name: String,
+    /// Where it begins among the parameter bytes of a [`Launch`](crate::Launch).
+    pub offset: u32,
+    /// Its size.
+    pub bytes: u32,
+}
+
+/// What a kernel takes and needs. Registers and memory are 0 when it holds something that is not implemented.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KernelInfo<'a> {
+    /// In order.
+    pub parameters: &'a [Parameter],
+    /// Instructions, those of called functions included.
+    pub instructions: usize,
+    /// Registers the emulator needs per thread: a register is counted once whatever its width, and ptxas arrives at other
+    /// numbers.
+    pub registers: u32,
+    /// Predicates the emulator needs per thread.
+    pub predicates: u32,
+    /// Static shared memory in bytes.
+    pub shared_bytes: u32,
+    /// Local memory per thread in bytes, the arguments of calls included.
+    pub local_bytes: u32,
+    /// `.maxntid` or `.reqntid`: threads per CTA.
+    pub max_threads: Option<u32>,
+}
+
+/// Lays parameters out as [`Frame`] does.
+fn parameters(function: &parse::Function) -> Vec<Parameter> {
+    let mut end = 0u32;
+    let mut place = |param: &parse::Param| {
+        let offset = end.next_multiple_of(param.align);
+        end = offset.saturating_add(param.bytes).min(1 << 30);
+        Parameter { name: param.name.clone(), offset, bytes: param.bytes }
+    };
+    function.params.iter().map(&mut place).collect()
+}
+
 /// Deepest recursion: about what a device's stack of a kilobyte or two would hold.
 pub(crate) const MOST_LEVELS: u32 = 64;
 
@@ -48,7 +92,8 @@ pub(crate) const MOST_LEVELS: u32 = 64;
 /// and when it is launched; the others can be used.
 #[derive(Debug)]
 pub struct Module {
-    kernels: HashMap<String, Result<Kernel, ParseError>>,
+    kernels: HashMap<String, Result<Kernel, Vec<ParseError>>>,
+    parameters: HashMap<String, Vec<Parameter>>,
     files: HashMap<u32, String>,
     locations: Vec<Location>,
     target: String,
@@ -68,10 +113,11 @@ impl Module {
         let hash = hash(text);
         let (base, layout, variables) = lay_out(&source, hash)?;
         let layout = Rc::new(layout);
-        let kernels = source.functions.iter().filter(|function| function.entry);
-        let kernels = kernels.map(|function| (function.name.clone(), kernel(function, &source, &layout))).collect();
+        let entries = || source.functions.iter().filter(|function| function.entry);
+        let parameters = entries().map(|function| (function.name.clone(), parameters(function))).collect();
+        let kernels = entries().map(|function| (function.name.clone(), kernel(function, &source, &layout))).collect();
         let Source { files, locations, target, .. } = source;
-        Ok(Module { kernels, files, locations, target, base, hash, variables })
+        Ok(Module { kernels, parameters, files, locations, target, base, hash, variables })
     }
 
     /// Address and bytes of a variable of the module (`__device__`, `__constant__`), which is loaded into `memory` if it was
@@ -106,7 +152,29 @@ impl Module {
 
     /// Why a kernel cannot be launched: `None` when it can, or when there is no such kernel.
     pub fn kernel_error(&self, kernel: &str) -> Option<&ParseError> {
-        self.kernels.get(kernel)?.as_ref().err()
+        self.kernel_errors(kernel).first()
+    }
+
+    /// Every instruction of a kernel and of what it calls that is not implemented, with its line.
+    pub fn kernel_errors(&self, kernel: &str) -> &[ParseError] {
+        match self.kernels.get(kernel) {
+            Some(Err(errors)) => errors,
+            _ => &[],
+        }
+    }
+
+    /// What a kernel takes and needs: `None` when there is no such kernel.
+    pub fn kernel_info(&self, kernel: &str) -> Option<KernelInfo<'_>> {
+        let mut info = KernelInfo { parameters: self.parameters.get(kernel)?, ..KernelInfo::default() };
+        if let Some(Ok(kernel)) = self.kernels.get(kernel) {
+            info.instructions = kernel.code.len();
+            info.registers = kernel.registers.into();
+            info.predicates = kernel.predicates.into();
+            info.shared_bytes = kernel.shared_end - SHARED_BASE;
+            info.local_bytes = kernel.local_end - LOCAL_BASE;
+            info.max_threads = kernel.max_threads;
+        }
+        Some(info)
     }
 
     /// The `.target` of the file, such as `sm_80`.
@@ -114,7 +182,7 @@ impl Module {
         &self.target
     }
 
-    pub(crate) fn kernel(&self, name: &str) -> Option<&Result<Kernel, ParseError>> {
+    pub(crate) fn kernel(&self, name: &str) -> Option<&Result<Kernel, Vec<ParseError>>> {
         self.kernels.get(name)
     }
 
@@ -197,15 +265,16 @@ fn is_function(source: &Source, name: &str) -> bool {
 }
 
 /// Decodes a kernel with all that it calls.
-fn kernel(function: &parse::Function, source: &Source, layout: &Rc<Layout>) -> Result<Kernel, ParseError> {
-    let graph = CallGraph::new(function, source)?;
-    let mut frame = Frame::new(&graph, source)?;
-    let too_many = || ParseError { line: function.line, message: "more than 65535 registers".to_owned() };
+fn kernel(function: &parse::Function, source: &Source, layout: &Rc<Layout>) -> Result<Kernel, Vec<ParseError>> {
+    let one = |error| vec![error];
+    let graph = CallGraph::new(function, source).map_err(one)?;
+    let mut frame = Frame::new(&graph, source).map_err(one)?;
+    let too_many = || one(ParseError { line: function.line, message: "more than 65535 registers".to_owned() });
     let (mut all_names, mut signatures, mut targets) = (Vec::new(), HashMap::new(), HashMap::new());
     let mut start = 0;
     for (index, function) in graph.functions.iter().enumerate() {
-        let mut names = Names::new(function, &mut frame, layout, graph.recursive)?;
-        let mut signature = names.add_params(function, &mut frame)?;
+        let mut names = Names::new(function, &mut frame, layout, graph.recursive).map_err(one)?;
+        let mut signature = names.add_params(function, &mut frame).map_err(one)?;
         if !function.entry {
             signature.link = index as u16;
             names.link = Some(signature.link);
@@ -216,10 +285,17 @@ fn kernel(function: &parse::Function, source: &Source, layout: &Rc<Layout>) -> R
         all_names.push(names);
     }
     let (signatures, targets) = (Rc::new(signatures), Rc::new(targets));
+    let mut errors = Vec::new();
     let (mut code, mut registers, mut predicates, mut entry) = (Vec::new(), 0u16, 0u16, 0);
     for (function, names) in graph.functions.iter().zip(&mut all_names) {
         names.link_to(&signatures, &targets);
-        let mut part = decode::decode(function, names)?;
+        let mut part = match decode::decode(function, names) {
+            Ok(part) => part,
+            Err(more) => {
+                errors.extend(more);
+                continue;
+            }
+        };
         let (data, preds) = regalloc::allocate(&mut part, names.virtual_registers, names.virtual_predicates);
         let sums = (registers.checked_add(data), predicates.checked_add(preds));
         let (Some(more_registers), Some(more_predicates)) = sums else { return Err(too_many()) };
@@ -233,6 +309,9 @@ fn kernel(function: &parse::Function, source: &Source, layout: &Rc<Layout>) -> R
             }
         }
         code.append(&mut part);
+    }
+    if !errors.is_empty() {
+        return Err(errors);
     }
     // The link registers stand behind all others.
     let links = registers;
