@@ -118,7 +118,11 @@ fn scalar(ty: &str) -> Option<Ty> {
     })
 }
 
-fn compare(word: &str) -> Option<Compare> {
+/// `lo`, `ls`, `hi` and `hs` are for unsigned integers alone.
+fn compare(word: &str, ty: &str) -> Option<Compare> {
+    if matches!(word, "lo" | "ls" | "hi" | "hs") && !matches!(ty, "u16" | "u32" | "u64") {
+        return None;
+    }
     Some(match word {
         "eq" => Compare::Eq,
         "ne" => Compare::Ne,

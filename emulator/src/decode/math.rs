@@ -11,7 +11,7 @@ pub(super) fn uses_carry(opcode: &str) -> bool {
     matches!(words.next(), Some("addc" | "subc" | "madc")) || words.any(|word| word == "cc")
 }
 
-fn round(word: &str) -> Option<Round> {
+pub(super) fn round(word: &str) -> Option<Round> {
     Some(match word {
         "rn" => Round::Rn,
         "rz" => Round::Rz,
@@ -22,7 +22,7 @@ fn round(word: &str) -> Option<Round> {
 }
 
 /// Takes `word` from the front of `words` if it stands there.
-fn take<'a>(words: &mut &[&'a str], word: &str) -> bool {
+pub(super) fn take<'a>(words: &mut &[&'a str], word: &str) -> bool {
     match words.split_first() {
         Some((first, rest)) if *first == word => {
             *words = rest;
@@ -33,7 +33,7 @@ fn take<'a>(words: &mut &[&'a str], word: &str) -> bool {
 }
 
 /// Takes the first word if `f` knows it.
-fn take_with<'a, T>(words: &mut &[&'a str], f: impl Fn(&str) -> Option<T>) -> Option<T> {
+pub(super) fn take_with<'a, T>(words: &mut &[&'a str], f: impl Fn(&str) -> Option<T>) -> Option<T> {
     let (first, rest) = words.split_first()?;
     let found = f(first)?;
     *words = rest;
@@ -234,7 +234,8 @@ impl Decoder<'_> {
                 combine: None,
             }));
         }
-        let Some(cmp) = take_with(&mut rest, compare) else { return Ok(None) };
+        let rest_type = rest.last().copied().unwrap_or_default();
+        let Some(cmp) = take_with(&mut rest, |word| compare(word, rest_type)) else { return Ok(None) };
         let combine = take_with(&mut rest, logic);
         let ftz = take(&mut rest, "ftz");
         let (to, ty) = match (name, rest) {
@@ -401,19 +402,16 @@ impl Decoder<'_> {
         let rounding = if away { Some(Round::Rn) } else { take_with(&mut rest, round) };
         let integral =
             if rounding.is_none() { take_with(&mut rest, |word| word.strip_suffix('i').and_then(round)) } else { None };
-        let (mut ftz, mut sat, mut relu, mut finite) = (false, false, false, false);
-        while let Some((first, others)) = rest.split_first() {
-            let flag = match *first {
-                "ftz" => &mut ftz,
-                "sat" => &mut sat,
-                "relu" => &mut relu,
-                "satfinite" => &mut finite,
-                _ => break,
-            };
-            if std::mem::replace(flag, true) {
-                return self.unsupported();
-            }
-            rest = others;
+        let ftz = take(&mut rest, "ftz");
+        let sat = take(&mut rest, "sat");
+        let relu_first = take(&mut rest, "relu");
+        let finite = take(&mut rest, "satfinite");
+        // With the 8-bit formats `.relu` stands behind `.satfinite`.
+        let relu_last = finite && !relu_first && take(&mut rest, "relu");
+        let relu = relu_first || relu_last;
+        let eight_bits = rest.iter().any(|ty| matches!(*ty, "e4m3x2" | "e5m2x2"));
+        if (relu_last && !eight_bits) || (relu_first && finite && eight_bits) {
+            return Ok(None);
         }
         let [to, from] = *rest else { return Ok(None) };
         let direction = rounding.unwrap_or(Round::Rz);
@@ -435,11 +433,11 @@ impl Decoder<'_> {
                 self.same(Math::Widen { from, relu }, Ty::B(16), 1)
             }
             // "rna", or from sm_90 on "rn" and "rz" with ".relu".
-            ("tf32", "f32") if rounding.is_some() && none && !ftz && !(away && relu) => {
+            ("tf32", "f32") if matches!(rounding, Some(Round::Rn | Round::Rz)) && none && !ftz && !(away && relu) => {
                 self.same(narrow(Small::Tf32, Ty::F32, false), Ty::F32, 1)
             }
             ("f16" | "bf16", "f32") if matches!(rounding, Some(Round::Rn | Round::Rz)) && none && !away && !ftz => {
-                if rounding == Some(Round::Rn) && !finite {
+                if rounding == Some(Round::Rn) && !finite && !relu {
                     return Ok(None);
                 }
                 let to = if to == "f16" { Small::F16 } else { Small::Bf16 };
@@ -466,6 +464,9 @@ impl Decoder<'_> {
     ) -> Result<Option<Op>> {
         let (Some(to), Some(from)) = (scalar(to), scalar(from)) else { return Ok(None) };
         if matches!(to, Ty::B(_)) || matches!(from, Ty::B(_)) {
+            return Ok(None);
+        }
+        if [to, from].iter().any(|ty| matches!(ty, Ty::F16x2 | Ty::Bf16x2)) {
             return Ok(None);
         }
         let is_float = |ty| matches!(ty, Ty::F16 | Ty::Bf16 | Ty::F32 | Ty::F64);
