@@ -68,11 +68,20 @@ pub struct Options {
     pub races: bool,
     /// Warp instructions without any effect on memory, barriers or other warps after which the run is a livelock.
     pub patience: u64,
+    /// Warp instructions after which the run is given up, whatever they do.
+    pub limit: u64,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { seed: 1, device: Device::default(), copies: Timing::Mixed, races: true, patience: 2_000_000 }
+        Options {
+            seed: 1,
+            device: Device::default(),
+            copies: Timing::Mixed,
+            races: true,
+            patience: 2_000_000,
+            limit: u64::MAX,
+        }
     }
 }
 

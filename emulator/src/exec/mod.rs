@@ -194,6 +194,11 @@ impl Machine<'_> {
             if self.context.idle > self.context.options.patience {
                 return Err(self.livelock(slot, warp));
             }
+            let limit = self.context.options.limit;
+            if self.context.counters.instructions > limit {
+                let message = format!("not done after the limit of {limit} instructions:{}", self.table());
+                return Err(self.simple_report(Rule::Livelock, message));
+            }
         }
         Ok(())
     }
