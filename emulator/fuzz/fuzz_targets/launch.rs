@@ -17,7 +17,7 @@ libfuzzer_sys::fuzz_target!(|text: &str| {
         let buffer = memory.alloc("buffer", 4096).to_le_bytes();
         let params: Vec<u8> = buffer.into_iter().cycle().take(bytes).collect();
         let launch =
-            Launch { kernel, grid: [2, 1, 1], cluster: [1; 3], block: [48, 1, 1], shared_bytes: 256, params: &params };
+            Launch { kernel, grid: [1; 3], cluster: [1; 3], block: [64, 1, 1], shared_bytes: 256, params: &params };
         let _ = module.launch(&mut memory, &launch, &options);
     }
 });
