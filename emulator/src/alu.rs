@@ -8,14 +8,17 @@
 mod convert;
 mod float;
 mod int;
+mod math;
 mod mma;
 mod narrow;
+mod soft;
 #[cfg(test)]
 mod tests;
 
 use crate::isa::*;
 pub(crate) use convert::{cvt, cvt_pack};
 pub(crate) use int::bfi;
+pub(crate) use math::{float_mode_exists, math, test as test_math, truth};
 pub(crate) use mma::mma;
 
 /// A register: one value per lane. 32-bit and 16-bit registers hold their value zero-extended.
@@ -130,10 +133,11 @@ pub(crate) fn implemented(op: &Op) -> bool {
         }
         Op::CvtPack { to, .. } => is_packed(to),
         Op::Atom { op, ty, .. } => match op {
-            Atomic::Add => matches!(ty, Ty::U(32 | 64) | Ty::S(32) | Ty::F32 | Ty::F64),
+            Atomic::Add => matches!(ty, Ty::U(32 | 64) | Ty::S(32)) || is_float(ty),
             Atomic::Min | Atomic::Max => matches!(ty, Ty::U(32 | 64) | Ty::S(32 | 64)),
             Atomic::Inc | Atomic::Dec => ty == Ty::U(32),
-            Atomic::And | Atomic::Or | Atomic::Xor | Atomic::Exch | Atomic::Cas => matches!(ty, Ty::B(32 | 64)),
+            Atomic::Cas => matches!(ty, Ty::B(16 | 32 | 64)),
+            Atomic::And | Atomic::Or | Atomic::Xor | Atomic::Exch => matches!(ty, Ty::B(32 | 64)),
         },
         Op::Mma { k, ab, ref a, ref b, .. } => {
             let fragments = usize::from(k) / 8;
@@ -227,6 +231,9 @@ pub(crate) fn atomic(op: Atomic, ty: Ty, old: u64, b: u64, c: u64) -> u64 {
     let new = match (op, ty) {
         (Atomic::Add, Ty::F32) => float::canonical32(f32::get(old) + f32::get(b)).into(),
         (Atomic::Add, Ty::F64) => float::canonical64(f64::get(old) + f64::get(b)),
+        (Atomic::Add, Ty::F16 | Ty::Bf16 | Ty::F16x2 | Ty::Bf16x2) => {
+            float::binary(Binary::Add, ty, &[old; 32], &[b; 32])[0]
+        }
         (Atomic::Add, _) => old.wrapping_add(b),
         (Atomic::Min, Ty::S(_)) => {
             if signed(b) < signed(old) {

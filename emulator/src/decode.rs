@@ -1,41 +1,73 @@
 //! Statements to instructions. Every opcode and every modifier is listed here; what is not listed is an error.
 
 mod arithmetic;
+mod call;
 mod control;
 mod float;
+mod math;
 mod memory;
 mod operands;
 
 use crate::isa::*;
-use crate::parse::{Function, Source, Statement};
+use crate::parse::{Function, Statement};
 use crate::report::ParseError;
-pub(crate) use operands::{LOCAL_BASE, Names, SHARED_BASE};
+pub(crate) use call::CallGraph;
+pub(crate) use operands::{Frame, LOCAL_BASE, Layout, Names, SHARED_BASE};
 
 type Result<T> = std::result::Result<T, ParseError>;
 
-/// Decodes the body of one kernel.
-pub(crate) fn decode(function: &Function, source: &Source) -> Result<(Vec<Instruction>, Names)> {
-    let names = Names::new(function, source)?;
+/// Decodes the body of a kernel or a function. Targets of branches are instructions of it, those of calls are not. All that
+/// cannot be decoded is returned, in the order of the text.
+pub(crate) fn decode(function: &Function, names: &mut Names) -> std::result::Result<Vec<Instruction>, Vec<ParseError>> {
+    let mut errors = Vec::new();
+    let starts = starts(function);
+    names.set_labels(function, &starts);
+    let names = &*names;
     let mut code = Vec::with_capacity(function.body.len() + 1);
     for statement in &function.body {
-        let decoder = Decoder { names: &names, statement };
-        let guard = match &statement.guard {
-            Some((name, negated)) => Some(Pred { slot: decoder.predicate(name)?, negated: *negated }),
-            None => None,
-        };
-        let op = decoder.op()?;
-        code.push(Instruction {
-            op,
-            guard,
-            line: statement.line,
-            location: statement.location,
-            text: statement.text.clone().into(),
-        });
+        match instructions(names, statement) {
+            Ok(decoded) => code.extend(decoded),
+            Err(error) => errors.push(error),
+        }
+    }
+    if !errors.is_empty() {
+        return Err(errors);
     }
     // Falling off the end returns.
-    let line = function.body.last().map_or(0, |statement| statement.line);
-    code.push(Instruction { op: Op::Exit, guard: None, line, location: 0, text: "ret".into() });
-    Ok((code, names))
+    let line = function.body.last().map_or(function.line, |statement| statement.line);
+    let op = names.link.map_or(Op::Exit, |link| Op::Return { link });
+    code.push(Instruction { op, guard: None, line, location: 0, text: "ret".into() });
+    Ok(code)
+}
+
+/// One instruction, or two for a call.
+fn instructions(names: &Names, statement: &Statement) -> Result<impl Iterator<Item = Instruction>> {
+    let decoder = Decoder { names, statement };
+    let guard = match &statement.guard {
+        Some((name, negated)) => Some(Pred { slot: decoder.predicate(name)?, negated: *negated }),
+        None => None,
+    };
+    let first = decoder.op()?;
+    let second = if is_call(statement) { Some(decoder.results_of_call()?) } else { None };
+    let Statement { line, location, ref text, .. } = *statement;
+    let instruction = move |op| Instruction { op, guard, line, location, text: text.clone().into() };
+    Ok([Some(first), second].into_iter().flatten().map(instruction))
+}
+
+fn is_call(statement: &Statement) -> bool {
+    matches!(statement.opcode.as_str(), "call" | "call.uni")
+}
+
+/// The first instruction of each statement, and how many there are: a call has two, all others one.
+pub(crate) fn starts(function: &Function) -> Vec<u32> {
+    let mut at = 0;
+    let mut starts = Vec::with_capacity(function.body.len() + 1);
+    for statement in &function.body {
+        starts.push(at);
+        at += if is_call(statement) { 2 } else { 1 };
+    }
+    starts.push(at);
+    starts
 }
 
 pub(super) struct Decoder<'a> {
@@ -86,7 +118,11 @@ fn scalar(ty: &str) -> Option<Ty> {
     })
 }
 
-fn compare(word: &str) -> Option<Compare> {
+/// `lo`, `ls`, `hi` and `hs` are for unsigned integers alone.
+fn compare(word: &str, ty: &str) -> Option<Compare> {
+    if matches!(word, "lo" | "ls" | "hi" | "hs") && !matches!(ty, "u16" | "u32" | "u64") {
+        return None;
+    }
     Some(match word {
         "eq" => Compare::Eq,
         "ne" => Compare::Ne,
@@ -136,7 +172,8 @@ fn space(word: &str) -> Option<Space> {
         "global" => Space::Global,
         "shared" | "shared::cta" => Space::Shared,
         "local" => Space::Local,
-        "param" => Space::Param,
+        "param" | "param::entry" | "param::func" => Space::Param,
+        "const" => Space::Const,
         _ => return None,
     })
 }
@@ -153,7 +190,9 @@ impl Decoder<'_> {
     fn op(&self) -> Result<Op> {
         let words: Vec<&str> = self.statement.opcode.split('.').collect();
         type Family<'a> = fn(&Decoder<'a>, &[&str]) -> Result<Option<Op>>;
-        let families: [Family<'_>; 4] = [
+        let families: [Family<'_>; 6] = [
+            |decoder, words| decoder.call(words),
+            |decoder, words| decoder.math(words),
             |decoder, words| decoder.arithmetic(words),
             |decoder, words| decoder.float_arithmetic(words),
             |decoder, words| decoder.memory(words),

@@ -1,5 +1,9 @@
 //! Decoded instructions: what the executor sees. Names follow the PTX ISA.
 
+mod math;
+
+pub(crate) use math::*;
+
 /// A per-lane source. 32-bit and 16-bit registers hold their value zero-extended to 64 bits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Src {
@@ -20,6 +24,20 @@ pub(crate) enum Special {
     DynamicSharedBytes,
     TotalSharedBytes,
     Clock,
+    SmId,
+    NsmId,
+    WarpCount,
+    /// Address in local memory of a variable in the frame of the function at hand.
+    Frame(u32),
+}
+
+/// Bytes of `.param` memory from one place of a thread's frame to another, by their offsets; a call moves them between the
+/// caller's frame and the callee's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Moved {
+    pub from: u32,
+    pub to: u32,
+    pub bytes: u32,
 }
 
 /// A destination register; `None` is the sink `_`.
@@ -136,6 +154,7 @@ pub(crate) enum Space {
     Shared,
     Local,
     Param,
+    Const,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -380,6 +399,61 @@ pub(crate) enum Op {
     },
     ActiveMask {
         d: Dst,
+    },
+    /// One of the functions of `alu::math`.
+    Math {
+        op: Math,
+        d: Dst,
+        a: Vec<Src>,
+    },
+    /// `setp` with `.ftz` or of a packed type, `testp`.
+    Test {
+        test: Test,
+        p: u16,
+        q: Option<u16>,
+        a: [Src; 2],
+        combine: Option<(Logic, Pred)>,
+    },
+    /// `set`: as `setp`, but all ones, or 1.0, to a register; of packed types a truth per half.
+    Set {
+        test: Test,
+        to: Ty,
+        d: Dst,
+        a: [Src; 2],
+        combine: Option<(Logic, Pred)>,
+    },
+    /// With the carry in and the carry out as predicates.
+    Carry {
+        op: Carry,
+        ty: Ty,
+        d: Dst,
+        a: [Src; 3],
+        carry: [Option<u16>; 2],
+    },
+    /// Copies the arguments and goes to a function; `link` is the register that holds where each lane returns to.
+    Call {
+        target: u32,
+        link: u16,
+        copies: Vec<Moved>,
+    },
+    /// The returned values of a call.
+    CopyResults {
+        copies: Vec<Moved>,
+    },
+    Return {
+        link: u16,
+    },
+    BraIndexed {
+        index: Src,
+        targets: Vec<u32>,
+    },
+    /// `__assertfail(message, file, line, function, size)`: addresses of strings in `.param` memory.
+    AssertFail {
+        args: Vec<u32>,
+    },
+    /// Prefetches and the like: nothing that a program can see.
+    Hint {
+        a: Vec<Src>,
     },
     Bra {
         target: u32,

@@ -80,6 +80,8 @@ pub struct Options {
     pub registers: Option<u32>,
     /// Warp instructions without any effect on memory, barriers or other warps after which the run is a livelock.
     pub patience: u64,
+    /// Warp instructions after which the run is given up, whatever they do.
+    pub limit: u64,
 }
 
 impl Default for Options {
@@ -91,6 +93,7 @@ impl Default for Options {
             checks: Checks::default(),
             registers: None,
             patience: 2_000_000,
+            limit: u64::MAX,
         }
     }
 }
@@ -131,20 +134,17 @@ pub(crate) struct Checked<'a> {
 }
 
 impl Launch<'_> {
+    pub(crate) fn bad(&self, message: String) -> Box<Report> {
+        let kernel = self.kernel.to_owned();
+        Box::new(Report { rule: Rule::BadLaunch, kernel, message, site: None, other: None })
+    }
+
     pub(crate) fn check<'m>(&self, module: &'m Module, options: &Options) -> Result<Checked<'m>, Box<Report>> {
         let device = &options.device;
-        let bad = |message: String| {
-            Err(Box::new(Report {
-                rule: Rule::BadLaunch,
-                kernel: self.kernel.to_owned(),
-                message,
-                site: None,
-                other: None,
-            }))
-        };
+        let bad = |message: String| Err(self.bad(message));
         let kernel = match module.kernel(self.kernel) {
             Some(Ok(kernel)) => kernel,
-            Some(Err(error)) => return bad(error.to_string()),
+            Some(Err(errors)) => return bad(errors.first().map_or_else(String::new, ToString::to_string)),
             None => return bad(format!("no such kernel, expected one of {}", module.kernels().join(", "))),
         };
         if self.params.len() != kernel.param_bytes as usize {

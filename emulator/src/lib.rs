@@ -20,5 +20,5 @@ mod shadow;
 pub use counters::{Class, Counters, Line};
 pub use launch::{Checks, Device, Launch, Options, Timing};
 pub use memory::{Memory, MemoryError};
-pub use module::Module;
+pub use module::{KernelInfo, Module, Parameter};
 pub use report::{ParseError, Report, Rule, Site};

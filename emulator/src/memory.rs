@@ -35,6 +35,8 @@ pub(crate) struct Allocation {
     /// One byte per byte: 0 while unwritten; 1, and 2 where a flag has been.
     pub written: Vec<u8>,
     pub shadow: Shadow,
+    /// Kernels cannot write it.
+    pub constant: bool,
 }
 
 /// Global memory of the simulated device.
@@ -43,12 +45,23 @@ pub struct Memory {
     pub(crate) allocations: Vec<Allocation>,
     next: u64,
     last_hit: usize,
+    /// Modules whose variables have been loaded, by where those begin: a hash of the text.
+    modules: Vec<(u64, u64)>,
 }
 
 impl Default for Memory {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// A variable of a module as it is at first.
+#[derive(Clone, Debug)]
+pub(crate) struct Preset {
+    pub name: String,
+    pub address: u64,
+    pub data: Vec<u8>,
+    pub constant: bool,
 }
 
 /// Lowest global address. Below lie the windows of shared and local memory.
@@ -59,7 +72,7 @@ const GUARD: u64 = 4096;
 impl Memory {
     /// Empty memory.
     pub fn new() -> Self {
-        Memory { allocations: Vec::new(), next: GLOBAL_BASE, last_hit: 0 }
+        Memory { allocations: Vec::new(), next: GLOBAL_BASE, last_hit: 0, modules: Vec::new() }
     }
 
     /// Allocates `bytes` unwritten bytes at a multiple of 256 and returns the address.
@@ -77,8 +90,42 @@ impl Memory {
             data: vec![0; bytes],
             written: vec![0; bytes],
             shadow: Shadow::default(),
+            constant: false,
         });
         base
+    }
+
+    /// Puts the variables of a module at their addresses, unless they are there. Fails if another module's are.
+    pub(crate) fn load(&mut self, base: u64, hash: u64, variables: &[Preset]) -> Result<(), String> {
+        match self.modules.iter().find(|(other, _)| *other == base) {
+            Some((_, other)) if *other == hash => return Ok(()),
+            Some(_) => return Err("its variables meet those of another module in the same memory".to_owned()),
+            None => self.modules.push((base, hash)),
+        }
+        for Preset { name, address, data, constant } in variables {
+            let at = self.allocations.partition_point(|allocation| allocation.base <= *address);
+            let allocation = Allocation {
+                name: name.clone(),
+                base: *address,
+                data: data.clone(),
+                written: vec![1; data.len()],
+                shadow: Shadow::default(),
+                constant: *constant,
+            };
+            self.allocations.insert(at, allocation);
+        }
+        self.last_hit = 0;
+        Ok(())
+    }
+
+    /// The string that ends with a zero byte at an address, as far as it can be read.
+    pub(crate) fn text(&self, address: u64) -> String {
+        const MOST: u64 = 4096;
+        let bytes = (0..MOST).map_while(|i| match self.lookup(address.wrapping_add(i), 1) {
+            Ok((index, offset)) => Some(self.allocations[index].data[offset]).filter(|byte| *byte != 0),
+            Err(_) => None,
+        });
+        String::from_utf8_lossy(&bytes.collect::<Vec<u8>>()).into_owned()
     }
 
     /// Writes from the host.

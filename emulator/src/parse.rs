@@ -2,9 +2,13 @@
 //!
 //! PTX ISA, "Syntax" and "Source Format". Nothing is interpreted here; `decode` gives instructions their meaning.
 
+mod declare;
+mod lex;
+
 use std::collections::HashMap;
 
 use crate::report::ParseError;
+use lex::{Token, error, literal, tokens};
 
 /// One operand as written.
 #[derive(Clone, Debug, PartialEq)]
@@ -49,11 +53,42 @@ pub(crate) struct Param {
     pub bytes: u32,
 }
 
-/// A `.entry` with its body; register names are unique within it (inner scopes are renamed).
+/// A variable of the module with what it holds at first.
+#[derive(Clone, Debug)]
+pub(crate) struct Global {
+    pub variable: Variable,
+    pub constant: bool,
+    /// Declared here, defined elsewhere.
+    pub external: bool,
+    pub bytes: Vec<u8>,
+    pub relocations: Vec<Relocation>,
+    pub line: u32,
+}
+
+/// `bytes` of the address of a symbol plus `addend`, at `offset`.
+#[derive(Clone, Debug)]
+pub(crate) struct Relocation {
+    pub offset: usize,
+    pub bytes: usize,
+    pub symbol: String,
+    pub addend: i64,
+}
+
+/// A `.entry` or `.func` with its body; register names are unique within it (inner scopes are renamed).
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Function {
     pub name: String,
+    /// A kernel, not a function.
+    pub entry: bool,
+    /// A `.func` without a body.
+    pub external: bool,
+    pub line: u32,
     pub params: Vec<Param>,
+    pub results: Vec<Param>,
+    /// `.param` variables of the body.
+    pub temporaries: Vec<Param>,
+    /// `.branchtargets` by label.
+    pub targets: HashMap<String, Vec<String>>,
     pub registers: HashMap<String, RegType>,
     pub shared: Vec<Variable>,
     pub local: Vec<Variable>,
@@ -81,78 +116,10 @@ pub(crate) struct Location {
 pub(crate) struct Source {
     pub functions: Vec<Function>,
     pub shared: Vec<Variable>,
+    pub globals: Vec<Global>,
     pub files: HashMap<u32, String>,
     pub locations: Vec<Location>,
     pub target: String,
-}
-
-#[derive(Clone, Debug, PartialEq)]
-struct Token {
-    text: String,
-    line: u32,
-}
-
-fn error<T>(line: u32, message: impl Into<String>) -> Result<T, ParseError> {
-    Err(ParseError { line, message: message.into() })
-}
-
-/// Splits into words and single punctuation characters; comments vanish. A word keeps its dots, `%`, `$` and `::`.
-fn tokens(text: &str) -> Result<Vec<Token>, ParseError> {
-    let bytes = text.as_bytes();
-    let (mut out, mut i, mut line) = (Vec::new(), 0, 1u32);
-    let is_word = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'_' | b'$' | b'%' | b'.');
-    while i < bytes.len() {
-        let c = bytes[i];
-        if c == b'\n' {
-            line += 1;
-            i += 1;
-        } else if c.is_ascii_whitespace() {
-            i += 1;
-        } else if bytes[i..].starts_with(b"//") {
-            i += bytes[i..].iter().position(|&c| c == b'\n').unwrap_or(bytes.len() - i);
-        } else if bytes[i..].starts_with(b"/*") {
-            let end = text.get(i + 2..).and_then(|rest| rest.find("*/"));
-            let Some(end) = end else { return error(line, "comment without end") };
-            line += text[i..i + 2 + end].matches('\n').count() as u32;
-            i += end + 4;
-        } else if c == b'"' {
-            let end = bytes[i + 1..].iter().position(|&c| c == b'"' || c == b'\n');
-            match end {
-                Some(end) if bytes[i + 1 + end] == b'"' => {
-                    let text = String::from_utf8_lossy(&bytes[i..i + end + 2]).into_owned();
-                    out.push(Token { text, line });
-                    i += end + 2;
-                }
-                _ => return error(line, "string without end"),
-            }
-        } else if is_word(c) {
-            let start = i;
-            while i < bytes.len() && (is_word(bytes[i]) || bytes[i..].starts_with(b"::")) {
-                i += if bytes[i] == b':' { 2 } else { 1 };
-            }
-            out.push(Token { text: String::from_utf8_lossy(&bytes[start..i]).into_owned(), line });
-        } else if c.is_ascii() {
-            out.push(Token { text: (c as char).to_string(), line });
-            i += 1;
-        } else {
-            return error(line, "a character that is not ASCII");
-        }
-    }
-    Ok(out)
-}
-
-/// Integer literals (decimal, hexadecimal, octal, binary, `U` suffix) and the `0f`/`0d` bit patterns of floats.
-fn literal(word: &str) -> Option<u64> {
-    let word = word.strip_suffix('U').unwrap_or(word);
-    let radix = |digits: &str, radix| u64::from_str_radix(digits, radix).ok();
-    match word.get(..2) {
-        Some("0x" | "0X") => radix(&word[2..], 16),
-        Some("0f" | "0F") if word.len() == 10 => radix(&word[2..], 16),
-        Some("0d" | "0D") if word.len() == 18 => radix(&word[2..], 16),
-        Some("0b" | "0B") => radix(&word[2..], 2),
-        _ if word.len() > 1 && word.starts_with('0') => radix(word, 8),
-        _ => word.parse().ok(),
-    }
 }
 
 /// A `{ … }` inside a body: what it declares is renamed so that names are unique in the function.
@@ -161,6 +128,13 @@ struct Scope {
     id: u32,
     names: HashMap<String, String>,
 }
+
+/// Deepest nesting of `{ … }` in a body.
+const MOST_SCOPES: usize = 64;
+/// Deepest nesting of operands: `{a, b}` is 2.
+const MOST_OPERANDS: usize = 4;
+/// Most registers of one function.
+const MOST_REGISTERS: usize = u16::MAX as usize;
 
 struct Parser {
     tokens: Vec<Token>,
@@ -268,117 +242,21 @@ impl Parser {
                 self.skip_block()?;
             }
             ".visible" | ".extern" | ".weak" | ".common" => {}
-            ".entry" => self.function()?,
-            ".func" => return error(line, "device functions (.func) are not implemented"),
+            ".entry" => self.function(true, line)?,
+            ".func" => self.function(false, line)?,
             ".shared" => {
                 let dynamic = self.at >= 2 && self.tokens[self.at - 2].text == ".extern";
                 let variable = self.variable(dynamic)?;
                 self.source.shared.push(variable);
             }
-            // Variables of a module are not implemented; an instruction that names one says so.
-            ".global" | ".const" | ".pragma" => self.skip_to(";")?,
+            ".global" | ".const" => {
+                let external = self.at >= 2 && self.tokens[self.at - 2].text == ".extern";
+                let global = self.global(word == ".const", external)?;
+                self.source.globals.push(global);
+            }
+            ".pragma" => self.skip_to(";")?,
             _ => return error(line, format!("`{word}` is not implemented at module level")),
         }
-        Ok(())
-    }
-
-    fn type_bytes(&self, word: &str) -> Result<u32, ParseError> {
-        Ok(match word {
-            ".b8" | ".u8" | ".s8" => 1,
-            ".b16" | ".u16" | ".s16" | ".f16" | ".bf16" => 2,
-            ".b32" | ".u32" | ".s32" | ".f32" | ".f16x2" | ".bf16x2" => 4,
-            ".b64" | ".u64" | ".s64" | ".f64" => 8,
-            _ => return error(self.line(), format!("`{word}` is not a type")),
-        })
-    }
-
-    /// `[.align n] .type name[[count]] [= {…}];` after the state space.
-    fn variable(&mut self, dynamic: bool) -> Result<Variable, ParseError> {
-        let mut align = None;
-        let mut vector = 1;
-        let element = loop {
-            let word = self.next()?;
-            match word.as_str() {
-                ".align" => align = Some(self.small_number()?),
-                ".v2" => vector = 2,
-                ".v4" => vector = 4,
-                _ => break self.type_bytes(&word)? * vector,
-            }
-        };
-        let line = self.line();
-        let name = self.next()?;
-        let mut count = 1u32;
-        let mut open = false;
-        while self.accept("[") {
-            if self.peek() == "]" {
-                open = true;
-            } else {
-                count = count.checked_mul(self.small_number()?).map_or_else(|| error(line, "array too large"), Ok)?;
-            }
-            self.expect("]")?;
-        }
-        self.expect(";")?;
-        let align = align.unwrap_or(element);
-        if !align.is_power_of_two() || align > 1 << 12 {
-            return error(line, format!("alignment {align} is not a power of two up to 4096"));
-        }
-        let bytes = element.checked_mul(count).map_or_else(|| error(line, "array too large"), Ok)?;
-        if open && !dynamic {
-            return error(line, format!("`{name}` has no size"));
-        }
-        Ok(Variable { name, align, bytes: if open { 0 } else { bytes }, dynamic: dynamic && open })
-    }
-
-    fn function(&mut self) -> Result<(), ParseError> {
-        let mut function = Function { name: self.next()?, ..Function::default() };
-        if self.accept("(") {
-            while !self.accept(")") {
-                self.expect(".param")?;
-                let mut align = None;
-                let bytes = loop {
-                    let word = self.next()?;
-                    match word.as_str() {
-                        ".align" => align = Some(self.small_number()?),
-                        ".ptr" | ".global" => {}
-                        _ => break self.type_bytes(&word)?,
-                    }
-                };
-                let mut param = Param { name: self.next()?, align: align.unwrap_or(bytes), bytes };
-                if self.accept("[") {
-                    param.bytes = self.small_number()?;
-                    self.expect("]")?;
-                }
-                function.params.push(param);
-                self.accept(",");
-            }
-        }
-        loop {
-            let line = self.line();
-            match self.next()?.as_str() {
-                "{" => break,
-                ".maxntid" | ".reqntid" => {
-                    let mut threads = 1u32;
-                    loop {
-                        threads = threads.saturating_mul(self.small_number()?);
-                        if !self.accept(",") {
-                            break;
-                        }
-                    }
-                    function.max_threads = Some(threads);
-                }
-                ".maxnreg" => function.max_registers = Some(self.small_number()?),
-                ".minnctapersm" | ".maxclusterrank" => {
-                    self.number()?;
-                }
-                ".pragma" => self.skip_to(";")?,
-                other => return error(line, format!("`{other}` is not implemented before a kernel's body")),
-            }
-        }
-        let mut scopes = vec![Scope::default()];
-        while !scopes.is_empty() {
-            self.body_item(&mut function, &mut scopes)?;
-        }
-        self.source.functions.push(function);
         Ok(())
     }
 
@@ -387,6 +265,9 @@ impl Parser {
         let word = self.next()?;
         match word.as_str() {
             "{" => {
+                if scopes.len() >= MOST_SCOPES {
+                    return error(line, format!("blocks nested deeper than {MOST_SCOPES}"));
+                }
                 self.scopes += 1;
                 scopes.push(self.open_scope());
             }
@@ -402,10 +283,19 @@ impl Parser {
                 let variable = self.variable(false)?;
                 function.local.push(variable);
             }
+            ".param" => self.temporary(function, scopes)?,
             ".loc" => self.loc()?,
             ".pragma" => self.skip_to(";")?,
+            // What a call through a register may reach: such a call is an error of its own.
+            ".calltargets" | ".callprototype" => self.skip_to(";")?,
             _ if self.peek() == ":" => {
                 self.at += 1;
+                if self.accept(".branchtargets") {
+                    return self.branch_targets(function, scopes, word);
+                }
+                if matches!(self.peek(), ".calltargets" | ".callprototype") {
+                    return self.skip_to(";");
+                }
                 let name = scopes.last().and_then(|scope| scope.names.get(&word)).unwrap_or(&word).clone();
                 if function.labels.insert(name, function.body.len()).is_some() {
                     return error(line, format!("label `{word}` is defined twice"));
@@ -453,7 +343,7 @@ impl Parser {
             let names = if self.accept("<") {
                 let count = self.small_number()?;
                 self.expect(">")?;
-                if count > 1 << 20 {
+                if count as usize > MOST_REGISTERS {
                     return error(line, format!("{count} registers `{name}` are too many"));
                 }
                 (0..count).map(|i| format!("{name}{i}")).collect()
@@ -467,6 +357,9 @@ impl Parser {
                     scope.names.insert(name, unique.clone());
                 }
                 function.registers.insert(unique, kind);
+                if function.registers.len() > MOST_REGISTERS {
+                    return error(line, format!("more than {MOST_REGISTERS} registers"));
+                }
             }
             if !self.accept(",") {
                 break;
@@ -509,7 +402,7 @@ impl Parser {
         let mut operands = Vec::new();
         if !self.accept(";") {
             loop {
-                operands.push(self.operand(&resolve)?);
+                operands.push(self.operand(&resolve, 0)?);
                 if self.accept(";") {
                     break;
                 }
@@ -528,14 +421,22 @@ impl Parser {
         Ok(Statement { guard, opcode, operands, text, line, location: self.location })
     }
 
-    fn operand(&mut self, resolve: &impl Fn(String) -> String) -> Result<Operand, ParseError> {
-        if self.accept("{") {
-            let mut items = Vec::new();
-            while !self.accept("}") {
-                items.push(self.operand(resolve)?);
-                self.accept(",");
+    fn operand(&mut self, resolve: &impl Fn(String) -> String, depth: usize) -> Result<Operand, ParseError> {
+        if depth == MOST_OPERANDS {
+            return error(self.line(), format!("operands nested deeper than {MOST_OPERANDS}"));
+        }
+        // `(…)`: the arguments of a call.
+        for (open, close) in [("{", "}"), ("(", ")")] {
+            if self.accept(open) {
+                let mut items = Vec::new();
+                while !self.accept(close) {
+                    items.push(self.operand(resolve, depth + 1)?);
+                    if !self.accept(",") && self.peek() != close {
+                        return error(self.line(), format!("expected `,` or `{close}`, found `{}`", self.peek()));
+                    }
+                }
+                return Ok(Operand::Vector(items));
             }
-            return Ok(Operand::Vector(items));
         }
         if self.accept("!") {
             return Ok(Operand::Not(resolve(self.next()?)));

@@ -131,6 +131,41 @@ fn registers(op: &mut Op, visit: &mut impl FnMut(Role, &mut u16)) {
             }
         }
         Op::ActiveMask { d } => dst(d, visit),
+        Op::Math { d, a, .. } => {
+            a.iter_mut().for_each(|a| src(a, visit));
+            dst(d, visit);
+        }
+        Op::Test { p, q, a, combine, .. } => {
+            a.iter_mut().for_each(|a| src(a, visit));
+            if let Some((_, pred)) = combine {
+                visit(Role::UsePred, &mut pred.slot);
+            }
+            visit(Role::DefPred, p);
+            if let Some(q) = q {
+                visit(Role::DefPred, q);
+            }
+        }
+        Op::Set { d, a, combine, .. } => {
+            a.iter_mut().for_each(|a| src(a, visit));
+            if let Some((_, pred)) = combine {
+                visit(Role::UsePred, &mut pred.slot);
+            }
+            dst(d, visit);
+        }
+        Op::Carry { d, a, carry: [carry_in, carry_out], .. } => {
+            a.iter_mut().for_each(|a| src(a, visit));
+            if let Some(carry) = carry_in {
+                visit(Role::UsePred, carry);
+            }
+            dst(d, visit);
+            if let Some(carry) = carry_out {
+                visit(Role::DefPred, carry);
+            }
+        }
+        Op::Hint { a } => a.iter_mut().for_each(|a| src(a, visit)),
+        Op::BraIndexed { index, .. } => src(index, visit),
+        // The link register is not among those that are allocated here.
+        Op::Call { .. } | Op::Return { .. } | Op::CopyResults { .. } | Op::AssertFail { .. } => {}
         Op::Fence { .. }
         | Op::CpAsyncCommit
         | Op::CpAsyncWait { .. }
@@ -182,12 +217,16 @@ fn blocks(code: &mut [Instruction], data: usize, total: usize) -> Vec<Block> {
     let mut leaders = vec![false; code.len() + 1];
     leaders[0] = true;
     for (i, instruction) in code.iter().enumerate() {
-        match instruction.op {
+        match &instruction.op {
             Op::Bra { target } => {
-                leaders[target as usize] = true;
+                leaders[*target as usize] = true;
                 leaders[i + 1] = true;
             }
-            Op::Exit => leaders[i + 1] = true,
+            Op::BraIndexed { targets, .. } => {
+                targets.iter().for_each(|target| leaders[*target as usize] = true);
+                leaders[i + 1] = true;
+            }
+            Op::Exit | Op::Return { .. } | Op::AssertFail { .. } => leaders[i + 1] = true,
             _ => {}
         }
     }
@@ -226,16 +265,36 @@ fn blocks(code: &mut [Instruction], data: usize, total: usize) -> Vec<Block> {
             });
         }
         let last = &code[end - 1];
-        if let Op::Bra { target } = last.op {
-            block.successors.push(block_at(target as usize));
+        match &last.op {
+            Op::Bra { target } => block.successors.push(block_at(*target as usize)),
+            Op::BraIndexed { targets, .. } => {
+                block.successors.extend(targets.iter().map(|target| block_at(*target as usize)));
+            }
+            _ => {}
         }
-        let falls_through = !matches!(last.op, Op::Bra { .. } | Op::Exit) || last.guard.is_some();
+        let leaves = matches!(
+            last.op,
+            Op::Bra { .. } | Op::BraIndexed { .. } | Op::Exit | Op::Return { .. } | Op::AssertFail { .. }
+        );
+        let falls_through = !leaves || last.guard.is_some();
         if falls_through && end < code.len() {
             block.successors.push(index + 1);
         }
         out.push(block);
     }
     out
+}
+
+/// Moves a function's registers and predicates behind those of others.
+pub(crate) fn shift(code: &mut [Instruction], data: u16, preds: u16) {
+    for instruction in code {
+        if let Some(guard) = &mut instruction.guard {
+            guard.slot += preds;
+        }
+        registers(&mut instruction.op, &mut |role, slot| {
+            *slot += if matches!(role, Role::Use | Role::Def) { data } else { preds };
+        });
+    }
 }
 
 /// Renames virtual registers and predicates to slots; returns how many of each the kernel needs.

@@ -303,7 +303,7 @@ fn launches_are_checked() {
 fn what_is_not_implemented_is_named_with_its_line() {
     for (line, named) in [
         ("suld.b.1d.b32.trap %r1, [%rd1];", "suld.b.1d.b32.trap"),
-        ("add.cc.u32 %r1, %r2, %r3;", "add.cc.u32"),
+        ("add.f32x2 %rd1, %rd2, %rd3;", "add.f32x2"),
         ("ld.global.unknown.u32 %r1, [%rd1];", "ld.global.unknown.u32"),
         ("ldmatrix.sync.aligned.m8n8.x3.shared.b16 {%r1, %r2, %r3}, [%r4];", "ldmatrix"),
         ("min.rn.f32 %r1, %r2, %r3;", "min.rn.f32"),

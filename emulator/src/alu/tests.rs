@@ -5,6 +5,7 @@ mod exact;
 mod float;
 mod int;
 mod mma;
+mod soft;
 mod speed;
 
 use super::*;

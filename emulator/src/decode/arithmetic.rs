@@ -119,7 +119,7 @@ impl Decoder<'_> {
     }
 
     fn setp(&self, cmp: &str, combine: Option<Logic>, ty: &str) -> Result<Option<Op>> {
-        let (Some(cmp), Some(ty)) = (compare(cmp), scalar(ty).filter(|ty| ty.bits() >= 16)) else {
+        let (Some(cmp), Some(ty)) = (compare(cmp, ty), scalar(ty).filter(|ty| ty.bits() >= 16)) else {
             return self.unsupported();
         };
         let operands = &self.statement.operands;

@@ -21,7 +21,10 @@ impl Decoder<'_> {
             | ["barrier", "sync", "aligned"]
             | ["barrier", "cta", "sync"]
             | ["barrier", "cta", "sync", "aligned"] => self.bar(false)?,
-            ["bar" | "barrier", "arrive"] | ["barrier", "arrive", "aligned"] => self.bar(true)?,
+            ["bar" | "barrier", "arrive"]
+            | ["barrier", "arrive", "aligned"]
+            | ["bar" | "barrier", "cta", "arrive"]
+            | ["barrier", "cta", "arrive", "aligned"] => self.bar(true)?,
             ["bar", "warp", "sync"] => {
                 let [mask] = self.operands()?;
                 Op::WarpSync { mask: self.src(mask, Ty::U(32))? }

@@ -1,24 +1,25 @@
 //! Floating point and conversions.
 
+use super::math::{round, take, take_with};
 use super::{Decoder, Result, float, scalar};
 use crate::isa::*;
 
 impl Decoder<'_> {
     /// PTX ISA, "Floating Point", "Half Precision Floating-Point" and "Data Movement: cvt".
     pub(super) fn float_arithmetic(&self, words: &[&str]) -> Result<Option<Op>> {
-        // Other roundings than `.rn`, and `.ftz` and `.sat`, are not implemented.
-        let plain: Vec<&str> = words.iter().copied().filter(|word| *word != "rn").collect();
-        let (name, ty) = match *plain.as_slice() {
-            ["cvt", ..] => return self.cvt(words),
-            [name, ty] if float(ty).is_some() => (name, ty),
-            ["min" | "max", "NaN", ty] if float(ty).is_some() => {
+        // Other roundings than `.rn`, and `.ftz` and `.sat`, are in `math`.
+        let mut rest = words.get(1..).unwrap_or_default();
+        let rounded = take(&mut rest, "rn");
+        let (name, ty) = match *rest {
+            _ if words[0] == "cvt" => return self.cvt(words),
+            [ty] if float(ty).is_some() => (words[0], ty),
+            ["NaN", ty] if float(ty).is_some() && !rounded && matches!(words[0], "min" | "max") => {
                 let op = if words[0] == "min" { Binary::MinNan } else { Binary::MaxNan };
                 return self.binary(op, self.float(ty)?);
             }
             _ => return Ok(None),
         };
         let ty = self.float(ty)?;
-        let rounded = words.len() > 2;
         match name {
             "add" => self.binary(Binary::Add, ty),
             "sub" => self.binary(Binary::Sub, ty),
@@ -35,40 +36,39 @@ impl Decoder<'_> {
         }
     }
 
+    /// `cvt` of plain scalars, to nearest or to an integral value; `math` has the rest.
     fn cvt(&self, words: &[&str]) -> Result<Option<Op>> {
-        let (mut round, mut integer, mut sat, mut relu) = (None, false, false, false);
-        let mut types = Vec::new();
-        for word in &words[1..] {
-            match *word {
-                "rn" | "rni" => round = Some(Round::Rn),
-                "rz" | "rzi" => round = Some(Round::Rz),
-                "rm" | "rmi" => round = Some(Round::Rm),
-                "rp" | "rpi" => round = Some(Round::Rp),
-                "sat" => sat = true,
-                "relu" => relu = true,
-                other => match scalar(other) {
-                    Some(ty) if !matches!(ty, Ty::B(_)) => types.push(ty),
-                    _ => return self.unsupported(),
-                },
-            }
-            integer |= matches!(*word, "rni" | "rzi" | "rmi" | "rpi");
-        }
-        let [to, from] = types[..] else { return self.unsupported() };
+        let mut rest = words.get(1..).unwrap_or_default();
+        let nearest = take(&mut rest, "rn");
+        let integral = if nearest { None } else { take_with(&mut rest, |word| round(word.strip_suffix('i')?)) };
+        let sat = take(&mut rest, "sat");
+        let relu = take(&mut rest, "relu");
+        let [to, from] = *rest else { return self.unsupported() };
+        let (Some(to), Some(from)) = (scalar(to), scalar(from)) else { return self.unsupported() };
         if matches!(to, Ty::F16x2 | Ty::Bf16x2) {
             let [d, a, b] = self.operands()?;
-            if from != Ty::F32 || round != Some(Round::Rn) || sat {
+            if from != Ty::F32 || !nearest || sat {
                 return self.unsupported();
             }
             let (a, b) = (self.src(a, from)?, self.src(b, from)?);
             return Ok(Some(Op::CvtPack { to, relu, d: self.dst(d)?, a, b }));
         }
-        let [d, a] = self.operands()?;
         let is_float = |ty: Ty| matches!(ty, Ty::F16 | Ty::Bf16 | Ty::F32 | Ty::F64);
-        let narrows = is_float(to) && (!is_float(from) || to.bits() < from.bits());
-        if from.bits() == 0 || relu || (narrows && round.is_none()) || (narrows && !matches!(round, Some(Round::Rn))) {
+        let narrows = to.bits() < from.bits() || (to != from && to.bits() == from.bits());
+        let legal = match (is_float(to), is_float(from)) {
+            (true, true) if narrows => nearest,
+            // A number of the same type may become an integral one.
+            (true, true) => !nearest && (integral.is_none() || to == from),
+            (true, false) => nearest,
+            (false, true) => integral.is_some(),
+            (false, false) => !nearest && integral.is_none(),
+        };
+        if !legal || relu || matches!(to, Ty::B(_)) || matches!(from, Ty::B(_) | Ty::F16x2 | Ty::Bf16x2) {
             return self.unsupported();
         }
-        let round = round.unwrap_or(Round::Rz);
-        Ok(Some(Op::Cvt { to, from, round, integer, sat, relu, d: self.dst(d)?, a: self.src(a, from)? }))
+        let [d, a] = self.operands()?;
+        let round = if nearest { Round::Rn } else { integral.unwrap_or(Round::Rz) };
+        let (d, a) = (self.dst(d)?, self.src(a, from)?);
+        Ok(Some(Op::Cvt { to, from, round, integer: integral.is_some(), sat, relu, d, a }))
     }
 }

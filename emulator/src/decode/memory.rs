@@ -72,8 +72,18 @@ impl Decoder<'_> {
                 "nc" if load => {}
                 "ca" | "cg" | "cs" | "lu" | "cv" if load => {}
                 "wb" | "wt" | "cg" | "cs" if !load => {}
-                "L1::evict_normal" | "L1::evict_first" | "L1::evict_last" | "L1::no_allocate" | "L2::64B"
-                | "L2::128B" | "L2::256B" => {}
+                "L1::evict_normal"
+                | "L1::evict_unchanged"
+                | "L1::evict_first"
+                | "L1::evict_last"
+                | "L1::no_allocate"
+                | "L2::evict_normal"
+                | "L2::evict_first"
+                | "L2::evict_last"
+                | "L2::64B"
+                | "L2::128B"
+                | "L2::256B"
+                | "L2::cache_hint" => {}
                 "v2" => count = 2,
                 "v4" => count = 4,
                 other => match (space(other), scalar(other)) {
@@ -94,8 +104,9 @@ impl Decoder<'_> {
     }
 
     fn load(&self, words: &[&str]) -> Result<Option<Op>> {
-        let (space, count, ty, sem, _) = self.access(words, true)?;
-        let [d, addr] = self.operands()?;
+        let (space, count, ty, sem, seen) = self.access(words, true)?;
+        let [d, addr] = self.with_hint(&seen)?;
+        let space = self.param_space(space, addr);
         let d = match d {
             Operand::Vector(parts) if parts.len() == count => {
                 parts.iter().map(|part| self.dst(part)).collect::<Result<Vec<_>>>()?
@@ -108,8 +119,9 @@ impl Decoder<'_> {
     }
 
     fn store(&self, words: &[&str]) -> Result<Option<Op>> {
-        let (space, count, ty, sem, _) = self.access(words, false)?;
-        let [addr, a] = self.operands()?;
+        let (space, count, ty, sem, seen) = self.access(words, false)?;
+        let [addr, a] = self.with_hint(&seen)?;
+        let space = self.param_space(space, addr);
         let a = match a {
             Operand::Vector(parts) if parts.len() == count => {
                 parts.iter().map(|part| self.src(part, ty)).collect::<Result<Vec<_>>>()?
@@ -117,7 +129,7 @@ impl Decoder<'_> {
             single if count == 1 => vec![self.src(single, ty)?],
             _ => return self.unsupported(),
         };
-        if space == Space::Param {
+        if matches!(space, Space::Param | Space::Const) {
             return self.unsupported();
         }
         Ok(Some(Op::St { space, ty, addr: self.address(addr)?, a, sem }))
@@ -126,7 +138,7 @@ impl Decoder<'_> {
     fn atom(&self, words: &[&str], returns: bool) -> Result<Option<Op>> {
         // PTX ISA, "atom": without a qualifier the order is relaxed and the scope is the GPU.
         let mut sem = Semantics { order: Order::Relaxed, scope: Scope::Gpu };
-        let (mut in_space, mut op, mut ty) = (Space::Generic, None, None);
+        let (mut in_space, mut op, mut ty, mut noftz) = (Space::Generic, None, None, false);
         for word in words {
             match *word {
                 "relaxed" => {}
@@ -136,6 +148,8 @@ impl Decoder<'_> {
                 "cta" => sem.scope = Scope::Cta,
                 "cluster" => sem.scope = Scope::Cluster,
                 "gpu" | "sys" => {}
+                "noftz" => noftz = true,
+                "L2::cache_hint" => {}
                 other => match (space(other), atomic(other), scalar(other)) {
                     (Some(found @ (Space::Global | Space::Shared)), ..) => in_space = found,
                     (_, Some(found), _) if op.is_none() => op = Some(found),
@@ -145,18 +159,22 @@ impl Decoder<'_> {
             }
         }
         let (Some(op), Some(ty)) = (op, ty) else { return self.unsupported() };
+        let half = matches!(ty, Ty::F16 | Ty::F16x2 | Ty::Bf16 | Ty::Bf16x2);
         let legal = match op {
+            Atomic::Add if half => noftz,
+            _ if noftz => false,
             Atomic::Add => matches!(ty, Ty::U(32 | 64) | Ty::S(32) | Ty::F32 | Ty::F64),
             Atomic::Min | Atomic::Max => matches!(ty, Ty::U(32 | 64) | Ty::S(32 | 64)),
             Atomic::Inc | Atomic::Dec => ty == Ty::U(32),
             Atomic::And | Atomic::Or | Atomic::Xor => matches!(ty, Ty::B(32 | 64)),
-            Atomic::Exch | Atomic::Cas => matches!(ty, Ty::B(32 | 64)) && returns,
+            Atomic::Exch => matches!(ty, Ty::B(32 | 64)) && returns,
+            Atomic::Cas => matches!(ty, Ty::B(16 | 32 | 64)) && returns,
         };
-        let operands = &self.statement.operands;
+        let operands = self.without_hint(words)?;
         if !legal || operands.len() != usize::from(returns) + 2 + usize::from(op == Atomic::Cas) {
             return self.unsupported();
         }
-        let (d, rest) = if returns { (self.dst(&operands[0])?, &operands[1..]) } else { (None, &operands[..]) };
+        let (d, rest) = if returns { (self.dst(&operands[0])?, &operands[1..]) } else { (None, operands) };
         let c = if op == Atomic::Cas { self.src(&rest[2], ty)? } else { Src::Imm(0) };
         Ok(Some(Op::Atom {
             space: in_space,
@@ -168,6 +186,34 @@ impl Decoder<'_> {
             c,
             sem,
         }))
+    }
+
+    /// The operands without the cache policy that `.L2::cache_hint` asks for: it changes nothing that a program can see.
+    fn without_hint(&self, words: &[&str]) -> Result<&[Operand]> {
+        match self.statement.operands.split_last() {
+            Some((hint, rest)) if words.contains(&"L2::cache_hint") => {
+                self.src(hint, Ty::U(64))?;
+                Ok(rest)
+            }
+            _ => Ok(&self.statement.operands),
+        }
+    }
+
+    fn with_hint(&self, words: &[&str]) -> Result<[&Operand; 2]> {
+        match self.without_hint(words)? {
+            [first, second] => Ok([first, second]),
+            _ => self.unsupported(),
+        }
+    }
+
+    /// `.param` memory of functions and calls is part of a thread's local memory here.
+    fn param_space(&self, space: Space, address: &Operand) -> Space {
+        match address {
+            Operand::Address { base, .. } if space == Space::Param && self.names.in_frame(base.as_ref()) => {
+                Space::Local
+            }
+            _ => space,
+        }
     }
 
     fn cp_async(&self, cg: bool) -> Result<Option<Op>> {

@@ -26,6 +26,8 @@ pub(super) fn resolve(space: Space, address: u64) -> (Space, u64) {
         },
         // Addresses of these windows are 32 bits wide.
         Space::Shared | Space::Local => (space, address & (WINDOW - 1)),
+        // Constants stand beside the other variables of the module.
+        Space::Const => (Space::Global, address),
         Space::Global | Space::Param => (space, address),
     }
 }
@@ -40,7 +42,7 @@ pub(super) fn convert_address(space: Space, to_space: bool, address: u64) -> u64
     if to_space { address.wrapping_sub(window) } else { address.wrapping_add(window) }
 }
 
-fn lanes_of(mask: u32) -> impl Iterator<Item = u32> {
+pub(super) fn lanes_of(mask: u32) -> impl Iterator<Item = u32> {
     (0..32).filter(move |lane| mask >> lane & 1 != 0)
 }
 
@@ -154,7 +156,7 @@ impl Cta {
     /// Offset in shared memory of an access that lies inside it.
     fn shared_offset(&self, address: u64, bytes: usize) -> Outcome<usize> {
         let offset = address.checked_sub(u64::from(SHARED_BASE)).map(|offset| offset as usize);
-        match offset.filter(|offset| offset + bytes <= self.shared.data.len()) {
+        match offset.filter(|offset| offset.saturating_add(bytes) <= self.shared.data.len()) {
             Some(offset) => Ok(offset),
             None => {
                 let message = format!(
@@ -234,6 +236,10 @@ impl Cta {
         let (index, offset) = context.memory.find(address, data.len()).map_err(memory_fault)?;
         let range = offset..offset + data.len();
         let allocation = &context.memory.allocations[index];
+        if allocation.constant {
+            let message = format!("`{}` at offset {offset} is constant and cannot be written", allocation.name);
+            return Err(Fault::new(Rule::OutOfBounds, message));
+        }
         let equal =
             lands_equal(&allocation.data[range.clone()], &allocation.written[range.clone()], data, access, view);
         let flagged = access.kind & ATOMIC == 0 && flagged(&allocation.written[range.clone()]);
@@ -246,8 +252,8 @@ impl Cta {
         Ok(())
     }
 
-    /// The bytes of one lane's local memory.
-    fn local(
+    /// The bytes of one lane's local memory. It comes into being where it is touched.
+    pub(super) fn local(
         &mut self,
         context: &Context<'_>,
         warp: usize,
@@ -255,14 +261,17 @@ impl Cta {
         address: u64,
         bytes: usize,
     ) -> Outcome<&mut [u8]> {
-        let size = (context.kernel.local_end - LOCAL_BASE) as usize;
+        let size = context.kernel.local_bytes();
         let offset = address.checked_sub(u64::from(LOCAL_BASE)).map(|offset| offset as usize);
-        let Some(offset) = offset.filter(|offset| offset + bytes <= size) else {
+        let Some(offset) = offset.filter(|offset| offset.saturating_add(bytes) <= size) else {
             let message = format!("{bytes} bytes at local address {address:#x} are not inside the thread's {size}");
             return Err(Fault::new(Rule::OutOfBounds, message));
         };
-        let start = lane as usize * size + offset;
-        Ok(&mut self.warps[warp].local[start..start + bytes])
+        let local = &mut self.warps[warp].local[lane as usize];
+        if local.len() < offset + bytes {
+            local.resize(offset + bytes, 0);
+        }
+        Ok(&mut local[offset..offset + bytes])
     }
 
     pub(super) fn load(
@@ -339,7 +348,7 @@ impl Cta {
                 context.counters.local_loaded += bytes as u64;
                 self.local(context, warp, lane, at, bytes).map(|found| padded(found))
             }
-            Space::Global | Space::Generic => {
+            Space::Global | Space::Generic | Space::Const => {
                 context.counters.global_loaded += bytes as u64;
                 context.read_global(at, bytes, access, &view)
             }

@@ -1,6 +1,7 @@
 //! Runs a launch: CTAs that come and go, warps that take turns at random, until all have exited or a rule is broken.
 
 mod access;
+mod call;
 mod collective;
 mod copy;
 mod count;
@@ -135,6 +136,7 @@ impl Module {
     pub fn launch(&self, memory: &mut Memory, launch: &Launch<'_>, options: &Options) -> Result<Counters, Box<Report>> {
         let Checked { kernel, threads, ctas, shared_bytes, resident } = launch.check(self, options)?;
         memory.clear_shadow();
+        self.load(memory).map_err(|message| launch.bad(message))?;
         let context = Context {
             kernel,
             launch,
@@ -203,6 +205,11 @@ impl Machine<'_> {
             self.runnable.extend(self.context.woken.drain(..).map(|warp| (slot, warp)));
             if self.context.idle > self.context.options.patience {
                 return Err(self.livelock(slot, warp));
+            }
+            let limit = self.context.options.limit;
+            if self.context.counters.instructions > limit {
+                let message = format!("not done after the limit of {limit} instructions:{}", self.table());
+                return Err(self.simple_report(Rule::Livelock, message));
             }
         }
         Ok(())

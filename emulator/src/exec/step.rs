@@ -36,6 +36,7 @@ pub(super) fn step(
             (d, value)
         }
         Op::Cvta { space, to_space, d, a } => (d, read(a).map(|address| convert_address(*space, *to_space, address))),
+        Op::Math { op, d, a } => (d, alu::math(*op, &a.iter().map(|a| read(a).into_owned()).collect::<Vec<_>>())),
         Op::ActiveMask { d } => (d, [u64::from(mask); 32]),
         _ => return effect(context, cta, warp, (pc, mask), op),
     };
@@ -95,7 +96,7 @@ fn effect(context: &mut Context<'_>, cta: &mut Cta, warp: usize, (pc, mask): (u3
         Op::Exit => return Ok(Flow::Exit),
         Op::Trap => return Err(Fault::new(Rule::Trap, "the kernel executed a trap")),
         Op::Nanosleep => return Ok(Flow::Yield),
-        _ => return Err(Fault::new(Rule::Trap, format!("{op:?} is not implemented"))),
+        _ => return cta.control(context, warp, at, op),
     }
     Ok(Flow::Next)
 }

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt::Write;
 
+use super::call::Saved;
 use super::copy::Copies;
 use super::step::step;
 use super::views::Views;
@@ -33,10 +34,13 @@ pub(super) struct Warp {
     /// The barrier the warp waits for.
     pub blocked: Option<u32>,
     pub registers: Vec<Lanes>,
-    predicates: Vec<u32>,
+    pub predicates: Vec<u32>,
     pub views: Views,
     pub copies: Copies,
-    pub local: Vec<u8>,
+    /// Local memory by lane.
+    pub local: Vec<Vec<u8>>,
+    /// What recursive calls saved, by lane.
+    pub saved: Vec<Vec<Saved>>,
 }
 
 /// How a turn ended.
@@ -52,6 +56,8 @@ pub(super) enum Flow {
     Next,
     /// To the target with these lanes, on with the others.
     Branch(u32),
+    /// Each lane to a target of its own, on with the others.
+    Scatter([u32; 32]),
     Exit,
     /// On, but let others run first.
     Yield,
@@ -67,13 +73,14 @@ impl Warp {
         Warp {
             id,
             live,
-            splits: vec![Split { pc: 0, mask: live, parked: false }],
+            splits: vec![Split { pc: kernel.entry, mask: live, parked: false }],
             blocked: None,
             registers: vec![[0; 32]; kernel.registers as usize],
             predicates: vec![0; kernel.predicates as usize],
             views: Views::new(cta, id, agents),
             copies: Copies::default(),
-            local: vec![0; 32 * (kernel.local_end - LOCAL_BASE) as usize],
+            local: vec![Vec::new(); 32],
+            saved: (0..32).map(|_| Vec::new()).collect(),
         }
     }
 
@@ -155,6 +162,13 @@ impl Warp {
             }),
             Special::DynamicSharedBytes => [u64::from(context.launch.shared_bytes); 32],
             Special::TotalSharedBytes => [u64::from(context.shared_bytes); 32],
+            Special::SmId => [u64::from(cta.serial % context.options.device.sms); 32],
+            Special::NsmId => [u64::from(context.options.device.sms); 32],
+            Special::WarpCount => [u64::from(context.threads.div_ceil(32)); 32],
+            Special::Frame(at) => {
+                let stride = u64::from(context.kernel.local_end - LOCAL_BASE);
+                per_lane(&|lane| u64::from(at) + stride * self.saved[lane as usize].len() as u64)
+            }
             Special::Clock => [context.counters.instructions; 32],
         }
     }
@@ -297,6 +311,22 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
             Flow::Branch(target) => {
                 state.splits.push(Split { pc: target, mask: active, parked: false });
                 state.splits.push(Split { pc: pc + 1, mask: mask & !active, parked: false });
+                return Ok(());
+            }
+            Flow::Scatter(targets) => {
+                let rest = mask & !active;
+                let first = targets[active.trailing_zeros() as usize];
+                let goes_on = targets.iter().enumerate().all(|(lane, to)| active >> lane & 1 == 0 || *to == first);
+                if goes_on && rest == 0 {
+                    pc = first;
+                    continue;
+                }
+                for lane in (0..32).filter(|lane| active >> lane & 1 != 0) {
+                    state.splits.push(Split { pc: targets[lane], mask: 1 << lane, parked: false });
+                }
+                if rest != 0 {
+                    state.splits.push(Split { pc: pc + 1, mask: rest, parked: false });
+                }
                 return Ok(());
             }
             Flow::Exit => {
