@@ -37,7 +37,7 @@ The exit status is 0 when no rule was broken, 1 when one was, 2 when something i
 pub enum Command {
     Help,
     List { ptx: PathBuf, json: bool },
-    Run(Run),
+    Run(Box<Run>),
 }
 
 /// What a buffer holds at first.
@@ -197,7 +197,7 @@ fn read(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexopt::Err
         ([], ..) => Err("a command is missing: run or list".into()),
         ([command, ptx], ..) if command == "list" => Ok(Command::List { ptx: ptx.into(), json: run.json }),
         ([command, ptx], Some(grid), Some(block)) if command == "run" => {
-            Ok(Command::Run(Run { ptx: ptx.into(), grid, block, ..run }))
+            Ok(Command::Run(Box::new(Run { ptx: ptx.into(), grid, block, ..run })))
         }
         ([command, _], ..) if command == "run" => Err("--grid and --block are needed".into()),
         ([command], ..) if command == "run" || command == "list" => Err("a PTX file is missing".into()),
