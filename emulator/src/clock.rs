@@ -72,12 +72,32 @@ impl Known {
 
 type Foreign = Vec<(u32, Known)>;
 
+/// What a clock knows besides the generic proxy's order. PTX ISA, "Proxies": an access through another proxy is ordered
+/// after a generic one only by a proxy fence, so what such a fence has covered is kept apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Proxy {
+    /// Accesses of the asynchronous proxy to shared memory (`fence.proxy.async`).
+    Shared,
+    /// Accesses of the asynchronous proxy to global memory (`fence.proxy.async`).
+    Global,
+    /// Reads of tensor maps (`fence.proxy.tensormap`).
+    TensorMap,
+    /// Uses of an mbarrier after its initialisation (`fence.mbarrier_init`).
+    Inits,
+}
+
+impl Proxy {
+    pub const ALL: [Proxy; 4] = [Proxy::Shared, Proxy::Global, Proxy::TensorMap, Proxy::Inits];
+}
+
 #[derive(Clone, Debug)]
 pub(crate) struct Clock {
     cta: u32,
     own: Known,
     /// By CTA, ascending; shared because a CTA's warps learn the same at their barriers.
     foreign: Rc<Foreign>,
+    /// By [`Proxy`]; `None` knows nothing. Barriers, flags and waits pass them on together with the rest.
+    proxies: [Option<Rc<Clock>>; 4],
 }
 
 fn entry(foreign: &mut Foreign, cta: u32, agents: usize) -> &mut Known {
@@ -93,7 +113,7 @@ fn entry(foreign: &mut Foreign, cta: u32, agents: usize) -> &mut Known {
 
 impl Clock {
     pub fn new(cta: u32, agents: usize) -> Clock {
-        Clock { cta, own: Known::new(agents), foreign: Rc::default() }
+        Clock { cta, own: Known::new(agents), foreign: Rc::default(), proxies: Default::default() }
     }
 
     /// The owner is ordered after these lanes of an agent of its own CTA, up to an epoch. All lanes: `u32::MAX`.
@@ -116,8 +136,52 @@ impl Clock {
         known.is_ok_and(|at| self.foreign[at].1.covers(access.agent, lanes, access.clock))
     }
 
-    /// Learns all that `other` knows.
+    /// Makes what is ordered in the generic proxy ordered in another one as well.
+    pub fn fence(&mut self, proxy: Proxy) {
+        let generic = Rc::new(Clock { proxies: Default::default(), ..self.clone() });
+        self.join_proxy(proxy, &generic);
+    }
+
+    /// An asynchronous operation is complete: waiting for it needs no proxy fence.
+    pub fn learn_async(&mut self, agent: u16, epoch: u32) {
+        let mut news = Clock::new(self.cta, self.own.all.len());
+        news.add(agent, u32::MAX, epoch);
+        self.join_generic(&news);
+        let news = Rc::new(news);
+        self.join_proxy(Proxy::Shared, &news);
+        self.join_proxy(Proxy::Global, &news);
+    }
+
+    /// The clock that accesses through a proxy are held against.
+    pub fn in_proxy(&self, proxy: Proxy) -> Rc<Clock> {
+        let known = self.proxies[proxy as usize].as_ref();
+        known.map_or_else(|| Rc::new(Clock::new(self.cta, self.own.all.len())), Rc::clone)
+    }
+
+    fn join_proxy(&mut self, proxy: Proxy, other: &Rc<Clock>) {
+        match &mut self.proxies[proxy as usize] {
+            Some(mine) if Rc::ptr_eq(mine, other) => {}
+            Some(mine) => Rc::make_mut(mine).join_generic(other),
+            empty if other.cta == self.cta => *empty = Some(Rc::clone(other)),
+            empty => {
+                let mut fresh = Clock::new(self.cta, self.own.all.len());
+                fresh.join_generic(other);
+                *empty = Some(Rc::new(fresh));
+            }
+        }
+    }
+
+    /// Learns all that `other` knows, in every proxy.
     pub fn join(&mut self, other: &Clock) {
+        for proxy in Proxy::ALL {
+            if let Some(theirs) = &other.proxies[proxy as usize] {
+                self.join_proxy(proxy, theirs);
+            }
+        }
+        self.join_generic(other);
+    }
+
+    fn join_generic(&mut self, other: &Clock) {
         let agents = self.own.all.len();
         if other.cta == self.cta {
             self.own.raise(&other.own);

@@ -8,7 +8,7 @@
 use std::rc::Rc;
 
 use super::flags::{Fenced, Released};
-use crate::clock::{Clock, View};
+use crate::clock::{Clock, Proxy, View};
 use crate::shadow::Access;
 
 #[derive(Clone, Debug)]
@@ -147,6 +147,19 @@ impl Views {
             self.apart.push((lanes, clock));
         }
         self.next_epoch();
+    }
+
+    /// A proxy fence by these lanes: what they did and knew in the generic proxy comes before what they do next in another.
+    pub fn fence_proxy(&mut self, lanes: u32, live: u32, proxies: &[Proxy]) {
+        let mut clock = self.published(lanes, live);
+        proxies.iter().for_each(|proxy| clock.fence(*proxy));
+        self.learn(lanes, live, &clock);
+        self.next_epoch();
+    }
+
+    /// What an operation of another proxy that the lane issues now is held against; `agent` is the operation's.
+    pub fn in_proxy(&self, lane: u32, proxy: Proxy, agent: u16) -> View {
+        View { clock: self.clock_of(lane).in_proxy(proxy), agent, lane: None, own: 0, waited: 0 }
     }
 
     /// The lane has waited for its copies up to an epoch of theirs.
