@@ -59,6 +59,7 @@ impl Emulator {
             shared_per_cta: device.shared_per_block,
             threads_per_sm,
             ctas_per_sm: 16,
+            ctas_per_cluster: 8,
         };
         Emulator {
             device,

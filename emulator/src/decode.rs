@@ -1,14 +1,17 @@
 //! Statements to instructions. Every opcode and every modifier is listed here; what is not listed is an error.
 
 mod arithmetic;
+mod bulk;
 mod control;
 mod float;
+mod hopper;
 mod memory;
 mod operands;
 
 use crate::isa::*;
 use crate::parse::{Function, Source, Statement};
 use crate::report::ParseError;
+pub(crate) use bulk::reducible;
 pub(crate) use operands::{LOCAL_BASE, Names, SHARED_BASE};
 
 type Result<T> = std::result::Result<T, ParseError>;
@@ -135,6 +138,7 @@ fn space(word: &str) -> Option<Space> {
     Some(match word {
         "global" => Space::Global,
         "shared" | "shared::cta" => Space::Shared,
+        "shared::cluster" => Space::SharedCluster,
         "local" => Space::Local,
         "param" => Space::Param,
         _ => return None,
@@ -153,7 +157,8 @@ impl Decoder<'_> {
     fn op(&self) -> Result<Op> {
         let words: Vec<&str> = self.statement.opcode.split('.').collect();
         type Family<'a> = fn(&Decoder<'a>, &[&str]) -> Result<Option<Op>>;
-        let families: [Family<'_>; 4] = [
+        let families: [Family<'_>; 5] = [
+            |decoder, words| decoder.hopper(words),
             |decoder, words| decoder.arithmetic(words),
             |decoder, words| decoder.float_arithmetic(words),
             |decoder, words| decoder.memory(words),

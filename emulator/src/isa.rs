@@ -1,5 +1,9 @@
 //! Decoded instructions: what the executor sees. Names follow the PTX ISA.
 
+mod hopper;
+
+pub(crate) use hopper::*;
+
 /// A per-lane source. 32-bit and 16-bit registers hold their value zero-extended to 64 bits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Src {
@@ -20,6 +24,12 @@ pub(crate) enum Special {
     DynamicSharedBytes,
     TotalSharedBytes,
     Clock,
+    ClusterCtaid(u8),
+    ClusterNctaid(u8),
+    ClusterCtaRank,
+    ClusterNctaRank,
+    ClusterId(u8),
+    NclusterId(u8),
 }
 
 /// A destination register; `None` is the sink `_`.
@@ -133,7 +143,10 @@ pub(crate) enum Logic {
 pub(crate) enum Space {
     Generic,
     Global,
+    /// Of the executing CTA.
     Shared,
+    /// Of any CTA of the cluster.
+    SharedCluster,
     Local,
     Param,
 }
@@ -385,6 +398,7 @@ pub(crate) enum Op {
     Exit,
     Trap,
     Nanosleep,
+    Hopper(Box<Hopper>),
 }
 
 impl Op {
@@ -398,7 +412,7 @@ impl Op {
                 | Op::WarpSync { .. }
                 | Op::Shfl { .. }
                 | Op::VoteSync { .. }
-        )
+        ) || matches!(self, Op::Hopper(op) if op.is_collective())
     }
 }
 

@@ -1,5 +1,6 @@
 //! Simulated global memory: named allocations with exact bounds and a record of what was written.
 
+use crate::clock::View;
 use crate::shadow::Shadow;
 
 /// An access to [`Memory`] that no allocation holds, or that reads what nothing wrote.
@@ -76,7 +77,7 @@ impl Memory {
             base,
             data: vec![0; bytes],
             written: vec![0; bytes],
-            shadow: Shadow::default(),
+            shadow: Shadow::new(View::Global),
         });
         base
     }

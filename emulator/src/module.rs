@@ -2,7 +2,7 @@
 
 use crate::decode;
 use crate::isa::Instruction;
-use crate::parse::{self, Location, Source};
+use crate::parse::{self, ClusterRule, Location, Source};
 use crate::regalloc;
 use crate::report::ParseError;
 use std::collections::HashMap;
@@ -21,6 +21,7 @@ pub(crate) struct Kernel {
     pub local_end: u32,
     pub param_bytes: u32,
     pub max_threads: Option<u32>,
+    pub cluster: ClusterRule,
 }
 
 /// The kernels of one PTX file.
@@ -97,5 +98,6 @@ fn kernel(function: &parse::Function, source: &Source) -> Result<Kernel, ParseEr
         local_end: names.local_bytes,
         param_bytes: names.param_bytes,
         max_threads: function.max_threads,
+        cluster: function.cluster.clone(),
     })
 }

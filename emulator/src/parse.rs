@@ -15,6 +15,8 @@ pub(crate) enum Operand {
     Literal(u64),
     /// `[base + offset]`; a missing base is an absolute address.
     Address { base: Option<String>, offset: i64 },
+    /// `[map, {x, y, …}]`: an element of the tensor that the map at `base + offset` describes.
+    Tensor { base: String, offset: i64, coords: Vec<Operand> },
     /// `{a, b, …}`.
     Vector(Vec<Operand>),
     /// `!%p`.
@@ -60,6 +62,18 @@ pub(crate) struct Function {
     pub labels: HashMap<String, usize>,
     pub body: Vec<Statement>,
     pub max_threads: Option<u32>,
+    pub cluster: ClusterRule,
+}
+
+/// PTX ISA, "Cluster Dimension Directives".
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ClusterRule {
+    /// `.reqnctapercluster`.
+    pub required: Option<[u32; 3]>,
+    /// `.maxclusterrank`.
+    pub most: Option<u32>,
+    /// `.explicitcluster`.
+    pub explicit: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -365,8 +379,20 @@ impl Parser {
                     }
                     function.max_threads = Some(threads);
                 }
-                ".minnctapersm" | ".maxnreg" | ".maxclusterrank" => {
+                ".minnctapersm" | ".maxnreg" => {
                     self.number()?;
+                }
+                ".maxclusterrank" => function.cluster.most = Some(self.small_number()?),
+                ".explicitcluster" => function.cluster.explicit = true,
+                ".reqnctapercluster" => {
+                    let mut required = [1; 3];
+                    for (axis, size) in required.iter_mut().enumerate() {
+                        if axis > 0 && !self.accept(",") {
+                            break;
+                        }
+                        *size = self.small_number()?;
+                    }
+                    function.cluster.required = Some(required);
                 }
                 ".pragma" => self.skip_to(";")?,
                 other => return error(line, format!("`{other}` is not implemented before a kernel's body")),
@@ -549,6 +575,15 @@ impl Parser {
             // A minus sign belongs to the number.
             if self.accept("+") || self.peek() == "-" {
                 offset = offset.wrapping_add(self.number()? as i64);
+            }
+            if let Some(base) = base.clone()
+                && self.accept(",")
+            {
+                let Operand::Vector(coords) = self.operand(resolve)? else {
+                    return error(self.line(), "expected coordinates in braces");
+                };
+                self.expect("]")?;
+                return Ok(Operand::Tensor { base, offset, coords });
             }
             self.expect("]")?;
             return Ok(Operand::Address { base, offset });

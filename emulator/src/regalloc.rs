@@ -131,6 +131,15 @@ fn registers(op: &mut Op, visit: &mut impl FnMut(Role, &mut u16)) {
             }
         }
         Op::ActiveMask { d } => dst(d, visit),
+        Op::Hopper(op) => {
+            op.sources().into_iter().for_each(|s| src(s, visit));
+            if let Some(d) = op.destination() {
+                dst(d, visit);
+            }
+            if let Some(p) = op.predicate() {
+                visit(Role::DefPred, p);
+            }
+        }
         Op::Fence { .. }
         | Op::CpAsyncCommit
         | Op::CpAsyncWait { .. }

@@ -3,7 +3,7 @@
 //! Each four bytes of memory remember up to three accesses: an access races with a remembered one of another agent that it
 //! overlaps, that is not ordered before it (see `clock`), when one of the two writes.
 
-use crate::clock::Clock;
+use crate::clock::{Clock, View};
 
 /// An access as memory remembers it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -11,7 +11,7 @@ pub(crate) struct Access {
     pub cta: u32,
     /// Agent within the CTA.
     pub agent: u16,
-    /// Bits 0-3: bytes of the cell; `WRITE`; `ATOMIC`; 0 in an empty slot.
+    /// Bits 0-3: bytes of the cell; `WRITE`; `ATOMIC`; `ASYNC`; `FENCED_READS`; 0 in an empty slot.
     pub kind: u8,
     pub clock: u32,
     /// Index of the instruction.
@@ -20,16 +20,32 @@ pub(crate) struct Access {
 
 pub(crate) const WRITE: u8 = 16;
 pub(crate) const ATOMIC: u8 = 32;
+/// Through the asynchronous proxy: held against what is ordered there, and each operation (agent and epoch) for itself.
+pub(crate) const ASYNC: u8 = 64;
+/// An asynchronous write that generic reads, too, must be fenced against.
+pub(crate) const FENCED_READS: u8 = 128;
 const BYTES: u8 = 15;
 const SLOTS: usize = 3;
 
 /// The memory of one allocation (or of the shared memory of one CTA), grown when first touched.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Shadow {
     cells: Vec<[Access; SLOTS]>,
+    /// The view that asynchronous accesses to this memory are held against.
+    view: View,
 }
 
 impl Shadow {
+    pub fn new(view: View) -> Shadow {
+        Shadow { cells: Vec::new(), view }
+    }
+
+    /// What is remembered, with the offset of its cell.
+    pub fn remembered(&self) -> impl Iterator<Item = (usize, &Access)> {
+        let cells = self.cells.iter().enumerate();
+        cells.flat_map(|(at, slots)| slots.iter().filter(|slot| slot.kind != 0).map(move |slot| (4 * at, slot)))
+    }
+
     pub fn clear(&mut self) {
         self.cells.clear();
     }
@@ -51,21 +67,39 @@ impl Shadow {
             let cell_end = (at / 4 + 1) * 4;
             let upto = end.min(cell_end);
             let mask = (BYTES >> (4 - (upto - at))) << (at % 4);
-            touch(&mut self.cells[at / 4], Access { kind: access.kind | mask, ..access }, before, random)?;
+            let access = Access { kind: access.kind | mask, ..access };
+            touch(&mut self.cells[at / 4], access, (before, self.view), random)?;
             at = upto;
         }
         Ok(())
     }
 }
 
-fn touch(slots: &mut [Access; SLOTS], access: Access, before: &Clock, random: &mut u64) -> Result<(), Access> {
+/// Whether what is remembered happens before an access through either proxy.
+fn covered(before: &Clock, view: View, access: &Access, earlier: &Access) -> bool {
+    let generic_read = earlier.kind & (WRITE | ASYNC) == 0;
+    if access.kind & ASYNC == 0 || (generic_read && access.kind & FENCED_READS == 0) {
+        before.covers(earlier)
+    } else {
+        before.covers_in(view, earlier)
+    }
+}
+
+fn touch(
+    slots: &mut [Access; SLOTS],
+    access: Access,
+    (before, view): (&Clock, View),
+    random: &mut u64,
+) -> Result<(), Access> {
     let mut place = None;
     for (index, slot) in slots.iter().enumerate() {
         if slot.kind == 0 {
             place.get_or_insert(index);
             continue;
         }
-        let same_agent = slot.agent == access.agent && slot.cta == access.cta;
+        let same_agent = slot.agent == access.agent
+            && slot.cta == access.cta
+            && (access.kind & ASYNC == 0 || (slot.kind & ASYNC != 0 && slot.clock == access.clock));
         if same_agent && slot.kind == access.kind {
             place = Some(index);
             if slot.clock == access.clock {
@@ -77,7 +111,7 @@ fn touch(slots: &mut [Access; SLOTS], access: Access, before: &Clock, random: &m
         if slot.kind & access.kind & BYTES == 0 {
             continue;
         }
-        let ordered = same_agent || before.covers(slot);
+        let ordered = same_agent || covered(before, view, &access, slot);
         let harmless = (slot.kind | access.kind) & WRITE == 0 || slot.kind & access.kind & ATOMIC != 0;
         if !ordered && !harmless {
             return Err(*slot);

@@ -99,6 +99,10 @@ fn special(name: &str) -> Option<Special> {
             "%ntid" => Some(Special::Ntid(axis)),
             "%ctaid" => Some(Special::Ctaid(axis)),
             "%nctaid" => Some(Special::Nctaid(axis)),
+            "%cluster_ctaid" => Some(Special::ClusterCtaid(axis)),
+            "%cluster_nctaid" => Some(Special::ClusterNctaid(axis)),
+            "%clusterid" => Some(Special::ClusterId(axis)),
+            "%nclusterid" => Some(Special::NclusterId(axis)),
             _ => None,
         };
     }
@@ -112,7 +116,9 @@ fn special(name: &str) -> Option<Special> {
         "%lanemask_ge" => Special::LaneMask(Compare::Ge),
         "%dynamic_smem_size" => Special::DynamicSharedBytes,
         "%total_smem_size" => Special::TotalSharedBytes,
-        "%clock" | "%clock64" => Special::Clock,
+        "%clock" | "%clock64" | "%globaltimer" | "%globaltimer_lo" => Special::Clock,
+        "%cluster_ctarank" => Special::ClusterCtaRank,
+        "%cluster_nctarank" => Special::ClusterNctaRank,
         _ => return None,
     })
 }

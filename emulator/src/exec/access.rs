@@ -2,49 +2,76 @@
 
 use std::rc::Rc;
 
+use super::cluster::{OFFSET, RANK_SHIFT};
 use super::{Clock, Context, Cta, Fault, Outcome};
 use crate::alu::{self, Lanes};
 use crate::decode::{LOCAL_BASE, SHARED_BASE};
 use crate::isa::{Address, Atomic, Dst, Order, Semantics, Space, Src, Ty};
 use crate::memory::MemoryError;
 use crate::report::Rule;
-use crate::shadow::{ATOMIC, Access, WRITE};
+use crate::shadow::{ASYNC, ATOMIC, Access, FENCED_READS, WRITE};
 
 /// Generic addresses of shared and local memory: far below every global allocation.
-const SHARED_WINDOW: u64 = 0x7000_0000_0000;
+pub(super) const SHARED_WINDOW: u64 = 0x7000_0000_0000;
 const LOCAL_WINDOW: u64 = 0x6000_0000_0000;
+/// A kernel's parameters: "Generic Addressing" includes them.
+const PARAM_WINDOW: u64 = 0x5000_0000_0000;
 const WINDOW: u64 = 1 << 32;
 
 /// The state space and the address in it that a generic address stands for.
-fn resolve(space: Space, address: u64) -> (Space, u64) {
+pub(super) fn space_of(address: u64) -> (Space, u64) {
     let within = |window: u64| address.checked_sub(window).filter(|offset| *offset < WINDOW);
-    match space {
-        Space::Generic => match (within(SHARED_WINDOW), within(LOCAL_WINDOW)) {
-            (Some(offset), _) => (Space::Shared, offset),
-            (_, Some(offset)) => (Space::Local, offset),
-            _ => (Space::Global, address),
-        },
-        // Addresses of these windows are 32 bits wide.
-        Space::Shared | Space::Local => (space, address & (WINDOW - 1)),
-        Space::Global | Space::Param => (space, address),
+    match (within(SHARED_WINDOW), within(LOCAL_WINDOW), within(PARAM_WINDOW)) {
+        (Some(offset), ..) => (Space::SharedCluster, offset),
+        (_, Some(offset), _) => (Space::Local, offset),
+        (.., Some(offset)) => (Space::Param, offset),
+        _ => (Space::Global, address),
+    }
+}
+
+impl Cta {
+    /// As [`space_of`], for an instruction that may name the space. An address in `Space::Shared` may be that of another
+    /// CTA of the cluster then, when it was not said to be of this one.
+    pub(super) fn resolve(&self, space: Space, address: u64) -> Outcome<(Space, u64)> {
+        let (space, address) = if space == Space::Generic { space_of(address) } else { (space, address) };
+        match space {
+            // Addresses of these windows are 32 bits wide.
+            Space::Shared => Ok((space, self.own_shared(address & (WINDOW - 1))?)),
+            Space::SharedCluster => Ok((Space::Shared, address & (WINDOW - 1))),
+            Space::Local => Ok((space, address & (WINDOW - 1))),
+            _ => Ok((space, address)),
+        }
+    }
+
+    /// The name of a word under which it is a flag: shared memory of different CTAs has the same addresses.
+    fn word(&self, context: &Context<'_>, space: Space, address: u64) -> u64 {
+        if space != Space::Shared {
+            return address;
+        }
+        let serial = match self.other_rank(address) {
+            Some(rank) => context.serial(context.cluster_of(self.index), rank),
+            None => self.serial,
+        };
+        1 << 63 | u64::from(serial) << RANK_SHIFT | (address & OFFSET)
     }
 }
 
 /// `cvta` in either direction.
 pub(super) fn convert_address(space: Space, to_space: bool, address: u64) -> u64 {
     let window = match space {
-        Space::Shared => SHARED_WINDOW,
+        Space::Shared | Space::SharedCluster => SHARED_WINDOW,
+        Space::Param => PARAM_WINDOW,
         Space::Local => LOCAL_WINDOW,
         _ => 0,
     };
     if to_space { address.wrapping_sub(window) } else { address.wrapping_add(window) }
 }
 
-fn lanes_of(mask: u32) -> impl Iterator<Item = u32> {
+pub(super) fn lanes_of(mask: u32) -> impl Iterator<Item = u32> {
     (0..32).filter(move |lane| mask >> lane & 1 != 0)
 }
 
-fn memory_fault(error: MemoryError) -> Fault {
+pub(super) fn memory_fault(error: MemoryError) -> Fault {
     let rule = match error {
         MemoryError::OutOfBounds { .. } => Rule::OutOfBounds,
         MemoryError::Uninitialised { .. } => Rule::Uninitialised,
@@ -52,15 +79,21 @@ fn memory_fault(error: MemoryError) -> Fault {
     Fault::new(rule, error.to_string())
 }
 
-fn race(what: &str, access: &Access, other: Access) -> Fault {
+/// A race of `access`, whose clock is given, with what memory remembers.
+pub(super) fn race(what: &str, access: &Access, other: Access, clock: &Clock) -> Fault {
     let verb = |access: &Access| match (access.kind & ATOMIC != 0, access.kind & WRITE != 0) {
         (true, _) => "atomic",
         (_, true) => "write",
         _ => "read",
     };
-    let by = |access: &Access| if access.agent & 1 == 1 { " of an asynchronous copy" } else { "" };
-    let message =
-        format!("{}{} of {what} is not ordered after {}{}", verb(access), by(access), verb(&other), by(&other));
+    let by = |access: &Access| match (access.kind & ASYNC != 0, access.agent & 1 == 1) {
+        (true, _) => " of an asynchronous bulk operation",
+        (_, true) => " of an asynchronous copy",
+        _ => "",
+    };
+    let generic_only = access.kind & ASYNC != 0 && other.kind & ASYNC == 0 && clock.covers(&other);
+    let order = if generic_only { "is ordered in the generic proxy only" } else { "is not ordered" };
+    let message = format!("{}{} of {what} {order} after {}{}", verb(access), by(access), verb(&other), by(&other));
     Fault { other: Some(other), ..Fault::new(Rule::Race, message) }
 }
 
@@ -71,7 +104,7 @@ fn first_unwritten(written: &[u8]) -> Option<usize> {
     {
         return None;
     }
-    written.iter().position(|&written| written == 0)
+    written.iter().position(|&written| written != 1)
 }
 
 impl Context<'_> {
@@ -94,14 +127,14 @@ impl Context<'_> {
             allocation
                 .shadow
                 .access((offset, bytes, size), access, clock, &mut self.random)
-                .map_err(|other| race(&format!("`{}` at offset {offset}", allocation.name), &access, other))?;
+                .map_err(|other| race(&format!("`{}` at offset {offset}", allocation.name), &access, other, clock))?;
         }
         let mut data = [0; 16];
         data[..bytes].copy_from_slice(&allocation.data[offset..offset + bytes]);
         Ok(data)
     }
 
-    fn write_global(&mut self, address: u64, data: &[u8], access: Access, clock: &Clock) -> Outcome<()> {
+    pub(super) fn write_global(&mut self, address: u64, data: &[u8], access: Access, clock: &Clock) -> Outcome<()> {
         let (index, offset) = self.memory.find(address, data.len()).map_err(memory_fault)?;
         let allocation = &mut self.memory.allocations[index];
         if self.options.races {
@@ -109,7 +142,7 @@ impl Context<'_> {
             allocation
                 .shadow
                 .access((offset, data.len(), size), access, clock, &mut self.random)
-                .map_err(|other| race(&format!("`{}` at offset {offset}", allocation.name), &access, other))?;
+                .map_err(|other| race(&format!("`{}` at offset {offset}", allocation.name), &access, other, clock))?;
         }
         allocation.data[offset..offset + data.len()].copy_from_slice(data);
         allocation.written[offset..offset + data.len()].fill(1);
@@ -122,6 +155,17 @@ impl Cta {
         Access { cta: self.serial, agent, kind, clock, pc }
     }
 
+    /// An access through the asynchronous proxy by operation `number` of an agent (see [`new_agent`](Self::new_agent)).
+    ///
+    /// Hand it to `read_shared`, `write_shared`, `read_global` or `write_global` together with the clock that the issuing
+    /// warp had when it issued the operation: generic accesses must be ordered before it by a proxy fence, operations of
+    /// this and other agents by waits that have let the issuer [`learn`](Clock::learn) of them. The issuer begins a new
+    /// epoch when it issues, and whoever waits for the operation learns agent and number.
+    pub(super) fn async_access(context: &Context<'_>, agent: (u32, u16), number: u32, pc: u32, kind: u8) -> Access {
+        let strict = if context.options.fence_reads { FENCED_READS } else { 0 };
+        Access { cta: agent.0, agent: agent.1, kind: kind | ASYNC | strict, clock: number, pc }
+    }
+
     /// An access of a warp itself, with the clock to hold it against.
     pub(super) fn warp_access(&self, warp: usize, pc: u32, kind: u8) -> (Access, Rc<Clock>) {
         let clock = Rc::clone(&self.warps[warp].clock);
@@ -130,7 +174,7 @@ impl Cta {
     }
 
     /// Offset in shared memory of an access that lies inside it.
-    fn shared_offset(&self, address: u64, bytes: usize) -> Outcome<usize> {
+    pub(super) fn shared_offset(&self, address: u64, bytes: usize) -> Outcome<usize> {
         let offset = address.checked_sub(u64::from(SHARED_BASE)).map(|offset| offset as usize);
         match offset.filter(|offset| offset + bytes <= self.shared.data.len()) {
             Some(offset) => Ok(offset),
@@ -144,7 +188,7 @@ impl Cta {
         }
     }
 
-    fn check_shared(
+    pub(super) fn check_shared(
         &mut self,
         context: &mut Context<'_>,
         at: (usize, usize),
@@ -159,7 +203,7 @@ impl Cta {
         self.shared
             .shadow
             .access((offset, bytes, size), access, clock, &mut context.random)
-            .map_err(|other| race(&format!("shared memory at offset {offset}"), &access, other))
+            .map_err(|other| race(&format!("shared memory at offset {offset}"), &access, other, clock))
     }
 
     pub(super) fn read_shared(
@@ -170,8 +214,12 @@ impl Cta {
         access: Access,
         clock: &Clock,
     ) -> Outcome<[u8; 16]> {
-        let offset = self.shared_offset(address, bytes)?;
+        if self.other_rank(address).is_some() {
+            return self.on(context, address, |cta, context, at| cta.read_shared(context, at, bytes, access, clock));
+        }
+        let offset = self.shared_offset(address & OFFSET, bytes)?;
         if let Some(at) = first_unwritten(&self.shared.written[offset..offset + bytes]) {
+            self.refuse_mbarrier(address & OFFSET, bytes)?;
             let message = format!("byte {} of shared memory was never written", offset + at);
             return Err(Fault::new(Rule::Uninitialised, message));
         }
@@ -189,7 +237,11 @@ impl Cta {
         access: Access,
         clock: &Clock,
     ) -> Outcome<()> {
-        let offset = self.shared_offset(address, data.len())?;
+        if self.other_rank(address).is_some() {
+            return self.on(context, address, |cta, context, at| cta.write_shared(context, at, data, access, clock));
+        }
+        let offset = self.shared_offset(address & OFFSET, data.len())?;
+        self.refuse_mbarrier(address & OFFSET, data.len())?;
         self.check_shared(context, (offset, data.len()), access, clock)?;
         self.shared.data[offset..offset + data.len()].copy_from_slice(data);
         self.shared.written[offset..offset + data.len()].fill(1);
@@ -230,7 +282,7 @@ impl Cta {
         let kind = if sem.order == Order::Weak { 0 } else { ATOMIC };
         let (access, clock) = self.warp_access(warp, pc, kind);
         for lane in lanes_of(mask) {
-            let (space, at) = resolve(space, addresses[lane as usize]);
+            let (space, at) = self.resolve(space, addresses[lane as usize]).map_err(|fault| fault.lane(lane))?;
             aligned(at, bytes, lane)?;
             let data = match space {
                 Space::Shared => {
@@ -243,7 +295,7 @@ impl Cta {
                     data[..bytes].copy_from_slice(found);
                     data
                 }),
-                Space::Global | Space::Generic => {
+                Space::Global | Space::Generic | Space::SharedCluster => {
                     context.counters.global_loaded += bytes as u64;
                     context.read_global(at, bytes, access, &clock)
                 }
@@ -256,7 +308,7 @@ impl Cta {
                 }
             }
             if sem.order != Order::Weak {
-                self.acquire(context, warp, at, sem);
+                self.acquire(context, warp, self.word(context, space, at), sem);
             }
         }
         Ok(())
@@ -278,7 +330,7 @@ impl Cta {
         let kind = WRITE | if sem.order == Order::Weak { 0 } else { ATOMIC };
         let (access, clock) = self.warp_access(warp, pc, kind);
         for lane in lanes_of(mask) {
-            let (space, at) = resolve(space, addresses[lane as usize]);
+            let (space, at) = self.resolve(space, addresses[lane as usize]).map_err(|fault| fault.lane(lane))?;
             aligned(at, bytes, lane)?;
             let mut data = [0u8; 16];
             for (i, value) in values.iter().enumerate() {
@@ -299,7 +351,7 @@ impl Cta {
             }
             .map_err(|fault| fault.lane(lane))?;
             if sem.order != Order::Weak {
-                self.release(context, warp, at, sem, false);
+                self.release(context, warp, self.word(context, space, at), sem, false);
             }
         }
         if sem.order != Order::Weak {
@@ -323,7 +375,7 @@ impl Cta {
         let (b, c) = (self.warps[warp].read(context, self, b), self.warps[warp].read(context, self, c));
         let bytes = ty.bits() as usize / 8;
         for lane in lanes_of(mask) {
-            let (space, at) = resolve(space, addresses[lane as usize]);
+            let (space, at) = self.resolve(space, addresses[lane as usize]).map_err(|fault| fault.lane(lane))?;
             aligned(at, bytes, lane)?;
             let (read, clock) = self.warp_access(warp, pc, ATOMIC);
             let data = match space {
@@ -333,7 +385,7 @@ impl Cta {
             }
             .map_err(|fault| fault.lane(lane))?;
             let old = element(&data[..bytes], ty, ty.bits() as u8);
-            self.acquire(context, warp, at, sem);
+            self.acquire(context, warp, self.word(context, space, at), sem);
             let new = alu::atomic(op, ty, old, b[lane as usize], c[lane as usize]);
             let (write, clock) = self.warp_access(warp, pc, ATOMIC | WRITE);
             let data = &new.to_le_bytes()[..bytes];
@@ -345,7 +397,7 @@ impl Cta {
                 context.write_global(at, data, write, &clock)
             }
             .map_err(|fault| fault.lane(lane))?;
-            self.release(context, warp, at, sem, true);
+            self.release(context, warp, self.word(context, space, at), sem, true);
             if new != old {
                 context.idle = 0;
             }
@@ -365,7 +417,7 @@ fn aligned(address: u64, bytes: usize, lane: u32) -> Outcome<()> {
     Err(Fault::new(Rule::Misaligned, format!("{bytes} bytes at {address:#x}")).lane(lane))
 }
 
-fn read_param(context: &Context<'_>, at: u64, bytes: usize) -> Outcome<[u8; 16]> {
+pub(super) fn read_param(context: &Context<'_>, at: u64, bytes: usize) -> Outcome<[u8; 16]> {
     let params = context.launch.params;
     let found = usize::try_from(at).ok().and_then(|at| params.get(at..at.checked_add(bytes)?));
     let Some(found) = found else {
@@ -378,7 +430,7 @@ fn read_param(context: &Context<'_>, at: u64, bytes: usize) -> Outcome<[u8; 16]>
 }
 
 /// A loaded element, extended to a register of `to` bits by its sign when its type has one.
-fn element(data: &[u8], ty: Ty, to: u8) -> u64 {
+pub(super) fn element(data: &[u8], ty: Ty, to: u8) -> u64 {
     let mut bytes = [0; 8];
     bytes[..data.len()].copy_from_slice(data);
     let value = u64::from_le_bytes(bytes);

@@ -42,6 +42,12 @@ impl Copies {
         self.queue.iter().filter(|copy| mask >> copy.lane & 1 != 0).count()
     }
 
+    /// Sets what has been issued apart from what follows; returns the last epoch of the former.
+    pub fn mark(&mut self) -> u32 {
+        self.epoch += 1;
+        self.epoch
+    }
+
     pub fn commit(&mut self, mask: u32) {
         (0..32).filter(|lane| mask >> lane & 1 != 0).for_each(|lane| self.groups[lane] += 1);
         self.epoch += 1;
@@ -132,6 +138,30 @@ impl Cta {
         let agent = 2 * state.id as u16 + 1;
         Rc::make_mut(&mut state.clock).set_epoch(agent, known);
         Ok(())
+    }
+
+    /// Lets a lane's copies up to an epoch land, which need not be waited for otherwise then. Returns what is known of the
+    /// warp's copies: an mbarrier hears of the last lane's when it hears of all.
+    pub(super) fn land_upto(
+        &mut self,
+        context: &mut Context<'_>,
+        warp: usize,
+        lane: u32,
+        epoch: u32,
+    ) -> Outcome<Clock> {
+        let is_meant = |copy: &Copy| u32::from(copy.lane) == lane && copy.epoch <= epoch;
+        for at in 0..self.warps[warp].copies.queue.len() {
+            let copy = &self.warps[warp].copies.queue[at];
+            if !copy.landed && is_meant(copy) {
+                self.land(context, warp, at)?;
+            }
+        }
+        let queue = &mut self.warps[warp].copies.queue;
+        queue.retain(|copy| !is_meant(copy));
+        let known = queue.iter().map(|copy| copy.epoch - 1).min().unwrap_or(epoch).min(epoch);
+        let mut clock = Clock::new(self.serial, 0);
+        clock.set_epoch(2 * warp as u16 + 1, known);
+        Ok(clock)
     }
 
     /// Lets one of the warp's copies land, if there is one under way.

@@ -68,12 +68,7 @@ impl Cta {
             self.warps[warp].blocked = Some(id as u32);
         }
         self.release_barrier(context, id as usize)?;
-        let blocked = self.warps[warp].blocked.is_some();
-        if !blocked {
-            // It never stopped: only the others are woken.
-            context.woken.retain(|&other| other != warp);
-        }
-        Ok(blocked)
+        Ok(self.warps[warp].blocked.is_some())
     }
 
     /// Ends the phase of a barrier that all have reached.
@@ -97,7 +92,7 @@ impl Cta {
             }
             state.blocked = None;
             state.resume();
-            context.woken.push(warp);
+            self.wake(context, warp);
         }
         context.idle = 0;
         Ok(())

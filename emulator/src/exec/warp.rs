@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::rc::Rc;
 
+use super::bulk::Groups;
 use super::copy::Copies;
 use super::step::step;
 use super::{Clock, Context, Cta, Fault, Outcome};
@@ -21,6 +22,26 @@ struct Split {
     mask: u32,
     /// At a collective instruction that the other lanes have not reached.
     parked: bool,
+    /// At an instruction that is tried again once this has changed.
+    waits: Option<Wait>,
+}
+
+/// What some lanes of a warp wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// The mbarrier at this address of the own CTA.
+    Mbarrier(u32),
+    Cluster,
+}
+
+impl Split {
+    fn new(pc: u32, mask: u32) -> Split {
+        Split { pc, mask, parked: false, waits: None }
+    }
+
+    fn is_ready(&self) -> bool {
+        !self.parked && self.waits.is_none()
+    }
 }
 
 #[derive(Debug)]
@@ -39,6 +60,13 @@ pub(super) struct Warp {
     /// What went before the last fence, and its scope.
     pub fenced: Option<(Rc<Clock>, crate::isa::Scope)>,
     pub copies: Copies,
+    pub groups: Groups,
+    /// Lanes that have arrived at the cluster's barrier and not waited yet, and in which phase.
+    pub at_cluster: (u32, u32),
+    /// Has stopped, and must be woken.
+    pub asleep: bool,
+    /// The next test of an mbarrier that fails gives up instead of waiting on.
+    pub expired: bool,
     pub local: Vec<u8>,
 }
 
@@ -60,6 +88,8 @@ pub(super) enum Flow {
     Yield,
     /// On, once the barrier lets go.
     Block,
+    /// The same again, once what is waited for has changed.
+    Wait(Wait),
 }
 
 impl Warp {
@@ -72,7 +102,7 @@ impl Warp {
         Warp {
             id,
             live,
-            splits: vec![Split { pc: 0, mask: live, parked: false }],
+            splits: vec![Split::new(0, live)],
             blocked: None,
             registers: vec![[0; 32]; kernel.registers as usize],
             predicates: vec![0; kernel.predicates as usize],
@@ -80,6 +110,10 @@ impl Warp {
             pending: None,
             fenced: None,
             copies: Copies::default(),
+            groups: Groups::default(),
+            at_cluster: (0, 0),
+            asleep: false,
+            expired: false,
             local: vec![0; 32 * (kernel.local_end - LOCAL_BASE) as usize],
         }
     }
@@ -93,6 +127,27 @@ impl Warp {
 
     pub fn resume(&mut self) {
         self.splits.iter_mut().for_each(|split| split.parked = false);
+    }
+
+    /// What waits for this may try again; whether there was anything.
+    pub fn stop_waiting(&mut self, wait: Wait) -> bool {
+        let waiting = self.splits.iter_mut().filter(|split| split.waits == Some(wait));
+        waiting.map(|split| split.waits = None).count() != 0
+    }
+
+    /// Ends the waits for mbarriers, which may give up after some time; whether the warp goes on for that.
+    pub fn expire(&mut self) -> bool {
+        let mut found = false;
+        for split in &mut self.splits {
+            if matches!(split.waits, Some(Wait::Mbarrier(_))) {
+                split.waits = None;
+                found = true;
+            }
+        }
+        let goes_on = found && self.asleep;
+        self.asleep &= !goes_on;
+        self.expired |= goes_on;
+        goes_on
     }
 
     pub fn put(&mut self, d: Dst, mask: u32, values: &Lanes) {
@@ -161,6 +216,16 @@ impl Warp {
             Special::DynamicSharedBytes => [u64::from(context.launch.shared_bytes); 32],
             Special::TotalSharedBytes => [u64::from(context.shared_bytes); 32],
             Special::Clock => [context.counters.instructions; 32],
+            Special::ClusterCtaid(axis) => [u64::from(context.in_cluster(cta.rank)[axis as usize]); 32],
+            Special::ClusterNctaid(axis) => [u64::from(context.cluster[axis as usize]); 32],
+            Special::ClusterCtaRank => [u64::from(cta.rank); 32],
+            Special::ClusterNctaRank => [context.cluster_size() as u64; 32],
+            Special::ClusterId(axis) => {
+                [u64::from(cta.index[axis as usize] / context.cluster[axis as usize]); 32]
+            }
+            Special::NclusterId(axis) => {
+                [u64::from(context.launch.grid[axis as usize] / context.cluster[axis as usize]); 32]
+            }
         }
     }
 
@@ -181,6 +246,7 @@ impl Warp {
                         barrier.arrived
                     )
                 }
+                None if split.waits.is_some() => cta.describe_wait(context, split.waits),
                 None if split.parked => "waits for the other lanes at".to_owned(),
                 None => "is at".to_owned(),
             };
@@ -204,6 +270,7 @@ impl Warp {
                 if self.splits[i].pc == self.splits[j].pc {
                     self.splits[i].mask |= self.splits[j].mask;
                     self.splits[i].parked = false;
+                    self.splits[i].waits = None;
                     self.splits.swap_remove(j);
                 } else {
                     j += 1;
@@ -219,7 +286,7 @@ impl Warp {
         if self.splits.len() > 1 {
             self.merge();
         }
-        let ready: Vec<usize> = (0..self.splits.len()).filter(|&i| !self.splits[i].parked).collect();
+        let ready: Vec<usize> = (0..self.splits.len()).filter(|&i| self.splits[i].is_ready()).collect();
         let behind = ready.iter().copied().min_by_key(|&i| self.splits[i].pc)?;
         let chosen =
             if ready.len() > 1 && context.random(8) == 0 { ready[context.random(ready.len())] } else { behind };
@@ -241,6 +308,9 @@ pub(super) fn run(context: &mut Context<'_>, cta: &mut Cta, warp: usize) -> Loca
             return Ok(Stop::Blocked);
         }
         let Some(split) = state.select(context) else {
+            if state.splits.iter().any(|split| split.waits.is_some()) {
+                return Ok(Stop::Blocked);
+            }
             let at = state.splits.first().map_or(0, |split| split.pc);
             let table = cta.warps[warp].describe(context, cta).unwrap_or_default();
             let message = format!("lanes of one warp wait for each other at different instructions:{table}");
@@ -270,9 +340,9 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
     let kernel = context.kernel;
     loop {
         let others = &mut cta.warps[warp].splits;
-        let meets = !others.is_empty() && others.iter().any(|other| other.pc == pc || (!other.parked && other.pc < pc));
+        let meets = !others.is_empty() && others.iter().any(|other| other.pc == pc || (other.is_ready() && other.pc < pc));
         if *turn == 0 || (meets && pc != split.pc) {
-            others.push(Split { pc, mask, parked: false });
+            others.push(Split::new(pc, mask));
             return Ok(());
         }
         *turn -= 1;
@@ -288,7 +358,7 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
             continue;
         }
         if instruction.op.is_collective() && !converged(context, cta, warp, (pc, mask, active), instruction)? {
-            cta.warps[warp].splits.push(Split { pc, mask, parked: true });
+            cta.warps[warp].splits.push(Split { parked: true, ..Split::new(pc, mask) });
             return Ok(());
         }
         let flow = step(context, cta, warp, (pc, active), &instruction.op).map_err(|fault| (pc, fault))?;
@@ -297,24 +367,31 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
             Flow::Next => pc += 1,
             Flow::Branch(target) if active == mask => pc = target,
             Flow::Branch(target) => {
-                state.splits.push(Split { pc: target, mask: active, parked: false });
-                state.splits.push(Split { pc: pc + 1, mask: mask & !active, parked: false });
+                state.splits.push(Split::new(target, active));
+                state.splits.push(Split::new(pc + 1, mask & !active));
                 return Ok(());
             }
             Flow::Exit => {
                 exit(context, cta, warp, active).map_err(|fault| (pc, fault))?;
                 if mask & !active != 0 {
-                    cta.warps[warp].splits.push(Split { pc: pc + 1, mask: mask & !active, parked: false });
+                    cta.warps[warp].splits.push(Split::new(pc + 1, mask & !active));
                 }
                 return Ok(());
             }
             Flow::Yield => {
-                state.splits.push(Split { pc: pc + 1, mask, parked: false });
+                state.splits.push(Split::new(pc + 1, mask));
                 *turn = 0;
                 return Ok(());
             }
             Flow::Block => {
-                state.splits.push(Split { pc: pc + 1, mask, parked: false });
+                state.splits.push(Split::new(pc + 1, mask));
+                return Ok(());
+            }
+            Flow::Wait(wait) => {
+                state.splits.push(Split { waits: Some(wait), ..Split::new(pc, active) });
+                if active != mask {
+                    state.splits.push(Split::new(pc + 1, mask & !active));
+                }
                 return Ok(());
             }
         }
@@ -349,7 +426,7 @@ fn converged(
             }
             named
         }
-        Op::Bar { .. } => state.live,
+        Op::Bar { .. } | Op::Hopper(_) => state.live,
         _ => u32::MAX,
     };
     if mask & needed != needed && state.splits.is_empty() {
@@ -370,6 +447,8 @@ fn exit(context: &mut Context<'_>, cta: &mut Cta, warp: usize, lanes: u32) -> Ou
         let message = format!("{left} asynchronous copies were never waited for");
         return Err(Fault::new(Rule::AsyncLeft, message).lane(lanes.trailing_zeros()));
     }
+    context.check_groups(cta, warp, lanes)?;
+    let state = &mut cta.warps[warp];
     state.live &= !lanes;
     // Lanes that wait for the whole warp wait for fewer now.
     state.resume();
@@ -378,6 +457,11 @@ fn exit(context: &mut Context<'_>, cta: &mut Cta, warp: usize, lanes: u32) -> Ou
         for id in 0..cta.barriers.len() {
             cta.release_barrier(context, id)?;
         }
+        cta.exited.join(&cta.warps[warp].clock);
+        if cta.warps.iter().all(|warp| warp.live == 0) {
+            cta.check_end(context)?;
+        }
     }
+    cta.release_cluster(context);
     Ok(())
 }

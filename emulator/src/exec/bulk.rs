@@ -1,0 +1,550 @@
+//! Bulk copies: issued by a thread, landing at some time before they are waited for.
+//!
+//! PTX ISA, "Asynchronous operations: completion mechanisms". A copy that completes at an mbarrier belongs to an agent of
+//! that mbarrier; one in a bulk group to two of the issuing warp, one for what it reads and one for what it writes.
+
+use std::rc::Rc;
+
+use super::access::lanes_of;
+use super::cluster::{OFFSET, RANK_SHIFT};
+use super::warp::Flow;
+use super::{Clock, Context, Cta, Fault, Outcome};
+use crate::alu;
+use crate::isa::{Address, Atomic, Binary, Bulk, Prefetched, Space, Src, Ty};
+use crate::launch::Timing;
+use crate::report::Rule;
+use crate::shadow::{ATOMIC, WRITE};
+
+/// Up to 16 bytes that lie next to each other on both sides; `from` is `None` for what lies outside a tensor.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Chunk {
+    pub from: Option<u64>,
+    pub to: u64,
+    pub bytes: u8,
+}
+
+/// A copy before it is known where and how it completes.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Plan {
+    pub chunks: Vec<Chunk>,
+    /// What chunks without a source are filled with.
+    pub fill: [u8; 16],
+    /// Bytes that a transaction count is reduced by.
+    pub bytes: u32,
+    pub reduce: Option<(Atomic, Ty)>,
+}
+
+/// One side of a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    Global,
+    /// Of the CTA of this serial, in this slot.
+    Shared(u32, usize),
+    /// No bytes: an arrival for `cp.async`.
+    None,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Done {
+    /// At the mbarrier at this offset of the destination.
+    Mbarrier(u32),
+    /// In the group of this number of its lane; what the lane has waited for.
+    Group { group: u32, read: bool, seen: bool },
+    /// Arrives at the mbarrier for the `cp.async` of its lane up to this epoch.
+    Copies { mbarrier: u32, epoch: u32 },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    Issued,
+    Read,
+    Landed,
+}
+
+/// A bulk copy that was issued.
+#[derive(Debug)]
+pub(super) struct InFlight {
+    pc: u32,
+    lane: u32,
+    /// CTA and warp that issued it.
+    owner: (u32, u32),
+    slot: usize,
+    issued: Rc<Clock>,
+    plan: Plan,
+    /// What was read.
+    data: Vec<[u8; 16]>,
+    from: Side,
+    to: Side,
+    reads: (u32, u16),
+    writes: (u32, u16),
+    number: u32,
+    done: Done,
+    stage: Stage,
+    eager: bool,
+    /// Its bytes are read once for all destinations of a multicast.
+    counts: bool,
+}
+
+/// The bulk groups of a warp.
+#[derive(Debug, Default)]
+pub(super) struct Groups {
+    /// Groups each lane has committed.
+    committed: [u32; 32],
+    /// Number of the last copy.
+    number: u32,
+    /// The agents of reads and writes, once there is a copy.
+    agents: Option<(u16, u16)>,
+}
+
+impl Groups {
+    pub fn commit(&mut self, mask: u32) {
+        lanes_of(mask).for_each(|lane| self.committed[lane as usize] += 1);
+    }
+}
+
+type Failed = ((u32, u32), u32, Fault);
+
+impl Context<'_> {
+    fn is_eager(&mut self) -> bool {
+        match self.options.copies {
+            Timing::Eager => true,
+            Timing::Lazy => false,
+            Timing::Mixed => self.random(2) == 0,
+        }
+    }
+
+    /// A copy that is to land at once.
+    pub fn due(&self) -> Option<usize> {
+        self.in_flight.iter().position(|copy| copy.eager && copy.stage != Stage::Landed)
+    }
+
+    pub fn is_under_way(&self) -> bool {
+        self.in_flight.iter().any(|copy| copy.stage != Stage::Landed)
+    }
+
+    /// Instruction and owner of a copy under way that is to complete at an mbarrier.
+    pub fn copy_to(&self, cta: &Cta, mbarrier: u32) -> Option<(u32, (u32, u32))> {
+        let to = Side::Shared(cta.serial, cta.slot);
+        let mut copies = self.in_flight.iter().filter(|copy| copy.stage != Stage::Landed);
+        let found = copies.find(|copy| match copy.done {
+            Done::Mbarrier(at) => copy.to == to && at == mbarrier,
+            Done::Copies { mbarrier: at, .. } => copy.owner.0 == cta.serial && at == mbarrier,
+            Done::Group { .. } => false,
+        })?;
+        Some((found.pc, found.owner))
+    }
+
+    /// Lets the first copy under way from `at` around land.
+    pub fn land(&mut self, at: usize) -> Result<(), Failed> {
+        let count = self.in_flight.len();
+        let next = (0..count).map(|i| (at % count + i) % count).find(|i| self.in_flight[*i].stage != Stage::Landed);
+        let Some(next) = next else { return Ok(()) };
+        let mut copy = self.in_flight.swap_remove(next);
+        let place = |copy: &InFlight, fault: Fault| {
+            let lane = fault.lane.unwrap_or(copy.lane);
+            (copy.owner, copy.pc, fault.lane(lane))
+        };
+        self.land_copy(&mut copy).map_err(|fault| place(&copy, fault))?;
+        if matches!(copy.done, Done::Group { seen: false, .. }) {
+            self.in_flight.push(copy);
+        }
+        Ok(())
+    }
+
+    /// Does something with the CTA in a slot, which must still be the one of that serial.
+    fn with_cta(
+        &mut self,
+        (serial, slot): (u32, usize),
+        action: impl FnOnce(&mut Cta, &mut Self) -> Outcome<()>,
+    ) -> Outcome<()> {
+        match self.ctas[slot].take() {
+            Some(mut cta) if cta.serial == serial => {
+                let outcome = action(&mut cta, self);
+                self.ctas[slot] = Some(cta);
+                outcome
+            }
+            other => {
+                self.ctas[slot] = other;
+                let message = "a bulk copy uses the shared memory of a CTA that has exited";
+                Err(Fault::new(Rule::OutOfBounds, message))
+            }
+        }
+    }
+
+    fn land_copy(&mut self, copy: &mut InFlight) -> Outcome<()> {
+        self.idle = 0;
+        if let Done::Copies { mbarrier, epoch } = copy.done {
+            copy.stage = Stage::Landed;
+            return self.with_cta((copy.owner.0, copy.slot), |cta, context| {
+                let landed = cta.land_upto(context, copy.owner.1 as usize, copy.lane, epoch)?;
+                cta.arrive_for_copies(context, u64::from(mbarrier), &landed)
+            });
+        }
+        match copy.from {
+            Side::Shared(serial, slot) if copy.stage == Stage::Issued => {
+                self.with_cta((serial, slot), |cta, context| copy.read(context, Some(cta)))?;
+            }
+            _ => copy.read(self, None)?,
+        }
+        match copy.to {
+            Side::Shared(serial, slot) => self.with_cta((serial, slot), |cta, context| {
+                copy.write(context, Some(cta))?;
+                let Done::Mbarrier(at) = copy.done else { return Ok(()) };
+                cta.complete_copy(context, u64::from(at), copy.number, copy.plan.bytes, (copy.pc, copy.owner))
+            }),
+            _ => copy.write(self, None),
+        }
+    }
+
+    /// `cp.async.mbarrier.arrive`: an arrival once the copies of a lane have landed.
+    pub fn arrive_with_copies(&mut self, cta: &mut Cta, warp: usize, (pc, lane): (u32, u32), mbarrier: u64) {
+        let epoch = cta.warps[warp].copies.mark();
+        let eager = self.is_eager();
+        let mut copy = InFlight::new(cta, warp, (pc, lane), eager);
+        copy.done = Done::Copies { mbarrier: mbarrier as u32, epoch };
+        self.in_flight.push(copy);
+    }
+
+    /// At the exit of lanes: nothing in shared memory may still have to be read for them.
+    pub fn check_groups(&mut self, cta: &Cta, warp: usize, lanes: u32) -> Outcome<()> {
+        let owner = (cta.serial, warp as u32);
+        let committed = &cta.warps[warp].groups.committed;
+        for copy in &mut self.in_flight {
+            let Done::Group { group, read, seen } = &mut copy.done else { continue };
+            if copy.owner != owner || lanes >> copy.lane & 1 == 0 {
+                continue;
+            }
+            if !*read {
+                let open = *group == committed[copy.lane as usize];
+                let why = if open { "was never committed to a group" } else { "was never waited for" };
+                let message = format!("a bulk copy from shared memory {why}");
+                return Err(Fault { pc: Some(copy.pc), ..Fault::new(Rule::AsyncLeft, message) }.lane(copy.lane));
+            }
+            *seen = true;
+        }
+        self.in_flight.retain(|copy| {
+            !matches!(copy.done, Done::Group { seen: true, .. }) || copy.stage != Stage::Landed
+        });
+        Ok(())
+    }
+}
+
+impl InFlight {
+    fn new(cta: &Cta, warp: usize, (pc, lane): (u32, u32), eager: bool) -> InFlight {
+        InFlight {
+            pc,
+            lane,
+            owner: (cta.serial, warp as u32),
+            slot: cta.slot,
+            issued: Rc::clone(&cta.warps[warp].clock),
+            plan: Plan::default(),
+            data: Vec::new(),
+            from: Side::None,
+            to: Side::None,
+            reads: (0, 0),
+            writes: (0, 0),
+            number: 0,
+            done: Done::Group { group: 0, read: false, seen: false },
+            stage: Stage::Issued,
+            eager,
+            counts: true,
+        }
+    }
+
+    /// Reads the source; `source` is its CTA when it lies in shared memory.
+    fn read(&mut self, context: &mut Context<'_>, mut source: Option<&mut Cta>) -> Outcome<()> {
+        if self.stage != Stage::Issued {
+            return Ok(());
+        }
+        self.stage = Stage::Read;
+        let access = Cta::async_access(context, self.reads, self.number, self.pc, 0);
+        self.data.reserve(self.plan.chunks.len());
+        for chunk in &self.plan.chunks {
+            let bytes = usize::from(chunk.bytes);
+            let data = match (chunk.from, &mut source) {
+                (None, _) => self.plan.fill,
+                (Some(from), Some(cta)) => {
+                    context.counters.shared_loaded += bytes as u64;
+                    cta.read_shared(context, from, bytes, access, &self.issued)?
+                }
+                (Some(from), None) => {
+                    context.counters.global_loaded += if self.counts { bytes as u64 } else { 0 };
+                    context.read_global(from, bytes, access, &self.issued)?
+                }
+            };
+            self.data.push(data);
+        }
+        Ok(())
+    }
+
+    /// Writes, or combines with, the destination.
+    fn write(&mut self, context: &mut Context<'_>, mut target: Option<&mut Cta>) -> Outcome<()> {
+        self.stage = Stage::Landed;
+        let atomic = if self.plan.reduce.is_some() { ATOMIC } else { 0 };
+        let access = Cta::async_access(context, self.writes, self.number, self.pc, WRITE | atomic);
+        for (chunk, data) in self.plan.chunks.iter().zip(&mut self.data) {
+            let bytes = usize::from(chunk.bytes);
+            if let Some((op, ty)) = self.plan.reduce {
+                let read = crate::shadow::Access { kind: access.kind & !WRITE, ..access };
+                let old = match &mut target {
+                    Some(cta) => cta.read_shared(context, chunk.to, bytes, read, &self.issued)?,
+                    None => context.read_global(chunk.to, bytes, read, &self.issued)?,
+                };
+                *data = combine(op, ty, &old, data, bytes);
+            }
+            match &mut target {
+                Some(cta) => {
+                    context.counters.shared_stored += bytes as u64;
+                    cta.write_shared(context, chunk.to, &data[..bytes], access, &self.issued)?;
+                }
+                None => {
+                    context.counters.global_stored += bytes as u64;
+                    context.write_global(chunk.to, &data[..bytes], access, &self.issued)?;
+                }
+            }
+        }
+        self.data = Vec::new();
+        Ok(())
+    }
+}
+
+/// `old op new`, element by element.
+fn combine(op: Atomic, ty: Ty, old: &[u8; 16], new: &[u8; 16], bytes: usize) -> [u8; 16] {
+    let each = ty.bits() as usize / 8;
+    let mut out = [0; 16];
+    for at in (0..bytes).step_by(each) {
+        let element = |data: &[u8; 16]| data[at..at + each].iter().rev().fold(0, |value, &b| value << 8 | u64::from(b));
+        let (a, b) = (element(old), element(new));
+        let value = match (ty, op) {
+            (Ty::F16 | Ty::Bf16, Atomic::Min) => alu::binary(Binary::Min, ty, &[a; 32], &[b; 32])[0],
+            (Ty::F16 | Ty::Bf16, Atomic::Max) => alu::binary(Binary::Max, ty, &[a; 32], &[b; 32])[0],
+            (Ty::F16 | Ty::Bf16, _) => alu::binary(Binary::Add, ty, &[a; 32], &[b; 32])[0],
+            _ => alu::atomic(op, ty, a, b, 0),
+        };
+        out[at..at + each].copy_from_slice(&value.to_le_bytes()[..each]);
+    }
+    out
+}
+
+impl Cta {
+    /// Issues a copy for each lane.
+    pub(super) fn bulk(
+        &mut self,
+        context: &mut Context<'_>,
+        warp: usize,
+        (pc, mask): (u32, u32),
+        op: &Bulk,
+    ) -> Outcome<Flow> {
+        let state = &self.warps[warp];
+        let dst = state.addresses(context, self, op.dst);
+        let src = state.addresses(context, self, op.src);
+        let bytes = state.read(context, self, op.bytes);
+        let coords: Vec<_> = op.coords.iter().map(|coord| state.read(context, self, *coord)).collect();
+        let mbarrier = op.mbarrier.map(|mbarrier| state.addresses(context, self, mbarrier));
+        let multicast = op.multicast.map(|mask| state.read(context, self, mask));
+        for lane in lanes_of(mask) {
+            let at = lane as usize;
+            let place = |fault: Fault| fault.lane(lane);
+            let plan = if coords.is_empty() {
+                plain(op, dst[at], src[at], bytes[at] & 0xffff_ffff)
+            } else {
+                let coords: Vec<i64> = coords.iter().map(|coord| i64::from(coord[at] as u32 as i32)).collect();
+                let (map, shared) = if op.to == Space::Global { (dst[at], src[at]) } else { (src[at], dst[at]) };
+                self.tensor_plan(context, (warp, pc), op, map, (shared & OFFSET, &coords))
+            };
+            let plan = plan.map_err(place)?;
+            let issued = match &mbarrier {
+                Some(mbarrier) => {
+                    let ranks = multicast.as_ref().map(|ranks| ranks[at] & 0xffff);
+                    self.issue_to_shared(context, (warp, pc, lane), op, plan, (dst[at], mbarrier[at], ranks))
+                }
+                None => self.issue_to_global(context, (warp, pc, lane), plan, src[at]),
+            };
+            issued.map_err(place)?;
+        }
+        self.warps[warp].next_epoch();
+        // What lands at once does so before anything else happens.
+        Ok(Flow::Yield)
+    }
+
+    fn issue_to_global(
+        &mut self,
+        context: &mut Context<'_>,
+        (warp, pc, lane): (usize, u32, u32),
+        plan: Plan,
+        src: u64,
+    ) -> Outcome<()> {
+        self.own_shared(src & 0xffff_ffff)?;
+        let (read, write) = match self.warps[warp].groups.agents {
+            Some(agents) => agents,
+            None => (self.new_agent(), self.new_agent()),
+        };
+        let eager = context.is_eager();
+        let groups = &mut self.warps[warp].groups;
+        groups.agents = Some((read, write));
+        groups.number += 1;
+        let (number, group) = (groups.number, groups.committed[lane as usize]);
+        let mut copy = InFlight::new(self, warp, (pc, lane), eager);
+        for agent in [read, write] {
+            context.issuers.insert((self.serial, agent), copy.owner);
+        }
+        (copy.from, copy.to) = (Side::Shared(self.serial, self.slot), Side::Global);
+        (copy.reads, copy.writes, copy.number) = ((self.serial, read), (self.serial, write), number);
+        copy.done = Done::Group { group, read: false, seen: false };
+        copy.plan = plan;
+        context.in_flight.push(copy);
+        Ok(())
+    }
+
+    /// To this CTA, another one, or all of a multicast; each destination is a copy of its own.
+    fn issue_to_shared(
+        &mut self,
+        context: &mut Context<'_>,
+        (warp, pc, lane): (usize, u32, u32),
+        op: &Bulk,
+        plan: Plan,
+        (dst, mbarrier, ranks): (u64, u64, Option<u64>),
+    ) -> Outcome<()> {
+        let own = u64::from(self.rank);
+        let rank_of = |address: u64| ((address & 0xffff_ffff) >> RANK_SHIFT).checked_sub(1).unwrap_or(own);
+        if op.to == Space::Shared {
+            self.own_shared(dst & 0xffff_ffff)?;
+        }
+        if rank_of(dst) != rank_of(mbarrier) {
+            let message = format!("destination {dst:#x} and mbarrier {mbarrier:#x} of a bulk copy are in different CTAs");
+            return Err(Fault::new(Rule::Trap, message));
+        }
+        let size = context.cluster_size();
+        let ranks = ranks.unwrap_or(1 << rank_of(dst));
+        if ranks == 0 || ranks >> size != 0 {
+            let message = format!("a multicast to CTAs {ranks:#b} of a cluster of {size}");
+            return Err(Fault::new(Rule::Trap, message));
+        }
+        let clock = Rc::clone(&self.warps[warp].clock);
+        let mut first = true;
+        for rank in (0..size as u64).filter(|rank| ranks >> rank & 1 != 0) {
+            let eager = context.is_eager();
+            let mut copy = InFlight::new(self, warp, (pc, lane), eager);
+            let access = self.access_of(2 * warp as u16, clock.epoch(2 * warp as u16), pc, WRITE | ATOMIC | crate::shadow::ASYNC);
+            let target = (rank + 1) << RANK_SHIFT | (mbarrier & OFFSET);
+            let ((agent, number), to) = self.on(context, target, |cta, context, at| {
+                let issued = cta.expect_copy(context, at, &clock, access)?;
+                Ok((issued, Side::Shared(cta.serial, cta.slot)))
+            })?;
+            context.issuers.insert(agent, copy.owner);
+            copy.from = if op.from == Space::Global { Side::Global } else { Side::Shared(self.serial, self.slot) };
+            (copy.to, copy.reads, copy.writes, copy.number) = (to, agent, agent, number);
+            copy.done = Done::Mbarrier((mbarrier & OFFSET) as u32);
+            copy.counts = std::mem::take(&mut first);
+            copy.plan = plan.clone();
+            context.in_flight.push(copy);
+        }
+        Ok(())
+    }
+
+    /// PTX ISA, "cp.async.bulk.wait_group": with `.read`, only the sources have been read.
+    pub(super) fn wait_for_groups(
+        &mut self,
+        context: &mut Context<'_>,
+        warp: usize,
+        mask: u32,
+        pending: u32,
+        read_only: bool,
+    ) -> Outcome<()> {
+        let owner = (self.serial, warp as u32);
+        let committed = self.warps[warp].groups.committed;
+        let mut copies = std::mem::take(&mut context.in_flight);
+        let mut outcome = Ok(());
+        for copy in &mut copies {
+            let Done::Group { group, read, seen } = &mut copy.done else { continue };
+            let last = committed[copy.lane as usize].saturating_sub(pending);
+            if copy.owner != owner || mask >> copy.lane & 1 == 0 || *group >= last {
+                continue;
+            }
+            *read = true;
+            *seen |= !read_only;
+            let (pc, lane) = (copy.pc, copy.lane);
+            let mut landed = copy.read(context, Some(self));
+            if landed.is_ok() && !read_only && copy.stage != Stage::Landed {
+                landed = copy.write(context, None);
+            }
+            outcome = landed.map_err(|fault| Fault { pc: Some(pc), ..fault }.lane(lane));
+            if outcome.is_err() {
+                break;
+            }
+        }
+        context.in_flight = copies;
+        outcome?;
+        context.in_flight.retain(|copy| {
+            !matches!(copy.done, Done::Group { seen: true, .. }) || copy.stage != Stage::Landed
+        });
+        let groups = &self.warps[warp].groups;
+        let Some((reads, writes)) = groups.agents else { return Ok(()) };
+        let (mut read, mut written) = (groups.number, groups.number);
+        for copy in context.in_flight.iter().filter(|copy| copy.owner == owner) {
+            if let Done::Group { read: was_read, .. } = copy.done {
+                written = written.min(copy.number - 1);
+                read = if was_read { read } else { read.min(copy.number - 1) };
+            }
+        }
+        let serial = self.serial;
+        let clock = Rc::make_mut(&mut self.warps[warp].clock);
+        clock.learn(serial, reads, read);
+        if !read_only {
+            clock.learn(serial, writes, written);
+        }
+        Ok(())
+    }
+
+    /// Prefetches change nothing, but what they name must exist.
+    pub(super) fn prefetch(
+        &mut self,
+        context: &mut Context<'_>,
+        warp: usize,
+        (pc, mask): (u32, u32),
+        what: Prefetched,
+        (addr, coords, bytes): (Address, &[Src], Src),
+    ) -> Outcome<()> {
+        let state = &self.warps[warp];
+        let (addresses, bytes) = (state.addresses(context, self, addr), state.read(context, self, bytes));
+        for lane in lanes_of(mask) {
+            let place = |fault: Fault| fault.lane(lane);
+            let (at, bytes) = (addresses[lane as usize], bytes[lane as usize] & 0xffff_ffff);
+            match what {
+                Prefetched::Bytes => {
+                    check_units("prefetch", &[at], bytes).map_err(place)?;
+                    context.memory.find(at, bytes as usize).map_err(super::access::memory_fault).map_err(place)?;
+                }
+                Prefetched::Tensor | Prefetched::TensorMap => {
+                    let map = self.tensor_map(context, (warp, pc), at).map_err(place)?;
+                    if what == Prefetched::Tensor && map.dims.len() != coords.len() {
+                        return Err(place(super::tensor::wrong_rank(&map, coords.len())));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_units(what: &str, addresses: &[u64], bytes: u64) -> Outcome<()> {
+    if !bytes.is_multiple_of(16) {
+        return Err(Fault::new(Rule::Trap, format!("{what} of {bytes} bytes, expected a multiple of 16")));
+    }
+    match addresses.iter().find(|address| !address.is_multiple_of(16)) {
+        Some(address) => {
+            Err(Fault::new(Rule::Misaligned, format!("{what} at {address:#x}, expected a multiple of 16")))
+        }
+        None => Ok(()),
+    }
+}
+
+/// A copy of contiguous bytes.
+fn plain(op: &Bulk, dst: u64, src: u64, bytes: u64) -> Outcome<Plan> {
+    check_units("a bulk copy", &[dst, src], bytes)?;
+    let local = |space: Space, address: u64| if space == Space::Global { address } else { address & OFFSET };
+    let (dst, src) = (local(op.to, dst), local(op.from, src));
+    let chunk = |at: u64| Chunk { from: Some(src + at), to: dst + at, bytes: 16 };
+    let reduce = op.reduce.and_then(|(op, ty)| ty.map(|ty| (op, ty)));
+    Ok(Plan { chunks: (0..bytes / 16).map(|i| chunk(16 * i)).collect(), fill: [0; 16], bytes: bytes as u32, reduce })
+}
