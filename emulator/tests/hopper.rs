@@ -4,7 +4,7 @@
 mod support;
 
 use ptx_emulator::Rule;
-use support::{module, one_warp, pair, warps, words};
+use support::{module, one_warp, warps, words};
 
 /// Thread 0 brings 512 bytes six times through two stages; warp 1 copies them to `out` with `ld.shared`.
 const RING: &str = "
@@ -393,5 +393,4 @@ fn what_is_not_implemented_is_named() {
         let error = module.kernel_error("k").expect(line);
         assert!(error.to_string().contains(&line[..12]), "{error}");
     }
-    let _ = pair;
 }
