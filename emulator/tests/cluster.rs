@@ -146,6 +146,7 @@ fn shared_memory_of_another_cta() {
         let (mine, theirs) = (rank * 1000 + thread, (1 - rank) * 1000 + thread);
         assert_eq!(out[at..at + 4], [5, theirs, 5 + mine, 1 - rank]);
     }
+    run.notices_removals(REMOTE, &[]);
     // Without the last barrier a CTA may be gone when the other reads from it.
     let leaves = "
     st.shared.u32 [%tile], %k;
@@ -339,6 +340,7 @@ fn a_ring_with_multicast() {
     );
     let rows = &run.input[..1536];
     assert_eq!((&out[..1536], &out[1536..]), (rows, rows));
+    run.notices_removals(MULTICAST, &["bar.warp.sync"]);
     // CUTLASS arrives at other CTAs without naming a scope.
     run.passes(&MULTICAST.replace("arrive.release.cluster.shared::cluster", "arrive.shared::cluster"));
     // Handed back before it was read.

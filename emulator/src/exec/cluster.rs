@@ -107,17 +107,16 @@ impl Cta {
         let slot = self.first_slot();
         let phase = context.cluster_barriers.entry(slot).or_default().phase;
         let state = &mut self.warps[warp];
-        let (arrived, since) = state.at_cluster;
-        if arrived & mask != 0 {
+        if state.at_cluster.1 != phase {
+            state.owe_cluster |= state.at_cluster.0;
+            state.at_cluster = (0, phase);
+        }
+        let twice = (state.at_cluster.0 | state.owe_cluster) & mask;
+        if twice != 0 {
             let message = "barrier.cluster.arrive again without a barrier.cluster.wait in between";
-            return Err(Fault::new(Rule::BarrierMisuse, message).lane((arrived & mask).trailing_zeros()));
+            return Err(Fault::new(Rule::BarrierMisuse, message).lane(twice.trailing_zeros()));
         }
-        if arrived != 0 && since != phase {
-            // Other lanes have yet to learn that the last phase has ended.
-            let message = "lanes of one warp arrive at barrier.cluster in different phases";
-            return Err(Fault::new(Rule::BarrierMisuse, message));
-        }
-        state.at_cluster = (arrived | mask, phase);
+        state.at_cluster.0 |= mask;
         let released = match (release, &state.fenced) {
             (true, _) => (*state.clock).clone(),
             (false, Some((clock, crate::isa::Scope::Gpu))) => {
@@ -144,14 +143,16 @@ impl Cta {
         let barrier = context.cluster_barriers.entry(self.first_slot()).or_default();
         let state = &mut self.warps[warp];
         let (arrived, since) = state.at_cluster;
-        if mask & !arrived != 0 {
+        let missing = mask & !(arrived | state.owe_cluster);
+        if missing != 0 {
             let message = "barrier.cluster.wait without a barrier.cluster.arrive before";
-            return Err(Fault::new(Rule::BarrierMisuse, message).lane((mask & !arrived).trailing_zeros()));
+            return Err(Fault::new(Rule::BarrierMisuse, message).lane(missing.trailing_zeros()));
         }
-        if barrier.phase == since {
+        if barrier.phase == since && mask & arrived != 0 {
             return Ok(Flow::Wait(Wait::Cluster));
         }
         state.at_cluster.0 &= !mask;
+        state.owe_cluster &= !mask;
         if let Some(done) = &barrier.done {
             Rc::make_mut(&mut state.clock).join(done);
         }

@@ -80,6 +80,7 @@ impl Cta {
                     return Err(Fault::new(Rule::Misaligned, message).lane(lane));
                 }
             }
+            self.own_shared(to[at] & 0xffff_ffff).map_err(|fault| fault.lane(lane))?;
             let eager = match context.options.copies {
                 Timing::Eager => true,
                 Timing::Lazy => false,

@@ -61,8 +61,10 @@ pub(super) struct Warp {
     pub fenced: Option<(Rc<Clock>, crate::isa::Scope)>,
     pub copies: Copies,
     pub groups: Groups,
-    /// Lanes that have arrived at the cluster's barrier and not waited yet, and in which phase.
+    /// Lanes that have arrived at the cluster's barrier, and in which phase.
     pub at_cluster: (u32, u32),
+    /// Lanes that arrived in a phase before that and have not waited yet.
+    pub owe_cluster: u32,
     /// Has stopped, and must be woken.
     pub asleep: bool,
     /// The next test of an mbarrier that fails gives up instead of waiting on.
@@ -112,6 +114,7 @@ impl Warp {
             copies: Copies::default(),
             groups: Groups::default(),
             at_cluster: (0, 0),
+            owe_cluster: 0,
             asleep: false,
             expired: false,
             local: vec![0; 32 * (kernel.local_end - LOCAL_BASE) as usize],

@@ -1,5 +1,7 @@
 //! Runs a kernel of the Hopper tests: `k(map, in, out)` with a tile, mbarriers and registers at hand.
 
+#![allow(dead_code, reason = "each test file uses its part")]
+
 use ptx_emulator::{Counters, Device, Launch, Memory, Module, Options, Report, Rule, TensorMap, Timing};
 
 pub const SEEDS: u64 = 20;
@@ -150,6 +152,27 @@ impl Run {
         });
         let found = found.count() as u64;
         assert!(4 * found >= SEEDS, "only {found} of {SEEDS}");
+    }
+
+    /// Deletes each synchronising instruction in turn. All but the `redundant` ones, given by their beginnings, are noticed by
+    /// some seed.
+    #[track_caller]
+    pub fn notices_removals(&self, body: &str, redundant: &[&str]) {
+        let lines: Vec<&str> = body.lines().collect();
+        let synchronises = |line: &str| {
+            let instruction = line.trim().trim_start_matches(|c: char| c != ' ' && line.trim().starts_with('@')).trim();
+            ["bar", "fence", "mbarrier.", "cp.async.bulk.commit", "cp.async.bulk.wait"]
+                .iter()
+                .any(|start| instruction.starts_with(start))
+        };
+        assert!(lines.iter().filter(|line| synchronises(line)).count() >= 3);
+        for (at, line) in lines.iter().enumerate().filter(|(_, line)| synchronises(line)) {
+            let without: Vec<&str> = lines.iter().enumerate().filter(|(i, _)| *i != at).map(|(_, line)| *line).collect();
+            let module = module(&without.join("\n"));
+            let found = (1..=SEEDS).filter(|seed| self.run(&module, *seed).is_err()).count();
+            let expected = !redundant.iter().any(|start| line.trim().starts_with(start));
+            assert_eq!(found != 0, expected, "{found} of {SEEDS} without `{line}` (line {at})");
+        }
     }
 
     /// `body` passes; each `(old, new)` breaks it.
