@@ -42,7 +42,14 @@ pub struct Device {
 impl Default for Device {
     /// A device of four SMs with the shared memory of compute capability 8.0.
     fn default() -> Self {
-        Device { sms: 4, shared_per_sm: 164 << 10, shared_per_cta: 163 << 10, threads_per_sm: 2048, ctas_per_sm: 32, ctas_per_cluster: 8 }
+        Device {
+            sms: 4,
+            shared_per_sm: 164 << 10,
+            shared_per_cta: 163 << 10,
+            threads_per_sm: 2048,
+            ctas_per_sm: 32,
+            ctas_per_cluster: 8,
+        }
     }
 }
 
@@ -79,7 +86,14 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Options { seed: 1, device: Device::default(), copies: Timing::Mixed, races: true, fence_reads: false, patience: 2_000_000 }
+        Options {
+            seed: 1,
+            device: Device::default(),
+            copies: Timing::Mixed,
+            races: true,
+            fence_reads: false,
+            patience: 2_000_000,
+        }
     }
 }
 

@@ -52,12 +52,7 @@ impl TensorType {
     fn is_float(self) -> bool {
         !matches!(
             self,
-            TensorType::U8
-                | TensorType::U16
-                | TensorType::U32
-                | TensorType::I32
-                | TensorType::U64
-                | TensorType::I64
+            TensorType::U8 | TensorType::U16 | TensorType::U32 | TensorType::I32 | TensorType::U64 | TensorType::I64
         )
     }
 }
@@ -334,13 +329,14 @@ impl Tiled {
         Some(Tiled {
             dtype,
             address: long(16),
-            interleave: [Interleave::None, Interleave::Bytes16, Interleave::Bytes32].get(usize::from(map[10])).copied()?,
-            swizzle: *[Swizzle::None, Swizzle::Bytes32, Swizzle::Bytes64, Swizzle::Bytes128].get(usize::from(map[11]))?,
+            interleave: [Interleave::None, Interleave::Bytes16, Interleave::Bytes32]
+                .get(usize::from(map[10]))
+                .copied()?,
+            swizzle: *[Swizzle::None, Swizzle::Bytes32, Swizzle::Bytes64, Swizzle::Bytes128]
+                .get(usize::from(map[11]))?,
             fill: if map[13] == 0 { OobFill::Zeros } else { OobFill::Nans },
             dims: (0..rank).map(|i| long(24 + 8 * i)).collect(),
-            strides: (0..rank)
-                .map(|i| if i == 0 { u64::from(dtype.bytes()) } else { long(56 + 8 * i) })
-                .collect(),
+            strides: (0..rank).map(|i| if i == 0 { u64::from(dtype.bytes()) } else { long(56 + 8 * i) }).collect(),
             boxes: (0..rank).map(|i| u32::from(map[96 + 2 * i]) | u32::from(map[97 + 2 * i]) << 8).collect(),
             element_strides: map[106..106 + rank].iter().map(|&stride| u32::from(stride).max(1)).collect(),
         })

@@ -2,7 +2,9 @@
 
 mod support;
 
-use ptx_emulator::{Interleave, L2Promotion, Launch, Memory, Module, OobFill, Options, Rule, Swizzle, TensorMap, TensorType};
+use ptx_emulator::{
+    Interleave, L2Promotion, Launch, Memory, Module, OobFill, Options, Rule, Swizzle, TensorMap, TensorType,
+};
 use support::{Run, module, one_warp, pair, words};
 
 /// PTX ISA, "Special Registers": %clusterid and its kin, of a grid of 4 x 6 x 2 in clusters of 2 x 1 x 2.
@@ -75,11 +77,9 @@ fn special_registers_tell_the_cluster() {
 fn clusters_have_limits() {
     let module = module("ret;");
     let launch = |ctas, cluster| Run { ctas, cluster, ..one_warp() }.run(&module, 1);
-    for (ctas, cluster, message) in [
-        (32, 17, "expected 1 to 16"),
-        (32, 0, "expected 1 to 16"),
-        (9, 2, "is not made of clusters of [2, 1, 1]"),
-    ] {
+    for (ctas, cluster, message) in
+        [(32, 17, "expected 1 to 16"), (32, 0, "expected 1 to 16"), (9, 2, "is not made of clusters of [2, 1, 1]")]
+    {
         let report = launch(ctas, cluster).expect_err(message);
         assert_eq!(report.rule, Rule::BadLaunch);
         assert!(report.message.contains(message), "{report}");
@@ -87,7 +87,14 @@ fn clusters_have_limits() {
     assert!(launch(32, 16).is_ok());
     // Eight are portable; more only where the device is said to allow them.
     let params = [0; 144];
-    let nine = Launch { kernel: "k", grid: [9, 1, 1], cluster: [9, 1, 1], block: [32, 1, 1], shared_bytes: 0, params: &params };
+    let nine = Launch {
+        kernel: "k",
+        grid: [9, 1, 1],
+        cluster: [9, 1, 1],
+        block: [32, 1, 1],
+        shared_bytes: 0,
+        params: &params,
+    };
     let report = module.launch(&mut Memory::new(), &nine, &Options::default()).expect_err("nine");
     assert!(report.message.contains("expected 1 to 8"), "{report}");
 }
@@ -131,10 +138,25 @@ fn shared_memory_of_another_cta() {
             (second, "", races, ""),
             ("arrive.aligned", "arrive.relaxed.aligned", races, ""),
             ("arrive.release.aligned", "arrive.relaxed.aligned", &[Rule::Race], "ld.shared.u32 %r7"),
-            ("st.shared::cluster.u32 [%r4]", "st.shared.u32 [%r4]", &[Rule::OutOfBounds], "expected an address of .shared::cta"),
-            ("st.shared::cluster.u32 [%r4]", "st.shared::cluster.u32 [%r4+65536]", &[Rule::OutOfBounds], "are not inside"),
+            (
+                "st.shared::cluster.u32 [%r4]",
+                "st.shared.u32 [%r4]",
+                &[Rule::OutOfBounds],
+                "expected an address of .shared::cta",
+            ),
+            (
+                "st.shared::cluster.u32 [%r4]",
+                "st.shared::cluster.u32 [%r4+65536]",
+                &[Rule::OutOfBounds],
+                "are not inside",
+            ),
             ("ld.u32 %r8, [%rd2+1024]", "ld.u32 %r8, [%rd2+4096]", &[Rule::Uninitialised], "was never written"),
-            ("mapa.shared::cluster.u32 %r4, %r2, %r3", "mapa.shared::cluster.u32 %r4, %r2, 2", &[Rule::OutOfBounds], "rank 2"),
+            (
+                "mapa.shared::cluster.u32 %r4, %r2, %r3",
+                "mapa.shared::cluster.u32 %r4, %r2, 2",
+                &[Rule::OutOfBounds],
+                "rank 2",
+            ),
             ("mapa.u64 %rd2, %rd1, %r3", "mapa.u64 %rd2, %in, %r3", &[Rule::Trap], "not in shared memory"),
             ("barrier.cluster.wait.aligned;", "", &[Rule::BarrierMisuse, Rule::Race, Rule::Uninitialised], ""),
             ("barrier.cluster.arrive.aligned;", "", &[Rule::BarrierMisuse], "without a barrier.cluster.arrive"),
@@ -325,7 +347,12 @@ fn a_ring_with_multicast() {
         MULTICAST,
         &[
             ("fence.mbarrier_init.release.cluster;", "", &[Rule::Race], "the mbarrier at"),
-            ("barrier.cluster.arrive.relaxed;\n    barrier.cluster.wait;", "bar.sync 0;", &[Rule::Race, Rule::MbarrierMisuse], "mbarrier"),
+            (
+                "barrier.cluster.arrive.relaxed;\n    barrier.cluster.wait;",
+                "bar.sync 0;",
+                &[Rule::Race, Rule::MbarrierMisuse],
+                "mbarrier",
+            ),
             ("setp.lt.u32 %p5, %r6, 2;", "setp.lt.u32 %p5, %r6, 1;", &[Rule::Deadlock], "waits for the mbarrier at"),
             ("b64 _, [%r3], 512;", "b64 _, [%r3], 256;", any, ""),
             ("b64 _, [%r3], 512;", "b64 _, [%r3], 768;", any, ""),
@@ -333,7 +360,12 @@ fn a_ring_with_multicast() {
             ("mov.b16 %h1, 3;", "mov.b16 %h1, 7;", &[Rule::Trap], "a multicast to CTAs 0b111 of a cluster of 2"),
             ("[%bar+16], 2;", "[%bar+16], 1;", any, ""),
             ("release.cluster.shared::cluster", "release.cta.shared::cluster", &[Rule::Race], "cp.async.bulk.tensor"),
-            ("[%r4], [%map, {0, %r7}]", "[%r4+128], [%map, {0, %r7}]", &[Rule::Misaligned], "expected a multiple of 1024"),
+            (
+                "[%r4], [%map, {0, %r7}]",
+                "[%r4+128], [%map, {0, %r7}]",
+                &[Rule::Misaligned],
+                "expected a multiple of 1024",
+            ),
             ("[%r4], [%map, {0, %r7}]", "[%r4], [%map+64, {0, %r7}]", &[Rule::Trap, Rule::OutOfBounds], "tensor map"),
             ("[%r4], [%map, {0, %r7}]", "[%r4], [%map+32, {0, %r7}]", &[Rule::Misaligned], "a tensor map at"),
         ],
@@ -345,7 +377,8 @@ fn a_ring_with_multicast() {
     run.passes(&MULTICAST.replace("arrive.release.cluster.shared::cluster", "arrive.shared::cluster"));
     // Handed back before it was read.
     let early = MULTICAST.replace(arrive, "").replace("    ld.shared.v4", &format!("    setp.lt.u32 %p5, %r6, 2;\n add.u32 %r18, %r3, 16;\n mapa.shared::cluster.u32 %r19, %r18, %r6;\n {arrive}\n    ld.shared.v4"));
-    let early = early.replace("mapa.shared::cluster.u32 %r19, %r18, %r6;\n @", "@%p5 mapa.shared::cluster.u32 %r19, %r18, %r6;\n @");
+    let early = early
+        .replace("mapa.shared::cluster.u32 %r19, %r18, %r6;\n @", "@%p5 mapa.shared::cluster.u32 %r19, %r18, %r6;\n @");
     run.reports(&early, &[Rule::Race], "ld.shared.v4");
     // Leaving while the other CTA still copies here or arrives here.
     run.reports(&MULTICAST.replace("DONE:\n    barrier.cluster.arrive;\n    barrier.cluster.wait;", "DONE:"), any, "");
@@ -393,7 +426,12 @@ WAIT:
         &[
             ("fence.proxy.async.shared::cta;", "", &[Rule::Race], "generic proxy only"),
             ("256, [%r5];", "256, [%bar];", &[Rule::Trap], "are in different CTAs"),
-            ("    barrier.cluster.arrive;\n    barrier.cluster.wait;\n    @%p1", "    bar.sync 0;\n    @%p1", &[Rule::Race, Rule::MbarrierMisuse], ""),
+            (
+                "    barrier.cluster.arrive;\n    barrier.cluster.wait;\n    @%p1",
+                "    bar.sync 0;\n    @%p1",
+                &[Rule::Race, Rule::MbarrierMisuse],
+                "",
+            ),
         ],
     ));
     for i in 0..128 {

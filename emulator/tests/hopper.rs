@@ -113,12 +113,19 @@ fn a_ring_of_bulk_copies() {
         ("[%r3], %r5, 1000;", "[%r3], %r5;"),
         ("try_wait.parity.shared::cta.b64 %p3, [%r3+16]", "test_wait.parity.acquire.cta.shared::cta.b64 %p3, [%r3+16]"),
         ("mbarrier.arrive.expect_tx.shared::cta", "mbarrier.arrive.expect_tx.release.cta.shared::cta"),
-        ("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3], 512;", "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%r3], 512;\n mbarrier.arrive.b64 _, [%rd9];"),
+        (
+            "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3], 512;",
+            "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%r3], 512;\n mbarrier.arrive.b64 _, [%rd9];",
+        ),
     ] {
         let generic = "cvt.u64.u32 %rd9, %r3;\n cvta.shared.u64 %rd9, %rd9;\nEMPTY:";
         warps(2).passes(&RING.replace("EMPTY:", generic).replace(old, new));
     }
-    warps(2).reports(&RING.replace("fence.mbarrier_init.release.cluster;", "fence.proxy.async.global;"), &[Rule::Race], "mbarrier");
+    warps(2).reports(
+        &RING.replace("fence.mbarrier_init.release.cluster;", "fence.proxy.async.global;"),
+        &[Rule::Race],
+        "mbarrier",
+    );
 }
 
 /// With the strict reading of the ISA, what is read must be fenced before it is overwritten through the other proxy.
@@ -178,7 +185,9 @@ fn mbarriers_count_and_tell_their_state() {
     );
     assert_eq!(one_warp().words(&body)[..9], [3, 2, 0, 1, 1, 0, 2, 0, 1]);
     // A fresh mbarrier: the phase before the first has odd parity and is complete.
-    let fresh = alone("mbarrier.init.shared.b64 [%bar], 1;\n mbarrier.try_wait.parity.shared.b64 %p1, [%bar], 1;\n selp.u32 %r1, 1, 0, %p1;\n st.global.u32 [%out], %r1;");
+    let fresh = alone(
+        "mbarrier.init.shared.b64 [%bar], 1;\n mbarrier.try_wait.parity.shared.b64 %p1, [%bar], 1;\n selp.u32 %r1, 1, 0, %p1;\n st.global.u32 [%out], %r1;",
+    );
     assert_eq!(one_warp().words(&fresh)[0], 1);
 }
 
@@ -206,9 +215,21 @@ fn mbarriers_are_used_as_they_must_be() {
         ("mbarrier.arrive.noComplete.shared.b64 %rd2, [%bar], 1;", misuse, ".noComplete completes the phase"),
         ("mbarrier.arrive.shared.b64 %rd2, [%bar+4];", &[Rule::Misaligned], "an mbarrier of 8 bytes"),
         ("mbarrier.arrive.shared.b64 %rd2, [%bar+65536];", &[Rule::OutOfBounds], "shared address"),
-        ("mbarrier.arrive.shared.b64 %rd2, [%bar];\n mbarrier.arrive.shared::cta.b64 %rd2, [%bar], 2;\n mbarrier.test_wait.shared.b64 %p1, [%bar], %rd1;", misuse, "the state is one of phase 0"),
-        ("WAIT:\n mbarrier.try_wait.shared.b64 %p1, [%bar], %rd1;\n @!%p1 bra WAIT;", &[Rule::Deadlock], "phase 0, 1 of 2 arrivals pending, 0 bytes expected"),
-        ("WAIT:\n mbarrier.test_wait.parity.shared.b64 %p1, [%bar], 0;\n @!%p1 bra WAIT;", &[Rule::Deadlock], "phase 0, 1 of 2 arrivals pending"),
+        (
+            "mbarrier.arrive.shared.b64 %rd2, [%bar];\n mbarrier.arrive.shared::cta.b64 %rd2, [%bar], 2;\n mbarrier.test_wait.shared.b64 %p1, [%bar], %rd1;",
+            misuse,
+            "the state is one of phase 0",
+        ),
+        (
+            "WAIT:\n mbarrier.try_wait.shared.b64 %p1, [%bar], %rd1;\n @!%p1 bra WAIT;",
+            &[Rule::Deadlock],
+            "phase 0, 1 of 2 arrivals pending, 0 bytes expected",
+        ),
+        (
+            "WAIT:\n mbarrier.test_wait.parity.shared.b64 %p1, [%bar], 0;\n @!%p1 bra WAIT;",
+            &[Rule::Deadlock],
+            "phase 0, 1 of 2 arrivals pending",
+        ),
     ] {
         one_warp().reports(&alone(&format!("{good}\n{more}")), rules, says);
     }
@@ -239,7 +260,9 @@ WAITER:
     bar.sync 2, 64;
     mbarrier.test_wait.parity.shared.b64 %p3, [%bar], 0;
     ret;";
-    let body = body.replace("@%p1 bra DONE;\n    mbarrier.arrive", "@%p1 bra MEET;\n    mbarrier.arrive").replace("bar.sync 2, 64;\nDONE", "MEET:\n bar.sync 2, 64;\nDONE");
+    let body = body
+        .replace("@%p1 bra DONE;\n    mbarrier.arrive", "@%p1 bra MEET;\n    mbarrier.arrive")
+        .replace("bar.sync 2, 64;\nDONE", "MEET:\n bar.sync 2, 64;\nDONE");
     warps(2).reports(&body, &[Rule::MbarrierMisuse], "waits for phase 0, but phase 2 has begun: the wait was lapped");
     warps(2).passes(&body.replacen("    mbarrier.arrive.shared.b64 %rd1, [%bar];\n", "", 1));
 }
@@ -273,9 +296,24 @@ fn stores_read_what_is_fenced_and_are_waited_for() {
             ("cp.async.bulk.commit_group;", "", &[Rule::Race, Rule::AsyncLeft], "cp.async.bulk.global"),
             (wait, "", &[Rule::Race, Rule::AsyncLeft], "bulk"),
             (wait, "cp.async.bulk.wait_group.read 1;", &[Rule::Race, Rule::AsyncLeft], "bulk"),
-            ("bulk_group [%out], [%tile], 256", "bulk_group [%out+8184], [%tile], 256", &[Rule::Misaligned], "multiple of 16"),
-            ("bulk_group [%out], [%tile], 256", "bulk_group [%out+8176], [%tile], 256", &[Rule::OutOfBounds], "`out` of 8192"),
-            ("bulk_group [%out], [%tile], 256", "bulk_group [%out], [%tile+256], 256", &[Rule::Uninitialised], "shared"),
+            (
+                "bulk_group [%out], [%tile], 256",
+                "bulk_group [%out+8184], [%tile], 256",
+                &[Rule::Misaligned],
+                "multiple of 16",
+            ),
+            (
+                "bulk_group [%out], [%tile], 256",
+                "bulk_group [%out+8176], [%tile], 256",
+                &[Rule::OutOfBounds],
+                "`out` of 8192",
+            ),
+            (
+                "bulk_group [%out], [%tile], 256",
+                "bulk_group [%out], [%tile+256], 256",
+                &[Rule::Uninitialised],
+                "shared",
+            ),
         ],
     );
     assert_eq!(words(&out)[..64], (0..64).collect::<Vec<_>>());
@@ -285,13 +323,16 @@ fn stores_read_what_is_fenced_and_are_waited_for() {
     warps(2).reports(&only.replace(wait, ""), &[Rule::AsyncLeft], "was never waited for");
     warps(2).reports(&only.replace("cp.async.bulk.commit_group;", ""), &[Rule::AsyncLeft], "was never committed");
     // The wait too late; and to read the destination the writes must be complete.
-    let late = STORE.replace(wait, "").replace("st.shared.u32 [%r2], %r1;", &format!("st.shared.u32 [%r2], %r1;\n{wait}"));
+    let late =
+        STORE.replace(wait, "").replace("st.shared.u32 [%r2], %r1;", &format!("st.shared.u32 [%r2], %r1;\n{wait}"));
     warps(2).reports(&late, &[Rule::Race], "st.shared.u32");
     let back = STORE.replace("st.shared.u32 [%r2], %r1;", "ld.global.u32 %r5, [%out];");
     warps(2).reports(&back, RACES, "ld.global.u32 %r5");
     warps(2).passes(&back.replace("wait_group.read", "wait_group"));
     // The fence after the barrier, by the thread that issues, does as well.
-    warps(2).passes(&STORE.replace("fence.proxy.async.shared::cta;", "").replace("bar.sync 0;", "bar.sync 0;\n fence.proxy.async;"));
+    warps(2).passes(
+        &STORE.replace("fence.proxy.async.shared::cta;", "").replace("bar.sync 0;", "bar.sync 0;\n fence.proxy.async;"),
+    );
     // Fenced by the wrong thread: before it knows of the writes.
     let wrong = STORE.replace("fence.proxy.async.shared::cta;", "setp.ne.u32 %p1, %t, 0;\n @!%p1 fence.proxy.async;");
     warps(2).reports(&wrong, &[Rule::Race], "generic proxy only");
@@ -328,7 +369,10 @@ DONE:
             ("fence.proxy.async.global;", "fence.proxy.async.shared::cta;", &[Rule::Race], "generic proxy only"),
         ],
     );
-    let unseen = body.replace("mbarrier.try_wait.parity.shared.b64 %p2, [%bar], 0;\n    @!%p2 bra WAIT;\n    ld.shared.u32 %r3, [%tile+252];", "");
+    let unseen = body.replace(
+        "mbarrier.try_wait.parity.shared.b64 %p2, [%bar], 0;\n    @!%p2 bra WAIT;\n    ld.shared.u32 %r3, [%tile+252];",
+        "",
+    );
     warps(2).reports(&unseen, &[Rule::AsyncLeft], "cp.async.bulk.shared");
     assert_eq!(words(&out)[64], 63);
 }
@@ -370,7 +414,9 @@ DONE:
     );
     assert_eq!(words(&out)[0], words(&one_warp().input)[4]);
     // Without .noinc each lane adds the arrival that it takes away; the phase needs one of its own.
-    let own = body.replace("arrive.noinc", "arrive").replace("    bra DONE;\nWAIT", "    mbarrier.arrive.shared.b64 %rd4, [%bar];\n    bra DONE;\nWAIT");
+    let own = body
+        .replace("arrive.noinc", "arrive")
+        .replace("    bra DONE;\nWAIT", "    mbarrier.arrive.shared.b64 %rd4, [%bar];\n    bra DONE;\nWAIT");
     warps(2).passes(&own);
 }
 

@@ -98,11 +98,31 @@ fn swizzles_follow_their_tables() {
     type Map = fn(u64, u64) -> Option<TensorMap>;
     // Rows of 16, 32, 64 and 128 bytes: 2 KiB each, two patterns of eight 128-byte rows.
     let cases: [(Map, u32, &[[usize; 8]; 8]); 5] = [
-        (|at, _| plain(TensorType::U16, at, &[8, 512], &[16], &[8, 128], Swizzle::None, OobFill::Zeros).ok(), 16, &PLAIN),
-        (|at, _| plain(TensorType::U16, at, &[64, 64], &[128], &[64, 16], Swizzle::None, OobFill::Zeros).ok(), 128, &PLAIN),
-        (|at, _| plain(TensorType::U16, at, &[16, 256], &[32], &[16, 64], Swizzle::Bytes32, OobFill::Zeros).ok(), 32, &B32),
-        (|at, _| plain(TensorType::U16, at, &[32, 128], &[64], &[32, 32], Swizzle::Bytes64, OobFill::Zeros).ok(), 64, &B64),
-        (|at, _| plain(TensorType::U16, at, &[64, 64], &[128], &[64, 16], Swizzle::Bytes128, OobFill::Zeros).ok(), 128, &B128),
+        (
+            |at, _| plain(TensorType::U16, at, &[8, 512], &[16], &[8, 128], Swizzle::None, OobFill::Zeros).ok(),
+            16,
+            &PLAIN,
+        ),
+        (
+            |at, _| plain(TensorType::U16, at, &[64, 64], &[128], &[64, 16], Swizzle::None, OobFill::Zeros).ok(),
+            128,
+            &PLAIN,
+        ),
+        (
+            |at, _| plain(TensorType::U16, at, &[16, 256], &[32], &[16, 64], Swizzle::Bytes32, OobFill::Zeros).ok(),
+            32,
+            &B32,
+        ),
+        (
+            |at, _| plain(TensorType::U16, at, &[32, 128], &[64], &[32, 32], Swizzle::Bytes64, OobFill::Zeros).ok(),
+            64,
+            &B64,
+        ),
+        (
+            |at, _| plain(TensorType::U16, at, &[64, 64], &[128], &[64, 16], Swizzle::Bytes128, OobFill::Zeros).ok(),
+            128,
+            &B128,
+        ),
     ];
     for (map, row_bytes, table) in cases {
         let out = Run { map, ..one_warp() }.passes(&load(2, "0, 0", 2048));
@@ -126,17 +146,23 @@ fn boxes_of_every_rank_end_at_the_tensor() {
         |at, _| plain(TensorType::U16, at, &[100], &[], &[32], Swizzle::None, OobFill::Zeros).ok(),
         |at, _| plain(TensorType::U16, at, &[20, 5], &[48], &[16, 4], Swizzle::None, OobFill::Zeros).ok(),
         |at, _| plain(TensorType::U16, at, &[20, 5, 3], &[48, 256], &[16, 2, 2], Swizzle::None, OobFill::Zeros).ok(),
-        |at, _| plain(TensorType::U16, at, &[20, 5, 3, 2], &[48, 256, 768], &[8, 2, 3, 2], Swizzle::None, OobFill::Zeros).ok(),
+        |at, _| {
+            plain(TensorType::U16, at, &[20, 5, 3, 2], &[48, 256, 768], &[8, 2, 3, 2], Swizzle::None, OobFill::Zeros)
+                .ok()
+        },
         |at, _| {
             let dims = [20, 5, 3, 2, 3];
-            plain(TensorType::U16, at, &dims, &[48, 256, 768, 1536], &[8, 2, 1, 2, 3], Swizzle::None, OobFill::Zeros).ok()
+            plain(TensorType::U16, at, &dims, &[48, 256, 768, 1536], &[8, 2, 1, 2, 3], Swizzle::None, OobFill::Zeros)
+                .ok()
         },
     ];
     let dims = [vec![100], vec![20, 5], vec![20, 5, 3], vec![20, 5, 3, 2], vec![20, 5, 3, 2, 3]];
     let strides = [0i64, 24, 128, 384, 768];
     let boxes: [&[i64]; 5] = [&[32], &[16, 4], &[16, 2, 2], &[8, 2, 3, 2], &[8, 2, 1, 2, 3]];
     for rank in 1..=5usize {
-        for start in [[0i64; 5], [3, 1, 1, 0, 1], [-5, -1, -1, -1, -1], [17, 4, 2, 1, 2], [-32, 0, 0, 0, 0], [2000, 9, 9, 9, 9]] {
+        for start in
+            [[0i64; 5], [3, 1, 1, 0, 1], [-5, -1, -1, -1, -1], [17, 4, 2, 1, 2], [-32, 0, 0, 0, 0], [2000, 9, 9, 9, 9]]
+        {
             let start = &start[..rank];
             let size = boxes[rank - 1];
             let elements: i64 = size.iter().product();
@@ -162,8 +188,12 @@ fn boxes_of_every_rank_end_at_the_tensor() {
 fn elements_outside_are_nan_where_asked() {
     let run = |dtype, bits: u64| {
         let map: fn(u64, u64) -> Option<TensorMap> = match dtype {
-            TensorType::F16 => |at, _| plain(TensorType::F16, at, &[8, 2], &[16], &[16, 4], Swizzle::None, OobFill::Nans).ok(),
-            TensorType::Bf16 => |at, _| plain(TensorType::Bf16, at, &[8, 2], &[16], &[16, 4], Swizzle::None, OobFill::Nans).ok(),
+            TensorType::F16 => {
+                |at, _| plain(TensorType::F16, at, &[8, 2], &[16], &[16, 4], Swizzle::None, OobFill::Nans).ok()
+            }
+            TensorType::Bf16 => {
+                |at, _| plain(TensorType::Bf16, at, &[8, 2], &[16], &[16, 4], Swizzle::None, OobFill::Nans).ok()
+            }
             _ => |at, _| plain(TensorType::F32, at, &[4, 2], &[16], &[8, 4], Swizzle::None, OobFill::Nans).ok(),
         };
         let out = Run { map, ..one_warp() }.passes(&load(2, "0, 0", 128));
@@ -178,7 +208,9 @@ fn elements_outside_are_nan_where_asked() {
     run(TensorType::F16, 0x7fff_7fff_7fff_7fff);
     run(TensorType::Bf16, 0x7fff_7fff_7fff_7fff);
     run(TensorType::F32, 0x7fff_ffff_7fff_ffff);
-    assert!(f16::from_bits(0x7fff).is_nan() && bf16::from_bits(0x7fff).is_nan() && f32::from_bits(0x7fff_ffff).is_nan());
+    assert!(
+        f16::from_bits(0x7fff).is_nan() && bf16::from_bits(0x7fff).is_nan() && f32::from_bits(0x7fff_ffff).is_nan()
+    );
 }
 
 /// ceil(box / stride) elements along a dimension with an element stride; the innermost has none.
@@ -188,7 +220,8 @@ fn element_strides_skip() {
         let (dims, strides, boxes) = ([16, 32], [32], [8, 7]);
         let (interleave, swizzle) = (Interleave::None, Swizzle::None);
         let (l2, fill) = (L2Promotion::None, OobFill::Zeros);
-        TensorMap::encode_tiled(TensorType::U16, 2, at, &dims, &strides, &boxes, &[5, 3], interleave, swizzle, l2, fill).ok()
+        TensorMap::encode_tiled(TensorType::U16, 2, at, &dims, &strides, &boxes, &[5, 3], interleave, swizzle, l2, fill)
+            .ok()
     };
     let found = halves(&Run { map, ..one_warp() }.passes(&load(2, "8, 2", 48)));
     let expected: Vec<u16> = [2u16, 5, 8].iter().flat_map(|row| (8..16).map(move |column| row * 16 + column)).collect();
@@ -273,7 +306,8 @@ DONE:
     ret;"
         )
     };
-    let plain_form = |op: &str| body(&format!("cp.reduce.async.bulk.global.shared::cta.bulk_group.{op} [%out], [%tile], 128;"));
+    let plain_form =
+        |op: &str| body(&format!("cp.reduce.async.bulk.global.shared::cta.bulk_group.{op} [%out], [%tile], 128;"));
     let map: fn(u64, u64) -> Option<TensorMap> =
         |_, at| plain(TensorType::U32, at, &[32], &[], &[32], Swizzle::None, OobFill::Zeros).ok();
     type Twice = fn(u32) -> u32;
@@ -291,12 +325,17 @@ DONE:
         let expected: Vec<u32> = (1..=32).map(twice).collect();
         let run = Run { map, out_bytes: 128, ..one_warp() };
         assert_eq!(run.words(&plain_form(op)), expected, "{op}");
-        let form = format!("cp.reduce.async.bulk.tensor.1d.global.shared::cta.{word}.tile.bulk_group [%map, {{0}}], [%tile];");
+        let form =
+            format!("cp.reduce.async.bulk.tensor.1d.global.shared::cta.{word}.tile.bulk_group [%map, {{0}}], [%tile];");
         assert_eq!(run.words(&body(&form)), expected, "tensor {word}");
     }
     // The same twice is no race, a plain store beside it is one.
     let run = Run { map, out_bytes: 128, ..one_warp() };
-    let mixed = plain_form("add.u32").replacen("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32", "cp.async.bulk.global.shared::cta.bulk_group", 1);
+    let mixed = plain_form("add.u32").replacen(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32",
+        "cp.async.bulk.global.shared::cta.bulk_group",
+        1,
+    );
     run.reports(&mixed, &[Rule::Race], "bulk operation");
     let float: fn(u64, u64) -> Option<TensorMap> =
         |_, at| plain(TensorType::F32, at, &[32], &[], &[32], Swizzle::None, OobFill::Zeros).ok();
@@ -329,11 +368,20 @@ DONE:
     let (a, b) = (f16::from_f32(1.0), f16::from_f32(0.0004));
     let (sum, tiny) = (f16::from_f64(1.0 + b.to_f64()), f16::from_bits(3));
     let twice = f16::from_bits(6);
-    assert_eq!(run.words(&body("add.noftz.f16", pair(a.to_bits(), tiny.to_bits()), pair(b.to_bits(), tiny.to_bits()))), [pair(sum.to_bits(), twice.to_bits()); 4]);
+    assert_eq!(
+        run.words(&body("add.noftz.f16", pair(a.to_bits(), tiny.to_bits()), pair(b.to_bits(), tiny.to_bits()))),
+        [pair(sum.to_bits(), twice.to_bits()); 4]
+    );
     let (a, b) = (bf16::from_f32(3.0), bf16::from_f32(0.01));
     let sum = bf16::from_f64(3.0 + b.to_f64()).to_bits();
-    assert_eq!(run.words(&body("add.noftz.bf16", pair(a.to_bits(), b.to_bits()), pair(b.to_bits(), a.to_bits()))), [pair(sum, sum); 4]);
-    assert_eq!(run.words(&body("min.bf16", pair(a.to_bits(), b.to_bits()), pair(b.to_bits(), a.to_bits()))), [pair(b.to_bits(), b.to_bits()); 4]);
+    assert_eq!(
+        run.words(&body("add.noftz.bf16", pair(a.to_bits(), b.to_bits()), pair(b.to_bits(), a.to_bits()))),
+        [pair(sum, sum); 4]
+    );
+    assert_eq!(
+        run.words(&body("min.bf16", pair(a.to_bits(), b.to_bits()), pair(b.to_bits(), a.to_bits()))),
+        [pair(b.to_bits(), b.to_bits()); 4]
+    );
     assert_eq!(run.words(&body("max.f16", pair(1, 0x8001), pair(0x3c00, 0)))[0], pair(0x3c00, 0));
     assert_eq!(run.words(&body("add.f32", 1.5f32.to_bits(), 2.25f32.to_bits())), [3.75f32.to_bits(); 4]);
     let seven = words(&7u32.to_le_bytes());
@@ -371,17 +419,26 @@ fn the_drivers_rules_are_enforced() {
     let encode = |args: &Args| {
         let Args { dtype, rank, address, dims, strides, boxes, element_strides, interleave, swizzle, fill } = args;
         let l2 = L2Promotion::None;
-        TensorMap::encode_tiled(*dtype, *rank, *address, dims, strides, boxes, element_strides, *interleave, *swizzle, l2, *fill)
+        TensorMap::encode_tiled(
+            *dtype,
+            *rank,
+            *address,
+            dims,
+            strides,
+            boxes,
+            element_strides,
+            *interleave,
+            *swizzle,
+            l2,
+            *fill,
+        )
     };
     assert!(encode(&good).is_ok());
     type Change = fn(&mut Args);
     let cases: &[(Change, TensorMapError)] = &[
         (|a| a.rank = 0, TensorMapError::Rank { rank: 0, least: 1 }),
         (|a| a.rank = 6, TensorMapError::Rank { rank: 6, least: 1 }),
-        (
-            |a| (a.rank, a.interleave) = (2, Interleave::Bytes16),
-            TensorMapError::Rank { rank: 2, least: 3 },
-        ),
+        (|a| (a.rank, a.interleave) = (2, Interleave::Bytes16), TensorMapError::Rank { rank: 2, least: 3 }),
         (|a| a.dims.truncate(2), TensorMapError::Length { argument: "sizes", got: 2, expected: 3 }),
         (|a| a.strides.push(16), TensorMapError::Length { argument: "strides", got: 3, expected: 2 }),
         (|a| a.address += 8, TensorMapError::Address { address: 0x7f00_0000_0018, multiple: 16 }),

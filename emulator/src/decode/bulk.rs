@@ -75,7 +75,11 @@ impl Decoder<'_> {
     fn tensor(&self, operand: &Operand, rank: usize) -> Result<(Address, Vec<Src>)> {
         let Operand::Tensor { base, offset, coords } = operand else { return self.unsupported() };
         if coords.len() != rank {
-            return self.fail(format!("{} coordinates for {rank} dimensions in `{}`", coords.len(), self.statement.text));
+            return self.fail(format!(
+                "{} coordinates for {rank} dimensions in `{}`",
+                coords.len(),
+                self.statement.text
+            ));
         }
         let map = self.address(&Operand::Address { base: Some(base.clone()), offset: *offset })?;
         Ok((map, coords.iter().map(|coord| self.src(coord, Ty::S(32))).collect::<Result<Vec<_>>>()?))

@@ -127,9 +127,7 @@ impl Decoder<'_> {
             }
             "expect_tx" => MbarrierKind::ExpectTx,
             "complete_tx" => MbarrierKind::CompleteTx,
-            "test_wait" | "try_wait" => {
-                MbarrierKind::Test { parity: take("parity"), may_block: kind == "try_wait" }
-            }
+            "test_wait" | "try_wait" => MbarrierKind::Test { parity: take("parity"), may_block: kind == "try_wait" },
             _ => return self.unsupported(),
         };
         // Arrivals release, tests acquire, unless they say otherwise; transactions are relaxed.

@@ -6,11 +6,9 @@
 use std::rc::Rc;
 
 use super::access::lanes_of;
-use super::cluster::{OFFSET, RANK_SHIFT};
-use super::warp::Flow;
 use super::{Clock, Context, Cta, Fault, Outcome};
 use crate::alu;
-use crate::isa::{Address, Atomic, Binary, Bulk, Prefetched, Space, Src, Ty};
+use crate::isa::{Atomic, Binary, Ty};
 use crate::launch::Timing;
 use crate::report::Rule;
 use crate::shadow::{ATOMIC, WRITE};
@@ -36,7 +34,7 @@ pub(super) struct Plan {
 
 /// One side of a copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Side {
+pub(super) enum Side {
     Global,
     /// Of the CTA of this serial, in this slot.
     Shared(u32, usize),
@@ -45,7 +43,7 @@ enum Side {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Done {
+pub(super) enum Done {
     /// At the mbarrier at this offset of the destination.
     Mbarrier(u32),
     /// In the group of this number of its lane; what the lane has waited for.
@@ -67,33 +65,33 @@ pub(super) struct InFlight {
     pc: u32,
     lane: u32,
     /// CTA and warp that issued it.
-    owner: (u32, u32),
+    pub owner: (u32, u32),
     slot: usize,
     issued: Rc<Clock>,
-    plan: Plan,
+    pub plan: Plan,
     /// What was read.
     data: Vec<[u8; 16]>,
-    from: Side,
-    to: Side,
-    reads: (u32, u16),
-    writes: (u32, u16),
-    number: u32,
-    done: Done,
+    pub from: Side,
+    pub to: Side,
+    pub reads: (u32, u16),
+    pub writes: (u32, u16),
+    pub number: u32,
+    pub done: Done,
     stage: Stage,
     eager: bool,
     /// Its bytes are read once for all destinations of a multicast.
-    counts: bool,
+    pub counts: bool,
 }
 
 /// The bulk groups of a warp.
 #[derive(Debug, Default)]
 pub(super) struct Groups {
     /// Groups each lane has committed.
-    committed: [u32; 32],
+    pub committed: [u32; 32],
     /// Number of the last copy.
-    number: u32,
+    pub number: u32,
     /// The agents of reads and writes, once there is a copy.
-    agents: Option<(u16, u16)>,
+    pub agents: Option<(u16, u16)>,
 }
 
 impl Groups {
@@ -105,7 +103,7 @@ impl Groups {
 type Failed = ((u32, u32), u32, Fault);
 
 impl Context<'_> {
-    fn is_eager(&mut self) -> bool {
+    pub fn is_eager(&mut self) -> bool {
         match self.options.copies {
             Timing::Eager => true,
             Timing::Lazy => false,
@@ -222,15 +220,14 @@ impl Context<'_> {
             }
             *seen = true;
         }
-        self.in_flight.retain(|copy| {
-            !matches!(copy.done, Done::Group { seen: true, .. }) || copy.stage != Stage::Landed
-        });
+        self.in_flight
+            .retain(|copy| !matches!(copy.done, Done::Group { seen: true, .. }) || copy.stage != Stage::Landed);
         Ok(())
     }
 }
 
 impl InFlight {
-    fn new(cta: &Cta, warp: usize, (pc, lane): (u32, u32), eager: bool) -> InFlight {
+    pub fn new(cta: &Cta, warp: usize, (pc, lane): (u32, u32), eager: bool) -> InFlight {
         InFlight {
             pc,
             lane,
@@ -327,121 +324,6 @@ fn combine(op: Atomic, ty: Ty, old: &[u8; 16], new: &[u8; 16], bytes: usize) -> 
 }
 
 impl Cta {
-    /// Issues a copy for each lane.
-    pub(super) fn bulk(
-        &mut self,
-        context: &mut Context<'_>,
-        warp: usize,
-        (pc, mask): (u32, u32),
-        op: &Bulk,
-    ) -> Outcome<Flow> {
-        let state = &self.warps[warp];
-        let dst = state.addresses(context, self, op.dst);
-        let src = state.addresses(context, self, op.src);
-        let bytes = state.read(context, self, op.bytes);
-        let coords: Vec<_> = op.coords.iter().map(|coord| state.read(context, self, *coord)).collect();
-        let mbarrier = op.mbarrier.map(|mbarrier| state.addresses(context, self, mbarrier));
-        let multicast = op.multicast.map(|mask| state.read(context, self, mask));
-        for lane in lanes_of(mask) {
-            let at = lane as usize;
-            let place = |fault: Fault| fault.lane(lane);
-            let plan = if coords.is_empty() {
-                plain(op, dst[at], src[at], bytes[at] & 0xffff_ffff)
-            } else {
-                let coords: Vec<i64> = coords.iter().map(|coord| i64::from(coord[at] as u32 as i32)).collect();
-                let (map, shared) = if op.to == Space::Global { (dst[at], src[at]) } else { (src[at], dst[at]) };
-                self.tensor_plan(context, (warp, pc), op, map, (shared & OFFSET, &coords))
-            };
-            let plan = plan.map_err(place)?;
-            let issued = match &mbarrier {
-                Some(mbarrier) => {
-                    let ranks = multicast.as_ref().map(|ranks| ranks[at] & 0xffff);
-                    self.issue_to_shared(context, (warp, pc, lane), op, plan, (dst[at], mbarrier[at], ranks))
-                }
-                None => self.issue_to_global(context, (warp, pc, lane), plan, src[at]),
-            };
-            issued.map_err(place)?;
-        }
-        self.warps[warp].next_epoch();
-        // What lands at once does so before anything else happens.
-        Ok(Flow::Yield)
-    }
-
-    fn issue_to_global(
-        &mut self,
-        context: &mut Context<'_>,
-        (warp, pc, lane): (usize, u32, u32),
-        plan: Plan,
-        src: u64,
-    ) -> Outcome<()> {
-        self.own_shared(src & 0xffff_ffff)?;
-        let (read, write) = match self.warps[warp].groups.agents {
-            Some(agents) => agents,
-            None => (self.new_agent(), self.new_agent()),
-        };
-        let eager = context.is_eager();
-        let groups = &mut self.warps[warp].groups;
-        groups.agents = Some((read, write));
-        groups.number += 1;
-        let (number, group) = (groups.number, groups.committed[lane as usize]);
-        let mut copy = InFlight::new(self, warp, (pc, lane), eager);
-        for agent in [read, write] {
-            context.issuers.insert((self.serial, agent), copy.owner);
-        }
-        (copy.from, copy.to) = (Side::Shared(self.serial, self.slot), Side::Global);
-        (copy.reads, copy.writes, copy.number) = ((self.serial, read), (self.serial, write), number);
-        copy.done = Done::Group { group, read: false, seen: false };
-        copy.plan = plan;
-        context.in_flight.push(copy);
-        Ok(())
-    }
-
-    /// To this CTA, another one, or all of a multicast; each destination is a copy of its own.
-    fn issue_to_shared(
-        &mut self,
-        context: &mut Context<'_>,
-        (warp, pc, lane): (usize, u32, u32),
-        op: &Bulk,
-        plan: Plan,
-        (dst, mbarrier, ranks): (u64, u64, Option<u64>),
-    ) -> Outcome<()> {
-        let own = u64::from(self.rank);
-        let rank_of = |address: u64| ((address & 0xffff_ffff) >> RANK_SHIFT).checked_sub(1).unwrap_or(own);
-        if op.to == Space::Shared {
-            self.own_shared(dst & 0xffff_ffff)?;
-        }
-        if rank_of(dst) != rank_of(mbarrier) {
-            let message = format!("destination {dst:#x} and mbarrier {mbarrier:#x} of a bulk copy are in different CTAs");
-            return Err(Fault::new(Rule::Trap, message));
-        }
-        let size = context.cluster_size();
-        let ranks = ranks.unwrap_or(1 << rank_of(dst));
-        if ranks == 0 || ranks >> size != 0 {
-            let message = format!("a multicast to CTAs {ranks:#b} of a cluster of {size}");
-            return Err(Fault::new(Rule::Trap, message));
-        }
-        let clock = Rc::clone(&self.warps[warp].clock);
-        let mut first = true;
-        for rank in (0..size as u64).filter(|rank| ranks >> rank & 1 != 0) {
-            let eager = context.is_eager();
-            let mut copy = InFlight::new(self, warp, (pc, lane), eager);
-            let access = self.access_of(2 * warp as u16, clock.epoch(2 * warp as u16), pc, WRITE | ATOMIC | crate::shadow::ASYNC);
-            let target = (rank + 1) << RANK_SHIFT | (mbarrier & OFFSET);
-            let ((agent, number), to) = self.on(context, target, |cta, context, at| {
-                let issued = cta.expect_copy(context, at, &clock, access)?;
-                Ok((issued, Side::Shared(cta.serial, cta.slot)))
-            })?;
-            context.issuers.insert(agent, copy.owner);
-            copy.from = if op.from == Space::Global { Side::Global } else { Side::Shared(self.serial, self.slot) };
-            (copy.to, copy.reads, copy.writes, copy.number) = (to, agent, agent, number);
-            copy.done = Done::Mbarrier((mbarrier & OFFSET) as u32);
-            copy.counts = std::mem::take(&mut first);
-            copy.plan = plan.clone();
-            context.in_flight.push(copy);
-        }
-        Ok(())
-    }
-
     /// PTX ISA, "cp.async.bulk.wait_group": with `.read`, only the sources have been read.
     pub(super) fn wait_for_groups(
         &mut self,
@@ -475,9 +357,9 @@ impl Cta {
         }
         context.in_flight = copies;
         outcome?;
-        context.in_flight.retain(|copy| {
-            !matches!(copy.done, Done::Group { seen: true, .. }) || copy.stage != Stage::Landed
-        });
+        context
+            .in_flight
+            .retain(|copy| !matches!(copy.done, Done::Group { seen: true, .. }) || copy.stage != Stage::Landed);
         let groups = &self.warps[warp].groups;
         let Some((reads, writes)) = groups.agents else { return Ok(()) };
         let (mut read, mut written) = (groups.number, groups.number);
@@ -495,56 +377,4 @@ impl Cta {
         }
         Ok(())
     }
-
-    /// Prefetches change nothing, but what they name must exist.
-    pub(super) fn prefetch(
-        &mut self,
-        context: &mut Context<'_>,
-        warp: usize,
-        (pc, mask): (u32, u32),
-        what: Prefetched,
-        (addr, coords, bytes): (Address, &[Src], Src),
-    ) -> Outcome<()> {
-        let state = &self.warps[warp];
-        let (addresses, bytes) = (state.addresses(context, self, addr), state.read(context, self, bytes));
-        for lane in lanes_of(mask) {
-            let place = |fault: Fault| fault.lane(lane);
-            let (at, bytes) = (addresses[lane as usize], bytes[lane as usize] & 0xffff_ffff);
-            match what {
-                Prefetched::Bytes => {
-                    check_units("prefetch", &[at], bytes).map_err(place)?;
-                    context.memory.find(at, bytes as usize).map_err(super::access::memory_fault).map_err(place)?;
-                }
-                Prefetched::Tensor | Prefetched::TensorMap => {
-                    let map = self.tensor_map(context, (warp, pc), at).map_err(place)?;
-                    if what == Prefetched::Tensor && map.dims.len() != coords.len() {
-                        return Err(place(super::tensor::wrong_rank(&map, coords.len())));
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-fn check_units(what: &str, addresses: &[u64], bytes: u64) -> Outcome<()> {
-    if !bytes.is_multiple_of(16) {
-        return Err(Fault::new(Rule::Trap, format!("{what} of {bytes} bytes, expected a multiple of 16")));
-    }
-    match addresses.iter().find(|address| !address.is_multiple_of(16)) {
-        Some(address) => {
-            Err(Fault::new(Rule::Misaligned, format!("{what} at {address:#x}, expected a multiple of 16")))
-        }
-        None => Ok(()),
-    }
-}
-
-/// A copy of contiguous bytes.
-fn plain(op: &Bulk, dst: u64, src: u64, bytes: u64) -> Outcome<Plan> {
-    check_units("a bulk copy", &[dst, src], bytes)?;
-    let local = |space: Space, address: u64| if space == Space::Global { address } else { address & OFFSET };
-    let (dst, src) = (local(op.to, dst), local(op.from, src));
-    let chunk = |at: u64| Chunk { from: Some(src + at), to: dst + at, bytes: 16 };
-    let reduce = op.reduce.and_then(|(op, ty)| ty.map(|ty| (op, ty)));
-    Ok(Plan { chunks: (0..bytes / 16).map(|i| chunk(16 * i)).collect(), fill: [0; 16], bytes: bytes as u32, reduce })
 }

@@ -103,7 +103,13 @@ impl Cta {
 
     /// PTX ISA, "barrier.cluster": each thread arrives once before it waits. Relaxed arrivals release no more than what a
     /// fence has.
-    pub fn arrive_at_cluster(&mut self, context: &mut Context<'_>, warp: usize, mask: u32, release: bool) -> Outcome<()> {
+    pub fn arrive_at_cluster(
+        &mut self,
+        context: &mut Context<'_>,
+        warp: usize,
+        mask: u32,
+        release: bool,
+    ) -> Outcome<()> {
         let slot = self.first_slot();
         let phase = context.cluster_barriers.entry(slot).or_default().phase;
         let state = &mut self.warps[warp];
@@ -206,10 +212,8 @@ impl Cta {
             Some(Wait::Cluster) => {
                 let first = self.first_slot();
                 let others = context.ctas[first..first + context.cluster_size()].iter().flatten();
-                let missing: u32 = others
-                    .flat_map(|cta| &cta.warps)
-                    .map(|warp| (warp.live & !warp.at_cluster.0).count_ones())
-                    .sum();
+                let missing: u32 =
+                    others.flat_map(|cta| &cta.warps).map(|warp| (warp.live & !warp.at_cluster.0).count_ones()).sum();
                 format!("waits for barrier.cluster, which {missing} threads have not reached, at")
             }
             None => "is at".to_owned(),

@@ -28,7 +28,8 @@ pub(super) fn step(
         }
         Hopper::CtaRank { d, a, .. } => {
             let own = u64::from(cta.rank);
-            let value = state.read(context, cta, *a).map(|at| ((at & 0xffff_ffff) >> RANK_SHIFT).checked_sub(1).unwrap_or(own));
+            let value =
+                state.read(context, cta, *a).map(|at| ((at & 0xffff_ffff) >> RANK_SHIFT).checked_sub(1).unwrap_or(own));
             cta.warps[warp].put(*d, mask, &value);
         }
         Hopper::IsSpace { space, p, a } => {

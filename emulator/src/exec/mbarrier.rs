@@ -388,10 +388,7 @@ impl Mbarrier {
         if let Some(phase) = waited_for
             && self.phase >= phase + 2
         {
-            return misuse(format!(
-                "waits for phase {phase}, but phase {} has begun: the wait was lapped",
-                self.phase
-            ));
+            return misuse(format!("waits for phase {phase}, but phase {} has begun: the wait was lapped", self.phase));
         }
         let parity = matches!(op.kind, MbarrierKind::Test { parity: true, .. });
         let complete = if parity {

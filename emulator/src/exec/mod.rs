@@ -6,6 +6,7 @@ mod cluster;
 mod collective;
 mod copy;
 mod hopper;
+mod issue;
 mod mbarrier;
 mod step;
 mod sync;
@@ -337,8 +338,7 @@ impl Machine<'_> {
     fn deadlock(&self) -> Box<Report> {
         let started = self.context.ctas.iter().flatten().count();
         let waiting = self.waiting.len() * self.context.cluster_size();
-        let message =
-            format!("no warp can run; {started} CTAs alive, {waiting} not started:{}", self.table());
+        let message = format!("no warp can run; {started} CTAs alive, {waiting} not started:{}", self.table());
         self.simple_report(Rule::Deadlock, message)
     }
 

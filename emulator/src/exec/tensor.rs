@@ -73,8 +73,10 @@ impl Cta {
         }
         let multiple = map.swizzle.alignment();
         if !shared.is_multiple_of(u64::from(multiple)) {
-            let message =
-                format!("a tile at shared address {shared:#x}, expected a multiple of {multiple} for {:?}", map.swizzle);
+            let message = format!(
+                "a tile at shared address {shared:#x}, expected a multiple of {multiple} for {:?}",
+                map.swizzle
+            );
             return Err(Fault::new(Rule::Misaligned, message));
         }
         let reduce = match op.reduce {
@@ -143,7 +145,12 @@ fn chunks(map: &Tiled, coords: &[i64], shared: u32, store: bool) -> Vec<Chunk> {
         for unit in (0..row_bytes).step_by(16) {
             let place = u64::from(map.swizzle.apply(shared + row * row_bytes as u32 + unit as u32));
             // What lies before, in and behind the tensor.
-            let bounds = [unit, from.clamp(unit, unit + 16), to.clamp(unit, unit + 16).max(from.clamp(unit, unit + 16)), unit + 16];
+            let bounds = [
+                unit,
+                from.clamp(unit, unit + 16),
+                to.clamp(unit, unit + 16).max(from.clamp(unit, unit + 16)),
+                unit + 16,
+            ];
             for part in 0..3 {
                 let (first, end) = (bounds[part], bounds[part + 1]);
                 if first == end || (store && part != 1) {

@@ -223,9 +223,7 @@ impl Warp {
             Special::ClusterNctaid(axis) => [u64::from(context.cluster[axis as usize]); 32],
             Special::ClusterCtaRank => [u64::from(cta.rank); 32],
             Special::ClusterNctaRank => [context.cluster_size() as u64; 32],
-            Special::ClusterId(axis) => {
-                [u64::from(cta.index[axis as usize] / context.cluster[axis as usize]); 32]
-            }
+            Special::ClusterId(axis) => [u64::from(cta.index[axis as usize] / context.cluster[axis as usize]); 32],
             Special::NclusterId(axis) => {
                 [u64::from(context.launch.grid[axis as usize] / context.cluster[axis as usize]); 32]
             }
@@ -343,7 +341,8 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
     let kernel = context.kernel;
     loop {
         let others = &mut cta.warps[warp].splits;
-        let meets = !others.is_empty() && others.iter().any(|other| other.pc == pc || (other.is_ready() && other.pc < pc));
+        let meets =
+            !others.is_empty() && others.iter().any(|other| other.pc == pc || (other.is_ready() && other.pc < pc));
         if *turn == 0 || (meets && pc != split.pc) {
             others.push(Split::new(pc, mask));
             return Ok(());

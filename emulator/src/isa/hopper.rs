@@ -84,12 +84,21 @@ pub(crate) enum Prefetched {
 pub(crate) enum MbarrierKind {
     Init,
     Inval,
-    Arrive { drop: bool, no_complete: bool, expect: bool },
+    Arrive {
+        drop: bool,
+        no_complete: bool,
+        expect: bool,
+    },
     ExpectTx,
     CompleteTx,
-    Test { parity: bool, may_block: bool },
+    Test {
+        parity: bool,
+        may_block: bool,
+    },
     /// `cp.async.mbarrier.arrive`.
-    Copies { no_inc: bool },
+    Copies {
+        no_inc: bool,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq)]

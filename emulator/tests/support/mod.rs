@@ -110,10 +110,10 @@ impl Run {
         assert_eq!(module.kernel_error("k"), None);
         let mut first = None;
         for seed in 1..=SEEDS {
-            match self.run(&module, seed) {
-                Ok((out, _)) => assert!(*first.get_or_insert_with(|| out.clone()) == out, "seed {seed}: another result"),
-                Err(report) => panic!("seed {seed}: {report}"),
-            }
+            let outcome = self.run(&module, seed);
+            assert_eq!(outcome.as_ref().err().map(ToString::to_string), None, "seed {seed}");
+            let same = outcome.is_ok_and(|(out, _)| *first.get_or_insert_with(|| out.clone()) == out);
+            assert!(same, "seed {seed}: another result");
         }
         first.expect("a run")
     }
@@ -130,10 +130,9 @@ impl Run {
         let module = module(body);
         assert_eq!(module.kernel_error("k"), None);
         for seed in 1..=SEEDS {
-            let report = match self.run(&module, seed) {
-                Err(report) => report,
-                Ok(_) => panic!("seed {seed}: expected {rules:?}, but it passes:\n{body}"),
-            };
+            let outcome = self.run(&module, seed);
+            assert!(outcome.is_err(), "seed {seed}: expected {rules:?}, but it passes:\n{body}");
+            let report = outcome.expect_err("checked");
             assert!(rules.contains(&report.rule), "seed {seed}: expected {rules:?}: {report}");
             assert!(report.to_string().contains(says), "seed {seed}: expected `{says}` in: {report}");
         }
@@ -167,7 +166,8 @@ impl Run {
         };
         assert!(lines.iter().filter(|line| synchronises(line)).count() >= 3);
         for (at, line) in lines.iter().enumerate().filter(|(_, line)| synchronises(line)) {
-            let without: Vec<&str> = lines.iter().enumerate().filter(|(i, _)| *i != at).map(|(_, line)| *line).collect();
+            let without: Vec<&str> =
+                lines.iter().enumerate().filter(|(i, _)| *i != at).map(|(_, line)| *line).collect();
             let module = module(&without.join("\n"));
             let found = (1..=SEEDS).filter(|seed| self.run(&module, *seed).is_err()).count();
             let expected = !redundant.iter().any(|start| line.trim().starts_with(start));
