@@ -439,3 +439,53 @@ WAIT:
         assert_eq!(out[2 * i..2 * i + 2], [theirs, 7 + theirs]);
     }
 }
+
+/// `st.async` and `red.async`: values for the other CTA, waited for at its mbarrier.
+#[test]
+fn values_are_stored_asynchronously() {
+    let body = "
+    shl.b32 %r1, %t, 3;
+    add.u32 %r2, %tile, %r1;
+    st.shared.u32 [%r2+4096], 5;
+    setp.ne.u32 %p1, %t, 0;
+    @%p1 bra READY;
+    mbarrier.init.shared.b64 [%bar], 1;
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [%bar], 768;
+READY:
+    barrier.cluster.arrive;
+    barrier.cluster.wait;
+    xor.b32 %r3, %k, 1;
+    mapa.shared::cluster.u32 %r4, %r2, %r3;
+    mapa.shared::cluster.u32 %r5, %bar, %r3;
+    mad.lo.u32 %r6, %k, 100, %t;
+    st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%r4], {%r6, %t}, [%r5];
+    red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u32 [%r4+4096], %r6, [%r5];
+WAIT:
+    mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 %p2, [%bar], 0;
+    @!%p2 bra WAIT;
+    ld.shared.v2.u32 {%r7, %r8}, [%r2];
+    ld.shared.u32 %r9, [%r2+4096];
+    mad.lo.u32 %r10, %k, 64, %t;
+    mul.wide.u32 %rd1, %r10, 16;
+    add.s64 %rd1, %out, %rd1;
+    st.global.v4.u32 [%rd1], {%r7, %r8, %r9, %r10};
+    ret;";
+    // A CTA may exit once everything that is sent to it has been waited for.
+    let any: &[Rule] =
+        &[Rule::Race, Rule::Uninitialised, Rule::Deadlock, Rule::MbarrierMisuse, Rule::AsyncLeft, Rule::OutOfBounds];
+    let run = Run { out_bytes: 2048, ..pair() };
+    let out = words(&run.twins(
+        body,
+        &[
+            ("[%bar], 768;", "[%bar], 512;", any, ""),
+            ("[%bar], 768;", "[%bar], 1024;", &[Rule::Deadlock], "256 bytes expected"),
+            ("{%r6, %t}, [%r5];", "{%r6, %t}, [%bar];", &[Rule::Trap], "are in different CTAs"),
+            ("[%r4], {", "[%r4+4], {", &[Rule::Misaligned], "8 bytes at"),
+        ],
+    ));
+    for i in 0..128u32 {
+        let theirs = 100 * (1 - i / 64) + i % 64;
+        assert_eq!(out[4 * i as usize..][..4], [theirs, i % 64, 5 + theirs, i]);
+    }
+    run.notices_removals(body, &[]);
+}

@@ -338,6 +338,47 @@ fn stores_read_what_is_fenced_and_are_waited_for() {
     warps(2).reports(&wrong, &[Rule::Race], "generic proxy only");
 }
 
+/// The pattern of CUDA's own guide: every thread arrives and waits with its state, changes the data in place, and one stores
+/// it back.
+#[test]
+fn data_go_in_and_out_again() {
+    let body = "
+    setp.ne.u32 %p1, %t, 0;
+    @%p1 bra READY;
+    mbarrier.init.shared.b64 [%bar], 64;
+    fence.proxy.async.shared::cta;
+READY:
+    bar.sync 0;
+    @%p1 bra ARRIVE;
+    cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%tile], [%in], 256, [%bar];
+    mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 %rd1, [%bar], 256;
+    bra WAIT;
+ARRIVE:
+    mbarrier.arrive.shared::cta.b64 %rd1, [%bar], 1;
+WAIT:
+    mbarrier.try_wait.shared.b64 %p2, [%bar], %rd1;
+    @!%p2 bra WAIT;
+    shl.b32 %r1, %t, 2;
+    add.u32 %r1, %r1, %tile;
+    ld.shared.u32 %r2, [%r1];
+    add.u32 %r2, %r2, 1;
+    st.shared.u32 [%r1], %r2;
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    @%p1 bra DONE;
+    cp.async.bulk.global.shared::cta.bulk_group [%out], [%tile], 256;
+    cp.async.bulk.commit_group;
+    cp.async.bulk.wait_group.read 0;
+    mbarrier.inval.shared.b64 [%bar];
+DONE:
+    ret;";
+    let out = words(&warps(2).passes(body));
+    let expected: Vec<u32> = words(&one_warp().input[..256]).iter().map(|word| word + 1).collect();
+    assert_eq!(out[..64], expected);
+    // The object need not be invalidated.
+    warps(2).notices_removals(body, &["mbarrier.inval"]);
+}
+
 /// Global memory written by generic stores and read by a copy of the same kernel.
 #[test]
 fn global_writes_are_fenced_too() {

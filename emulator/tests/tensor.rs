@@ -228,6 +228,31 @@ fn element_strides_skip() {
     assert_eq!(found[..24], expected);
 }
 
+/// A map that the kernel itself puts into global memory is seen through a proxy of its own (PTX ISA, "fence.proxy.tensormap").
+#[test]
+fn maps_in_global_memory_are_fenced() {
+    let map: fn(u64, u64) -> Option<TensorMap> =
+        |at, _| plain(TensorType::U16, at, &[64], &[], &[64], Swizzle::None, OobFill::Zeros).ok();
+    let copy: String = (0..16)
+        .map(|i| {
+            format!("    ld.u64 %rd9, [%map+{at}];\n    st.global.u64 [%out+{}], %rd9;\n", 1024 + 8 * i, at = 8 * i)
+        })
+        .collect();
+    let fences = "
+    fence.proxy.tensormap::generic.release.gpu;
+    fence.proxy.tensormap::generic.acquire.gpu [%rd10], 128;";
+    let body = load(1, "0", 128).replace("[%map, {0}]", "[%rd10, {0}]").replacen(
+        "@%p1 bra READY;",
+        &format!("add.s64 %rd10, %out, 1024;\n    @%p1 bra READY;\n{copy}{fences}"),
+        1,
+    );
+    let run = Run { map, ..one_warp() };
+    let out = run.twins(&body, &[(fences, "", &[Rule::Race], "is ordered in the generic proxy only after write")]);
+    assert_eq!(out[..128], run.input[..128]);
+    run.reports(&body.replace("%out, 1024;", "%out, 1088;"), &[Rule::Uninitialised, Rule::Trap], "%rd10");
+    run.reports(&body.replace("%out, 1024;", "%out, 1056;"), &[Rule::Misaligned], "a tensor map at");
+}
+
 /// What is loaded with a swizzle and stored with the same one is where it was, except outside the tensor.
 #[test]
 fn stores_undo_the_swizzle_and_stop_at_the_edges() {

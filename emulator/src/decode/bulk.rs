@@ -144,6 +144,46 @@ impl Decoder<'_> {
         })
     }
 
+    /// PTX ISA, "st.async".
+    pub(super) fn store_async(&self, words: &[&str]) -> Result<Hopper> {
+        let words = words.strip_prefix(&["weak"]).unwrap_or(words);
+        let (count, ty) = match *words {
+            ["shared::cluster", "mbarrier::complete_tx::bytes", ty] => (1, ty),
+            ["shared::cluster", "mbarrier::complete_tx::bytes", "v2", ty] => (2, ty),
+            ["shared::cluster", "mbarrier::complete_tx::bytes", "v4", ty] => (4, ty),
+            _ => return self.unsupported(),
+        };
+        let Some(ty) = scalar(ty).filter(|ty| {
+            matches!(ty, Ty::B(32 | 64) | Ty::U(32 | 64) | Ty::S(32 | 64) | Ty::F32 | Ty::F64)
+                && count * ty.bits() <= 128
+        }) else {
+            return self.unsupported();
+        };
+        let [to, value, mbarrier] = self.operands()?;
+        let values = match value {
+            Operand::Vector(parts) if count > 1 && parts.len() == count as usize => {
+                parts.iter().map(|part| self.src(part, ty)).collect::<Result<Vec<_>>>()?
+            }
+            single if count == 1 => vec![self.src(single, ty)?],
+            _ => return self.unsupported(),
+        };
+        let (to, mbarrier) = (self.address(to)?, self.address(mbarrier)?);
+        Ok(Hopper::StoreAsync { to, values, ty, reduce: None, mbarrier })
+    }
+
+    /// PTX ISA, "red.async".
+    pub(super) fn reduce_async(&self, words: &[&str]) -> Result<Hopper> {
+        let ["relaxed", "cluster", "shared::cluster", "mbarrier::complete_tx::bytes", op, ty] = *words else {
+            return self.unsupported();
+        };
+        let legal = bulk_reduction(op).zip(scalar(ty)).filter(|(op, ty)| reducible(*op, *ty, false, true));
+        let Some((op, ty)) = legal else { return self.unsupported() };
+        let [to, value, mbarrier] = self.operands()?;
+        let values = vec![self.src(value, ty)?];
+        let (to, mbarrier) = (self.address(to)?, self.address(mbarrier)?);
+        Ok(Hopper::StoreAsync { to, values, ty, reduce: Some(op), mbarrier })
+    }
+
     /// PTX ISA, "createpolicy". What a policy does to a cache cannot be seen here.
     pub(super) fn policy(&self, words: &[&str]) -> Result<Hopper> {
         let priority = |word: &str| {

@@ -56,6 +56,8 @@ impl Decoder<'_> {
             ["cp", "async", "mbarrier", "arrive", ref rest @ ..] => self.copies_arrive(rest)?,
             ["cp", "async", "bulk", ref rest @ ..] => self.bulk(rest, false)?,
             ["cp", "reduce", "async", "bulk", ref rest @ ..] => self.bulk(rest, true)?,
+            ["st", "async", ref rest @ ..] => self.store_async(rest)?,
+            ["red", "async", ref rest @ ..] => self.reduce_async(rest)?,
             ["prefetch", "tensormap"] => {
                 let [addr] = self.operands()?;
                 let (what, addr) = (Prefetched::TensorMap, self.address(addr)?);

@@ -79,6 +79,8 @@ pub(super) struct InFlight {
     pub done: Done,
     stage: Stage,
     eager: bool,
+    /// Its accesses are of the generic proxy.
+    pub generic: bool,
     /// Its bytes are read once for all destinations of a multicast.
     pub counts: bool,
 }
@@ -244,6 +246,7 @@ impl InFlight {
             done: Done::Group { group: 0, read: false, seen: false },
             stage: Stage::Issued,
             eager,
+            generic: false,
             counts: true,
         }
     }
@@ -278,7 +281,10 @@ impl InFlight {
     fn write(&mut self, context: &mut Context<'_>, mut target: Option<&mut Cta>) -> Outcome<()> {
         self.stage = Stage::Landed;
         let atomic = if self.plan.reduce.is_some() { ATOMIC } else { 0 };
-        let access = Cta::async_access(context, self.writes, self.number, self.pc, WRITE | atomic);
+        let mut access = Cta::async_access(context, self.writes, self.number, self.pc, WRITE | atomic);
+        if self.generic {
+            access.kind = WRITE | atomic;
+        }
         for (chunk, data) in self.plan.chunks.iter().zip(&mut self.data) {
             let bytes = usize::from(chunk.bytes);
             if let Some((op, ty)) = self.plan.reduce {

@@ -66,6 +66,9 @@ pub(super) fn step(
             cta.warps[warp].put(*d, mask, &value);
         }
         Hopper::Bulk(op) => return cta.bulk(context, warp, (pc, mask), op),
+        Hopper::StoreAsync { to, values, ty, reduce, mbarrier } => {
+            return cta.store_async(context, warp, (pc, mask), (*to, values, *mbarrier), (*ty, *reduce));
+        }
         Hopper::BulkCommit => cta.warps[warp].groups.commit(mask),
         Hopper::BulkWait { read, pending } => cta.wait_for_groups(context, warp, mask, *pending, *read)?,
         Hopper::Prefetch { what, addr, coords, bytes } => {

@@ -9,7 +9,7 @@ use super::bulk::{Chunk, Done, InFlight, Plan, Side};
 use super::cluster::{OFFSET, RANK_SHIFT};
 use super::warp::Flow;
 use super::{Context, Cta, Fault, Outcome};
-use crate::isa::{Address, Bulk, Prefetched, Space, Src};
+use crate::isa::{Address, Atomic, Bulk, Prefetched, Space, Src, Ty};
 use crate::report::Rule;
 use crate::shadow::{ASYNC, ATOMIC, WRITE};
 
@@ -43,7 +43,12 @@ impl Cta {
             let issued = match &mbarrier {
                 Some(mbarrier) => {
                     let ranks = multicast.as_ref().map(|ranks| ranks[at] & 0xffff);
-                    self.issue_to_shared(context, (warp, pc, lane), op, plan, (dst[at], mbarrier[at], ranks))
+                    if op.to == Space::Shared {
+                        self.own_shared(dst[at] & 0xffff_ffff).map_err(place)?;
+                    }
+                    let own = Side::Shared(self.serial, self.slot);
+                    let from = if op.from == Space::Global { Side::Global } else { own };
+                    self.issue_to_shared(context, (warp, pc, lane), from, plan, (dst[at], mbarrier[at], ranks))
                 }
                 None => self.issue_to_global(context, (warp, pc, lane), plan, src[at]),
             };
@@ -88,15 +93,12 @@ impl Cta {
         &mut self,
         context: &mut Context<'_>,
         (warp, pc, lane): (usize, u32, u32),
-        op: &Bulk,
+        from: Side,
         plan: Plan,
         (dst, mbarrier, ranks): (u64, u64, Option<u64>),
     ) -> Outcome<()> {
         let own = u64::from(self.rank);
         let rank_of = |address: u64| ((address & 0xffff_ffff) >> RANK_SHIFT).checked_sub(1).unwrap_or(own);
-        if op.to == Space::Shared {
-            self.own_shared(dst & 0xffff_ffff)?;
-        }
         if rank_of(dst) != rank_of(mbarrier) {
             let message =
                 format!("destination {dst:#x} and mbarrier {mbarrier:#x} of a bulk copy are in different CTAs");
@@ -109,18 +111,20 @@ impl Cta {
             return Err(Fault::new(Rule::Trap, message));
         }
         let clock = Rc::clone(&self.warps[warp].clock);
+        // Values that come with the instruction go through the generic proxy.
+        let proxy = if from == Side::None { 0 } else { ASYNC };
         let mut first = true;
         for rank in (0..size as u64).filter(|rank| ranks >> rank & 1 != 0) {
             let eager = context.is_eager();
             let mut copy = InFlight::new(self, warp, (pc, lane), eager);
-            let access = self.access_of(2 * warp as u16, clock.epoch(2 * warp as u16), pc, WRITE | ATOMIC | ASYNC);
+            let access = self.access_of(2 * warp as u16, clock.epoch(2 * warp as u16), pc, proxy | WRITE | ATOMIC);
             let target = (rank + 1) << RANK_SHIFT | (mbarrier & OFFSET);
             let ((agent, number), to) = self.on(context, target, |cta, context, at| {
                 let issued = cta.expect_copy(context, at, &clock, access)?;
                 Ok((issued, Side::Shared(cta.serial, cta.slot)))
             })?;
             context.issuers.insert(agent, copy.owner);
-            copy.from = if op.from == Space::Global { Side::Global } else { Side::Shared(self.serial, self.slot) };
+            (copy.from, copy.generic) = (from, proxy == 0);
             (copy.to, copy.reads, copy.writes, copy.number) = (to, agent, agent, number);
             copy.done = Done::Mbarrier((mbarrier & OFFSET) as u32);
             copy.counts = std::mem::take(&mut first);
@@ -128,6 +132,40 @@ impl Cta {
             context.in_flight.push(copy);
         }
         Ok(())
+    }
+
+    /// PTX ISA, "st.async, red.async".
+    pub(super) fn store_async(
+        &mut self,
+        context: &mut Context<'_>,
+        warp: usize,
+        (pc, mask): (u32, u32),
+        (to, values, mbarrier): (Address, &[Src], Address),
+        (ty, reduce): (Ty, Option<Atomic>),
+    ) -> Outcome<Flow> {
+        let state = &self.warps[warp];
+        let to = state.addresses(context, self, to);
+        let mbarrier = state.addresses(context, self, mbarrier);
+        let values: Vec<_> = values.iter().map(|value| state.read(context, self, *value)).collect();
+        let each = ty.bits() as usize / 8;
+        let bytes = each * values.len();
+        for lane in lanes_of(mask) {
+            let at = lane as usize;
+            if !to[at].is_multiple_of(bytes as u64) {
+                return Err(Fault::new(Rule::Misaligned, format!("{bytes} bytes at {:#x}", to[at])).lane(lane));
+            }
+            let mut fill = [0; 16];
+            for (i, value) in values.iter().enumerate() {
+                fill[i * each..(i + 1) * each].copy_from_slice(&value[at].to_le_bytes()[..each]);
+            }
+            let chunk = Chunk { from: None, to: to[at] & OFFSET, bytes: bytes as u8 };
+            let plan =
+                Plan { chunks: vec![chunk], fill, bytes: bytes as u32, reduce: reduce.map(|reduce| (reduce, ty)) };
+            self.issue_to_shared(context, (warp, pc, lane), Side::None, plan, (to[at], mbarrier[at], None))
+                .map_err(|fault| fault.lane(lane))?;
+        }
+        self.warps[warp].next_epoch();
+        Ok(Flow::Yield)
     }
 
     /// Prefetches change nothing, but what they name must exist.

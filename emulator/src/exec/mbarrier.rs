@@ -10,7 +10,7 @@ use super::{Clock, Context, Cta, Fault, Outcome, View};
 use crate::alu::Lanes;
 use crate::isa::{Mbarrier as Instruction, MbarrierKind, Order, Scope};
 use crate::report::Rule;
-use crate::shadow::{ATOMIC, Access, WRITE};
+use crate::shadow::{ASYNC, ATOMIC, Access, WRITE};
 
 /// Counts and transaction counts reach from 1 (or minus this) to this.
 const MOST: i64 = (1 << 20) - 1;
@@ -172,7 +172,8 @@ impl Cta {
         self.check_shared(context, (offset, 8), access, clock)
     }
 
-    /// A bulk copy is issued that completes here. Returns its agent and number.
+    /// A bulk copy is issued that completes here, by an access through the asynchronous proxy or, for `st.async`, the generic
+    /// one. Returns its agent and number.
     pub(super) fn expect_copy(
         &mut self,
         context: &mut Context<'_>,
@@ -181,7 +182,9 @@ impl Cta {
         access: Access,
     ) -> Outcome<((u32, u16), u32)> {
         let init = self.mbarrier_mut(address)?.init;
-        if context.options.races && !clock.covers_in(View::Shared, &init) && !clock.covers_in(View::Inits, &init) {
+        let generic = access.kind & ASYNC == 0;
+        let ordered = if generic { clock.covers(&init) } else { clock.covers_in(View::Shared, &init) };
+        if context.options.races && !ordered && !clock.covers_in(View::Inits, &init) {
             return Err(race(&format!("the mbarrier at {address:#x}"), &access, init, clock));
         }
         let agent = match self.mbarrier_mut(address)?.agent {

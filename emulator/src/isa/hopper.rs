@@ -53,6 +53,14 @@ pub(crate) enum Hopper {
         a: Src,
     },
     Bulk(Bulk),
+    /// `st.async`, `red.async`: values to shared memory of the cluster, completing at an mbarrier there.
+    StoreAsync {
+        to: Address,
+        values: Vec<Src>,
+        ty: Ty,
+        reduce: Option<Atomic>,
+        mbarrier: Address,
+    },
     BulkCommit,
     BulkWait {
         read: bool,
@@ -147,6 +155,11 @@ impl Hopper {
                 let mut all = vec![&mut dst.base, &mut src.base, bytes];
                 all.extend(coords.iter_mut().chain(multicast).chain(hint));
                 all.extend(mbarrier.as_mut().map(|mbarrier| &mut mbarrier.base));
+                all
+            }
+            Hopper::StoreAsync { to, values, mbarrier, .. } => {
+                let mut all = vec![&mut to.base, &mut mbarrier.base];
+                all.extend(values);
                 all
             }
             Hopper::Prefetch { addr, coords, bytes, .. } => {
