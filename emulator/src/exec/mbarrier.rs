@@ -88,12 +88,13 @@ impl Mbarrier {
 impl Cta {
     /// Refuses plain accesses to the bytes of a live mbarrier.
     pub(super) fn refuse_mbarrier(&self, address: u64, bytes: usize) -> Outcome<()> {
-        if self.mbarriers.is_empty() {
-            return Ok(());
-        }
-        let from = (address as u32).saturating_sub(7);
-        match self.mbarriers.range(from..(address + bytes as u64) as u32).next() {
-            Some((at, _)) => misuse(format!("a plain access to the mbarrier at shared address {at:#x}")),
+        let offset = self.shared_offset(address, bytes)?;
+        // This runs for every byte that is written.
+        match self.shared.written[offset..offset + bytes].iter().position(|&written| written == LIVE) {
+            Some(at) => {
+                let at = (address + at as u64) & !7;
+                misuse(format!("a plain access to the mbarrier at shared address {at:#x}"))
+            }
             None => Ok(()),
         }
     }
