@@ -60,6 +60,7 @@ impl Emulator {
             threads_per_sm,
             ctas_per_sm: 16,
             registers_per_sm: 65536,
+            ctas_per_cluster: 8,
         };
         Emulator {
             device,

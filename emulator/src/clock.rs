@@ -1,14 +1,14 @@
 //! Vector clocks: what happens before what, to the thread.
 //!
-//! An *agent* is a warp or its queue of asynchronous copies, numbered within its CTA: `2 w` and `2 w + 1` for warp `w`. Each
-//! agent counts its own epochs. A clock says up to which epoch of every other agent its owner is ordered: for all lanes of
+//! An *agent* is a warp or its queue of asynchronous copies, numbered within its CTA: `2 w` and `2 w + 1` for warp `w`. Bulk
+//! copies that complete at one mbarrier, or in the groups of one warp, are agents with numbers beyond these. Each agent counts its own epochs. A clock says up to which epoch of every other agent its owner is ordered: for all lanes of
 //! that agent, and, where some lanes are known further (one elected lane released a flag), for those. Warps mostly act as
 //! one, so the second part is nearly always empty. CTAs hear of one another only through flags, so clocks hold their own CTA
 //! densely and others only once they are known.
 
 use std::rc::Rc;
 
-use crate::shadow::Access;
+use crate::shadow::{ASYNC, Access, WRITE};
 
 /// Lanes of an agent that are known further than all of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,7 +21,7 @@ struct Part {
 /// What is known of one CTA.
 #[derive(Clone, Debug, Default)]
 struct Known {
-    /// By agent.
+    /// By agent; what lies past the end is 0.
     all: Vec<u32>,
     parts: Vec<Part>,
 }
@@ -40,6 +40,9 @@ impl Known {
     }
 
     fn add(&mut self, agent: u16, mut lanes: u32, epoch: u32) {
+        if self.all.len() <= agent as usize {
+            self.all.resize(agent as usize + 1, 0);
+        }
         if self.all[agent as usize] >= epoch {
             return;
         }
@@ -63,6 +66,9 @@ impl Known {
     }
 
     fn raise(&mut self, other: &Known) {
+        if self.all.len() < other.all.len() {
+            self.all.resize(other.all.len(), 0);
+        }
         self.all.iter_mut().zip(&other.all).for_each(|(mine, theirs)| *mine = (*mine).max(*theirs));
         let all = &self.all;
         self.parts.retain(|part| part.epoch > all[part.agent as usize]);
@@ -124,7 +130,7 @@ impl Clock {
     /// Whether all lanes of the agent are known up to the access: the quick test that mostly suffices.
     #[inline]
     pub fn covers_agent(&self, access: &Access) -> bool {
-        access.cta == self.cta && self.own.all[access.agent as usize] >= access.clock
+        access.cta == self.cta && self.own.all.get(access.agent as usize).is_some_and(|known| *known >= access.clock)
     }
 
     /// Whether what `lanes` did in the remembered access happens before the owner's next step.
@@ -142,14 +148,33 @@ impl Clock {
         self.join_proxy(proxy, &generic);
     }
 
-    /// An asynchronous operation is complete: waiting for it needs no proxy fence.
-    pub fn learn_async(&mut self, agent: u16, epoch: u32) {
-        let mut news = Clock::new(self.cta, self.own.all.len());
+    /// As [`add`](Self::add), for the accesses through a proxy that follow.
+    pub fn add_in(&mut self, proxy: Proxy, agent: u16, lanes: u32, epoch: u32) {
+        let (cta, agents) = (self.cta, self.own.all.len());
+        let clock = self.proxies[proxy as usize].get_or_insert_with(|| Rc::new(Clock::new(cta, agents)));
+        Rc::make_mut(clock).add(agent, lanes, epoch);
+    }
+
+    /// An asynchronous operation of an agent of `cta` is complete: waiting for it needs no proxy fence.
+    pub fn learn_async(&mut self, cta: u32, agent: u16, epoch: u32) {
+        let mut news = Clock::new(cta, 0);
         news.add(agent, u32::MAX, epoch);
         self.join_generic(&news);
         let news = Rc::new(news);
         self.join_proxy(Proxy::Shared, &news);
         self.join_proxy(Proxy::Global, &news);
+    }
+
+    /// What a relaxed arrival passes on: no more than the initialisations of mbarriers that were fenced.
+    pub fn inits(&self) -> Clock {
+        let mut inits = Clock::new(self.cta, 0);
+        inits.proxies[Proxy::Inits as usize].clone_from(&self.proxies[Proxy::Inits as usize]);
+        inits
+    }
+
+    /// Whether all of the remembered access happens before the owner's next step.
+    pub fn covers(&self, access: &Access) -> bool {
+        self.covers_agent(access) || self.covers_lanes(access, access.all_lanes())
     }
 
     /// The clock that accesses through a proxy are held against.
@@ -205,6 +230,16 @@ impl Clock {
     }
 }
 
+/// What an operation that a thread issues to another proxy is ordered after there.
+#[derive(Clone, Debug)]
+pub(crate) struct Proxied {
+    pub clock: Rc<Clock>,
+    /// The thread's own steps and copies that it has fenced.
+    pub own: (u32, u32),
+    /// Generic reads, too, must be fenced.
+    pub fence_reads: bool,
+}
+
 /// What one thread, or an operation it issued, is ordered after.
 #[derive(Clone, Debug)]
 pub(crate) struct View {
@@ -217,33 +252,56 @@ pub(crate) struct View {
     pub own: u32,
     /// The thread's own copies that come before.
     pub waited: u32,
+    /// For operations of another proxy: they must be ordered after all but generic reads in that one.
+    pub proxied: Option<Rc<Proxied>>,
 }
 
 impl View {
     /// Of what the remembered access did with `lanes`, the lanes that are not ordered before the viewer's next step.
     #[inline]
     pub fn unordered(&self, access: &Access, lanes: impl FnOnce() -> u32) -> u32 {
-        if self.clock.covers_agent(access) { 0 } else { self.unordered_lanes(access, lanes()) }
+        if self.proxied.is_none() && self.clock.covers_agent(access) {
+            0
+        } else {
+            self.unordered_lanes(access, lanes())
+        }
     }
 
     #[cold]
     fn unordered_lanes(&self, access: &Access, mut lanes: u32) -> u32 {
+        let (clock, (own, waited)) = match &self.proxied {
+            Some(proxied) if proxied.fence_reads || access.kind & (WRITE | ASYNC) != 0 => (&proxied.clock, proxied.own),
+            _ => (&self.clock, (self.own, self.waited)),
+        };
+        if clock.covers_agent(access) {
+            return 0;
+        }
         if let Some(lane) = self.lane
             && access.cta == self.clock.cta
         {
             let known = match access.agent.wrapping_sub(self.agent) {
-                0 => self.own,
-                1 => self.waited,
+                0 => own,
+                1 => waited,
                 _ => 0,
             };
             if access.clock <= known {
                 lanes &= !(1 << lane);
             }
         }
-        if lanes == 0 || self.clock.covers_lanes(access, lanes) {
+        if lanes == 0 || clock.covers_lanes(access, lanes) {
             return 0;
         }
-        (0..32).map(|lane| lanes & 1 << lane).filter(|lane| *lane != 0 && !self.clock.covers_lanes(access, *lane)).sum()
+        (0..32).map(|lane| lanes & 1 << lane).filter(|lane| *lane != 0 && !clock.covers_lanes(access, *lane)).sum()
+    }
+
+    /// Whether an access is ordered before the viewer's next step.
+    pub fn covers(&self, access: &Access) -> bool {
+        self.unordered(access, || access.all_lanes()) == 0
+    }
+
+    /// Whether it is, were that step one of the generic proxy.
+    pub fn covers_generically(&self, access: &Access) -> bool {
+        View { proxied: None, ..self.clone() }.covers(access)
     }
 }
 
@@ -287,7 +345,7 @@ mod tests {
         assert!(b.covers_lanes(&access(0, 0, 5), 0b0001) && !b.covers_lanes(&access(0, 0, 5), 0b0100));
         b.add(0, u32::MAX, 1);
         // A thread's own steps need no clock.
-        let view = View { clock: Rc::new(a.clone()), agent: 0, lane: Some(3), own: 7, waited: 0 };
+        let view = View { clock: Rc::new(a.clone()), agent: 0, lane: Some(3), own: 7, waited: 0, proxied: None };
         assert_eq!(view.unordered(&access(0, 0, 7), || 0b1000), 0);
         assert_eq!(view.unordered(&access(0, 0, 7), || 0b1010), 0b0010);
         a.add(0, u32::MAX, 6);

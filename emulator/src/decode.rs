@@ -1,9 +1,11 @@
 //! Statements to instructions. Every opcode and every modifier is listed here; what is not listed is an error.
 
 mod arithmetic;
+mod bulk;
 mod call;
 mod control;
 mod float;
+mod hopper;
 mod math;
 mod memory;
 mod operands;
@@ -11,6 +13,7 @@ mod operands;
 use crate::isa::*;
 use crate::parse::{Function, Statement};
 use crate::report::ParseError;
+pub(crate) use bulk::reducible;
 pub(crate) use call::CallGraph;
 pub(crate) use operands::{Frame, LOCAL_BASE, Layout, Names, SHARED_BASE};
 
@@ -171,6 +174,7 @@ fn space(word: &str) -> Option<Space> {
     Some(match word {
         "global" => Space::Global,
         "shared" | "shared::cta" => Space::Shared,
+        "shared::cluster" => Space::SharedCluster,
         "local" => Space::Local,
         "param" | "param::entry" | "param::func" => Space::Param,
         "const" => Space::Const,
@@ -190,8 +194,9 @@ impl Decoder<'_> {
     fn op(&self) -> Result<Op> {
         let words: Vec<&str> = self.statement.opcode.split('.').collect();
         type Family<'a> = fn(&Decoder<'a>, &[&str]) -> Result<Option<Op>>;
-        let families: [Family<'_>; 6] = [
+        let families: [Family<'_>; 7] = [
             |decoder, words| decoder.call(words),
+            |decoder, words| decoder.hopper(words),
             |decoder, words| decoder.math(words),
             |decoder, words| decoder.arithmetic(words),
             |decoder, words| decoder.float_arithmetic(words),

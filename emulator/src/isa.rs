@@ -1,7 +1,9 @@
 //! Decoded instructions: what the executor sees. Names follow the PTX ISA.
 
+mod hopper;
 mod math;
 
+pub(crate) use hopper::*;
 pub(crate) use math::*;
 
 /// A per-lane source. 32-bit and 16-bit registers hold their value zero-extended to 64 bits.
@@ -27,6 +29,12 @@ pub(crate) enum Special {
     SmId,
     NsmId,
     WarpCount,
+    ClusterCtaid(u8),
+    ClusterNctaid(u8),
+    ClusterCtaRank,
+    ClusterNctaRank,
+    ClusterId(u8),
+    NclusterId(u8),
     /// Address in local memory of a variable in the frame of the function at hand.
     Frame(u32),
 }
@@ -151,7 +159,10 @@ pub(crate) enum Logic {
 pub(crate) enum Space {
     Generic,
     Global,
+    /// Of the executing CTA.
     Shared,
+    /// Of any CTA of the cluster.
+    SharedCluster,
     Local,
     Param,
     Const,
@@ -461,6 +472,7 @@ pub(crate) enum Op {
     Exit,
     Trap,
     Nanosleep,
+    Hopper(Box<Hopper>),
 }
 
 impl Op {
@@ -474,7 +486,7 @@ impl Op {
                 | Op::WarpSync { .. }
                 | Op::Shfl { .. }
                 | Op::VoteSync { .. }
-        )
+        ) || matches!(self, Op::Hopper(op) if op.is_collective())
     }
 }
 

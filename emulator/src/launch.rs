@@ -36,6 +36,9 @@ pub struct Device {
     pub ctas_per_sm: u32,
     /// 32-bit registers per SM.
     pub registers_per_sm: u32,
+    /// CTAs a cluster can have: 8 on every device with clusters, up to 16 where the kernel may have a cluster size that is
+    /// not portable.
+    pub ctas_per_cluster: u32,
 }
 
 impl Default for Device {
@@ -48,6 +51,7 @@ impl Default for Device {
             threads_per_sm: 2048,
             ctas_per_sm: 32,
             registers_per_sm: 65536,
+            ctas_per_cluster: 8,
         }
     }
 }
@@ -75,6 +79,10 @@ pub struct Options {
     pub copies: Timing,
     /// What is looked for and counted beside what every run is checked for.
     pub checks: Checks,
+    /// Demand a `fence.proxy.async` between generic reads and an asynchronous write of the same bytes, too, as the text of
+    /// the ISA has it. Kernels in use hand a stage that they have read with `ld.shared` back to the copies with an mbarrier
+    /// alone. Generic writes always need the fence.
+    pub fence_reads: bool,
     /// Registers per thread, as ptxas reports them, when they should limit how many CTAs are resident. PTX does not say:
     /// without a number here, those that `.maxnreg` allows are taken, else none.
     pub registers: Option<u32>,
@@ -91,6 +99,7 @@ impl Default for Options {
             device: Device::default(),
             copies: Timing::Mixed,
             checks: Checks::default(),
+            fence_reads: false,
             registers: None,
             patience: 2_000_000,
             limit: u64::MAX,
@@ -130,7 +139,9 @@ pub(crate) struct Checked<'a> {
     pub ctas: u32,
     /// Bytes of shared memory per CTA, from [`SHARED_BASE`] on.
     pub shared_bytes: u32,
+    /// CTAs alive at once: whole clusters.
     pub resident: u32,
+    pub cluster: [u32; 3],
 }
 
 impl Launch<'_> {
@@ -150,9 +161,10 @@ impl Launch<'_> {
         if self.params.len() != kernel.param_bytes as usize {
             return bad(format!("{} bytes of parameters, expected {}", self.params.len(), kernel.param_bytes));
         }
-        if self.cluster != [1, 1, 1] {
-            return bad(format!("clusters of {:?} CTAs are not implemented", self.cluster));
-        }
+        let cluster = match self.check_cluster(kernel, device) {
+            Ok(cluster) => cluster,
+            Err(message) => return bad(message),
+        };
         let threads = product(self.block).unwrap_or(u32::MAX);
         let most = kernel.max_threads.unwrap_or(1024).min(1024).min(device.threads_per_sm);
         if threads == 0 || threads > most {
@@ -181,6 +193,33 @@ impl Launch<'_> {
         if per_sm == 0 || device.sms == 0 {
             return bad(format!("no SM of {device:?} can hold a CTA"));
         }
-        Ok(Checked { kernel, threads, ctas, shared_bytes, resident: device.sms.saturating_mul(per_sm).min(ctas) })
+        let in_cluster = product(cluster).unwrap_or(u32::MAX);
+        let resident = device.sms.saturating_mul(per_sm).min(ctas) / in_cluster * in_cluster;
+        if resident == 0 {
+            return bad(format!("{device:?} cannot hold a cluster of {in_cluster} CTAs at once"));
+        }
+        Ok(Checked { kernel, threads, ctas, shared_bytes, resident, cluster })
+    }
+
+    /// The cluster's dimensions, or what is wrong with them.
+    fn check_cluster(&self, kernel: &Kernel, device: &Device) -> Result<[u32; 3], String> {
+        let rule = &kernel.cluster;
+        let cluster = match rule.required {
+            // What the kernel requires need not be repeated by the launch.
+            Some(required) if self.cluster == [1, 1, 1] => required,
+            Some(required) if self.cluster != required => {
+                return Err(format!("clusters of {:?} CTAs, the kernel requires {required:?}", self.cluster));
+            }
+            _ => self.cluster,
+        };
+        let most = rule.most.unwrap_or(16).min(device.ctas_per_cluster).min(16);
+        match product(cluster) {
+            Some(size) if size >= 1 && size <= most => {}
+            _ => return Err(format!("clusters of {cluster:?} CTAs, expected 1 to {most} CTAs")),
+        }
+        if (0..3).any(|axis| !self.grid[axis].is_multiple_of(cluster[axis])) {
+            return Err(format!("a grid of {:?} CTAs is not made of clusters of {cluster:?}", self.grid));
+        }
+        Ok(cluster)
     }
 }

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use crate::decode::{self, CallGraph, Frame, LOCAL_BASE, Layout, Names, SHARED_BASE};
 use crate::isa::{Instruction, Op};
 use crate::memory::{Memory, Preset};
-use crate::parse::{self, Global, Location, Relocation, Source};
+use crate::parse::{self, ClusterRule, Global, Location, Relocation, Source};
 use crate::regalloc;
 use crate::report::ParseError;
 
@@ -31,6 +31,7 @@ pub(crate) struct Kernel {
     pub max_threads: Option<u32>,
     /// `.maxnreg`.
     pub max_registers: Option<u32>,
+    pub cluster: ClusterRule,
 }
 
 impl Kernel {
@@ -339,5 +340,6 @@ fn kernel(function: &parse::Function, source: &Source, layout: &Rc<Layout>) -> R
         param_bytes: frame.param_bytes,
         max_threads: function.max_threads,
         max_registers: function.max_registers,
+        cluster: function.cluster.clone(),
     })
 }

@@ -19,6 +19,8 @@ pub(crate) enum Operand {
     Literal(u64),
     /// `[base + offset]`; a missing base is an absolute address.
     Address { base: Option<String>, offset: i64 },
+    /// `[map, {x, y, …}]`: an element of the tensor that the map at `base + offset` describes.
+    Tensor { base: String, offset: i64, coords: Vec<Operand> },
     /// `{a, b, …}`.
     Vector(Vec<Operand>),
     /// `!%p`.
@@ -96,6 +98,18 @@ pub(crate) struct Function {
     pub body: Vec<Statement>,
     pub max_threads: Option<u32>,
     pub max_registers: Option<u32>,
+    pub cluster: ClusterRule,
+}
+
+/// PTX ISA, "Cluster Dimension Directives".
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ClusterRule {
+    /// `.reqnctapercluster`.
+    pub required: Option<[u32; 3]>,
+    /// `.maxclusterrank`.
+    pub most: Option<u32>,
+    /// `.explicitcluster`.
+    pub explicit: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -452,6 +466,15 @@ impl Parser {
             // A minus sign belongs to the number.
             if self.accept("+") || self.peek() == "-" {
                 offset = offset.wrapping_add(self.number()? as i64);
+            }
+            if let Some(base) = base.clone()
+                && self.accept(",")
+            {
+                let Operand::Vector(coords) = self.operand(resolve, depth + 1)? else {
+                    return error(self.line(), "expected coordinates in braces");
+                };
+                self.expect("]")?;
+                return Ok(Operand::Tensor { base, offset, coords });
             }
             self.expect("]")?;
             return Ok(Operand::Address { base, offset });

@@ -166,6 +166,15 @@ fn registers(op: &mut Op, visit: &mut impl FnMut(Role, &mut u16)) {
         Op::BraIndexed { index, .. } => src(index, visit),
         // The link register is not among those that are allocated here.
         Op::Call { .. } | Op::Return { .. } | Op::CopyResults { .. } | Op::AssertFail { .. } => {}
+        Op::Hopper(op) => {
+            op.sources().into_iter().for_each(|s| src(s, visit));
+            if let Some(d) = op.destination() {
+                dst(d, visit);
+            }
+            if let Some(p) = op.predicate() {
+                visit(Role::DefPred, p);
+            }
+        }
         Op::Fence { .. }
         | Op::CpAsyncCommit
         | Op::CpAsyncWait { .. }

@@ -28,8 +28,10 @@ pub enum Rule {
     Race,
     /// A collective instruction that not all threads of the warp (or the barrier's threads) reach.
     Diverged,
-    /// `bar.sync` with a bad id or count, or with different counts for one barrier.
+    /// `bar.sync` with a bad id or count, or with different counts for one barrier; `barrier.cluster` out of turn.
     BarrierMisuse,
+    /// An mbarrier used before it is initialised, with a bad count, by plain accesses, or past what its phase allows.
+    MbarrierMisuse,
     /// No warp can make progress.
     Deadlock,
     /// The instruction limit was reached.

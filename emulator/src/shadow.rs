@@ -26,7 +26,7 @@ pub(crate) struct Access {
     pub agent: u16,
     /// Bytes of the cell; 0 in an empty slot.
     pub bytes: u16,
-    /// `WRITE`, `ATOMIC`, `UPDATE` and the scope.
+    /// `WRITE`, `ATOMIC`, `UPDATE`, `ASYNC` and the scope.
     pub kind: u8,
     /// Not 0: neighbouring lanes each accessed `1 << (strip - 1)` bytes, one after the other.
     pub strip: u8,
@@ -39,6 +39,8 @@ pub(crate) const ATOMIC: u8 = 2;
 pub(crate) const UPDATE: u8 = 4;
 const NARROW_CTA: u8 = 8;
 const NARROW_CLUSTER: u8 = 16;
+/// Through another proxy, as an operation that was issued: each (agent and epoch) for itself.
+pub(crate) const ASYNC: u8 = 32;
 
 /// The `kind` of a strong access.
 pub(crate) fn strong(scope: Scope) -> u8 {
@@ -92,6 +94,17 @@ const MOST: usize = 12;
 impl Access {
     pub fn of_lane(self, lane: u32) -> Access {
         Access { lanes: 1 << lane, ..self }
+    }
+
+    /// Lanes that accessed any byte.
+    pub fn all_lanes(&self) -> u32 {
+        self.lanes_at(u16::MAX)
+    }
+
+    /// Of one asynchronous operation, which reads before it writes.
+    fn same_operation(&self, other: &Access) -> bool {
+        let both = self.kind & other.kind & ASYNC != 0;
+        both && self.clock == other.clock && self.agent == other.agent && self.cta == other.cta
     }
 
     /// Lanes that accessed some of `bytes`.
@@ -184,6 +197,18 @@ impl Shadow {
         self.spills.clear();
     }
 
+    /// What is remembered, with the offset of its first byte.
+    pub fn remembered(&self) -> impl Iterator<Item = (usize, &Access)> {
+        let pages = self.pages.iter().enumerate().filter_map(|(page, cells)| Some((page, cells.as_ref()?)));
+        let cells =
+            pages.flat_map(|(page, cells)| cells.iter().enumerate().map(move |(at, cell)| (page * PAGE + at, cell)));
+        cells.flat_map(|(at, cell)| {
+            let spill = (cell.spill as usize).checked_sub(1).and_then(|spill| self.spills.get(spill));
+            let accesses = cell.slots.iter().chain(spill.into_iter().flatten()).filter(|access| access.bytes != 0);
+            accesses.map(move |access| (at * CELL + access.bytes.trailing_zeros() as usize, access))
+        })
+    }
+
     /// Checks and records an access to `[at, at + bytes)`. `equal`: the bytes written are those that are there. Weak writes
     /// of several lanes by one instruction do not race then: whichever comes last, the outcome is the same (PTX ISA: the
     /// model's axioms hold for races of one size, so one of the values lands; the CUDA guide says the same).
@@ -246,7 +271,9 @@ impl Access {
         let writes = (self.kind | access.kind) & WRITE != 0;
         // Reads by other CTAs are not worth the look at their clocks.
         if overlap != 0 && (writes || self.cta == access.cta) {
-            let unordered = if writes || self.agent == access.agent {
+            let unordered = if self.same_operation(access) {
+                0
+            } else if writes || self.agent == access.agent {
                 view.unordered(self, || self.lanes_at(overlap))
             } else {
                 // That a read stands for another warp's is worth the quick look alone.
@@ -254,7 +281,9 @@ impl Access {
             };
             // The new one stands for this one if it is at least as much in the way of others.
             let stands_for = (access.kind & WRITE != 0 || self.kind & WRITE == 0)
-                && (access.kind & ATOMIC == 0 || self.as_strong_as(access));
+                && (access.kind & ATOMIC == 0 || self.as_strong_as(access))
+                // Who is ordered after a read in the one proxy need not be after one in the other.
+                && (access.kind & WRITE != 0 || (self.kind ^ access.kind) & ASYNC == 0);
             if unordered == 0 {
                 // What is left of a strong access would seem to be a smaller one.
                 let whole = overlap == self.bytes || self.kind & ATOMIC == 0 || self.strip != 0;

@@ -289,7 +289,7 @@ fn launches_are_checked() {
         (Launch { grid: [0, 1, 1], ..good.clone() }, "a grid of [0, 1, 1] CTAs"),
         (Launch { shared_bytes: 163 << 10, ..good.clone() }, "bytes of shared memory, expected at most 166912"),
         (Launch { shared_bytes: u32::MAX, ..good.clone() }, "bytes of shared memory, expected at most"),
-        (Launch { cluster: [2, 1, 1], ..good.clone() }, "clusters of [2, 1, 1] CTAs are not implemented"),
+        (Launch { cluster: [2, 1, 1], ..good.clone() }, "is not made of clusters of [2, 1, 1]"),
     ] {
         let report = run(&launch, Device::default()).expect_err(message);
         assert_eq!(report.rule, Rule::BadLaunch);

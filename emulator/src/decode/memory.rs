@@ -50,7 +50,7 @@ impl Decoder<'_> {
     }
 
     fn cvta(&self, space: Option<Space>, to_space: bool) -> Result<Option<Op>> {
-        let Some(space) = space.filter(|space| *space != Space::Param) else { return self.unsupported() };
+        let Some(space) = space.filter(|space| *space != Space::Param || !to_space) else { return self.unsupported() };
         let [d, a] = self.operands()?;
         Ok(Some(Op::Cvta { space, to_space, d: self.dst(d)?, a: self.src(a, Ty::U(64))? }))
     }
@@ -151,7 +151,7 @@ impl Decoder<'_> {
                 "noftz" => noftz = true,
                 "L2::cache_hint" => {}
                 other => match (space(other), atomic(other), scalar(other)) {
-                    (Some(found @ (Space::Global | Space::Shared)), ..) => in_space = found,
+                    (Some(found @ (Space::Global | Space::Shared | Space::SharedCluster)), ..) => in_space = found,
                     (_, Some(found), _) if op.is_none() => op = Some(found),
                     (.., Some(found)) if ty.is_none() => ty = Some(found),
                     _ => return self.unsupported(),

@@ -202,6 +202,10 @@ fn special(name: &str) -> Option<Special> {
             "%ntid" => Some(Special::Ntid(axis)),
             "%ctaid" => Some(Special::Ctaid(axis)),
             "%nctaid" => Some(Special::Nctaid(axis)),
+            "%cluster_ctaid" => Some(Special::ClusterCtaid(axis)),
+            "%cluster_nctaid" => Some(Special::ClusterNctaid(axis)),
+            "%clusterid" => Some(Special::ClusterId(axis)),
+            "%nclusterid" => Some(Special::NclusterId(axis)),
             _ => None,
         };
     }
@@ -219,6 +223,8 @@ fn special(name: &str) -> Option<Special> {
         "%smid" => Special::SmId,
         "%nsmid" => Special::NsmId,
         "%nwarpid" => Special::WarpCount,
+        "%cluster_ctarank" => Special::ClusterCtaRank,
+        "%cluster_nctarank" => Special::ClusterNctaRank,
         _ => return None,
     })
 }

@@ -1,5 +1,6 @@
 //! Loads, stores and atomics: state spaces, bounds, alignment, what was never written, races.
 
+use super::cluster::OFFSET;
 use super::flags::{Word, flagged};
 use super::{Context, Cta, Fault, Outcome, Shared};
 use crate::alu;
@@ -8,34 +9,53 @@ use crate::decode::{LOCAL_BASE, SHARED_BASE};
 use crate::isa::{Address, Atomic, Dst, Order, Semantics, Space, Src, Ty};
 use crate::memory::{Allocation, MemoryError};
 use crate::report::Rule;
-use crate::shadow::{ATOMIC, Access, UPDATE, WRITE, strong};
+use crate::shadow::{ASYNC, ATOMIC, Access, UPDATE, WRITE, strong};
 
 /// Generic addresses of shared and local memory: far below every global allocation.
-const SHARED_WINDOW: u64 = 0x7000_0000_0000;
+pub(super) const SHARED_WINDOW: u64 = 0x7000_0000_0000;
 const LOCAL_WINDOW: u64 = 0x6000_0000_0000;
+/// A kernel's parameters: "Generic Addressing" includes them.
+const PARAM_WINDOW: u64 = 0x5000_0000_0000;
 const WINDOW: u64 = 1 << 32;
 
 /// The state space and the address in it that a generic address stands for.
-pub(super) fn resolve(space: Space, address: u64) -> (Space, u64) {
+pub(super) fn space_of(address: u64) -> (Space, u64) {
     let within = |window: u64| address.checked_sub(window).filter(|offset| *offset < WINDOW);
+    match (within(SHARED_WINDOW), within(LOCAL_WINDOW), within(PARAM_WINDOW)) {
+        (Some(offset), ..) => (Space::SharedCluster, offset),
+        (_, Some(offset), _) => (Space::Local, offset),
+        (.., Some(offset)) => (Space::Param, offset),
+        _ => (Space::Global, address),
+    }
+}
+
+/// As [`space_of`], for an instruction that may name the space. An address in `Space::Shared` may then be that of another CTA
+/// of the cluster.
+pub(super) fn resolve(space: Space, address: u64) -> (Space, u64) {
+    let (space, address) = if space == Space::Generic { space_of(address) } else { (space, address) };
     match space {
-        Space::Generic => match (within(SHARED_WINDOW), within(LOCAL_WINDOW)) {
-            (Some(offset), _) => (Space::Shared, offset),
-            (_, Some(offset)) => (Space::Local, offset),
-            _ => (Space::Global, address),
-        },
         // Addresses of these windows are 32 bits wide.
-        Space::Shared | Space::Local => (space, address & (WINDOW - 1)),
+        Space::Shared | Space::SharedCluster => (Space::Shared, address & (WINDOW - 1)),
+        Space::Local => (space, address & (WINDOW - 1)),
         // Constants stand beside the other variables of the module.
         Space::Const => (Space::Global, address),
-        Space::Global | Space::Param => (space, address),
+        _ => (space, address),
+    }
+}
+
+impl Cta {
+    /// As [`resolve`]; an address that is said to be of this CTA must be.
+    pub(super) fn resolve(&self, space: Space, address: u64) -> Outcome<(Space, u64)> {
+        let (found, at) = resolve(space, address);
+        Ok((found, if space == Space::Shared { self.own_shared(at)? } else { at }))
     }
 }
 
 /// `cvta` in either direction.
 pub(super) fn convert_address(space: Space, to_space: bool, address: u64) -> u64 {
     let window = match space {
-        Space::Shared => SHARED_WINDOW,
+        Space::Shared | Space::SharedCluster => SHARED_WINDOW,
+        Space::Param => PARAM_WINDOW,
         Space::Local => LOCAL_WINDOW,
         _ => 0,
     };
@@ -46,7 +66,7 @@ pub(super) fn lanes_of(mask: u32) -> impl Iterator<Item = u32> {
     (0..32).filter(move |lane| mask >> lane & 1 != 0)
 }
 
-fn memory_fault(error: MemoryError) -> Fault {
+pub(super) fn memory_fault(error: MemoryError) -> Fault {
     let rule = match error {
         MemoryError::OutOfBounds { .. } => Rule::OutOfBounds,
         MemoryError::Uninitialised { .. } => Rule::Uninitialised,
@@ -54,7 +74,8 @@ fn memory_fault(error: MemoryError) -> Fault {
     Fault::new(rule, error.to_string())
 }
 
-fn race(what: &str, access: &Access, other: Access) -> Fault {
+/// A race of `access`, which `view` shows, with what memory remembers.
+pub(super) fn race(what: &str, access: &Access, other: Access, view: &View) -> Fault {
     let verb = |access: &Access| match (access.kind & UPDATE != 0, access.kind & WRITE != 0, access.kind & ATOMIC != 0)
     {
         (true, ..) => "atomic",
@@ -63,8 +84,16 @@ fn race(what: &str, access: &Access, other: Access) -> Fault {
         (_, _, false) => "read",
         (_, _, true) => "strong read",
     };
-    let by = |access: &Access| if access.agent & 1 == 1 { " of an asynchronous copy" } else { "" };
-    let hint = if access.kind & other.kind & ATOMIC != 0 {
+    let by = |access: &Access| match (access.kind & ASYNC != 0, access.agent & 1 == 1) {
+        (true, _) => " of an asynchronous bulk operation",
+        (_, true) => " of an asynchronous copy",
+        _ => "",
+    };
+    let generic_only = view.proxied.is_some() && other.kind & ASYNC == 0 && view.covers_generically(&other);
+    let order = if generic_only { "is ordered in the generic proxy only" } else { "is not ordered" };
+    let hint = if generic_only {
+        ""
+    } else if access.kind & other.kind & ATOMIC != 0 {
         " (both are strong, but their scopes do not include one another or their sizes differ)"
     } else if access.cta == other.cta && access.agent == other.agent && access.agent & 1 == 0 {
         " by another lane of the warp"
@@ -72,7 +101,7 @@ fn race(what: &str, access: &Access, other: Access) -> Fault {
         ""
     };
     let message =
-        format!("{}{} of {what} is not ordered after {}{}{hint}", verb(access), by(access), verb(&other), by(&other));
+        format!("{}{} of {what} {order} after {}{}{hint}", verb(access), by(access), verb(&other), by(&other));
     Fault { other: Some(other), ..Fault::new(Rule::Race, message) }
 }
 
@@ -83,12 +112,15 @@ fn first_unwritten(written: &[u8]) -> Option<usize> {
     {
         return None;
     }
-    written.iter().position(|&written| written == 0)
+    written.iter().position(|&written| written & 1 == 0)
 }
 
 /// Whether a weak write by a thread itself leaves the bytes as they are.
 fn lands_equal(there: &[u8], written: &[u8], data: &[u8], access: Access, view: &View) -> bool {
-    access.kind & ATOMIC == 0 && access.agent == view.agent && there == data && !written.contains(&0)
+    access.kind & ATOMIC == 0
+        && access.agent == view.agent
+        && there == data
+        && written.iter().all(|written| written & 1 != 0)
 }
 
 /// Stores bytes; strong writes leave the marks of flags.
@@ -117,7 +149,7 @@ impl Context<'_> {
         let (offset, bytes) = at;
         shadow.access(((*base % 16) as usize + offset, bytes), access, view, equal, self.clusters).map_err(|other| {
             let address = *base + offset as u64;
-            race(&format!("{bytes} bytes of `{name}` at offset {offset} (address {address:#x})"), &access, other)
+            race(&format!("{bytes} bytes of `{name}` at offset {offset} (address {address:#x})"), &access, other, view)
         })
     }
 
@@ -133,6 +165,26 @@ impl Context<'_> {
         }
         self.check_global(index, (offset, bytes), access, view, false)?;
         Ok(padded(&self.memory.allocations[index].data[offset..offset + bytes]))
+    }
+
+    pub(super) fn write_global(&mut self, address: u64, data: &[u8], access: Access, view: &View) -> Outcome<()> {
+        let (index, offset) = self.memory.find(address, data.len()).map_err(memory_fault)?;
+        let range = offset..offset + data.len();
+        let allocation = &self.memory.allocations[index];
+        if allocation.constant {
+            let message = format!("`{}` at offset {offset} is constant and cannot be written", allocation.name);
+            return Err(Fault::new(Rule::OutOfBounds, message));
+        }
+        let equal =
+            lands_equal(&allocation.data[range.clone()], &allocation.written[range.clone()], data, access, view);
+        let flagged = access.kind & ATOMIC == 0 && flagged(&allocation.written[range.clone()]);
+        self.check_global(index, (offset, data.len()), access, view, equal)?;
+        if flagged {
+            self.end_flags((u32::MAX, address), data.len(), false);
+        }
+        let Allocation { data: bytes, written, .. } = &mut self.memory.allocations[index];
+        put(&mut bytes[range.clone()], &mut written[range], data, access.kind);
+        Ok(())
     }
 }
 
@@ -154,7 +206,7 @@ fn padded(bytes: &[u8]) -> [u8; 16] {
 
 impl Cta {
     /// Offset in shared memory of an access that lies inside it.
-    fn shared_offset(&self, address: u64, bytes: usize) -> Outcome<usize> {
+    pub(super) fn shared_offset(&self, address: u64, bytes: usize) -> Outcome<usize> {
         let offset = address.checked_sub(u64::from(SHARED_BASE)).map(|offset| offset as usize);
         match offset.filter(|offset| offset.saturating_add(bytes) <= self.shared.data.len()) {
             Some(offset) => Ok(offset),
@@ -168,7 +220,7 @@ impl Cta {
         }
     }
 
-    fn check_shared(
+    pub(super) fn check_shared(
         &mut self,
         context: &Context<'_>,
         (offset, bytes): (usize, usize),
@@ -182,7 +234,7 @@ impl Cta {
         self.shared
             .shadow
             .access((offset, bytes), access, view, equal, context.clusters)
-            .map_err(|other| race(&format!("{bytes} bytes of shared memory at offset {offset}"), &access, other))
+            .map_err(|other| race(&format!("{bytes} bytes of shared memory at offset {offset}"), &access, other, view))
     }
 
     pub(super) fn read_shared(
@@ -193,9 +245,12 @@ impl Cta {
         access: Access,
         view: &View,
     ) -> Outcome<[u8; 16]> {
-        let offset = self.shared_offset(address, bytes)?;
-        if context.options.checks.uninitialised
-            && let Some(at) = first_unwritten(&self.shared.written[offset..offset + bytes])
+        if self.other_rank(address).is_some() {
+            return self.on(context, address, |cta, context, at| cta.read_shared(context, at, bytes, access, view));
+        }
+        let offset = self.shared_offset(address & OFFSET, bytes)?;
+        if let Some(at) = first_unwritten(&self.shared.written[offset..offset + bytes])
+            && self.refuse_mbarrier(address & OFFSET, bytes).map(|()| context.options.checks.uninitialised)?
         {
             let message = format!("byte {} of shared memory was never written", offset + at);
             return Err(Fault::new(Rule::Uninitialised, message));
@@ -212,42 +267,20 @@ impl Cta {
         access: Access,
         view: &View,
     ) -> Outcome<()> {
+        if self.other_rank(address).is_some() {
+            return self.on(context, address, |cta, context, at| cta.write_shared(context, at, data, access, view));
+        }
+        let address = address & OFFSET;
         let offset = self.shared_offset(address, data.len())?;
+        self.refuse_mbarrier(address, data.len())?;
         let range = offset..offset + data.len();
         let equal =
             lands_equal(&self.shared.data[range.clone()], &self.shared.written[range.clone()], data, access, view);
         self.check_shared(context, (offset, data.len()), access, view, equal)?;
         if access.kind & ATOMIC == 0 && flagged(&self.shared.written[range.clone()]) {
-            self.end_flags(context, Word { space: Space::Shared, address, bytes: data.len() }, false);
+            context.end_flags((self.serial, address), data.len(), false);
         }
         let Shared { data: bytes, written, .. } = &mut self.shared;
-        put(&mut bytes[range.clone()], &mut written[range], data, access.kind);
-        Ok(())
-    }
-
-    fn write_global(
-        &mut self,
-        context: &mut Context<'_>,
-        address: u64,
-        data: &[u8],
-        access: Access,
-        view: &View,
-    ) -> Outcome<()> {
-        let (index, offset) = context.memory.find(address, data.len()).map_err(memory_fault)?;
-        let range = offset..offset + data.len();
-        let allocation = &context.memory.allocations[index];
-        if allocation.constant {
-            let message = format!("`{}` at offset {offset} is constant and cannot be written", allocation.name);
-            return Err(Fault::new(Rule::OutOfBounds, message));
-        }
-        let equal =
-            lands_equal(&allocation.data[range.clone()], &allocation.written[range.clone()], data, access, view);
-        let flagged = access.kind & ATOMIC == 0 && flagged(&allocation.written[range.clone()]);
-        context.check_global(index, (offset, data.len()), access, view, equal)?;
-        if flagged {
-            self.end_flags(context, Word { space: Space::Global, address, bytes: data.len() }, false);
-        }
-        let Allocation { data: bytes, written, .. } = &mut context.memory.allocations[index];
         put(&mut bytes[range.clone()], &mut written[range], data, access.kind);
         Ok(())
     }
@@ -301,7 +334,7 @@ impl Cta {
         let weak = sem.order == Order::Weak;
         let access = self.warps[warp].views.access(self.serial, pc, if weak { 0 } else { strong(sem.scope) });
         for lane in lanes_of(mask) {
-            let (space, at) = resolve(space, addresses[lane as usize]);
+            let (space, at) = self.resolve(space, addresses[lane as usize]).map_err(|fault| fault.lane(lane))?;
             aligned(at, bytes, lane)?;
             // Strong accesses of vectors are one for each element (PTX ISA, "Vector Data-types").
             let parts = if weak { 1 } else { d.len() };
@@ -348,7 +381,7 @@ impl Cta {
                 context.counters.local_loaded += bytes as u64;
                 self.local(context, warp, lane, at, bytes).map(|found| padded(found))
             }
-            Space::Global | Space::Generic | Space::Const => {
+            Space::Global | Space::Generic | Space::SharedCluster | Space::Const => {
                 context.counters.global_loaded += bytes as u64;
                 context.read_global(at, bytes, access, &view)
             }
@@ -380,7 +413,7 @@ impl Cta {
         let weak = sem.order == Order::Weak;
         let access = self.warps[warp].views.access(self.serial, pc, WRITE | if weak { 0 } else { strong(sem.scope) });
         for lane in lanes_of(mask) {
-            let (space, at) = resolve(space, addresses[lane as usize]);
+            let (space, at) = self.resolve(space, addresses[lane as usize]).map_err(|fault| fault.lane(lane))?;
             aligned(at, bytes, lane)?;
             let data = values[lane as usize].to_le_bytes();
             let parts = if weak { 1 } else { a.len() };
@@ -422,7 +455,7 @@ impl Cta {
             }
             _ => {
                 context.counters.global_stored += data.len() as u64;
-                self.write_global(context, at, data, access, &view)
+                context.write_global(at, data, access, &view)
             }
         }
         .map_err(|fault| fault.lane(lane))
@@ -444,7 +477,7 @@ impl Cta {
         context.count_access(pc, space, (&addresses, mask), bytes);
         let access = self.warps[warp].views.access(self.serial, pc, UPDATE | strong(sem.scope));
         for lane in lanes_of(mask) {
-            let (space, at) = resolve(space, addresses[lane as usize]);
+            let (space, at) = self.resolve(space, addresses[lane as usize]).map_err(|fault| fault.lane(lane))?;
             aligned(at, bytes, lane)?;
             let view = self.warps[warp].views.view(lane);
             let read = access.of_lane(lane);

@@ -28,7 +28,7 @@ impl Cta {
             let mut rows = [[0u16; 8]; 8];
             for (row, elements) in rows.iter_mut().enumerate() {
                 let lane = matrix * 8 + row;
-                let at = addresses[lane] & 0xffff_ffff;
+                let at = self.own_shared(addresses[lane] & 0xffff_ffff).map_err(|fault| fault.lane(lane as u32))?;
                 if !at.is_multiple_of(16) {
                     let message = format!("row of ldmatrix at {at:#x}, expected a multiple of 16");
                     return Err(Fault::new(Rule::Misaligned, message).lane(lane as u32));

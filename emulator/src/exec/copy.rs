@@ -5,7 +5,7 @@
 //! lane that issued it; their epochs count commits and waits, so that a wait orders exactly the copies it waited for.
 
 use super::warp::Warp;
-use super::{Context, Cta, Fault, Outcome};
+use super::{Clock, Context, Cta, Fault, Outcome};
 use crate::clock::View;
 use crate::isa::{Address, Src};
 use crate::launch::Timing;
@@ -44,6 +44,12 @@ impl Copies {
         self.queue.iter().filter(|copy| mask >> copy.lane & 1 != 0).count()
     }
 
+    /// Sets what has been issued apart from what follows; returns the last epoch of the former.
+    pub fn mark(&mut self) -> u32 {
+        self.epoch += 1;
+        self.epoch
+    }
+
     pub fn commit(&mut self, mask: u32) {
         (0..32).filter(|lane| mask >> lane & 1 != 0).for_each(|lane| self.groups[lane] += 1);
         self.epoch += 1;
@@ -77,6 +83,7 @@ impl Cta {
                     return Err(Fault::new(Rule::Misaligned, message).lane(lane));
                 }
             }
+            self.own_shared(to[at] & 0xffff_ffff).map_err(|fault| fault.lane(lane))?;
             let eager = match context.options.copies {
                 Timing::Eager => true,
                 Timing::Lazy => false,
@@ -137,6 +144,30 @@ impl Cta {
         }
         (0..32u32).filter(|lane| mask >> lane & 1 != 0).for_each(|lane| views.waited(lane, known[lane as usize]));
         Ok(())
+    }
+
+    /// Lets a lane's copies up to an epoch land, which need not be waited for otherwise then. Returns what is known of them.
+    pub(super) fn land_upto(
+        &mut self,
+        context: &mut Context<'_>,
+        warp: usize,
+        lane: u32,
+        epoch: u32,
+    ) -> Outcome<Clock> {
+        let is_meant = |copy: &Copy| u32::from(copy.lane) == lane && copy.epoch <= epoch;
+        for at in 0..self.warps[warp].copies.queue.len() {
+            let copy = &self.warps[warp].copies.queue[at];
+            if !copy.landed && is_meant(copy) {
+                self.land(context, warp, at)?;
+            }
+        }
+        let queue = &mut self.warps[warp].copies.queue;
+        queue.retain(|copy| !is_meant(copy));
+        let left = queue.iter().filter(|copy| u32::from(copy.lane) == lane);
+        let known = left.map(|copy| copy.epoch - 1).min().unwrap_or(epoch).min(epoch);
+        let mut clock = Clock::new(self.serial, 0);
+        clock.add(2 * warp as u16 + 1, 1 << lane, known);
+        Ok(clock)
     }
 
     /// Lets one of the warp's copies land, if there is one under way.

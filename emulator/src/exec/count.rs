@@ -5,7 +5,7 @@ use super::Context;
 use super::access::resolve;
 use crate::alu::Lanes;
 use crate::counters::{Class, Line};
-use crate::isa::{Op, Space};
+use crate::isa::{Hopper, Op, Space};
 use crate::module::Module;
 
 const BANKS: u64 = 32;
@@ -106,6 +106,18 @@ fn class(op: &Op) -> Class {
         | Op::PredMov { .. }
         | Op::PredConst { .. }
         | Op::Cvta { .. } => Class::Arithmetic,
+        Op::Hopper(op) => match **op {
+            Hopper::Bulk(_) | Hopper::StoreAsync { .. } | Hopper::BulkCommit | Hopper::BulkWait { .. } => Class::Copy,
+            Hopper::ClusterArrive { .. }
+            | Hopper::ClusterWait { .. }
+            | Hopper::ProxyFence { .. }
+            | Hopper::TensorMapFence { .. }
+            | Hopper::InitFence
+            | Hopper::Mbarrier(_) => Class::Barrier,
+            Hopper::Mapa { .. } | Hopper::CtaRank { .. } | Hopper::IsSpace { .. } => Class::Arithmetic,
+            Hopper::IsExplicitCluster { .. } | Hopper::PendingCount { .. } | Hopper::Policy { .. } => Class::Arithmetic,
+            Hopper::Prefetch { .. } | Hopper::GridDependency => Class::Other,
+        },
         // Other families add their operations and need no place here.
         #[allow(unreachable_patterns, reason = "as long as there are none")]
         _ => Class::Other,

@@ -3,10 +3,10 @@
 use std::collections::btree_map;
 use std::rc::Rc;
 
+use super::cluster::OFFSET;
 use super::views::Views;
 use super::warp::Warp;
 use super::{Clock, Context, Cta};
-use crate::decode::SHARED_BASE;
 use crate::isa::{Order, Scope, Semantics, Space};
 
 /// What a release pattern published.
@@ -74,27 +74,67 @@ pub(super) fn flagged(written: &[u8]) -> bool {
     written.iter().fold(0, |any, byte| any | byte) & FLAGGED != 0
 }
 
+impl Context<'_> {
+    /// Writes to other bytes than exactly those of a flag end it, as does a weak write: what reads the flag later does not
+    /// read what was released.
+    pub(super) fn end_flags(&mut self, (cta, address): Place, bytes: usize, keep: bool) {
+        let range = (cta, address.saturating_sub(15))..(cta, address + bytes as u64);
+        let overlaps = |place: &Place, flag: &Flag| {
+            place.1 + flag.bytes as u64 > address && !(keep && place.1 == address && flag.bytes == bytes)
+        };
+        let ended: Vec<Place> =
+            self.flags.range(range).filter(|(place, flag)| overlaps(place, flag)).map(|(place, _)| *place).collect();
+        ended.iter().for_each(|place| drop(self.flags.remove(place)));
+    }
+}
+
+impl Views {
+    /// What the fences of these lanes have made ready to be published, and in which scope.
+    pub fn fenced_by(&self, lanes: u32) -> impl Iterator<Item = (Clock, Scope)> {
+        let fenced = self.fenced.iter().filter(move |fenced| fenced.lanes & lanes != 0);
+        fenced.map(move |fenced| (fenced.views.published(fenced.lanes & lanes, u32::MAX), fenced.scope))
+    }
+
+    /// A relaxed read by these lanes sees what was published: their next fence acquires it.
+    pub fn see(&mut self, lanes: u32, clock: Clock) {
+        see(&mut self.seen, lanes, &Rc::new(Released { clock, scope: Scope::Gpu, cta: None }));
+    }
+}
+
 impl Cta {
     /// Before a strong write: flags on other bytes that it overlaps end. If it publishes, its bytes are a flag's from now on.
     pub(super) fn mark_flag(&mut self, context: &mut Context<'_>, word: Word, publishes: bool) {
-        let written = if word.space == Space::Shared {
-            let offset = (word.address - u64::from(SHARED_BASE)) as usize;
-            &mut self.shared.written[offset..offset + word.bytes]
+        let mark = |written: &mut [u8]| {
+            let was_flagged = flagged(written);
+            if publishes {
+                written.iter_mut().for_each(|written| *written |= FLAGGED);
+            }
+            was_flagged
+        };
+        let was_flagged = if word.space == Space::Shared {
+            self.on(context, word.address, |cta, _, at| {
+                let offset = cta.shared_offset(at, word.bytes)?;
+                Ok(mark(&mut cta.shared.written[offset..offset + word.bytes]))
+            })
         } else {
             let Ok((index, offset)) = context.memory.find(word.address, word.bytes) else { return };
-            &mut context.memory.allocations[index].written[offset..offset + word.bytes]
+            Ok(mark(&mut context.memory.allocations[index].written[offset..offset + word.bytes]))
         };
-        let was_flagged = flagged(written);
-        if publishes {
-            written.iter_mut().for_each(|written| *written |= FLAGGED);
-        }
-        if was_flagged {
-            self.end_flags(context, word, true);
+        // The write itself has found that the bytes exist.
+        if was_flagged.unwrap_or(false) {
+            context.end_flags(self.place(context, word.space, word.address), word.bytes, true);
         }
     }
 
-    fn place(&self, space: Space, address: u64) -> Place {
-        (if space == Space::Shared { self.serial } else { u32::MAX }, address)
+    fn place(&self, context: &Context<'_>, space: Space, address: u64) -> Place {
+        if space != Space::Shared {
+            return (u32::MAX, address);
+        }
+        let serial = match self.other_rank(address) {
+            Some(rank) => context.serial(context.cluster_of(self.index), rank),
+            None => self.serial,
+        };
+        (serial, address & OFFSET)
     }
 
     /// What a lane's load, or the read of its atomic, learns from the word.
@@ -105,7 +145,7 @@ impl Cta {
         if word.space == Space::Local {
             return;
         }
-        let Some(flag) = context.flags.get(&self.place(word.space, word.address)) else { return };
+        let Some(flag) = context.flags.get(&self.place(context, word.space, word.address)) else { return };
         let near = |scope, cta, other_scope| {
             context.clusters.includes(scope, cta, self.serial)
                 && context.clusters.includes(other_scope, self.serial, cta)
@@ -143,10 +183,8 @@ impl Cta {
         if matches!(sem.order, Order::Release | Order::AcqRel) {
             published.push(Released { clock: views.published(1 << lane, u32::MAX), scope: sem.scope, cta });
         }
-        for fenced in views.fenced.iter().filter(|fenced| fenced.lanes >> lane & 1 != 0) {
-            published.push(Released { clock: fenced.views.published(1 << lane, u32::MAX), scope: fenced.scope, cta });
-        }
-        let place = self.place(word.space, word.address);
+        published.extend(views.fenced_by(1 << lane).map(|(clock, scope)| Released { clock, scope, cta }));
+        let place = self.place(context, word.space, word.address);
         self.mark_flag(context, word, !published.is_empty());
         let clusters = context.clusters;
         let flag = match context.flags.entry(place) {
@@ -167,19 +205,6 @@ impl Cta {
         if flag.releases.is_empty() {
             context.flags.remove(&place);
         }
-    }
-
-    /// Writes to other bytes than exactly those of a flag end it, as does a weak write: what reads the flag later does not
-    /// read what was released.
-    pub(super) fn end_flags(&self, context: &mut Context<'_>, word: Word, keep: bool) {
-        let Word { space, address, bytes } = word;
-        let range = self.place(space, address.saturating_sub(15))..self.place(space, address + bytes as u64);
-        let overlaps = |place: &Place, flag: &Flag| {
-            place.1 + flag.bytes as u64 > address && !(keep && place.1 == address && flag.bytes == bytes)
-        };
-        let ended: Vec<Place> =
-            context.flags.range(range).filter(|(place, flag)| overlaps(place, flag)).map(|(place, _)| *place).collect();
-        ended.iter().for_each(|place| drop(context.flags.remove(place)));
     }
 
     /// Orders what relaxed reads have seen before what follows, and what went before relaxed writes to come. The order among

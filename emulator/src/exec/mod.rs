@@ -1,17 +1,23 @@
 //! Runs a launch: CTAs that come and go, warps that take turns at random, until all have exited or a rule is broken.
 
 mod access;
+mod bulk;
 mod call;
+mod cluster;
 mod collective;
 mod copy;
 mod count;
 mod flags;
+mod hopper;
+mod issue;
+mod mbarrier;
 mod step;
 mod sync;
+mod tensor;
 mod views;
 mod warp;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use crate::clock::Clock;
 use crate::counters::Counters;
@@ -21,8 +27,11 @@ use crate::memory::Memory;
 use crate::module::{Kernel, Module};
 use crate::report::{Report, Rule, Site};
 use crate::shadow::{Access, Clusters, Shadow};
+use bulk::InFlight;
+use cluster::ClusterBarrier;
 use count::LineCount;
 use flags::{Flag, Place};
+use mbarrier::Mbarrier;
 use sync::Barrier;
 use warp::{Stop, Warp};
 
@@ -37,13 +46,15 @@ pub(crate) struct Fault {
     lane: Option<u32>,
     /// Where, when it is not the instruction at hand.
     pc: Option<u32>,
+    /// Whose, when it is not the warp at hand: CTA and warp.
+    by: Option<(u32, u32)>,
     /// The other side of a race.
     other: Option<Access>,
 }
 
 impl Fault {
     fn new(rule: Rule, message: impl Into<String>) -> Fault {
-        Fault { rule, message: message.into(), lane: None, pc: None, other: None }
+        Fault { rule, message: message.into(), lane: None, pc: None, by: None, other: None }
     }
 
     fn lane(self, lane: u32) -> Fault {
@@ -69,8 +80,16 @@ struct Context<'a> {
     lines: Option<Vec<LineCount>>,
     /// Instructions since the last one with an effect outside its warp.
     idle: u64,
-    /// Warps of the CTA at hand that a barrier has let go.
-    woken: Vec<usize>,
+    /// Warps that something they wait for has let go.
+    woken: Vec<WarpId>,
+    /// CTAs alive, a cluster's next to each other; `None` while one of its warps has its turn.
+    ctas: Vec<Option<Box<Cta>>>,
+    /// By slot of the cluster's first CTA.
+    cluster_barriers: HashMap<usize, ClusterBarrier>,
+    /// Bulk copies that have not landed, or that their groups have not been waited for.
+    in_flight: Vec<InFlight>,
+    /// CTA and warp that issued the last operation of an agent that is not a warp's own.
+    issuers: HashMap<(u32, u16), (u32, u32)>,
 }
 
 impl Context<'_> {
@@ -93,25 +112,53 @@ struct Shared {
 
 struct Cta {
     serial: u32,
+    /// Its place among the CTAs alive.
+    slot: usize,
     index: [u32; 3],
+    /// `%cluster_ctarank`.
+    rank: u32,
     warps: Vec<Warp>,
     shared: Shared,
     barriers: Vec<Barrier>,
+    /// By address.
+    mbarriers: BTreeMap<u32, Mbarrier>,
     live_warps: usize,
+    /// Agents so far: two for each warp, then those of bulk copies, by need.
+    agents: u16,
+    /// What its warps knew when they exited, for accesses by others of the cluster.
+    exited: Clock,
 }
 
 impl Cta {
-    fn new(context: &Context<'_>, serial: u32) -> Cta {
+    fn new(context: &Context<'_>, slot: usize, rank: u32, serial: u32) -> Cta {
         let [x, y, _] = context.launch.grid;
         let warps = context.threads.div_ceil(32);
         let bytes = context.shared_bytes as usize;
         Cta {
             serial,
+            slot,
             index: [serial % x, serial / x % y, serial / x / y],
+            rank,
             warps: (0..warps).map(|id| Warp::new(context, serial, id, 2 * warps as usize)).collect(),
             shared: Shared { data: vec![0; bytes], written: vec![0; bytes], shadow: Shadow::default() },
             barriers: (0..BARRIERS).map(|_| Barrier::default()).collect(),
+            mbarriers: BTreeMap::new(),
             live_warps: warps as usize,
+            agents: 2 * warps as u16,
+            exited: Clock::new(serial, 0),
+        }
+    }
+
+    /// A new agent of this CTA: an asynchronous engine whose operations are numbered by its epochs, from 1.
+    fn new_agent(&mut self) -> u16 {
+        self.agents += 1;
+        self.agents - 1
+    }
+
+    /// Lets a warp go on that has stopped.
+    fn wake(&mut self, context: &mut Context<'_>, warp: usize) {
+        if std::mem::take(&mut self.warps[warp].asleep) {
+            context.woken.push((self.slot, warp));
         }
     }
 }
@@ -122,10 +169,12 @@ type WarpId = (usize, usize);
 struct Machine<'a> {
     context: Context<'a>,
     module: &'a Module,
-    slots: Vec<Option<Cta>>,
-    /// CTAs that have not started, next one last.
+    /// Clusters that have not started, next one last.
     waiting: Vec<u32>,
     runnable: Vec<WarpId>,
+    /// Instructions executed and idle when all waits were last told that their time is up, and how often in a row that
+    /// has changed nothing.
+    timeouts: (u64, u64, u32),
 }
 
 impl Module {
@@ -134,7 +183,7 @@ impl Module {
     /// # Errors
     /// The [`Report`] of the first broken rule. Memory then holds what had been written by that time.
     pub fn launch(&self, memory: &mut Memory, launch: &Launch<'_>, options: &Options) -> Result<Counters, Box<Report>> {
-        let Checked { kernel, threads, ctas, shared_bytes, resident } = launch.check(self, options)?;
+        let Checked { kernel, threads, ctas, shared_bytes, resident, cluster } = launch.check(self, options)?;
         memory.clear_shadow();
         self.load(memory).map_err(|message| launch.bad(message))?;
         let context = Context {
@@ -145,15 +194,19 @@ impl Module {
             threads,
             shared_bytes,
             flags: BTreeMap::new(),
-            clusters: Clusters { grid: launch.grid, cluster: launch.cluster },
+            clusters: Clusters { grid: launch.grid, cluster },
             lines: options.checks.counters.then(|| vec![LineCount::default(); kernel.code.len()]),
             random: options.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
             counters: Counters { resident_ctas: resident, ..Counters::default() },
             idle: 0,
             woken: Vec::new(),
+            ctas: Vec::new(),
+            cluster_barriers: HashMap::new(),
+            in_flight: Vec::new(),
+            issuers: HashMap::new(),
         };
-        let mut machine =
-            Machine { context, module: self, slots: Vec::new(), waiting: Vec::new(), runnable: Vec::new() };
+        let (waiting, runnable) = (Vec::new(), Vec::new());
+        let mut machine = Machine { context, module: self, waiting, runnable, timeouts: (0, 0, 0) };
         machine.prepare(ctas, resident);
         machine.run()?;
         machine.context.sum_up(self);
@@ -161,48 +214,67 @@ impl Module {
     }
 }
 
+/// After so many rounds in which waits gave up and nothing else happened, nothing will.
+const ROUNDS: u32 = 3;
+/// Instructions without an effect after which a copy that is as lazy as can be lands all the same: someone may be polling.
+const LAZY_PATIENCE: u64 = 1000;
+
 impl Machine<'_> {
-    /// CTAs start in any order: the hardware promises none.
+    /// Clusters start in any order: the hardware promises none.
     fn prepare(&mut self, ctas: u32, resident: u32) {
-        self.waiting = (0..ctas).collect();
+        let size = self.context.cluster_size();
+        self.waiting = (0..ctas / size as u32).collect();
         for i in (1..self.waiting.len()).rev() {
             let j = self.context.random(i + 1);
             self.waiting.swap(i, j);
         }
-        self.slots.resize_with(resident as usize, || None);
-        (0..self.slots.len()).for_each(|slot| self.start(slot));
+        self.context.ctas.resize_with(resident as usize, || None);
+        (0..resident as usize).step_by(size).for_each(|slot| self.start(slot));
     }
 
-    /// Fills a slot with the next CTA, if there is one.
+    /// Fills the slots of a cluster with the next one, if there is one.
     fn start(&mut self, slot: usize) {
-        self.slots[slot] = self.waiting.pop().map(|serial| Cta::new(&self.context, serial));
-        if let Some(cta) = &self.slots[slot] {
-            self.runnable.extend((0..cta.warps.len()).map(|warp| (slot, warp)));
+        let Some(cluster) = self.waiting.pop() else { return };
+        self.context.cluster_barriers.insert(slot, ClusterBarrier::default());
+        for rank in 0..self.context.cluster_size() {
+            let serial = self.context.serial(cluster, rank as u32);
+            let cta = Cta::new(&self.context, slot + rank, rank as u32, serial);
+            self.runnable.extend((0..cta.warps.len()).map(|warp| (slot + rank, warp)));
+            self.context.ctas[slot + rank] = Some(Box::new(cta));
         }
     }
 
     fn run(&mut self) -> Result<(), Box<Report>> {
-        while self.slots.iter().any(Option::is_some) {
+        while self.context.ctas.iter().any(Option::is_some) {
             if self.runnable.is_empty() {
-                return Err(self.deadlock());
+                self.revive()?;
+                continue;
             }
             let at = self.context.random(self.runnable.len());
             let (slot, warp) = self.runnable[at];
-            let Some(cta) = &mut self.slots[slot] else { continue };
-            let stop = match warp::run(&mut self.context, cta, warp) {
+            let Some(mut cta) = self.context.ctas[slot].take() else { continue };
+            let outcome = warp::run(&mut self.context, &mut cta, warp);
+            let stop = match outcome {
                 Ok(stop) => stop,
-                Err((pc, fault)) => return Err(self.report(slot, warp, pc, fault)),
+                Err((pc, fault)) => return Err(self.report(cta.serial, warp as u32, pc, fault)),
             };
             if stop != Stop::Runnable {
                 self.runnable.swap_remove(at);
+                cta.warps[warp].asleep = stop == Stop::Blocked;
             }
             if stop == Stop::Done {
                 cta.live_warps -= 1;
-                if cta.live_warps == 0 {
-                    self.start(slot);
+            }
+            let done = cta.live_warps == 0;
+            self.context.ctas[slot] = Some(cta).filter(|_| !done);
+            if done {
+                let size = self.context.cluster_size();
+                let first = slot / size * size;
+                if self.context.ctas[first..first + size].iter().all(Option::is_none) {
+                    self.start(first);
                 }
             }
-            self.runnable.extend(self.context.woken.drain(..).map(|warp| (slot, warp)));
+            self.land_some()?;
             if self.context.idle > self.context.options.patience {
                 return Err(self.livelock(slot, warp));
             }
@@ -212,14 +284,62 @@ impl Machine<'_> {
                 return Err(self.simple_report(Rule::Livelock, message));
             }
         }
+        // What stores and reductions had read lands at the latest now.
+        while self.context.is_under_way() {
+            self.land(0)?;
+        }
         Ok(())
+    }
+
+    /// Between turns: bulk copies that land at once, and now and then another.
+    fn land_some(&mut self) -> Result<(), Box<Report>> {
+        while let Some(at) = self.context.due() {
+            self.land(at)?;
+        }
+        let lazy = self.context.options.copies == crate::launch::Timing::Lazy;
+        if self.context.is_under_way()
+            && if lazy { self.context.idle > LAZY_PATIENCE } else { self.context.random(4) == 0 }
+        {
+            let at = self.context.random(usize::MAX);
+            self.land(at)?;
+        }
+        self.runnable.append(&mut self.context.woken);
+        Ok(())
+    }
+
+    /// Lets a copy land, counted from `at` around.
+    fn land(&mut self, at: usize) -> Result<(), Box<Report>> {
+        let landed = self.context.land(at);
+        self.runnable.append(&mut self.context.woken);
+        landed.map_err(|(owner, pc, fault)| self.report(owner.0, owner.1, pc, fault))
+    }
+
+    /// No warp can run: a copy lands, or waits that may give up do so.
+    fn revive(&mut self) -> Result<(), Box<Report>> {
+        if self.context.is_under_way() {
+            let at = self.context.random(usize::MAX);
+            return self.land(at);
+        }
+        let now = (self.context.counters.instructions, self.context.idle);
+        let (instructions, idle, rounds) = self.timeouts;
+        let nothing = now.0 - instructions == now.1.wrapping_sub(idle);
+        let rounds = if nothing { rounds + 1 } else { 0 };
+        self.timeouts = (now.0, now.1, rounds);
+        if rounds < ROUNDS {
+            for (slot, cta) in self.context.ctas.iter_mut().enumerate() {
+                let Some(cta) = cta else { continue };
+                let expired = cta.warps.iter_mut().enumerate().filter(|(_, warp)| warp.live != 0);
+                self.runnable.extend(expired.filter_map(|(id, warp)| warp.expire().then_some((slot, id))));
+            }
+        }
+        if self.runnable.is_empty() { Err(self.deadlock()) } else { Ok(()) }
     }
 
     /// One line per warp that is still there: where it is and what it waits for.
     fn table(&self) -> String {
         const MOST: usize = 64;
         let mut lines = Vec::new();
-        for cta in self.slots.iter().flatten() {
+        for cta in self.context.ctas.iter().flatten() {
             for warp in &cta.warps {
                 lines.extend(warp.describe(&self.context, cta));
             }
@@ -233,9 +353,9 @@ impl Machine<'_> {
     }
 
     fn deadlock(&self) -> Box<Report> {
-        let started = self.slots.iter().flatten().count();
-        let message =
-            format!("no warp can run; {started} CTAs alive, {} not started:{}", self.waiting.len(), self.table());
+        let started = self.context.ctas.iter().flatten().count();
+        let waiting = self.waiting.len() * self.context.cluster_size();
+        let message = format!("no warp can run; {started} CTAs alive, {waiting} not started:{}", self.table());
         self.simple_report(Rule::Deadlock, message)
     }
 
@@ -243,7 +363,7 @@ impl Machine<'_> {
         let patience = self.context.options.patience;
         let message = format!(
             "{patience} instructions without an effect, the last by warp {warp} of CTA {:?}:{}",
-            self.slots[slot].as_ref().map(|cta| cta.index).unwrap_or_default(),
+            self.context.ctas[slot].as_ref().map(|cta| cta.index).unwrap_or_default(),
             self.table()
         );
         self.simple_report(Rule::Livelock, message)
@@ -266,12 +386,15 @@ impl Machine<'_> {
         }
     }
 
-    fn report(&self, slot: usize, warp: usize, pc: u32, fault: Fault) -> Box<Report> {
-        let serial = self.slots[slot].as_ref().map_or(0, |cta| cta.serial);
-        let site = self.site(serial, warp as u32, fault.lane, fault.pc.unwrap_or(pc));
-        let other = fault.other.map(|access| {
-            let lane = Some(access.lanes.trailing_zeros()).filter(|lane| *lane < 32);
-            self.site(access.cta, u32::from(access.agent / 2), lane, access.pc)
+    fn report(&self, serial: u32, warp: u32, pc: u32, fault: Fault) -> Box<Report> {
+        let (serial, warp) = fault.by.unwrap_or((serial, warp));
+        let site = self.site(serial, warp, fault.lane, fault.pc.unwrap_or(pc));
+        let other = fault.other.map(|access| match self.context.issuers.get(&(access.cta, access.agent)) {
+            Some((cta, warp)) => self.site(*cta, *warp, None, access.pc),
+            None => {
+                let lane = Some(access.lanes.trailing_zeros()).filter(|lane| *lane < 32);
+                self.site(access.cta, u32::from(access.agent / 2), lane, access.pc)
+            }
         });
         Box::new(Report {
             rule: fault.rule,

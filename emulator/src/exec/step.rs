@@ -96,6 +96,7 @@ fn effect(context: &mut Context<'_>, cta: &mut Cta, warp: usize, (pc, mask): (u3
         Op::Exit => return Ok(Flow::Exit),
         Op::Trap => return Err(Fault::new(Rule::Trap, "the kernel executed a trap")),
         Op::Nanosleep => return Ok(Flow::Yield),
+        Op::Hopper(op) => return super::hopper::step(context, cta, warp, at, op),
         _ => return cta.control(context, warp, at, op),
     }
     Ok(Flow::Next)

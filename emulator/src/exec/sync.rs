@@ -4,6 +4,7 @@ use std::rc::Rc;
 
 use super::warp::Warp;
 use super::{Clock, Context, Cta, Fault, Outcome};
+use crate::clock::Proxy;
 use crate::report::Rule;
 
 /// A barrier of a CTA: who has arrived in this phase.
@@ -62,12 +63,7 @@ impl Cta {
             self.warps[warp].blocked = Some(id as u32);
         }
         self.release_barrier(context, id as usize)?;
-        let blocked = self.warps[warp].blocked.is_some();
-        if !blocked {
-            // It never stopped: only the others are woken.
-            context.woken.retain(|&other| other != warp);
-        }
-        Ok(blocked)
+        Ok(self.warps[warp].blocked.is_some())
     }
 
     /// Ends the phase of a barrier that all have reached.
@@ -92,10 +88,16 @@ impl Cta {
             }
             state.blocked = None;
             state.resume();
-            context.woken.push(warp);
+            self.wake(context, warp);
         }
         context.idle = 0;
         Ok(())
+    }
+
+    /// A proxy fence by lanes of a warp.
+    pub(super) fn fence_proxy(&mut self, warp: usize, lanes: u32, proxies: &[Proxy]) {
+        let live = self.warps[warp].live;
+        self.warps[warp].views.fence_proxy(lanes, live, proxies);
     }
 
     /// `bar.warp.sync`.

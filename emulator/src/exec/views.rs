@@ -8,7 +8,7 @@
 use std::rc::Rc;
 
 use super::flags::{Fenced, Released};
-use crate::clock::{Clock, Proxy, View};
+use crate::clock::{Clock, Proxied, Proxy, View};
 use crate::shadow::Access;
 
 #[derive(Clone, Debug)]
@@ -22,10 +22,24 @@ pub(super) struct Views {
     apart: Vec<(u32, Rc<Clock>)>,
     /// Up to which epoch each lane has waited for its own copies.
     waited: [u32; 32],
+    /// By proxy that was fenced: up to which epochs each lane's own steps and copies are ordered there.
+    fenced_in: Vec<(Proxy, [(u32, u32); 32])>,
     /// What lanes have read through a flag, and acquire with their next fence.
     pub seen: Vec<(u32, Rc<Released>)>,
     /// What lanes' fences have made ready for their next strong writes.
     pub fenced: Vec<Fenced>,
+}
+
+/// Takes lanes of which `of` says the same together.
+fn alike<T: PartialEq>(lanes: u32, of: impl Fn(usize) -> T, mut take: impl FnMut(u32, T)) {
+    let mut left = lanes;
+    while left != 0 {
+        let value = of(left.trailing_zeros() as usize);
+        let same = (0..32).map(|lane| left & 1 << lane);
+        let same: u32 = same.filter(|lane| *lane != 0 && of(lane.trailing_zeros() as usize) == value).sum();
+        take(same, value);
+        left &= !same;
+    }
 }
 
 impl Views {
@@ -36,6 +50,7 @@ impl Views {
             clock: Rc::new(Clock::new(cta, agents)),
             apart: Vec::new(),
             waited: [0; 32],
+            fenced_in: Vec::new(),
             seen: Vec::new(),
             fenced: Vec::new(),
         }
@@ -53,12 +68,20 @@ impl Views {
     /// What a lane's next access is held against.
     pub fn view(&self, lane: u32) -> View {
         let clock = Rc::clone(self.clock_of(lane));
-        View { clock, agent: self.agent, lane: Some(lane), own: self.epoch, waited: self.waited[lane as usize] }
+        View {
+            clock,
+            agent: self.agent,
+            lane: Some(lane),
+            own: self.epoch,
+            waited: self.waited[lane as usize],
+            proxied: None,
+        }
     }
 
     /// What the lanes know alike; `None` when some know more.
     pub fn common(&self) -> Option<View> {
-        let view = || View { clock: Rc::clone(&self.clock), agent: self.agent, lane: None, own: 0, waited: 0 };
+        let view =
+            || View { clock: Rc::clone(&self.clock), agent: self.agent, lane: None, own: 0, waited: 0, proxied: None };
         self.apart.is_empty().then(view)
     }
 
@@ -69,15 +92,18 @@ impl Views {
 
     /// Adds the own steps of `lanes` to a clock. `all`: those are all that the warp still has.
     fn add_own(&self, clock: &mut Clock, lanes: u32, all: bool) {
-        clock.add(self.agent, if all { u32::MAX } else { lanes }, self.epoch);
-        let mut left = lanes;
-        while left != 0 {
-            let waited = self.waited[left.trailing_zeros() as usize];
-            let same = (0..32).map(|lane| left & 1 << lane);
-            let same: u32 =
-                same.filter(|lane| *lane != 0 && self.waited[lane.trailing_zeros() as usize] == waited).sum();
-            clock.add(self.agent + 1, if all && same == lanes { u32::MAX } else { same }, waited);
-            left &= !same;
+        let spoken_for = |same: u32| if all && same == lanes { u32::MAX } else { same };
+        clock.add(self.agent, spoken_for(lanes), self.epoch);
+        alike(lanes, |lane| self.waited[lane], |same, waited| clock.add(self.agent + 1, spoken_for(same), waited));
+        for (proxy, fenced) in &self.fenced_in {
+            alike(
+                lanes,
+                |lane| fenced[lane],
+                |same, (own, waited)| {
+                    clock.add_in(*proxy, self.agent, spoken_for(same), own);
+                    clock.add_in(*proxy, self.agent + 1, spoken_for(same), waited);
+                },
+            );
         }
     }
 
@@ -110,9 +136,14 @@ impl Views {
 
     /// These lanes learn what a release said.
     pub fn learn(&mut self, lanes: u32, live: u32, clock: &Clock) {
+        self.update(lanes, live, |known| Rc::make_mut(known).join(clock));
+    }
+
+    /// Changes what these lanes know.
+    fn update(&mut self, lanes: u32, live: u32, change: impl Fn(&mut Rc<Clock>)) {
         if lanes & live == live {
-            Rc::make_mut(&mut self.clock).join(clock);
-            self.apart.iter_mut().for_each(|(_, apart)| Rc::make_mut(apart).join(clock));
+            change(&mut self.clock);
+            self.apart.iter_mut().for_each(|(_, apart)| change(apart));
             return;
         }
         let mut left = lanes;
@@ -121,7 +152,7 @@ impl Views {
             let both = *group & lanes;
             left &= !both;
             if both == *group {
-                Rc::make_mut(known).join(clock);
+                change(known);
             } else if both != 0 {
                 *group &= !both;
                 split.push((both, Rc::clone(known)));
@@ -131,7 +162,7 @@ impl Views {
             split.push((left, Rc::clone(&self.clock)));
         }
         for (group, mut known) in split {
-            Rc::make_mut(&mut known).join(clock);
+            change(&mut known);
             self.apart.push((group, known));
         }
     }
@@ -149,17 +180,32 @@ impl Views {
         self.next_epoch();
     }
 
-    /// A proxy fence by these lanes: what they did and knew in the generic proxy comes before what they do next in another.
+    /// A proxy fence by these lanes: what each of them did and knew in the generic proxy comes before what it does next in
+    /// another. It orders nothing among the lanes.
     pub fn fence_proxy(&mut self, lanes: u32, live: u32, proxies: &[Proxy]) {
-        let mut clock = self.published(lanes, live);
-        proxies.iter().for_each(|proxy| clock.fence(*proxy));
-        self.learn(lanes, live, &clock);
+        let fence = |clock: &mut Rc<Clock>| {
+            let clock = Rc::make_mut(clock);
+            proxies.iter().for_each(|proxy| clock.fence(*proxy));
+        };
+        self.update(lanes, live, fence);
+        for proxy in proxies {
+            if !self.fenced_in.iter().any(|(known, _)| known == proxy) {
+                self.fenced_in.push((*proxy, [(0, 0); 32]));
+            }
+        }
+        for (_, fenced) in self.fenced_in.iter_mut().filter(|(known, _)| proxies.contains(known)) {
+            let lanes = (0..32).filter(|lane| lanes >> lane & 1 != 0);
+            lanes.for_each(|lane| fenced[lane] = (self.epoch, self.waited[lane]));
+        }
         self.next_epoch();
     }
 
-    /// What an operation of another proxy that the lane issues now is held against; `agent` is the operation's.
-    pub fn in_proxy(&self, lane: u32, proxy: Proxy, agent: u16) -> View {
-        View { clock: self.clock_of(lane).in_proxy(proxy), agent, lane: None, own: 0, waited: 0 }
+    /// What an operation of another proxy that the lane issues now is held against.
+    pub fn in_proxy(&self, lane: u32, proxy: Proxy, fence_reads: bool) -> View {
+        let fenced = self.fenced_in.iter().find(|(known, _)| *known == proxy);
+        let own = fenced.map_or((0, 0), |(_, fenced)| fenced[lane as usize]);
+        let clock = self.clock_of(lane).in_proxy(proxy);
+        View { proxied: Some(Rc::new(Proxied { clock, own, fence_reads })), ..self.view(lane) }
     }
 
     /// The lane has waited for its copies up to an epoch of theirs.

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt::Write;
 
+use super::bulk::Groups;
 use super::call::Saved;
 use super::copy::Copies;
 use super::step::step;
@@ -23,6 +24,26 @@ struct Split {
     mask: u32,
     /// At a collective instruction that the other lanes have not reached.
     parked: bool,
+    /// At an instruction that is tried again once this has changed.
+    waits: Option<Wait>,
+}
+
+/// What some lanes of a warp wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// The mbarrier at this address of the own CTA.
+    Mbarrier(u32),
+    Cluster,
+}
+
+impl Split {
+    fn new(pc: u32, mask: u32) -> Split {
+        Split { pc, mask, parked: false, waits: None }
+    }
+
+    fn is_ready(&self) -> bool {
+        !self.parked && self.waits.is_none()
+    }
 }
 
 #[derive(Debug)]
@@ -37,6 +58,15 @@ pub(super) struct Warp {
     pub predicates: Vec<u32>,
     pub views: Views,
     pub copies: Copies,
+    pub groups: Groups,
+    /// Lanes that have arrived at the cluster's barrier, and in which phase.
+    pub at_cluster: (u32, u32),
+    /// Lanes that arrived in a phase before that and have not waited yet.
+    pub owe_cluster: u32,
+    /// Has stopped, and must be woken.
+    pub asleep: bool,
+    /// The next test of an mbarrier that fails gives up instead of waiting on.
+    pub expired: bool,
     /// Local memory by lane.
     pub local: Vec<Vec<u8>>,
     /// What recursive calls saved, by lane.
@@ -63,6 +93,8 @@ pub(super) enum Flow {
     Yield,
     /// On, once the barrier lets go.
     Block,
+    /// The same again, once what is waited for has changed.
+    Wait(Wait),
 }
 
 impl Warp {
@@ -73,12 +105,17 @@ impl Warp {
         Warp {
             id,
             live,
-            splits: vec![Split { pc: kernel.entry, mask: live, parked: false }],
+            splits: vec![Split::new(kernel.entry, live)],
             blocked: None,
             registers: vec![[0; 32]; kernel.registers as usize],
             predicates: vec![0; kernel.predicates as usize],
             views: Views::new(cta, id, agents),
             copies: Copies::default(),
+            groups: Groups::default(),
+            at_cluster: (0, 0),
+            owe_cluster: 0,
+            asleep: false,
+            expired: false,
             local: vec![Vec::new(); 32],
             saved: (0..32).map(|_| Vec::new()).collect(),
         }
@@ -86,6 +123,27 @@ impl Warp {
 
     pub fn resume(&mut self) {
         self.splits.iter_mut().for_each(|split| split.parked = false);
+    }
+
+    /// What waits for this may try again; whether there was anything.
+    pub fn stop_waiting(&mut self, wait: Wait) -> bool {
+        let waiting = self.splits.iter_mut().filter(|split| split.waits == Some(wait));
+        waiting.map(|split| split.waits = None).count() != 0
+    }
+
+    /// Ends the waits for mbarriers, which may give up after some time; whether the warp goes on for that.
+    pub fn expire(&mut self) -> bool {
+        let mut found = false;
+        for split in &mut self.splits {
+            if matches!(split.waits, Some(Wait::Mbarrier(_))) {
+                split.waits = None;
+                found = true;
+            }
+        }
+        let goes_on = found && self.asleep;
+        self.asleep &= !goes_on;
+        self.expired |= goes_on;
+        goes_on
     }
 
     pub fn put(&mut self, d: Dst, mask: u32, values: &Lanes) {
@@ -170,6 +228,16 @@ impl Warp {
                 per_lane(&|lane| u64::from(at) + stride * self.saved[lane as usize].len() as u64)
             }
             Special::Clock => [context.counters.instructions; 32],
+            Special::ClusterCtaid(axis) => [u64::from(context.in_cluster(cta.rank)[axis as usize]); 32],
+            Special::ClusterNctaid(axis) => [u64::from(context.clusters.cluster[axis as usize]); 32],
+            Special::ClusterCtaRank => [u64::from(cta.rank); 32],
+            Special::ClusterNctaRank => [context.cluster_size() as u64; 32],
+            Special::ClusterId(axis) => {
+                [u64::from(cta.index[axis as usize] / context.clusters.cluster[axis as usize]); 32]
+            }
+            Special::NclusterId(axis) => {
+                [u64::from(context.launch.grid[axis as usize] / context.clusters.cluster[axis as usize]); 32]
+            }
         }
     }
 
@@ -190,6 +258,7 @@ impl Warp {
                         barrier.arrived
                     )
                 }
+                None if split.waits.is_some() => cta.describe_wait(context, split.waits),
                 None if split.parked => "waits for the other lanes at".to_owned(),
                 None => "is at".to_owned(),
             };
@@ -213,6 +282,7 @@ impl Warp {
                 if self.splits[i].pc == self.splits[j].pc {
                     self.splits[i].mask |= self.splits[j].mask;
                     self.splits[i].parked = false;
+                    self.splits[i].waits = None;
                     self.splits.swap_remove(j);
                 } else {
                     j += 1;
@@ -228,7 +298,7 @@ impl Warp {
         if self.splits.len() > 1 {
             self.merge();
         }
-        let ready: Vec<usize> = (0..self.splits.len()).filter(|&i| !self.splits[i].parked).collect();
+        let ready: Vec<usize> = (0..self.splits.len()).filter(|&i| self.splits[i].is_ready()).collect();
         let behind = ready.iter().copied().min_by_key(|&i| self.splits[i].pc)?;
         let chosen =
             if ready.len() > 1 && context.random(8) == 0 { ready[context.random(ready.len())] } else { behind };
@@ -250,6 +320,9 @@ pub(super) fn run(context: &mut Context<'_>, cta: &mut Cta, warp: usize) -> Loca
             return Ok(Stop::Blocked);
         }
         let Some(split) = state.select(context) else {
+            if state.splits.iter().any(|split| split.waits.is_some()) {
+                return Ok(Stop::Blocked);
+            }
             let at = state.splits.first().map_or(0, |split| split.pc);
             let table = cta.warps[warp].describe(context, cta).unwrap_or_default();
             let message = format!("lanes of one warp wait for each other at different instructions:{table}");
@@ -279,9 +352,10 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
     let kernel = context.kernel;
     loop {
         let others = &mut cta.warps[warp].splits;
-        let meets = !others.is_empty() && others.iter().any(|other| other.pc == pc || (!other.parked && other.pc < pc));
+        let meets =
+            !others.is_empty() && others.iter().any(|other| other.pc == pc || (other.is_ready() && other.pc < pc));
         if *turn == 0 || (meets && pc != split.pc) {
-            others.push(Split { pc, mask, parked: false });
+            others.push(Split::new(pc, mask));
             return Ok(());
         }
         *turn -= 1;
@@ -300,7 +374,7 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
             continue;
         }
         if instruction.op.is_collective() && !converged(context, cta, warp, (pc, mask, active), instruction)? {
-            cta.warps[warp].splits.push(Split { pc, mask, parked: true });
+            cta.warps[warp].splits.push(Split { parked: true, ..Split::new(pc, mask) });
             return Ok(());
         }
         let flow = step(context, cta, warp, (pc, active), &instruction.op).map_err(|fault| (pc, fault))?;
@@ -309,8 +383,8 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
             Flow::Next => pc += 1,
             Flow::Branch(target) if active == mask => pc = target,
             Flow::Branch(target) => {
-                state.splits.push(Split { pc: target, mask: active, parked: false });
-                state.splits.push(Split { pc: pc + 1, mask: mask & !active, parked: false });
+                state.splits.push(Split::new(target, active));
+                state.splits.push(Split::new(pc + 1, mask & !active));
                 return Ok(());
             }
             Flow::Scatter(targets) => {
@@ -322,27 +396,34 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
                     continue;
                 }
                 for lane in (0..32).filter(|lane| active >> lane & 1 != 0) {
-                    state.splits.push(Split { pc: targets[lane], mask: 1 << lane, parked: false });
+                    state.splits.push(Split::new(targets[lane], 1 << lane));
                 }
                 if rest != 0 {
-                    state.splits.push(Split { pc: pc + 1, mask: rest, parked: false });
+                    state.splits.push(Split::new(pc + 1, rest));
                 }
                 return Ok(());
             }
             Flow::Exit => {
                 exit(context, cta, warp, active).map_err(|fault| (pc, fault))?;
                 if mask & !active != 0 {
-                    cta.warps[warp].splits.push(Split { pc: pc + 1, mask: mask & !active, parked: false });
+                    cta.warps[warp].splits.push(Split::new(pc + 1, mask & !active));
                 }
                 return Ok(());
             }
             Flow::Yield => {
-                state.splits.push(Split { pc: pc + 1, mask, parked: false });
+                state.splits.push(Split::new(pc + 1, mask));
                 *turn = 0;
                 return Ok(());
             }
             Flow::Block => {
-                state.splits.push(Split { pc: pc + 1, mask, parked: false });
+                state.splits.push(Split::new(pc + 1, mask));
+                return Ok(());
+            }
+            Flow::Wait(wait) => {
+                state.splits.push(Split { waits: Some(wait), ..Split::new(pc, active) });
+                if active != mask {
+                    state.splits.push(Split::new(pc + 1, mask & !active));
+                }
                 return Ok(());
             }
         }
@@ -377,7 +458,7 @@ fn converged(
             }
             named
         }
-        Op::Bar { .. } => state.live,
+        Op::Bar { .. } | Op::Hopper(_) => state.live,
         _ => u32::MAX,
     };
     if mask & needed != needed && state.splits.is_empty() {
@@ -398,6 +479,8 @@ fn exit(context: &mut Context<'_>, cta: &mut Cta, warp: usize, lanes: u32) -> Ou
         let message = format!("{left} asynchronous copies were never waited for");
         return Err(Fault::new(Rule::AsyncLeft, message).lane(lanes.trailing_zeros()));
     }
+    context.check_groups(cta, warp, lanes)?;
+    let state = &mut cta.warps[warp];
     state.live &= !lanes;
     // Lanes that wait for the whole warp wait for fewer now.
     state.resume();
@@ -406,6 +489,12 @@ fn exit(context: &mut Context<'_>, cta: &mut Cta, warp: usize, lanes: u32) -> Ou
         for id in 0..cta.barriers.len() {
             cta.release_barrier(context, id)?;
         }
+        let Warp { views, live, .. } = &cta.warps[warp];
+        cta.exited.join(&views.published(u32::MAX, *live));
+        if cta.warps.iter().all(|warp| warp.live == 0) {
+            cta.check_end(context)?;
+        }
     }
+    cta.release_cluster(context);
     Ok(())
 }

@@ -262,7 +262,19 @@ impl Parser {
                     function.max_threads = Some(threads);
                 }
                 ".maxnreg" => function.max_registers = Some(self.small_number()?),
-                ".minnctapersm" | ".maxclusterrank" => {
+                ".maxclusterrank" => function.cluster.most = Some(self.small_number()?),
+                ".explicitcluster" => function.cluster.explicit = true,
+                ".reqnctapercluster" => {
+                    let mut required = [1; 3];
+                    for (axis, size) in required.iter_mut().enumerate() {
+                        if axis > 0 && !self.accept(",") {
+                            break;
+                        }
+                        *size = self.small_number()?;
+                    }
+                    function.cluster.required = Some(required);
+                }
+                ".minnctapersm" => {
                     self.number()?;
                 }
                 ".pragma" => self.skip_to(";")?,
