@@ -136,7 +136,17 @@ fn reads_are_fenced_when_asked() {
     strict.passes(&RING.replace("bar.warp.sync -1;", "fence.proxy.async.shared::cta;\n bar.warp.sync -1;"));
 }
 
-/// Generic addresses of the two ways to wait: state and parity. One warp, thread 0 alone.
+#[test]
+fn what_is_no_race_is_found_without_looking_for_races() {
+    let blind = support::Run { races: false, ..warps(2) };
+    let out = blind.passes(RING);
+    assert_eq!(out[..3072], one_warp().input[..3072]);
+    blind.reports(&RING.replace("[%r3], 512;", "[%r3], 528;"), &[Rule::Deadlock], "16 bytes expected");
+    blind.reports(&RING.replace("mbarrier.init.shared::cta.b64 [%bar+8], 1;", ""), &[Rule::MbarrierMisuse], "");
+    blind.reports(&STORE.replace("cp.async.bulk.commit_group;", ""), &[Rule::AsyncLeft], "never committed");
+}
+
+/// For thread 0 alone.
 fn alone(body: &str) -> String {
     format!("setp.ne.u32 %p7, %t, 0;\n @%p7 bra DONE;\n{body}\nDONE:\n ret;")
 }
@@ -189,6 +199,32 @@ fn mbarriers_count_and_tell_their_state() {
         "mbarrier.init.shared.b64 [%bar], 1;\n mbarrier.try_wait.parity.shared.b64 %p1, [%bar], 1;\n selp.u32 %r1, 1, 0, %p1;\n st.global.u32 [%out], %r1;",
     );
     assert_eq!(one_warp().words(&fresh)[0], 1);
+}
+
+/// Both orders of modifiers that ptxas takes, and every form with a hint, decode.
+#[test]
+fn forms_that_ptxas_takes_decode() {
+    for line in [
+        "mbarrier.complete_tx.shared::cluster.relaxed.cluster.b64 [%bar], 16;",
+        "mbarrier.expect_tx.relaxed.cluster.shared::cluster.b64 [%bar], 16;",
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%bar];",
+        "cp.async.bulk.prefetch.L2.global.L2::cache_hint [%in], 64, %rd2;",
+        "cp.async.bulk.prefetch.tensor.1d.L2.global [%map, {%r1}];",
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%out], [%tile], 16, %rd2;",
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.f16.L2::cache_hint [%out], [%tile], 16, %rd2;",
+        "cp.reduce.async.bulk.tensor.1d.global.shared::cta.add.bulk_group [%map, {%r1}], [%tile];",
+        "cp.async.bulk.tensor.1d.global.shared::cta.bulk_group.L2::cache_hint [%map, {%r1}], [%tile], %rd2;",
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%tile], {%r1, %r1, %r1, %r1}, [%bar];",
+        "createpolicy.range.global.L2::evict_last.L2::evict_first.b64 %rd2, [%in], 128, 256;",
+        "createpolicy.fractional.L2::evict_last.L2::evict_unchanged.b64 %rd2, 1.0;",
+        "createpolicy.cvt.L2.b64 %rd2, 0x3333;",
+        "mapa.shared::cluster.u32 %r3, bars, 0;",
+        "griddepcontrol.wait;",
+        "griddepcontrol.launch_dependents;",
+        "mov.u64 %rd1, %globaltimer;",
+    ] {
+        assert_eq!(module(&format!("{line}\n ret;")).kernel_error("k"), None);
+    }
 }
 
 #[test]
@@ -472,7 +508,12 @@ fn what_is_not_implemented_is_named() {
         "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f16 [%out], [%tile], 16;",
         "cp.reduce.async.bulk.global.shared::cta.bulk_group.exch.b32 [%out], [%tile], 16;",
         "mbarrier.arrive.shared::cluster.b64 %rd1, [%bar];",
-        "mbarrier.arrive.acquire.shared.b64 %rd1, [%bar];",
+        "mbarrier.arrive.acquire.cta.shared.b64 %rd1, [%bar];",
+        "mbarrier.arrive.release.shared.b64 %rd1, [%bar];",
+        "mbarrier.arrive.release.relaxed.cta.shared.b64 %rd1, [%bar];",
+        "mbarrier.try_wait.acquire.cta.parity.shared.b64 %p1, [%bar], 0;",
+        "red.async.shared::cluster.mbarrier::complete_tx::bytes.add.u32 [%tile], %r1, [%bar];",
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b64 [%tile], {%rd1, %rd1, %rd1, %rd1}, [%bar];",
         "mbarrier.test_wait.parity.shared.b64 %p1, [%bar], 0, 10;",
         "mbarrier.init.shared::cluster.b64 [%bar], 1;",
         "fence.proxy.alias;",
