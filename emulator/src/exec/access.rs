@@ -160,7 +160,8 @@ impl Cta {
     /// Hand it to `read_shared`, `write_shared`, `read_global` or `write_global` together with the clock that the issuing
     /// warp had when it issued the operation: generic accesses must be ordered before it by a proxy fence, operations of
     /// this and other agents by waits that have let the issuer [`learn`](Clock::learn) of them. The issuer begins a new
-    /// epoch when it issues, and whoever waits for the operation learns agent and number.
+    /// epoch when it issues, and whoever waits for the operation learns agent and number. `Context::issuers` says in whose
+    /// name reports speak of the agent.
     pub(super) fn async_access(context: &Context<'_>, agent: (u32, u16), number: u32, pc: u32, kind: u8) -> Access {
         let strict = if context.options.fence_reads { FENCED_READS } else { 0 };
         Access { cta: agent.0, agent: agent.1, kind: kind | ASYNC | strict, clock: number, pc }
