@@ -80,7 +80,7 @@ pub(super) fn memory_fault(error: MemoryError) -> Fault {
 }
 
 /// A race of `access`, whose clock is given, with what memory remembers.
-pub(super) fn race(what: &str, access: &Access, other: Access, clock: &Clock) -> Fault {
+fn race(what: &str, access: &Access, other: Access, clock: &Clock) -> Fault {
     let verb = |access: &Access| match (access.kind & ATOMIC != 0, access.kind & WRITE != 0) {
         (true, _) => "atomic",
         (_, true) => "write",

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::fmt::Write;
 use std::rc::Rc;
 
-use super::access::race;
 use super::warp::{Flow, Wait};
 use super::{Clock, Context, Cta, Fault, Outcome, View};
 use crate::alu::Lanes;
@@ -45,6 +44,13 @@ pub(super) struct Mbarrier {
 
 fn misuse<T>(message: impl Into<String>) -> Outcome<T> {
     Err(Fault::new(Rule::MbarrierMisuse, message))
+}
+
+/// A use that its initialisation does not happen before.
+fn unordered(address: u64, init: Access, in_generic: bool) -> Fault {
+    let how = if in_generic { "is ordered in the generic proxy only" } else { "is not ordered" };
+    let message = format!("use of the mbarrier at {address:#x} {how} after its initialisation");
+    Fault { other: Some(init), ..Fault::new(Rule::Race, message) }
 }
 
 impl Mbarrier {
@@ -167,7 +173,7 @@ impl Cta {
     fn use_mbarrier(&mut self, context: &mut Context<'_>, address: u64, access: Access, clock: &Clock) -> Outcome<()> {
         let init = self.mbarrier_mut(address)?.init;
         if context.options.races && !clock.covers(&init) && !clock.covers_in(View::Inits, &init) {
-            return Err(race(&format!("the mbarrier at {address:#x}"), &access, init, clock));
+            return Err(unordered(address, init, false));
         }
         let offset = self.shared_offset(address, 8)?;
         self.check_shared(context, (offset, 8), access, clock)
@@ -186,7 +192,7 @@ impl Cta {
         let generic = access.kind & ASYNC == 0;
         let ordered = if generic { clock.covers(&init) } else { clock.covers_in(View::Shared, &init) };
         if context.options.races && !ordered && !clock.covers_in(View::Inits, &init) {
-            return Err(race(&format!("the mbarrier at {address:#x}"), &access, init, clock));
+            return Err(unordered(address, init, clock.covers(&init)));
         }
         let agent = match self.mbarrier_mut(address)?.agent {
             Some(agent) => agent,
