@@ -333,6 +333,24 @@ mod tests {
     }
 
     #[test]
+    fn proxies_are_ordered_apart() {
+        let (mut a, mut b) = (Clock::new(0, 2), Clock::new(1, 2));
+        a.add(0, u32::MAX, 3);
+        b.join(&a);
+        assert!(b.covers(&access(0, 0, 3)) && !b.in_proxy(Proxy::Shared).covers(&access(0, 0, 3)));
+        a.fence(Proxy::Shared);
+        a.add(0, u32::MAX, 4);
+        b.join(&a);
+        let shared = b.in_proxy(Proxy::Shared);
+        assert!(shared.covers(&access(0, 0, 3)) && !shared.covers(&access(0, 0, 4)));
+        assert!(!b.in_proxy(Proxy::Global).covers(&access(0, 0, 3)));
+        // A completed operation is known in every proxy, whatever the number of agents so far.
+        b.learn_async(0, 9, 7);
+        assert!(b.covers(&access(0, 9, 7)) && b.in_proxy(Proxy::Global).covers(&access(0, 9, 7)));
+        assert!(!b.covers(&access(0, 9, 8)));
+    }
+
+    #[test]
     fn some_lanes_are_known_further() {
         let mut a = Clock::new(0, 2);
         a.add(0, u32::MAX, 3);

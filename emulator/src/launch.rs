@@ -41,6 +41,13 @@ pub struct Device {
     pub ctas_per_cluster: u32,
 }
 
+impl Device {
+    /// A device of eight SMs with the shared memory of compute capability 9.0.
+    pub fn hopper() -> Device {
+        Device { sms: 8, shared_per_sm: 228 << 10, shared_per_cta: 227 << 10, ..Device::default() }
+    }
+}
+
 impl Default for Device {
     /// A device of four SMs with the shared memory of compute capability 8.0.
     fn default() -> Self {

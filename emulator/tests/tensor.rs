@@ -25,16 +25,17 @@ fn plain(
 }
 
 /// Thread 0 loads the box at `coords` and the warp writes `bytes` of the tile to `out`.
-fn load(rank: u32, coords: &str, bytes: u32) -> String {
+fn load(rank: usize, coords: &str, bytes: u32) -> String {
+    let dims = ["1d", "2d", "3d", "4d", "5d"][rank - 1];
     format!(
         "
     setp.ne.u32 %p1, %t, 0;
     @%p1 bra READY;
     mbarrier.init.shared::cta.b64 [%bar], 1;
     fence.proxy.async;
-    cp.async.bulk.prefetch.tensor.{rank}d.L2.global.tile [%map, {{{coords}}}];
+    cp.async.bulk.prefetch.tensor.{dims}.L2.global.tile [%map, {{{coords}}}];
     mbarrier.arrive.expect_tx.shared::cta.b64 _, [%bar], {bytes};
-    cp.async.bulk.tensor.{rank}d.shared::cta.global.tile.mbarrier::complete_tx::bytes [%tile], [%map, {{{coords}}}], [%bar];
+    cp.async.bulk.tensor.{dims}.shared::cta.global.tile.mbarrier::complete_tx::bytes [%tile], [%map, {{{coords}}}], [%bar];
 READY:
     bar.warp.sync -1;
 WAIT:
@@ -168,7 +169,7 @@ fn boxes_of_every_rank_end_at_the_tensor() {
             let elements: i64 = size.iter().product();
             let coords: Vec<String> = start.iter().map(i64::to_string).collect();
             let run = Run { map: map[rank - 1], ..one_warp() };
-            let found = halves(&run.passes(&load(rank as u32, &coords.join(", "), 2 * elements as u32)));
+            let found = halves(&run.passes(&load(rank, &coords.join(", "), 2 * elements as u32)));
             for i in 0..elements {
                 let (mut rest, mut at, mut inside) = (i, 0, true);
                 for axis in 0..rank {

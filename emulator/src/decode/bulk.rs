@@ -46,13 +46,16 @@ impl Decoder<'_> {
             return self.unsupported();
         }
         let multicast = from == Space::Global && to == Space::SharedCluster && take("multicast::cluster");
-        let hinted = from != to && take("L2::cache_hint");
+        let may_hint = from == Space::Global || to == Space::Global;
+        let mut hinted = may_hint && take("L2::cache_hint");
         if reduces && rank.is_none() {
             let op = words.next().and_then(bulk_reduction);
             let noftz = words.next_if(|next| *next == "noftz").is_some();
             let typed = op.zip(words.next().and_then(scalar));
             let legal = typed.filter(|(op, ty)| reducible(*op, *ty, noftz, by_mbarrier));
             reduce = legal.map(|(op, ty)| (op, Some(ty)));
+            // ptxas takes the hint in either place.
+            hinted |= may_hint && !hinted && words.next_if(|next| *next == "L2::cache_hint").is_some();
         }
         if words.next().is_some() || reduces != reduce.is_some() {
             return self.unsupported();

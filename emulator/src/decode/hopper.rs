@@ -139,30 +139,30 @@ impl Decoder<'_> {
             MbarrierKind::Test { .. } => ("acquire", Order::Acquire),
             _ => ("relaxed", Order::Relaxed),
         };
-        let has_order = !matches!(kind, MbarrierKind::Init | MbarrierKind::Inval);
-        let order = match (has_order && take(strong), has_order && take("relaxed")) {
-            (true, _) => default,
-            (_, true) => Order::Relaxed,
-            _ => default,
-        };
-        let scope = match (has_order && take("cta"), has_order && take("cluster")) {
-            (true, false) => Some(Scope::Cta),
-            (false, true) => Some(Scope::Cluster),
-            (false, false) => None,
-            _ => return self.unsupported(),
-        };
+        let is_ordered = !matches!(kind, MbarrierKind::Init | MbarrierKind::Inval);
         let remote = matches!(kind, MbarrierKind::Arrive { no_complete: false, .. })
             || matches!(kind, MbarrierKind::ExpectTx | MbarrierKind::CompleteTx);
-        let space = if take("shared") || take("shared::cta") {
-            Space::Shared
-        } else if remote && take("shared::cluster") {
-            Space::SharedCluster
-        } else {
-            Space::Generic
-        };
-        if !take("b64") || words.next().is_some() {
+        // ptxas takes the space before the order as well.
+        let (mut order, mut scope, mut space) = (None, None, None);
+        while let Some(word) = words.next_if(|word| *word != "b64") {
+            let once = match word {
+                "relaxed" if is_ordered => order.replace(Order::Relaxed).is_none(),
+                word if is_ordered && word == strong => order.replace(default).is_none(),
+                "cta" if is_ordered => scope.replace(Scope::Cta).is_none(),
+                "cluster" if is_ordered => scope.replace(Scope::Cluster).is_none(),
+                "shared" | "shared::cta" => space.replace(Space::Shared).is_none(),
+                "shared::cluster" if remote => space.replace(Space::SharedCluster).is_none(),
+                _ => false,
+            };
+            if !once {
+                return self.unsupported();
+            }
+        }
+        // An order needs a scope.
+        if words.next() != Some("b64") || words.next().is_some() || (order.is_some() && scope.is_none()) {
             return self.unsupported();
         }
+        let (order, space) = (order.unwrap_or(default), space.unwrap_or(Space::Generic));
         self.mbarrier_operands(kind, space, order, scope)
     }
 

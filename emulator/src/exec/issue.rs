@@ -104,6 +104,10 @@ impl Cta {
             return Err(Fault::new(Rule::Trap, message));
         }
         let size = context.cluster_size();
+        if rank_of(dst) >= size as u64 {
+            let message = format!("shared address {dst:#x} of rank {} in a cluster of {size} CTAs", rank_of(dst));
+            return Err(Fault::new(Rule::OutOfBounds, message));
+        }
         let ranks = ranks.unwrap_or(1 << rank_of(dst));
         if ranks == 0 || ranks >> size != 0 {
             let message = format!("a multicast to CTAs {ranks:#b} of a cluster of {size}");
@@ -205,6 +209,9 @@ impl Cta {
 }
 
 fn check_units(what: &str, addresses: &[u64], bytes: u64) -> Outcome<()> {
+    if bytes > OFFSET {
+        return Err(Fault::new(Rule::OutOfBounds, format!("{what} of {bytes} bytes, more than any shared memory")));
+    }
     if !bytes.is_multiple_of(16) {
         return Err(Fault::new(Rule::Trap, format!("{what} of {bytes} bytes, expected a multiple of 16")));
     }
@@ -221,7 +228,7 @@ fn plain(op: &Bulk, dst: u64, src: u64, bytes: u64) -> Outcome<Plan> {
     check_units("a bulk copy", &[dst, src], bytes)?;
     let local = |space: Space, address: u64| if space == Space::Global { address } else { address & OFFSET };
     let (dst, src) = (local(op.to, dst), local(op.from, src));
-    let chunk = |at: u64| Chunk { from: Some(src + at), to: dst + at, bytes: 16 };
+    let chunk = |at: u64| Chunk { from: Some(src.wrapping_add(at)), to: dst.wrapping_add(at), bytes: 16 };
     let reduce = op.reduce.and_then(|(op, ty)| ty.map(|ty| (op, ty)));
     Ok(Plan { chunks: (0..bytes / 16).map(|i| chunk(16 * i)).collect(), fill: [0; 16], bytes: bytes as u32, reduce })
 }

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::fmt::Write;
 
-use super::access::race;
 use super::warp::{Flow, Wait, Warp};
 use super::{Clock, Context, Cta, Fault, Outcome};
 use crate::alu::Lanes;
@@ -53,6 +52,13 @@ pub(super) struct User {
 
 fn misuse<T>(message: impl Into<String>) -> Outcome<T> {
     Err(Fault::new(Rule::MbarrierMisuse, message))
+}
+
+/// A use that its initialisation does not happen before.
+fn unordered(address: u64, init: Access, in_generic: bool) -> Fault {
+    let how = if in_generic { "is ordered in the generic proxy only" } else { "is not ordered" };
+    let message = format!("use of the mbarrier at {address:#x} {how} after its initialisation");
+    Fault { other: Some(init), ..Fault::new(Rule::Race, message) }
 }
 
 impl Mbarrier {
@@ -171,7 +177,8 @@ impl Cta {
     fn after_init(&mut self, context: &Context<'_>, address: u64, user: &User) -> Outcome<()> {
         let init = self.mbarrier_mut(address)?.init;
         if context.options.checks.races && !user.view.covers(&init) && !user.inits.covers(&init) {
-            return Err(race(&format!("the mbarrier at {address:#x}"), &user.access, init, &user.view));
+            let fenced = user.view.proxied.is_some() && user.view.covers_generically(&init);
+            return Err(unordered(address, init, fenced));
         }
         Ok(())
     }

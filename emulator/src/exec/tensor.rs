@@ -41,7 +41,7 @@ impl Cta {
                 let view = views.in_proxy(lane, Proxy::TensorMap, context.options.fence_reads);
                 let access = views.access(self.serial, pc, ASYNC).of_lane(lane);
                 for i in 0..8 {
-                    let part = context.read_global(at + 16 * i as u64, 16, access, &view)?;
+                    let part = context.read_global(at.wrapping_add(16 * i as u64), 16, access, &view)?;
                     map[16 * i..16 * i + 16].copy_from_slice(&part);
                 }
             }
@@ -141,7 +141,7 @@ fn chunks(map: &Tiled, coords: &[i64], shared: u32, store: bool) -> Vec<Chunk> {
     let mut out = Vec::new();
     for row in 0..counts.iter().product::<u32>() {
         let (mut rest, mut inside) = (row, true);
-        let mut start = map.address as i64 + coords[0] * each;
+        let mut start = (map.address as i64).wrapping_add(coords[0] * each);
         for (i, count) in counts.iter().enumerate() {
             let at = coords[i + 1] + i64::from(rest % count * map.element_strides[i + 1]);
             rest /= count;
@@ -163,7 +163,7 @@ fn chunks(map: &Tiled, coords: &[i64], shared: u32, store: bool) -> Vec<Chunk> {
                 if first == end || (store && part != 1) {
                     continue;
                 }
-                let (global, local) = ((start + first) as u64, place + (first - unit) as u64);
+                let (global, local) = (start.wrapping_add(first) as u64, place + (first - unit) as u64);
                 let bytes = (end - first) as u8;
                 out.push(match (store, part) {
                     (true, _) => Chunk { from: Some(local), to: global, bytes },

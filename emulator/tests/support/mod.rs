@@ -2,7 +2,7 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
-use ptx_emulator::{Counters, Device, Launch, Memory, Module, Options, Report, Rule, TensorMap, Timing};
+use ptx_emulator::{Checks, Counters, Device, Launch, Memory, Module, Options, Report, Rule, TensorMap, Timing};
 
 pub const SEEDS: u64 = 20;
 
@@ -46,6 +46,7 @@ pub struct Run {
     pub out_bytes: usize,
     pub map: fn(u64, u64) -> Option<TensorMap>,
     pub fence_reads: bool,
+    pub races: bool,
 }
 
 /// One warp, `in` of 8 KiB that counts in 16-bit words, `out` of as much.
@@ -58,6 +59,7 @@ pub fn one_warp() -> Run {
         out_bytes: 8192,
         map: |_, _| None,
         fence_reads: false,
+        races: true,
     }
 }
 
@@ -91,9 +93,10 @@ impl Run {
             params: &params,
         };
         let copies = [Timing::Eager, Timing::Lazy, Timing::Mixed][seed as usize % 3];
-        let device = Device { ctas_per_cluster: 16, ..Device::default() };
+        let device = Device { ctas_per_cluster: 16, ..Device::hopper() };
         let fence_reads = self.fence_reads;
-        let options = Options { seed, copies, device, fence_reads, patience: 20_000, ..Options::default() };
+        let checks = Checks { races: self.races, ..Checks::default() };
+        let options = Options { seed, copies, device, checks, fence_reads, patience: 20_000, ..Options::default() };
         let counters = module.launch(&mut memory, &launch, &options)?;
         let written = memory.written(output, self.out_bytes).expect("in range");
         let mut out = vec![0xee; self.out_bytes];
