@@ -10,6 +10,7 @@ mod float;
 mod int;
 mod mma;
 mod narrow;
+mod wgmma;
 #[cfg(test)]
 mod tests;
 
@@ -17,6 +18,7 @@ use crate::isa::*;
 pub(crate) use convert::{cvt, cvt_pack};
 pub(crate) use int::bfi;
 pub(crate) use mma::mma;
+pub(crate) use wgmma::{Panel, Rows, Sums, accumulate, load, store, widen2, widen8};
 
 /// A register: one value per lane. 32-bit and 16-bit registers hold their value zero-extended.
 pub(crate) type Lanes = [u64; 32];

@@ -51,6 +51,27 @@ impl Clock {
         self.own[agent as usize] = epoch;
     }
 
+    /// As [`set_epoch`](Self::set_epoch), but never back.
+    pub fn raise_epoch(&mut self, agent: u16, epoch: u32) {
+        let known = &mut self.own[agent as usize];
+        *known = epoch.max(*known);
+    }
+
+    /// Forgets what `other`, of the same CTA, does not know.
+    pub fn meet(&mut self, other: &Clock) {
+        self.own.iter_mut().zip(&other.own).for_each(|(mine, theirs)| *mine = (*mine).min(*theirs));
+        if Rc::ptr_eq(&self.foreign, &other.foreign) || self.foreign.is_empty() {
+            return;
+        }
+        Rc::make_mut(&mut self.foreign).retain_mut(|(cta, epochs)| {
+            let theirs = other.foreign.binary_search_by_key(cta, |entry| entry.0);
+            if let Ok(at) = theirs {
+                epochs.iter_mut().zip(&other.foreign[at].1).for_each(|(mine, theirs)| *mine = (*mine).min(*theirs));
+            }
+            theirs.is_ok()
+        });
+    }
+
     /// Whether the remembered access happens before the owner's next step.
     pub fn covers(&self, access: &Access) -> bool {
         if access.cta == self.cta {

@@ -5,6 +5,8 @@ mod control;
 mod float;
 mod memory;
 mod operands;
+mod proxy;
+mod warpgroup;
 
 use crate::isa::*;
 use crate::parse::{Function, Source, Statement};
@@ -153,11 +155,13 @@ impl Decoder<'_> {
     fn op(&self) -> Result<Op> {
         let words: Vec<&str> = self.statement.opcode.split('.').collect();
         type Family<'a> = fn(&Decoder<'a>, &[&str]) -> Result<Option<Op>>;
-        let families: [Family<'_>; 4] = [
+        let families: [Family<'_>; 6] = [
             |decoder, words| decoder.arithmetic(words),
             |decoder, words| decoder.float_arithmetic(words),
             |decoder, words| decoder.memory(words),
             |decoder, words| decoder.control(words),
+            |decoder, words| decoder.proxy(words),
+            |decoder, words| decoder.warpgroup(words),
         ];
         for decode in families {
             if let Some(op) = decode(self, &words)? {

@@ -1,5 +1,9 @@
 //! Decoded instructions: what the executor sees. Names follow the PTX ISA.
 
+mod warpgroup;
+
+pub(crate) use warpgroup::*;
+
 /// A per-lane source. 32-bit and 16-bit registers hold their value zero-extended to 64 bits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Src {
@@ -379,6 +383,9 @@ pub(crate) enum Op {
     ActiveMask {
         d: Dst,
     },
+    Warpgroup(Warpgroup),
+    /// `fence.proxy.async`
+    ProxyFence,
     Bra {
         target: u32,
     },
@@ -398,6 +405,7 @@ impl Op {
                 | Op::WarpSync { .. }
                 | Op::Shfl { .. }
                 | Op::VoteSync { .. }
+                | Op::Warpgroup(_)
         )
     }
 }

@@ -84,6 +84,8 @@ pub struct Counters {
     pub instructions: u64,
     /// `mma.sync` instructions.
     pub mma: u64,
+    /// `wgmma.mma_async` instructions, one for each warpgroup.
+    pub wgmma: u64,
     /// Bytes loaded from global memory, asynchronous copies included.
     pub global_loaded: u64,
     /// Bytes stored to global memory, atomics included.

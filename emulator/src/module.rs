@@ -3,7 +3,7 @@
 use crate::decode;
 use crate::isa::Instruction;
 use crate::parse::{self, Location, Source};
-use crate::regalloc;
+use crate::regalloc::{self, Pins};
 use crate::report::ParseError;
 use std::collections::HashMap;
 
@@ -21,6 +21,9 @@ pub(crate) struct Kernel {
     pub local_end: u32,
     pub param_bytes: u32,
     pub max_threads: Option<u32>,
+    /// Registers per thread that the kernel is compiled for, when it says so.
+    pub max_registers: Option<u32>,
+    pub pins: Pins,
 }
 
 /// The kernels of one PTX file.
@@ -87,6 +90,7 @@ impl Module {
 fn kernel(function: &parse::Function, source: &Source) -> Result<Kernel, ParseError> {
     let (mut code, names) = decode::decode(function, source)?;
     let (registers, predicates) = regalloc::allocate(&mut code, names.virtual_registers, names.virtual_predicates);
+    let pins = Pins::new(&mut code, registers);
     Ok(Kernel {
         name: function.name.clone(),
         code,
@@ -97,5 +101,7 @@ fn kernel(function: &parse::Function, source: &Source) -> Result<Kernel, ParseEr
         local_end: names.local_bytes,
         param_bytes: names.param_bytes,
         max_threads: function.max_threads,
+        max_registers: function.max_registers,
+        pins,
     })
 }

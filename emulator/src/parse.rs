@@ -60,6 +60,7 @@ pub(crate) struct Function {
     pub labels: HashMap<String, usize>,
     pub body: Vec<Statement>,
     pub max_threads: Option<u32>,
+    pub max_registers: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -365,7 +366,8 @@ impl Parser {
                     }
                     function.max_threads = Some(threads);
                 }
-                ".minnctapersm" | ".maxnreg" | ".maxclusterrank" => {
+                ".maxnreg" => function.max_registers = Some(self.small_number()?),
+                ".minnctapersm" | ".maxclusterrank" => {
                     self.number()?;
                 }
                 ".pragma" => self.skip_to(";")?,

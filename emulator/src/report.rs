@@ -36,6 +36,12 @@ pub enum Rule {
     Livelock,
     /// Asynchronous copies that no one waited for at the end of the kernel.
     AsyncLeft,
+    /// A register of a `wgmma` is used before the operation has been waited for.
+    InFlight,
+    /// `wgmma` uses a register without the `wgmma.fence` that must come between it and an earlier access.
+    RegisterFence,
+    /// A matrix descriptor of `wgmma` that is wrong, or not the same in all warps.
+    BadDescriptor,
     /// `trap`, or an operand outside what the instruction allows.
     Trap,
 }

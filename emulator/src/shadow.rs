@@ -20,6 +20,8 @@ pub(crate) struct Access {
 
 pub(crate) const WRITE: u8 = 16;
 pub(crate) const ATOMIC: u8 = 32;
+/// By a warpgroup's `wgmma`.
+pub(crate) const WGMMA: u8 = 64;
 const BYTES: u8 = 15;
 const SLOTS: usize = 3;
 

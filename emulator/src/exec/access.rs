@@ -8,7 +8,7 @@ use crate::decode::{LOCAL_BASE, SHARED_BASE};
 use crate::isa::{Address, Atomic, Dst, Order, Semantics, Space, Src, Ty};
 use crate::memory::MemoryError;
 use crate::report::Rule;
-use crate::shadow::{ATOMIC, Access, WRITE};
+use crate::shadow::{ATOMIC, Access, WGMMA, WRITE};
 
 /// Generic addresses of shared and local memory: far below every global allocation.
 const SHARED_WINDOW: u64 = 0x7000_0000_0000;
@@ -58,7 +58,11 @@ fn race(what: &str, access: &Access, other: Access) -> Fault {
         (_, true) => "write",
         _ => "read",
     };
-    let by = |access: &Access| if access.agent & 1 == 1 { " of an asynchronous copy" } else { "" };
+    let by = |access: &Access| match (access.kind & WGMMA != 0, access.agent & 1) {
+        (true, _) => " by wgmma",
+        (_, 1) => " of an asynchronous copy",
+        _ => "",
+    };
     let message =
         format!("{}{} of {what} is not ordered after {}{}", verb(access), by(access), verb(&other), by(&other));
     Fault { other: Some(other), ..Fault::new(Rule::Race, message) }

@@ -3,9 +3,12 @@
 mod access;
 mod collective;
 mod copy;
+mod pins;
+mod proxy;
 mod step;
 mod sync;
 mod warp;
+mod warpgroup;
 
 use std::collections::HashMap;
 
@@ -15,9 +18,10 @@ use crate::launch::{Checked, Counters, Launch, Options};
 use crate::memory::Memory;
 use crate::module::{Kernel, Module};
 use crate::report::{Report, Rule, Site};
-use crate::shadow::{Access, Shadow};
+use crate::shadow::{Access, Shadow, WGMMA};
 use sync::{Barrier, Flag};
 use warp::{Stop, Warp};
+use warpgroup::Warpgroup;
 
 /// Barriers of a CTA (PTX ISA, "bar, barrier").
 const BARRIERS: usize = 16;
@@ -87,6 +91,7 @@ struct Cta {
     warps: Vec<Warp>,
     shared: Shared,
     barriers: Vec<Barrier>,
+    warpgroups: Vec<Warpgroup>,
     live_warps: usize,
 }
 
@@ -95,12 +100,15 @@ impl Cta {
         let [x, y, _] = context.launch.grid;
         let warps = context.threads.div_ceil(32);
         let bytes = context.shared_bytes as usize;
+        // A warp and its copies; a warpgroup's matrix operations.
+        let agents = 2 * warps + warps.div_ceil(4);
         Cta {
             serial,
             index: [serial % x, serial / x % y, serial / x / y],
-            warps: (0..warps).map(|id| Warp::new(context, serial, id, 2 * warps as usize)).collect(),
+            warps: (0..warps).map(|id| Warp::new(context, serial, id, agents as usize)).collect(),
             shared: Shared { data: vec![0; bytes], written: vec![0; bytes], shadow: Shadow::default() },
             barriers: (0..BARRIERS).map(|_| Barrier::default()).collect(),
+            warpgroups: (0..warps.div_ceil(4)).map(|_| Warpgroup::default()).collect(),
             live_warps: warps as usize,
         }
     }
@@ -213,7 +221,25 @@ impl Machine<'_> {
         lines.concat()
     }
 
+    /// Warps that wait for others of their warpgroup, which will never come.
+    fn diverged(&self) -> Option<Box<Report>> {
+        let mut ctas = self.slots.iter().flatten();
+        let (cta, first, (pc, here)) = ctas.find_map(|cta| {
+            let mut groups = cta.warpgroups.iter().enumerate();
+            groups.find_map(|(group, state)| Some((cta, 4 * group as u32, state.waits()?)))
+        })?;
+        let missing: Vec<String> =
+            (0..4).filter(|warp| here >> warp & 1 == 0).map(|warp| (first + warp).to_string()).collect();
+        let message =
+            format!("warps {} of the warpgroup never reach it; no warp can run:{}", missing.join(", "), self.table());
+        let site = Some(self.site(cta.serial, first + here.trailing_zeros(), None, pc));
+        Some(Box::new(Report { site, ..*self.simple_report(Rule::Diverged, message) }))
+    }
+
     fn deadlock(&self) -> Box<Report> {
+        if let Some(report) = self.diverged() {
+            return report;
+        }
         let started = self.slots.iter().flatten().count();
         let message =
             format!("no warp can run; {started} CTAs alive, {} not started:{}", self.waiting.len(), self.table());
@@ -247,10 +273,16 @@ impl Machine<'_> {
         }
     }
 
+    /// The warp whose access it was; the first one of a warpgroup.
+    fn warp_of(&self, access: &Access) -> u32 {
+        let (agent, warps) = (u32::from(access.agent), self.context.threads.div_ceil(32));
+        if access.kind & WGMMA != 0 { 4 * (agent - 2 * warps) } else { agent / 2 }
+    }
+
     fn report(&self, slot: usize, warp: usize, pc: u32, fault: Fault) -> Box<Report> {
         let serial = self.slots[slot].as_ref().map_or(0, |cta| cta.serial);
         let site = self.site(serial, warp as u32, fault.lane, fault.pc.unwrap_or(pc));
-        let other = fault.other.map(|access| self.site(access.cta, u32::from(access.agent / 2), None, access.pc));
+        let other = fault.other.map(|access| self.site(access.cta, self.warp_of(&access), None, access.pc));
         Box::new(Report {
             rule: fault.rule,
             kernel: self.context.kernel.name.clone(),

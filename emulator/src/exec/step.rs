@@ -4,7 +4,7 @@ use super::access::convert_address;
 use super::warp::Flow;
 use super::{Context, Cta, Fault, Outcome};
 use crate::alu::{self, Lanes};
-use crate::isa::{Logic, Op, Src};
+use crate::isa::{Logic, Op, Src, Warpgroup};
 use crate::report::Rule;
 
 /// Executes one instruction for the lanes in `mask`.
@@ -90,6 +90,15 @@ fn effect(context: &mut Context<'_>, cta: &mut Cta, warp: usize, (pc, mask): (u3
                 return Ok(Flow::Block);
             }
         }
+        Op::ProxyFence => cta.warps[warp].proxy_fence(),
+        Op::Warpgroup(Warpgroup::Mma(op)) => {
+            if cta.wgmma(context, warp, pc, op)? {
+                return Ok(Flow::Block);
+            }
+        }
+        Op::Warpgroup(Warpgroup::Fence) => cta.warps[warp].wgmma.fence(),
+        Op::Warpgroup(Warpgroup::Commit) => cta.wgmma_commit(warp),
+        Op::Warpgroup(Warpgroup::Wait { pending }) => cta.wgmma_wait(context, warp, *pending)?,
         Op::Bra { target } => return Ok(Flow::Branch(*target)),
         Op::Exit => return Ok(Flow::Exit),
         Op::Trap => return Err(Fault::new(Rule::Trap, "the kernel executed a trap")),

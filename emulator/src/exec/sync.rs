@@ -14,6 +14,7 @@ pub(super) struct Barrier {
     pub expected: Option<Option<u32>>,
     waiting: Vec<usize>,
     clock: Option<Clock>,
+    async_view: Option<Clock>,
 }
 
 /// A word through which warps synchronise, with what its last releases published.
@@ -57,6 +58,11 @@ impl Cta {
             _ => barrier.expected = Some(count),
         }
         barrier.arrived += 32;
+        let async_view = self.warps[warp].async_view();
+        match &mut barrier.async_view {
+            Some(joined) => joined.join(async_view),
+            None => barrier.async_view = Some((**async_view).clone()),
+        }
         let clock = &mut self.warps[warp].clock;
         match &mut barrier.clock {
             Some(joined) => joined.join(clock),
@@ -89,11 +95,14 @@ impl Cta {
             let message = format!("{} threads arrived at barrier {id}, expected {expected}", barrier.arrived);
             return Err(Fault::new(Rule::BarrierMisuse, message));
         }
-        let Barrier { waiting, clock, .. } = std::mem::take(barrier);
+        let Barrier { waiting, clock, async_view, .. } = std::mem::take(barrier);
         for warp in waiting {
             let state = &mut self.warps[warp];
             if let Some(clock) = &clock {
                 Rc::make_mut(&mut state.clock).join(clock);
+            }
+            if let Some(view) = &async_view {
+                Rc::make_mut(&mut state.async_view).join(view);
             }
             state.blocked = None;
             state.resume();

@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::rc::Rc;
 
 use super::copy::Copies;
+use super::pins::Pins;
 use super::step::step;
 use super::{Clock, Context, Cta, Fault, Outcome};
 use crate::alu::Lanes;
@@ -39,7 +40,19 @@ pub(super) struct Warp {
     /// What went before the last fence, and its scope.
     pub fenced: Option<(Rc<Clock>, crate::isa::Scope)>,
     pub copies: Copies,
+    /// What it knows in the async proxy.
+    pub async_view: Rc<Clock>,
+    pub wgmma: Pins,
+    /// What else than a barrier it waits for.
+    pub stalled: Option<Stall>,
     pub local: Vec<u8>,
+}
+
+/// What a warp waits for, when it is not a barrier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stall {
+    /// The others of its warpgroup.
+    Warpgroup,
 }
 
 /// How a turn ended.
@@ -80,6 +93,9 @@ impl Warp {
             pending: None,
             fenced: None,
             copies: Copies::default(),
+            async_view: Rc::new(Clock::new(cta, agents)),
+            wgmma: Pins::new(kernel),
+            stalled: None,
             local: vec![0; 32 * (kernel.local_end - LOCAL_BASE) as usize],
         }
     }
@@ -89,6 +105,11 @@ impl Warp {
         let agent = 2 * self.id as u16;
         let clock = Rc::make_mut(&mut self.clock);
         clock.set_epoch(agent, clock.epoch(agent) + 1);
+    }
+
+    /// Whether it must not run.
+    pub fn waits(&self) -> bool {
+        self.blocked.is_some() || self.stalled.is_some()
     }
 
     pub fn resume(&mut self) {
@@ -181,6 +202,7 @@ impl Warp {
                         barrier.arrived
                     )
                 }
+                None if self.stalled == Some(Stall::Warpgroup) => "waits for the others of its warpgroup before".to_owned(),
                 None if split.parked => "waits for the other lanes at".to_owned(),
                 None => "is at".to_owned(),
             };
@@ -237,7 +259,7 @@ pub(super) fn run(context: &mut Context<'_>, cta: &mut Cta, warp: usize) -> Loca
         if state.live == 0 {
             return Ok(Stop::Done);
         }
-        if state.blocked.is_some() {
+        if state.waits() {
             return Ok(Stop::Blocked);
         }
         let Some(split) = state.select(context) else {
@@ -251,13 +273,14 @@ pub(super) fn run(context: &mut Context<'_>, cta: &mut Cta, warp: usize) -> Loca
             let state = &cta.warps[warp];
             let stop = if state.live == 0 {
                 Stop::Done
-            } else if state.blocked.is_some() {
+            } else if state.waits() {
                 Stop::Blocked
             } else {
                 Stop::Runnable
             };
             if stop == Stop::Runnable && context.random(4) == 0 {
                 cta.land_one(context, warp).map_err(|fault| (0, fault))?;
+                cta.execute_one(context, warp).map_err(|fault| (0, fault))?;
             }
             return Ok(stop);
         }
@@ -291,6 +314,8 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
             cta.warps[warp].splits.push(Split { pc, mask, parked: true });
             return Ok(());
         }
+        let serial = cta.serial;
+        cta.warps[warp].touch(kernel, pc, serial).map_err(|fault| (pc, fault))?;
         let flow = step(context, cta, warp, (pc, active), &instruction.op).map_err(|fault| (pc, fault))?;
         let state = &mut cta.warps[warp];
         match flow {
@@ -370,11 +395,20 @@ fn exit(context: &mut Context<'_>, cta: &mut Cta, warp: usize, lanes: u32) -> Ou
         let message = format!("{left} asynchronous copies were never waited for");
         return Err(Fault::new(Rule::AsyncLeft, message).lane(lanes.trailing_zeros()));
     }
+    if state.wgmma.issued > state.wgmma.waited {
+        let count = state.wgmma.issued - state.wgmma.waited;
+        let message = format!("{count} wgmma operations were never waited for");
+        return Err(Fault::new(Rule::AsyncLeft, message).lane(lanes.trailing_zeros()));
+    }
     state.live &= !lanes;
     // Lanes that wait for the whole warp wait for fewer now.
     state.resume();
     context.idle = 0;
     if state.live == 0 {
+        if let Some((pc, _)) = cta.warpgroups[warp / 4].waits() {
+            let message = format!("warp {warp} exits while the others of its warpgroup wait for it at this instruction");
+            return Err(Fault { pc: Some(pc), ..Fault::new(Rule::Diverged, message) });
+        }
         for id in 0..cta.barriers.len() {
             cta.release_barrier(context, id)?;
         }
