@@ -10,9 +10,9 @@ mod float;
 mod int;
 mod mma;
 mod narrow;
-mod wgmma;
 #[cfg(test)]
 mod tests;
+mod wgmma;
 
 use crate::isa::*;
 pub(crate) use convert::{cvt, cvt_pack};

@@ -144,7 +144,9 @@ impl Descriptor {
             ));
         }
         if swizzle != Swizzle::None && major == Major::Mn && start % pattern != 0 {
-            return Err(format!("the matrix starts at {start:#x}, expected a multiple of {pattern} when K is not contiguous"));
+            return Err(format!(
+                "the matrix starts at {start:#x}, expected a multiple of {pattern} when K is not contiguous"
+            ));
         }
         self.check_strides(major, rows)
     }
@@ -165,7 +167,9 @@ impl Descriptor {
         let used = [(name_mn, along_mn, atoms_mn > 1), (name_k, along_k, !k_in_row)];
         for (name, bytes, used) in used {
             if used && !bytes.is_multiple_of(pattern) && self.swizzle != Swizzle::None {
-                return Err(format!("{name} byte offset {bytes}, expected a multiple of the pattern's {pattern} bytes"));
+                return Err(format!(
+                    "{name} byte offset {bytes}, expected a multiple of the pattern's {pattern} bytes"
+                ));
             }
             if used && bytes < pattern {
                 return Err(format!("{name} byte offset {bytes}, where one piece of the matrix has {pattern} bytes"));

@@ -213,9 +213,8 @@ FILLED:
         (0..64 * self.n)
             .map(|at| {
                 let (row, column) = (at / self.n, at % self.n);
-                let sum: f32 = (0..16)
-                    .map(|k| self.ab.value(a[row * 16 + k]) * self.ab.value(b[k * self.n + column]))
-                    .sum();
+                let sum: f32 =
+                    (0..16).map(|k| self.ab.value(a[row * 16 + k]) * self.ab.value(b[k * self.n + column])).sum();
                 sign * sum + if self.scale_d { c[at] } else { 0.0 }
             })
             .collect()

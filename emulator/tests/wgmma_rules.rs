@@ -124,8 +124,18 @@ fn shared_memory_is_not_overwritten_before_the_wait() {
         TWICE,
         &[
             // The last group, or both, may still be reading when the stage is overwritten.
-            ("wait_group.sync.aligned 0;\n    bar.sync 1;\n    st.shared.u32 [%r1], %t;\n", "wait_group.sync.aligned 1;\n    bar.sync 1;\n    st.shared.u32 [%r1], %t;\n    wgmma.wait_group.sync.aligned 0;\n", Rule::Race, "by wgmma"),
-            ("    wgmma.wait_group.sync.aligned 0;\n    bar.sync 1;\n    st.shared.u32 [%r1], %t;\n", "    bar.sync 1;\n    st.shared.u32 [%r1], %t;\n    wgmma.wait_group.sync.aligned 0;\n", Rule::Race, "by wgmma"),
+            (
+                "wait_group.sync.aligned 0;\n    bar.sync 1;\n    st.shared.u32 [%r1], %t;\n",
+                "wait_group.sync.aligned 1;\n    bar.sync 1;\n    st.shared.u32 [%r1], %t;\n    wgmma.wait_group.sync.aligned 0;\n",
+                Rule::Race,
+                "by wgmma",
+            ),
+            (
+                "    wgmma.wait_group.sync.aligned 0;\n    bar.sync 1;\n    st.shared.u32 [%r1], %t;\n",
+                "    bar.sync 1;\n    st.shared.u32 [%r1], %t;\n    wgmma.wait_group.sync.aligned 0;\n",
+                Rule::Race,
+                "by wgmma",
+            ),
         ],
     );
     // A wait tells that the whole warpgroup's reads are done: one warp may release the stage for all.
@@ -136,9 +146,14 @@ fn shared_memory_is_not_overwritten_before_the_wait() {
 fn operands_must_be_visible_to_the_async_proxy() {
     reports(&TWICE.replacen("    fence.proxy.async;\n", "", 1), 128, Rule::Race, "fence.proxy.async is missing");
     // One that comes before the last write, or that one warp executes for what only others have written.
-    let early = TWICE.replacen("    fence.proxy.async;\n", "", 1).replacen("    st.shared", "    fence.proxy.async;\n    st.shared", 1);
+    let early = TWICE.replacen("    fence.proxy.async;\n", "", 1).replacen(
+        "    st.shared",
+        "    fence.proxy.async;\n    st.shared",
+        1,
+    );
     reports(&early, 128, Rule::Race, "fence.proxy.async is missing");
-    let one_warp = TWICE.replacen("    fence.proxy.async;", "    setp.lt.u32 %p1, %t, 32;\n    @%p1 fence.proxy.async;", 1);
+    let one_warp =
+        TWICE.replacen("    fence.proxy.async;", "    setp.lt.u32 %p1, %t, 32;\n    @%p1 fence.proxy.async;", 1);
     reports(&one_warp, 128, Rule::Race, "fence.proxy.async is missing");
     // The fence may stand after the barrier as well, in every thread.
     passes(&TWICE.replacen("fence.proxy.async;\n    bar.sync 0;", "bar.sync 0;\n    fence.proxy.async;", 1), 128);
@@ -191,7 +206,12 @@ fn registers_are_fenced() {
                 Rule::RegisterFence,
                 "`mov.b32 %d7, 0`",
             ),
-            ("    wgmma.fence.sync.aligned;\n", "    wgmma.fence.sync.aligned;\n    mov.b32 %r5, %d1;\n", Rule::RegisterFence, "was read"),
+            (
+                "    wgmma.fence.sync.aligned;\n",
+                "    wgmma.fence.sync.aligned;\n    mov.b32 %r5, %d1;\n",
+                Rule::RegisterFence,
+                "was read",
+            ),
         ],
     );
     let again = |between: &str| {
@@ -207,7 +227,9 @@ fn registers_are_fenced() {
             1,
         )
     };
-    // Operations of one shape follow each other without.
+    // Operations of one shape follow each other without; one does no harm.
+    let fence = "wgmma.commit_group.sync.aligned;\n    wgmma.fence.sync.aligned;\n    wgmma.mma_async";
+    passes(&TWICE.replacen("wgmma.commit_group.sync.aligned;\n    wgmma.mma_async", fence, 1), 128);
     passes(&again(""), 128);
     passes(&again("mov.b32 %d5, 0;\n    wgmma.fence.sync.aligned;"), 128);
     reports(&again("mov.b32 %d5, 0;"), 128, Rule::RegisterFence, "`mov.b32 %d5, 0`");
@@ -227,8 +249,18 @@ fn a_in_registers_is_held_too() {
     twins(
         &registers,
         &[
-            ("    wgmma.wait_group", "    mov.b32 %a2, 0;\n    wgmma.wait_group", Rule::InFlight, "register of A is written"),
-            ("    wgmma.fence.sync.aligned;\n", "    wgmma.fence.sync.aligned;\n    mov.b32 %a3, 0;\n", Rule::RegisterFence, "a register of A was written"),
+            (
+                "    wgmma.wait_group",
+                "    mov.b32 %a2, 0;\n    wgmma.wait_group",
+                Rule::InFlight,
+                "register of A is written",
+            ),
+            (
+                "    wgmma.fence.sync.aligned;\n",
+                "    wgmma.fence.sync.aligned;\n    mov.b32 %a3, 0;\n",
+                Rule::RegisterFence,
+                "a register of A was written",
+            ),
         ],
     );
     passes(&registers.replacen("    wgmma.wait_group", "    mov.b32 %r5, %a2;\n    wgmma.wait_group", 1), 128);
@@ -238,24 +270,21 @@ fn a_in_registers_is_held_too() {
 fn the_whole_warpgroup_takes_part() {
     // Three of four warps, with the fourth at the barrier or gone.
     let skip = |to: &str| {
-        TWICE.replacen(
-            "    wgmma.fence.sync.aligned;\n",
-            &format!("    wgmma.fence.sync.aligned;\n    setp.ge.u32 %p1, %t, 96;\n    @%p1 bra {to};\n"),
-            1,
-        )
-        .replacen("    bar.sync 1;\n", "MEET:\n    bar.sync 1;\n", 1)
-        .replacen("    ret;", "DONE:\n    ret;", 1)
+        TWICE
+            .replacen(
+                "    wgmma.fence.sync.aligned;\n",
+                &format!("    wgmma.fence.sync.aligned;\n    setp.ge.u32 %p1, %t, 96;\n    @%p1 bra {to};\n"),
+                1,
+            )
+            .replacen("    bar.sync 1;\n", "MEET:\n    bar.sync 1;\n", 1)
+            .replacen("    ret;", "DONE:\n    ret;", 1)
     };
     reports(&skip("MEET"), 128, Rule::Diverged, "`wgmma.mma_async");
     reports(&skip("DONE"), 128, Rule::Diverged, "`wgmma.mma_async");
     // Three warps are not a warpgroup.
     reports(TWICE, 96, Rule::Diverged, "not part of four whole warps");
     // Half a warp.
-    let half = TWICE.replacen(
-        "    wgmma.mma",
-        "    setp.lt.u32 %p1, %t, 16;\n    @%p1 wgmma.mma",
-        1,
-    );
+    let half = TWICE.replacen("    wgmma.mma", "    setp.lt.u32 %p1, %t, 16;\n    @%p1 wgmma.mma", 1);
     reports(&half, 128, Rule::Diverged, "the predicate lets only");
     // Different instructions, one for each half of the warpgroup.
     let different = TWICE.replacen(
@@ -299,7 +328,8 @@ fn descriptors_are_checked() {
     // Beyond the end: rows of pieces 128 KiB apart.
     reports(&TWICE.replacen(a, "%rd2, 0x0000200000080000", 1), 128, Rule::OutOfBounds, "operand A of wgmma");
     // Not the same in all lanes, or in all warps.
-    let per_thread = TWICE.replacen("    wgmma.fence", "    cvt.u64.u32 %rd3, %t;\n    add.s64 %da, %da, %rd3;\n    wgmma.fence", 1);
+    let per_thread =
+        TWICE.replacen("    wgmma.fence", "    cvt.u64.u32 %rd3, %t;\n    add.s64 %da, %da, %rd3;\n    wgmma.fence", 1);
     reports(&per_thread, 128, Rule::BadDescriptor, "the descriptor of A differs");
     let per_warp = per_thread.replacen("cvt.u64.u32 %rd3, %t;", "shr.u32 %r5, %t, 5;\n    cvt.u64.u32 %rd3, %r5;", 1);
     reports(&per_warp, 128, Rule::BadDescriptor, "in other warps of the warpgroup");

@@ -57,9 +57,8 @@ pub(crate) fn widen8(ty: Ty, bytes: [u8; 16], negate: bool) -> [f32; 8] {
 /// The two elements in a fragment's register, lower one first.
 pub(crate) fn widen2(ty: Ty, register: u64, negate: bool) -> [f32; 2] {
     let sign = if negate { 0x8000 } else { 0 };
-    [register as u16 ^ sign, (register >> 16) as u16 ^ sign].map(|bits| {
-        if ty == Ty::F16 { F16::widen(bits) } else { Bf16::widen(bits) }
-    })
+    [register as u16 ^ sign, (register >> 16) as u16 ^ sign]
+        .map(|bits| if ty == Ty::F16 { F16::widen(bits) } else { Bf16::widen(bits) })
 }
 
 /// The rows of warp `warp` of a panel, out of its registers: four in f32, two in f16.

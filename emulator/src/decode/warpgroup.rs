@@ -49,7 +49,8 @@ impl Decoder<'_> {
     }
 
     fn wgmma(&self, shape: &str, d_type: &str, ab: &str) -> Result<Warpgroup> {
-        let n = shape.strip_prefix("m64n").and_then(|rest| rest.strip_suffix("k16")).and_then(|n| n.parse::<u16>().ok());
+        let n =
+            shape.strip_prefix("m64n").and_then(|rest| rest.strip_suffix("k16")).and_then(|n| n.parse::<u16>().ok());
         let Some(n) = n.filter(|n| (8..=256).contains(n) && n.is_multiple_of(8)) else { return self.unsupported() };
         let d_f16 = match (d_type, ab) {
             ("f32", _) => false,

@@ -7,6 +7,22 @@ use crate::module::Kernel;
 use crate::report::Rule;
 use crate::shadow::Access;
 
+/// What accumulators must have in common to follow each other without a fence.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Shape {
+    n: u16,
+    d_f16: bool,
+}
+
+/// An operation that is under way with a register.
+#[derive(Clone, Copy, Debug)]
+struct Flight {
+    serial: u32,
+    pc: u32,
+    /// When the register is part of the accumulator, not of A.
+    accumulator: Option<Shape>,
+}
+
 /// The last access to a register that matters to the next `wgmma`.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 enum Last {
@@ -15,7 +31,7 @@ enum Last {
     Never,
     Fenced,
     /// As accumulator of this shape.
-    Wgmma { n: u16, d_f16: bool },
+    Wgmma(Shape),
     Read(u32),
     Written(u32),
 }
@@ -23,10 +39,7 @@ enum Last {
 #[derive(Clone, Copy, Debug, Default)]
 struct Pin {
     last: Last,
-    /// Number and instruction of the operation that is under way with it.
-    flight: Option<(u32, u32)>,
-    /// In flight as part of the accumulator, not of A.
-    accumulator: bool,
+    flight: Option<Flight>,
 }
 
 /// The registers of a warp that some `wgmma` names, and how far its operations are.
@@ -58,12 +71,14 @@ impl Pins {
     /// The operation's registers are its own from now on.
     pub fn fly(&mut self, kernel: &Kernel, op: &Wgmma, pc: u32) {
         self.issued += 1;
+        let flight = Flight { serial: self.issued, pc, accumulator: None };
         for slot in op.pinned() {
-            self.pins[kernel.pins.of_slot(slot)].flight = Some((self.issued, pc));
+            self.pins[kernel.pins.of_slot(slot)].flight = Some(flight);
         }
+        let shape = Shape { n: op.n, d_f16: op.d_f16 };
         for slot in &op.d {
-            let pin = &mut self.pins[kernel.pins.of_slot(*slot)];
-            (pin.accumulator, pin.last) = (true, Last::Wgmma { n: op.n, d_f16: op.d_f16 });
+            let flight = Some(Flight { accumulator: Some(shape), ..flight });
+            self.pins[kernel.pins.of_slot(*slot)] = Pin { last: Last::Wgmma(shape), flight };
         }
     }
 
@@ -71,8 +86,8 @@ impl Pins {
     pub fn land(&mut self, complete: u32) {
         self.waited = self.waited.max(complete);
         for pin in &mut self.pins {
-            if pin.flight.is_some_and(|(serial, _)| serial <= complete) {
-                (pin.flight, pin.accumulator) = (None, false);
+            if pin.flight.is_some_and(|flight| flight.serial <= complete) {
+                pin.flight = None;
             }
         }
     }
@@ -84,15 +99,20 @@ impl Warp {
         let Some(touches) = kernel.pins.touches.get(pc as usize) else { return Ok(()) };
         for &(pin, write) in touches {
             let pin = &mut self.wgmma.pins[pin as usize];
-            if let Some((_, by)) = pin.flight
-                && (write || pin.accumulator)
+            if let Some(flight) = pin.flight
+                && (write || flight.accumulator.is_some())
             {
                 let verb = if write { "written" } else { "read" };
-                let what = if pin.accumulator { "the accumulator" } else { "A" };
-                let message = format!("a register of {what} is {verb} before wgmma.wait_group has waited for the wgmma");
-                return Err(other(Fault::new(Rule::InFlight, message), serial, self.id, by));
+                let what = if flight.accumulator.is_some() { "the accumulator" } else { "A" };
+                let message =
+                    format!("a register of {what} is {verb} before wgmma.wait_group has waited for the wgmma");
+                return Err(other(Fault::new(Rule::InFlight, message), serial, self.id, flight.pc));
             }
-            pin.last = if write { Last::Written(pc) } else if matches!(pin.last, Last::Written(_)) { pin.last } else { Last::Read(pc) };
+            pin.last = match pin.last {
+                _ if write => Last::Written(pc),
+                Last::Written(_) => pin.last,
+                _ => Last::Read(pc),
+            };
         }
         Ok(())
     }
@@ -104,25 +124,26 @@ impl Warp {
         let unfenced = |what: &str, did: &str, pc: u32| {
             fault(Rule::RegisterFence, format!("a register of {what} was {did} and no wgmma.fence came after it"), pc)
         };
-        let shape = Last::Wgmma { n: op.n, d_f16: op.d_f16 };
+        let shape = Shape { n: op.n, d_f16: op.d_f16 };
         let continues = self.wgmma.continues(kernel, op);
         for slot in &op.d {
             let pin = pin(*slot);
-            if let Some((_, by)) = pin.flight
-                && !(pin.accumulator && pin.last == shape && continues)
-            {
+            if let Some(flight) = pin.flight {
+                if flight.accumulator == Some(shape) && continues {
+                    continue;
+                }
                 let message = "the accumulator overlaps registers of a wgmma of another shape that is in flight";
-                return fault(Rule::InFlight, message.to_owned(), by);
+                return fault(Rule::InFlight, message.to_owned(), flight.pc);
             }
             match pin.last {
                 Last::Fenced => {}
-                last if last == shape => {}
+                Last::Wgmma(last) if last == shape => {}
                 Last::Never => {
                     return Err(Fault::new(Rule::RegisterFence, "no wgmma.fence before the first wgmma"));
                 }
                 Last::Read(pc) => return unfenced("the accumulator", "read", pc),
                 Last::Written(pc) => return unfenced("the accumulator", "written", pc),
-                Last::Wgmma { n, .. } => {
+                Last::Wgmma(Shape { n, .. }) => {
                     let message = format!("the accumulator was one of m64n{n}k16, and no wgmma.fence came after that");
                     return Err(Fault::new(Rule::RegisterFence, message));
                 }
@@ -131,14 +152,14 @@ impl Warp {
         let OperandA::Registers(a) = &op.a else { return Ok(()) };
         for slot in a {
             let pin = pin(*slot);
-            if let Some((_, by)) = pin.flight.filter(|_| pin.accumulator) {
+            if let Some(flight) = pin.flight.filter(|flight| flight.accumulator.is_some()) {
                 let message = "a register of A is in the accumulator of a wgmma that is in flight";
-                return fault(Rule::InFlight, message.to_owned(), by);
+                return fault(Rule::InFlight, message.to_owned(), flight.pc);
             }
             match pin.last {
                 Last::Fenced | Last::Read(_) => {}
                 Last::Written(pc) => return unfenced("A", "written", pc),
-                Last::Never | Last::Wgmma { .. } => {
+                Last::Never | Last::Wgmma(_) => {
                     let message = "no wgmma.fence orders a register of A before the wgmma";
                     return Err(Fault::new(Rule::RegisterFence, message));
                 }

@@ -202,7 +202,9 @@ impl Warp {
                         barrier.arrived
                     )
                 }
-                None if self.stalled == Some(Stall::Warpgroup) => "waits for the others of its warpgroup before".to_owned(),
+                None if self.stalled == Some(Stall::Warpgroup) => {
+                    "waits for the others of its warpgroup before".to_owned()
+                }
                 None if split.parked => "waits for the other lanes at".to_owned(),
                 None => "is at".to_owned(),
             };
@@ -406,7 +408,8 @@ fn exit(context: &mut Context<'_>, cta: &mut Cta, warp: usize, lanes: u32) -> Ou
     context.idle = 0;
     if state.live == 0 {
         if let Some((pc, _)) = cta.warpgroups[warp / 4].waits() {
-            let message = format!("warp {warp} exits while the others of its warpgroup wait for it at this instruction");
+            let message =
+                format!("warp {warp} exits while the others of its warpgroup wait for it at this instruction");
             return Err(Fault { pc: Some(pc), ..Fault::new(Rule::Diverged, message) });
         }
         for id in 0..cta.barriers.len() {

@@ -424,8 +424,11 @@ fn rows_of(warps: &[super::warp::Warp], slots: [u16; 4], op: &Wgmma) -> Box<alu:
         for (register, slot) in slots.iter().enumerate() {
             for (lane, value) in state.registers[*slot as usize].iter().enumerate() {
                 let (row, k) = crate::layout::operand_a((32 * warp + lane) as u32, 2 * register as u32);
-                rows[row as usize][k as usize..k as usize + 2]
-                    .copy_from_slice(&alu::widen2(op.ab, *value, op.negate_a));
+                rows[row as usize][k as usize..k as usize + 2].copy_from_slice(&alu::widen2(
+                    op.ab,
+                    *value,
+                    op.negate_a,
+                ));
             }
         }
     }

@@ -55,7 +55,12 @@ pub(crate) enum Warpgroup {
     /// `wgmma.commit_group`
     Commit,
     /// `wgmma.wait_group`
-    Wait { pending: u32 },
+    Wait {
+        pending: u32,
+    },
     /// `setmaxnreg`
-    Registers { grow: bool, count: u32 },
+    Registers {
+        grow: bool,
+        count: u32,
+    },
 }
