@@ -17,7 +17,7 @@ mod wgmma;
 use crate::isa::*;
 pub(crate) use convert::{cvt, cvt_pack};
 pub(crate) use int::bfi;
-pub(crate) use mma::mma;
+pub(crate) use mma::{mma, mma_f16};
 pub(crate) use wgmma::{Panel, Rows, Sums, accumulate, load, store, widen2, widen8};
 
 /// A register: one value per lane. 32-bit and 16-bit registers hold their value zero-extended.

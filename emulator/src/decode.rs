@@ -6,6 +6,7 @@ mod float;
 mod memory;
 mod operands;
 mod proxy;
+mod warp;
 mod warpgroup;
 
 use crate::isa::*;
@@ -155,12 +156,13 @@ impl Decoder<'_> {
     fn op(&self) -> Result<Op> {
         let words: Vec<&str> = self.statement.opcode.split('.').collect();
         type Family<'a> = fn(&Decoder<'a>, &[&str]) -> Result<Option<Op>>;
-        let families: [Family<'_>; 6] = [
+        let families: [Family<'_>; 7] = [
             |decoder, words| decoder.arithmetic(words),
             |decoder, words| decoder.float_arithmetic(words),
             |decoder, words| decoder.memory(words),
             |decoder, words| decoder.control(words),
             |decoder, words| decoder.proxy(words),
+            |decoder, words| decoder.warp(words),
             |decoder, words| decoder.warpgroup(words),
         ];
         for decode in families {

@@ -1,7 +1,9 @@
 //! Decoded instructions: what the executor sees. Names follow the PTX ISA.
 
+mod warp;
 mod warpgroup;
 
+pub(crate) use warp::*;
 pub(crate) use warpgroup::*;
 
 /// A per-lane source. 32-bit and 16-bit registers hold their value zero-extended to 64 bits.
@@ -21,6 +23,11 @@ pub(crate) enum Special {
     LaneId,
     WarpId,
     LaneMask(Compare),
+    SmId,
+    NsmId,
+    NwarpId,
+    /// Registers that hold what the host or the environment decides.
+    Zero,
     DynamicSharedBytes,
     TotalSharedBytes,
     Clock,
@@ -345,6 +352,7 @@ pub(crate) enum Op {
     },
     Ldmatrix {
         trans: bool,
+        space: Space,
         d: Vec<Dst>,
         addr: Address,
     },
@@ -356,11 +364,9 @@ pub(crate) enum Op {
         b: Vec<Src>,
         c: [Src; 4],
     },
-    Bar {
-        id: Src,
-        count: Option<Src>,
-        arrive: bool,
-    },
+    Bar(Bar),
+    Warp(WarpOp),
+    Cache(Cache),
     WarpSync {
         mask: Src,
     },
@@ -401,7 +407,8 @@ impl Op {
             self,
             Op::Ldmatrix { .. }
                 | Op::Mma { .. }
-                | Op::Bar { .. }
+                | Op::Bar(Bar { aligned: true, .. })
+                | Op::Warp(_)
                 | Op::WarpSync { .. }
                 | Op::Shfl { .. }
                 | Op::VoteSync { .. }

@@ -108,12 +108,9 @@ fn registers(op: &mut Op, visit: &mut impl FnMut(Role, &mut u16)) {
             a.iter_mut().chain(b).chain(c).for_each(|s| src(s, visit));
             d.iter_mut().for_each(|d| dst(d, visit));
         }
-        Op::Bar { id, count, .. } => {
-            src(id, visit);
-            if let Some(count) = count {
-                src(count, visit);
-            }
-        }
+        Op::Bar(bar) => barrier(bar, visit),
+        Op::Warp(op) => warp_op(op, visit),
+        Op::Cache(Cache::Priority { addr } | Cache::Discard { addr }) => src(&mut addr.base, visit),
         Op::WarpSync { mask } => src(mask, visit),
         Op::Shfl { d, p, a, b, c, mask, .. } => {
             for s in [a, b, c, mask] {
@@ -135,6 +132,7 @@ fn registers(op: &mut Op, visit: &mut impl FnMut(Role, &mut u16)) {
         Op::ActiveMask { d } => dst(d, visit),
         Op::Warpgroup(op) => warpgroup(op, visit),
         Op::ProxyFence
+        | Op::Cache(Cache::Prefetch)
         | Op::Fence { .. }
         | Op::CpAsyncCommit
         | Op::CpAsyncWait { .. }
@@ -142,6 +140,55 @@ fn registers(op: &mut Op, visit: &mut impl FnMut(Role, &mut u16)) {
         | Op::Exit
         | Op::Trap
         | Op::Nanosleep => {}
+    }
+}
+
+fn barrier(bar: &mut Bar, visit: &mut impl FnMut(Role, &mut u16)) {
+    src(&mut bar.id, visit);
+    if let Some(count) = &mut bar.count {
+        src(count, visit);
+    }
+    if let Some((reduce, c)) = &mut bar.reduce {
+        visit(Role::UsePred, &mut c.slot);
+        match reduce {
+            Reduce::Popc(d) => dst(d, visit),
+            Reduce::And(p) | Reduce::Or(p) => visit(Role::DefPred, p),
+        }
+    }
+}
+
+fn warp_op(op: &mut WarpOp, visit: &mut impl FnMut(Role, &mut u16)) {
+    match op {
+        WarpOp::Stmatrix { addr, a, .. } => {
+            src(&mut addr.base, visit);
+            a.iter_mut().for_each(|a| src(a, visit));
+        }
+        WarpOp::Movmatrix { d, a } => {
+            src(a, visit);
+            dst(d, visit);
+        }
+        WarpOp::Elect { d, p, mask } => {
+            src(mask, visit);
+            dst(d, visit);
+            visit(Role::DefPred, p);
+        }
+        WarpOp::Match { d, p, a, mask, .. } => {
+            src(a, visit);
+            src(mask, visit);
+            dst(d, visit);
+            if let Some(p) = p {
+                visit(Role::DefPred, p);
+            }
+        }
+        WarpOp::Redux { d, a, mask, .. } => {
+            src(a, visit);
+            src(mask, visit);
+            dst(d, visit);
+        }
+        WarpOp::MmaF16 { d, a, b, c, .. } => {
+            a.iter_mut().chain(b).chain(c).for_each(|s| src(s, visit));
+            d.iter_mut().for_each(|d| dst(d, visit));
+        }
     }
 }
 

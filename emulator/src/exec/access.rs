@@ -5,7 +5,7 @@ use std::rc::Rc;
 use super::{Clock, Context, Cta, Fault, Outcome};
 use crate::alu::{self, Lanes};
 use crate::decode::{LOCAL_BASE, SHARED_BASE};
-use crate::isa::{Address, Atomic, Dst, Order, Semantics, Space, Src, Ty};
+use crate::isa::{Address, Atomic, Cache, Dst, Order, Semantics, Space, Src, Ty};
 use crate::memory::MemoryError;
 use crate::report::Rule;
 use crate::shadow::{ATOMIC, Access, WGMMA, WRITE};
@@ -16,7 +16,7 @@ const LOCAL_WINDOW: u64 = 0x6000_0000_0000;
 const WINDOW: u64 = 1 << 32;
 
 /// The state space and the address in it that a generic address stands for.
-fn resolve(space: Space, address: u64) -> (Space, u64) {
+pub(super) fn resolve(space: Space, address: u64) -> (Space, u64) {
     let within = |window: u64| address.checked_sub(window).filter(|offset| *offset < WINDOW);
     match space {
         Space::Generic => match (within(SHARED_WINDOW), within(LOCAL_WINDOW)) {
@@ -103,6 +103,20 @@ impl Context<'_> {
         let mut data = [0; 16];
         data[..bytes].copy_from_slice(&allocation.data[offset..offset + bytes]);
         Ok(data)
+    }
+
+    /// `discard`: the line is as if nothing had written it; `applypriority`: nothing changes.
+    pub(super) fn cache_line(&mut self, address: u64, discard: Option<(Access, &Clock)>) -> Outcome<()> {
+        const LINE: usize = 128;
+        if !address.is_multiple_of(LINE as u64) {
+            return Err(Fault::new(Rule::Misaligned, format!("{LINE} bytes at {address:#x}")));
+        }
+        let (index, offset) = self.memory.find(address, LINE).map_err(memory_fault)?;
+        if let Some((access, clock)) = discard {
+            self.write_global(address, &[0; LINE], access, clock)?;
+            self.memory.allocations[index].written[offset..offset + LINE].fill(0);
+        }
+        Ok(())
     }
 
     fn write_global(&mut self, address: u64, data: &[u8], access: Access, clock: &Clock) -> Outcome<()> {
@@ -217,6 +231,23 @@ impl Cta {
         };
         let start = lane as usize * size + offset;
         Ok(&mut self.warps[warp].local[start..start + bytes])
+    }
+
+    pub(super) fn cache(
+        &mut self,
+        context: &mut Context<'_>,
+        warp: usize,
+        (pc, mask): (u32, u32),
+        op: Cache,
+    ) -> Outcome<()> {
+        let (Cache::Priority { addr } | Cache::Discard { addr }) = op else { return Ok(()) };
+        let addresses = self.warps[warp].addresses(context, self, addr);
+        let (access, clock) = self.warp_access(warp, pc, WRITE);
+        for lane in lanes_of(mask) {
+            let discard = matches!(op, Cache::Discard { .. }).then_some((access, &*clock));
+            context.cache_line(addresses[lane as usize], discard).map_err(|fault| fault.lane(lane))?;
+        }
+        Ok(())
     }
 
     pub(super) fn load(

@@ -3,8 +3,10 @@
 mod access;
 mod collective;
 mod copy;
+mod matrix;
 mod pins;
 mod proxy;
+mod registers;
 mod step;
 mod sync;
 mod warp;
@@ -19,6 +21,7 @@ use crate::memory::Memory;
 use crate::module::{Kernel, Module};
 use crate::report::{Report, Rule, Site};
 use crate::shadow::{Access, Shadow, WGMMA};
+use registers::RegisterPool;
 use sync::{Barrier, Flag};
 use warp::{Stop, Warp};
 use warpgroup::Warpgroup;
@@ -92,6 +95,7 @@ struct Cta {
     shared: Shared,
     barriers: Vec<Barrier>,
     warpgroups: Vec<Warpgroup>,
+    registers: RegisterPool,
     live_warps: usize,
 }
 
@@ -109,6 +113,7 @@ impl Cta {
             shared: Shared { data: vec![0; bytes], written: vec![0; bytes], shadow: Shadow::default() },
             barriers: (0..BARRIERS).map(|_| Barrier::default()).collect(),
             warpgroups: (0..warps.div_ceil(4)).map(|_| Warpgroup::default()).collect(),
+            registers: RegisterPool::default(),
             live_warps: warps as usize,
         }
     }

@@ -1,6 +1,7 @@
 //! What each instruction does.
 
 use super::access::convert_address;
+use super::sync::Arrival;
 use super::warp::Flow;
 use super::{Context, Cta, Fault, Outcome};
 use crate::alu::{self, Lanes};
@@ -75,24 +76,27 @@ fn effect(context: &mut Context<'_>, cta: &mut Cta, warp: usize, (pc, mask): (u3
         }
         Op::CpAsyncCommit => cta.warps[warp].copies.commit(mask),
         Op::CpAsyncWait { pending } => cta.wait_copies(context, warp, mask, *pending)?,
-        Op::Ldmatrix { trans, d, addr } => cta.ldmatrix(context, warp, pc, *trans, (d, *addr))?,
+        Op::Ldmatrix { trans, space, d, addr } => cta.ldmatrix(context, warp, pc, (*trans, *space), (d, *addr))?,
         Op::Mma { k, ab, d, a, b, c } => cta.mma(context, warp, (*k, *ab), (d, a, b, c)),
         Op::Shfl { mode, d, p, a, b, c, .. } => cta.shuffle(context, warp, mask, *mode, (*d, *p, *a, *b, *c))?,
         Op::VoteSync { mode, d, p, a, .. } => cta.vote(warp, mask, *mode, (*d, *p, *a)),
         // Lanes of a warp are one agent: what they do is ordered.
         Op::WarpSync { .. } => {}
-        Op::Bar { id, count, arrive } => {
-            let lane = mask.trailing_zeros() as usize;
-            let state = &cta.warps[warp];
-            let id = state.read(context, cta, *id)[lane];
-            let count = count.map(|count| state.read(context, cta, count)[lane]);
-            if cta.arrive(context, warp, id, count, !arrive)? {
-                return Ok(Flow::Block);
-            }
-        }
+        Op::Bar(bar) => match cta.arrive(context, warp, mask, bar)? {
+            Arrival::GoesOn => {}
+            Arrival::Waits => return Ok(Flow::Block),
+            Arrival::LanesWait(id) => return Ok(Flow::Wait(id)),
+        },
+        Op::Warp(op) => cta.warp_op(context, warp, at, op)?,
+        Op::Cache(op) => cta.cache(context, warp, at, *op)?,
         Op::ProxyFence => cta.warps[warp].proxy_fence(),
         Op::Warpgroup(Warpgroup::Mma(op)) => {
             if cta.wgmma(context, warp, pc, op)? {
+                return Ok(Flow::Block);
+            }
+        }
+        Op::Warpgroup(Warpgroup::Registers { grow, count }) => {
+            if cta.set_registers(context, warp, *grow, *count)? {
                 return Ok(Flow::Block);
             }
         }

@@ -22,6 +22,14 @@ struct Split {
     mask: u32,
     /// At a collective instruction that the other lanes have not reached.
     parked: bool,
+    /// At a barrier, where they arrived without the other lanes.
+    barrier: Option<u32>,
+}
+
+impl Split {
+    fn is_ready(&self) -> bool {
+        !self.parked && self.barrier.is_none()
+    }
 }
 
 #[derive(Debug)]
@@ -45,6 +53,11 @@ pub(super) struct Warp {
     pub wgmma: Pins,
     /// What else than a barrier it waits for.
     pub stalled: Option<Stall>,
+    /// Registers per thread, once `setmaxnreg` has been executed, and how often it was.
+    pub registers_held: Option<u32>,
+    pub resized: u32,
+    /// It waits, and must be woken.
+    pub asleep: bool,
     pub local: Vec<u8>,
 }
 
@@ -53,6 +66,8 @@ pub(super) struct Warp {
 pub(super) enum Stall {
     /// The others of its warpgroup.
     Warpgroup,
+    /// So many registers per thread.
+    Registers(u32),
 }
 
 /// How a turn ended.
@@ -73,6 +88,8 @@ pub(super) enum Flow {
     Yield,
     /// On, once the barrier lets go.
     Block,
+    /// The same for these lanes only.
+    Wait(u32),
 }
 
 impl Warp {
@@ -85,7 +102,7 @@ impl Warp {
         Warp {
             id,
             live,
-            splits: vec![Split { pc: 0, mask: live, parked: false }],
+            splits: vec![Split { pc: 0, mask: live, parked: false, barrier: None }],
             blocked: None,
             registers: vec![[0; 32]; kernel.registers as usize],
             predicates: vec![0; kernel.predicates as usize],
@@ -96,6 +113,9 @@ impl Warp {
             async_view: Rc::new(Clock::new(cta, agents)),
             wgmma: Pins::new(kernel),
             stalled: None,
+            registers_held: None,
+            resized: 0,
+            asleep: false,
             local: vec![0; 32 * (kernel.local_end - LOCAL_BASE) as usize],
         }
     }
@@ -110,6 +130,12 @@ impl Warp {
     /// Whether it must not run.
     pub fn waits(&self) -> bool {
         self.blocked.is_some() || self.stalled.is_some()
+    }
+
+    /// Lanes that wait at a barrier of their own go on.
+    pub fn release(&mut self, id: u32) {
+        let waiting = self.splits.iter_mut().filter(|split| split.barrier == Some(id));
+        waiting.for_each(|split| split.barrier = None);
     }
 
     pub fn resume(&mut self) {
@@ -167,6 +193,11 @@ impl Warp {
             Special::Ntid(axis) => [u64::from(context.launch.block[axis as usize]); 32],
             Special::Ctaid(axis) => [u64::from(cta.index[axis as usize]); 32],
             Special::Nctaid(axis) => [u64::from(context.launch.grid[axis as usize]); 32],
+            // CTAs of a launch go round the multiprocessors.
+            Special::SmId => [u64::from(cta.serial % context.options.device.sms.max(1)); 32],
+            Special::NsmId => [u64::from(context.options.device.sms); 32],
+            Special::NwarpId => [u64::from(context.options.device.threads_per_sm / 32); 32],
+            Special::Zero => [0; 32],
             Special::LaneId => per_lane(&u64::from),
             Special::WarpId => [u64::from(self.id); 32],
             Special::LaneMask(compare) => per_lane(&|lane| {
@@ -205,6 +236,10 @@ impl Warp {
                 None if self.stalled == Some(Stall::Warpgroup) => {
                     "waits for the others of its warpgroup before".to_owned()
                 }
+                None if let Some(id) = split.barrier => format!("waits at barrier {id} before"),
+                None if let Some(Stall::Registers(count)) = self.stalled => {
+                    format!("waits for {count} registers per thread before")
+                }
                 None if split.parked => "waits for the other lanes at".to_owned(),
                 None => "is at".to_owned(),
             };
@@ -225,7 +260,8 @@ impl Warp {
         while i < self.splits.len() {
             let mut j = i + 1;
             while j < self.splits.len() {
-                if self.splits[i].pc == self.splits[j].pc {
+                let free = self.splits[i].barrier.is_none() && self.splits[j].barrier.is_none();
+                if free && self.splits[i].pc == self.splits[j].pc {
                     self.splits[i].mask |= self.splits[j].mask;
                     self.splits[i].parked = false;
                     self.splits.swap_remove(j);
@@ -243,7 +279,7 @@ impl Warp {
         if self.splits.len() > 1 {
             self.merge();
         }
-        let ready: Vec<usize> = (0..self.splits.len()).filter(|&i| !self.splits[i].parked).collect();
+        let ready: Vec<usize> = (0..self.splits.len()).filter(|&i| self.splits[i].is_ready()).collect();
         let behind = ready.iter().copied().min_by_key(|&i| self.splits[i].pc)?;
         let chosen =
             if ready.len() > 1 && context.random(8) == 0 { ready[context.random(ready.len())] } else { behind };
@@ -256,15 +292,21 @@ type Located<T> = Result<T, (u32, Fault)>;
 /// Gives a warp a turn.
 pub(super) fn run(context: &mut Context<'_>, cta: &mut Cta, warp: usize) -> Located<Stop> {
     let mut turn = 1 + context.random(LONGEST_TURN);
+    cta.warps[warp].asleep = false;
     loop {
         let state = &mut cta.warps[warp];
         if state.live == 0 {
             return Ok(Stop::Done);
         }
         if state.waits() {
+            state.asleep = true;
             return Ok(Stop::Blocked);
         }
         let Some(split) = state.select(context) else {
+            if state.splits.iter().any(|split| split.barrier.is_some()) {
+                state.asleep = true;
+                return Ok(Stop::Blocked);
+            }
             let at = state.splits.first().map_or(0, |split| split.pc);
             let table = cta.warps[warp].describe(context, cta).unwrap_or_default();
             let message = format!("lanes of one warp wait for each other at different instructions:{table}");
@@ -272,7 +314,7 @@ pub(super) fn run(context: &mut Context<'_>, cta: &mut Cta, warp: usize) -> Loca
         };
         run_split(context, cta, warp, split, &mut turn)?;
         if turn == 0 {
-            let state = &cta.warps[warp];
+            let state = &mut cta.warps[warp];
             let stop = if state.live == 0 {
                 Stop::Done
             } else if state.waits() {
@@ -280,6 +322,7 @@ pub(super) fn run(context: &mut Context<'_>, cta: &mut Cta, warp: usize) -> Loca
             } else {
                 Stop::Runnable
             };
+            state.asleep = stop == Stop::Blocked;
             if stop == Stop::Runnable && context.random(4) == 0 {
                 cta.land_one(context, warp).map_err(|fault| (0, fault))?;
                 cta.execute_one(context, warp).map_err(|fault| (0, fault))?;
@@ -295,9 +338,10 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
     let kernel = context.kernel;
     loop {
         let others = &mut cta.warps[warp].splits;
-        let meets = !others.is_empty() && others.iter().any(|other| other.pc == pc || (!other.parked && other.pc < pc));
+        let meets =
+            others.iter().any(|other| other.barrier.is_none() && (other.pc == pc || (!other.parked && other.pc < pc)));
         if *turn == 0 || (meets && pc != split.pc) {
-            others.push(Split { pc, mask, parked: false });
+            others.push(Split { pc, mask, parked: false, barrier: None });
             return Ok(());
         }
         *turn -= 1;
@@ -313,7 +357,7 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
             continue;
         }
         if instruction.op.is_collective() && !converged(context, cta, warp, (pc, mask, active), instruction)? {
-            cta.warps[warp].splits.push(Split { pc, mask, parked: true });
+            cta.warps[warp].splits.push(Split { pc, mask, parked: true, barrier: None });
             return Ok(());
         }
         let serial = cta.serial;
@@ -324,24 +368,36 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
             Flow::Next => pc += 1,
             Flow::Branch(target) if active == mask => pc = target,
             Flow::Branch(target) => {
-                state.splits.push(Split { pc: target, mask: active, parked: false });
-                state.splits.push(Split { pc: pc + 1, mask: mask & !active, parked: false });
+                state.splits.push(Split { pc: target, mask: active, parked: false, barrier: None });
+                state.splits.push(Split { pc: pc + 1, mask: mask & !active, parked: false, barrier: None });
                 return Ok(());
             }
             Flow::Exit => {
                 exit(context, cta, warp, active).map_err(|fault| (pc, fault))?;
                 if mask & !active != 0 {
-                    cta.warps[warp].splits.push(Split { pc: pc + 1, mask: mask & !active, parked: false });
+                    cta.warps[warp].splits.push(Split {
+                        pc: pc + 1,
+                        mask: mask & !active,
+                        parked: false,
+                        barrier: None,
+                    });
                 }
                 return Ok(());
             }
             Flow::Yield => {
-                state.splits.push(Split { pc: pc + 1, mask, parked: false });
+                state.splits.push(Split { pc: pc + 1, mask, parked: false, barrier: None });
                 *turn = 0;
                 return Ok(());
             }
             Flow::Block => {
-                state.splits.push(Split { pc: pc + 1, mask, parked: false });
+                state.splits.push(Split { pc: pc + 1, mask, parked: false, barrier: None });
+                return Ok(());
+            }
+            Flow::Wait(id) => {
+                state.splits.push(Split { pc: pc + 1, mask: active, parked: false, barrier: Some(id) });
+                if mask & !active != 0 {
+                    state.splits.push(Split { pc: pc + 1, mask: mask & !active, parked: false, barrier: None });
+                }
                 return Ok(());
             }
         }
@@ -358,9 +414,14 @@ fn converged(
     instruction: &Instruction,
 ) -> Located<bool> {
     let state = &cta.warps[warp];
-    let needed = match &instruction.op {
-        Op::WarpSync { mask: named } | Op::Shfl { mask: named, .. } | Op::VoteSync { mask: named, .. } => {
-            let named = state.read(context, cta, *named);
+    let named = match &instruction.op {
+        Op::WarpSync { mask } | Op::Shfl { mask, .. } | Op::VoteSync { mask, .. } => Some(*mask),
+        Op::Warp(op) => op.mask(),
+        _ => None,
+    };
+    let needed = match (named, &instruction.op) {
+        (Some(named), _) => {
+            let named = state.read(context, cta, named);
             let lane = active.trailing_zeros();
             let named = named[lane as usize] as u32;
             if active & !named != 0 {
@@ -376,7 +437,7 @@ fn converged(
             }
             named
         }
-        Op::Bar { .. } => state.live,
+        (_, Op::Bar(_)) => state.live,
         _ => u32::MAX,
     };
     if mask & needed != needed && state.splits.is_empty() {
@@ -403,6 +464,10 @@ fn exit(context: &mut Context<'_>, cta: &mut Cta, warp: usize, lanes: u32) -> Ou
         return Err(Fault::new(Rule::AsyncLeft, message).lane(lanes.trailing_zeros()));
     }
     state.live &= !lanes;
+    if state.live == 0 {
+        cta.check_resized(warp)?;
+    }
+    let state = &mut cta.warps[warp];
     // Lanes that wait for the whole warp wait for fewer now.
     state.resume();
     context.idle = 0;
