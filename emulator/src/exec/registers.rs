@@ -28,8 +28,8 @@ impl Cta {
         &mut self,
         context: &mut Context<'_>,
         warp: usize,
-        grow: bool,
-        count: u32,
+        pc: u32,
+        (grow, count): (bool, u32),
     ) -> Outcome<bool> {
         let first = warp / 4 * 4;
         if self.warps.len() < first + 4 {
@@ -38,7 +38,7 @@ impl Cta {
         }
         let state = &mut self.warps[warp];
         let held = *state.registers_held.get_or_insert_with(|| at_launch(context));
-        state.resized += 1;
+        state.resized.push(pc);
         context.idle = 0;
         if !grow {
             state.registers_held = Some(held.min(count));
@@ -70,19 +70,15 @@ impl Cta {
         }
     }
 
-    /// A warp exits: all of its warpgroup must have executed `setmaxnreg` as often.
+    /// A warp exits: all of its warpgroup must have executed the same `setmaxnreg`.
     pub(super) fn check_resized(&self, warp: usize) -> Outcome<()> {
-        let resized = self.warps[warp].resized;
+        let resized = &self.warps[warp].resized;
         let group = self.warps.iter().enumerate().skip(warp / 4 * 4).take(4);
-        for (other, state) in group.filter(|(_, state)| state.live == 0) {
-            if state.resized != resized {
-                let message = format!(
-                    "warp {warp} has executed setmaxnreg {resized} times, warp {other} of its warpgroup {} times",
-                    state.resized
-                );
-                return Err(Fault::new(Rule::Diverged, message));
-            }
-        }
-        Ok(())
+        let other = group.filter(|(_, state)| state.live == 0).find(|(_, state)| state.resized != *resized);
+        let Some((other, state)) = other else { return Ok(()) };
+        let differs = (0..).find(|at| state.resized.get(*at) != resized.get(*at));
+        let at = differs.and_then(|at| resized.get(at).or(state.resized.get(at)));
+        let message = format!("warps {warp} and {other} of one warpgroup have not both executed this setmaxnreg");
+        Err(Fault { pc: at.copied(), ..Fault::new(Rule::Diverged, message) })
     }
 }

@@ -96,7 +96,7 @@ fn effect(context: &mut Context<'_>, cta: &mut Cta, warp: usize, (pc, mask): (u3
             }
         }
         Op::Warpgroup(Warpgroup::Registers { grow, count }) => {
-            if cta.set_registers(context, warp, *grow, *count)? {
+            if cta.set_registers(context, warp, pc, (*grow, *count))? {
                 return Ok(Flow::Block);
             }
         }

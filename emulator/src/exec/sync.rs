@@ -12,12 +12,30 @@ pub(super) struct Barrier {
     pub arrived: u32,
     /// Threads expected; `None` while the phase has not begun, `Some(None)` for all of the CTA.
     pub expected: Option<Option<u32>>,
+    /// By warp, the lanes that have arrived.
+    lanes: Vec<u32>,
     waiting: Vec<Waiting>,
     /// Whether the arrivals are those of `bar.red`, and what their predicates say.
     reduces: Option<bool>,
     votes: Votes,
     clock: Option<Clock>,
     async_view: Option<Clock>,
+}
+
+impl Barrier {
+    /// Counts lanes of a warp. Those that the warp lacks, or that have exited, arrive with the last of the others.
+    fn count(&mut self, warp: usize, mask: u32, live: u32) {
+        if self.lanes.len() <= warp {
+            self.lanes.resize(warp + 1, 0);
+        }
+        let before = self.lanes[warp];
+        // Lanes may arrive again before the phase ends.
+        let before = if before & mask != 0 { 0 } else { before };
+        let here = before | mask;
+        let here = if live & !here == 0 { u32::MAX } else { here };
+        self.lanes[warp] = here;
+        self.arrived += here.count_ones() - before.count_ones();
+    }
 }
 
 /// Threads that wait at a barrier.
@@ -90,9 +108,7 @@ impl Cta {
             barrier.votes.held += held.count_ones();
             barrier.votes.failed |= held != mask;
         }
-        // Lanes that a warp lacks, or that have exited, count as if they arrived with its first one.
-        let with_first = mask >> live.trailing_zeros() & 1 != 0;
-        barrier.arrived += mask.count_ones() + if with_first { live.count_zeros() } else { 0 };
+        barrier.count(warp, mask, live);
         let async_view = self.warps[warp].async_view();
         match &mut barrier.async_view {
             Some(joined) => joined.join(async_view),

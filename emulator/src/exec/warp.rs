@@ -53,9 +53,9 @@ pub(super) struct Warp {
     pub wgmma: Pins,
     /// What else than a barrier it waits for.
     pub stalled: Option<Stall>,
-    /// Registers per thread, once `setmaxnreg` has been executed, and how often it was.
+    /// Registers per thread, once a `setmaxnreg` has been executed, and which ones were.
     pub registers_held: Option<u32>,
-    pub resized: u32,
+    pub resized: Vec<u32>,
     /// It waits, and must be woken.
     pub asleep: bool,
     pub local: Vec<u8>,
@@ -114,7 +114,7 @@ impl Warp {
             wgmma: Pins::new(kernel),
             stalled: None,
             registers_held: None,
-            resized: 0,
+            resized: Vec::new(),
             asleep: false,
             local: vec![0; 32 * (kernel.local_end - LOCAL_BASE) as usize],
         }
