@@ -1,5 +1,7 @@
 //! Instructions of a warp, barriers with reductions, setmaxnreg: what they compute, and what is reported.
 
+#![allow(clippy::panic)] // helpers of tests fail as tests do
+
 use half::f16;
 use ptx_emulator::{Launch, Memory, Module, Options, Report, Rule, Timing};
 
@@ -119,7 +121,7 @@ fn stmatrix_stores_the_fragments() {
                     if trans { ".trans" } else { "" },
                     8 * count,
                 );
-                let found = results(&body, &lanes(|lane| 2 * lane | (2 * lane + 1) << 16));
+                let found = results(&body, &lanes(|lane| (2 * lane) | ((2 * lane + 1) << 16)));
                 for (row, words) in found.iter().enumerate().take(8 * count) {
                     let (matrix, r) = (row / 8, row % 8);
                     for c in 0..8 {
@@ -179,10 +181,10 @@ fn ldmatrix_takes_generic_addresses() {
 #[test]
 fn movmatrix_transposes() {
     let body = "movmatrix.sync.aligned.m8n8.trans.b16 %r1, %v;\n st.global.u32 [%out], %r1;";
-    let found = results(body, &lanes(|lane| 2 * lane | (2 * lane + 1) << 16));
+    let found = results(body, &lanes(|lane| (2 * lane) | ((2 * lane + 1) << 16)));
     for (lane, words) in found.iter().enumerate() {
         let (row, column) = (lane as u32 / 4, lane as u32 % 4 * 2);
-        assert_eq!(words[0], 8 * column + row | (8 * (column + 1) + row) << 16);
+        assert_eq!(words[0], (8 * column + row) | ((8 * (column + 1) + row) << 16));
     }
 }
 

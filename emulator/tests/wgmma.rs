@@ -3,8 +3,10 @@
 //! Layouts are written here a second time, as the ISA's figures show them ("Shared Memory Matrix Layout", "Register Fragments
 //! for wgmma.mma_async.m64nNk16").
 
+#![allow(clippy::panic)] // helpers of tests fail as tests do
+
 use half::{bf16, f16};
-use ptx_emulator::{Launch, Memory, Module, Options, Report, Rule, Timing};
+use ptx_emulator::{Launch, Memory, Module, Options, Report, Timing};
 
 #[path = "wgmma/layouts.rs"]
 mod layouts;
@@ -142,6 +144,18 @@ FILLED:
 
     /// Runs with A (64 x 16), B (16 x n) and C (64 x n) and returns D.
     fn run(&self, module: &Module, a: &[u16], b: &[u16], c: &[f32], seed: u64) -> Result<Vec<f32>, Box<Report>> {
+        self.run_with(module, a, b, c, (seed, self.b.descriptor(self.n)))
+    }
+
+    /// The same with a descriptor of B of one's own.
+    fn run_with(
+        &self,
+        module: &Module,
+        a: &[u16],
+        b: &[u16],
+        c: &[f32],
+        (seed, b_descriptor): (u64, u64),
+    ) -> Result<Vec<f32>, Box<Report>> {
         let mut image = vec![0u8; 1 << 16];
         if let Some(layout) = self.a {
             layout.write(&mut image[..1 << 13], 64, |m, k| a[m * 16 + k]);
@@ -179,7 +193,7 @@ FILLED:
         params.extend((image.len() as u32).to_le_bytes());
         params.extend(u32::from(self.scale_d).to_le_bytes());
         let a = self.a.map_or(0, |layout| layout.descriptor(64));
-        let b = self.b.descriptor(self.n) + (1 << 13 >> 4);
+        let b = b_descriptor + (1 << 13 >> 4);
         [c_at, fragment_at, out, a, b].iter().for_each(|value| params.extend(value.to_le_bytes()));
         let launch = Launch {
             kernel: "k",
@@ -300,6 +314,33 @@ fn scales() {
         for a in [None, Some(LAYOUTS[0])] {
             for scale_d in [false, true] {
                 Case { scale_d, scale_a, scale_b, ..case(24, a, LAYOUTS[7]) }.check();
+            }
+        }
+    }
+}
+
+/// A descriptor with another swizzling mode, or with its offsets swapped, is reported, or gives another product: whatever the
+/// layout and the seed. (Where nothing is in the descriptor twice, swapped offsets may name memory that is there.)
+#[test]
+fn wrong_descriptors_show() {
+    let n = 128;
+    let a: Vec<u16> = (0..1024).map(|i| 0x3000 + i as u16).collect();
+    let b: Vec<u16> = (0..16 * n).map(|i| 0x3000 + (i * 7 % 2039) as u16).collect();
+    let c = vec![0.0; 64 * n];
+    for layout in LAYOUTS {
+        let case = case(n, None, *layout);
+        let module = case.kernel();
+        let right = layout.descriptor(n);
+        let (leading, stride) = (right >> 16 & 0x3fff, right >> 32 & 0x3fff);
+        let swapped = right & !0x3fff_3fff_0000 | stride << 16 | leading << 32;
+        let modes = (0..4).map(|mode| right & !(3 << 62) | mode << 62);
+        for wrong in modes.chain([swapped]).filter(|wrong| *wrong != right) {
+            for seed in 1..=SEEDS {
+                let found = case.run_with(&module, &a, &b, &c, (seed, wrong));
+                let expected = case.expected(&a, &b, &c);
+                let close = |(found, expected): (&f32, &f32)| (found - expected).abs() <= 1e-3 * expected.abs();
+                let same = found.is_ok_and(|found| found.iter().zip(&expected).all(close));
+                assert!(!same, "{layout:?} read through {wrong:#x} in place of {right:#x}");
             }
         }
     }

@@ -1,5 +1,7 @@
 //! The rules of `wgmma`: a kernel that breaks one is reported, with the rule and the line, for every seed; its twin never is.
 
+#![allow(clippy::panic)] // helpers of tests fail as tests do
+
 use ptx_emulator::{Launch, Memory, Module, Options, Report, Rule, Timing};
 
 const SEEDS: u64 = 20;

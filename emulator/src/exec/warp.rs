@@ -224,8 +224,8 @@ impl Warp {
         let mut text = String::new();
         for split in &self.splits {
             let at = &context.kernel.code[split.pc as usize];
-            let what = match self.blocked {
-                Some(id) => {
+            let what = match (self.blocked.or(split.barrier), self.stalled) {
+                (Some(id), _) => {
                     let barrier = &cta.barriers[id as usize];
                     let expected = barrier.expected.flatten().unwrap_or_else(|| cta.live_threads());
                     format!(
@@ -233,15 +233,10 @@ impl Warp {
                         barrier.arrived
                     )
                 }
-                None if self.stalled == Some(Stall::Warpgroup) => {
-                    "waits for the others of its warpgroup before".to_owned()
-                }
-                None if let Some(id) = split.barrier => format!("waits at barrier {id} before"),
-                None if let Some(Stall::Registers(count)) = self.stalled => {
-                    format!("waits for {count} registers per thread before")
-                }
-                None if split.parked => "waits for the other lanes at".to_owned(),
-                None => "is at".to_owned(),
+                (_, Some(Stall::Warpgroup)) => "waits for the others of its warpgroup before".to_owned(),
+                (_, Some(Stall::Registers(count))) => format!("waits for {count} registers per thread before"),
+                _ if split.parked => "waits for the other lanes at".to_owned(),
+                _ => "is at".to_owned(),
             };
             let (cta, warp, lanes) = (cta.index, self.id, split.mask);
             // Writing to a String cannot fail.

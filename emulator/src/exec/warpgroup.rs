@@ -282,7 +282,8 @@ impl Cta {
     }
 
     fn execute_upto(&mut self, context: &mut Context<'_>, warpgroup: usize, serial: u32) -> Outcome<()> {
-        while let Some(issued) = self.warpgroups[warpgroup].queue.pop_front_if(|issued| issued.serial <= serial) {
+        while self.warpgroups[warpgroup].queue.front().is_some_and(|issued| issued.serial <= serial) {
+            let Some(issued) = self.warpgroups[warpgroup].queue.pop_front() else { break };
             let place = |fault: Fault| Fault { pc: Some(issued.pc), ..fault };
             let op = &issued.op;
             let group = &mut self.warpgroups[warpgroup];

@@ -54,9 +54,9 @@ impl Layout {
                 let (line, along) = if self.mn_major { (k_in, mn_in) } else { (mn_in, k_in) };
                 // The pattern is one of 128-byte lines: shorter ones share them.
                 let unit = match self.line {
-                    128 => along / 8 ^ line,
-                    64 => along / 8 ^ line / 2,
-                    32 => along / 8 ^ line / 4,
+                    128 => (along / 8) ^ line,
+                    64 => (along / 8) ^ (line / 2),
+                    32 => (along / 8) ^ (line / 4),
                     _ => along / 8,
                 };
                 let at = atom + line * self.line + unit * 16 + along % 8 * 2;
