@@ -9,8 +9,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::warp::Stall;
-use super::{Clock, Context, Cta, Fault, Outcome};
+use super::{Clock, Context, Cta, Fault, Outcome, Shared};
 use crate::alu::{self, Lanes};
+use crate::decode::SHARED_BASE;
 use crate::isa::{OperandA, ScaleD, Wgmma};
 use crate::launch::Timing;
 use crate::layout::{Descriptor, Major};
@@ -313,22 +314,63 @@ impl Cta {
         Ok(())
     }
 
-    /// Sixteen bytes of an operand.
-    fn read_unit(
+    /// Sixteen bytes of an operand, when no rule forbids it.
+    fn try_unit(&mut self, context: &mut Context<'_>, address: u32, access: Access, known: &Clock) -> Option<[u8; 16]> {
+        let at = address.checked_sub(SHARED_BASE)? as usize;
+        let Shared { data, written, shadow } = &mut self.shared;
+        if written.get(at..at + 16)? != [1; 16] {
+            return None;
+        }
+        let size = data.len();
+        if context.options.races {
+            shadow.access((at, 16, size), access, known, &mut context.random).ok()?;
+        }
+        data[at..at + 16].try_into().ok()
+    }
+
+    /// What the rule is, and which operand.
+    fn unit_fault(
+        &mut self,
+        context: &mut Context<'_>,
+        issued: &Issued,
+        what: &str,
+        (address, access): (u32, Access),
+    ) -> Fault {
+        match self.read_shared(context, u64::from(address), 16, access, &issued.known) {
+            Err(fault) => {
+                let only_generic = fault.other.as_ref().is_some_and(|other| issued.known_generic.covers(other));
+                let hint = if only_generic { " in the async proxy: fence.proxy.async is missing" } else { "" };
+                Fault { message: format!("operand {what} of wgmma: {}{hint}", fault.message), ..fault }
+            }
+            Ok(_) => Fault::new(Rule::Race, format!("operand {what} of wgmma at {address:#x} is being written")),
+        }
+    }
+
+    /// Rows `8 part..8 part + 8` of an operand, in the order of memory: for K-major ones two units of each row, for MN-major
+    /// ones a unit for each k.
+    fn read_part(
         &mut self,
         context: &mut Context<'_>,
         warpgroup: usize,
         issued: &Issued,
-        what: &str,
-        address: u32,
-    ) -> Outcome<[u8; 16]> {
+        (what, descriptor, trans): (&str, &Descriptor, bool),
+        part: u32,
+    ) -> Outcome<[[u8; 16]; 16]> {
         let agent = self.wgmma_agent(warpgroup);
         let access = Access { cta: self.serial, agent, kind: WGMMA, clock: issued.serial, pc: issued.pc };
-        self.read_shared(context, u64::from(address), 16, access, &issued.known).map_err(|fault| {
-            let only_generic = fault.other.as_ref().is_some_and(|other| issued.known_generic.covers(other));
-            let hint = if only_generic { " in the async proxy: fence.proxy.async is missing" } else { "" };
-            Fault { message: format!("operand {what} of wgmma: {}{hint}", fault.message), ..fault }
-        })
+        let mut units = [[0; 16]; 16];
+        for (i, unit) in units.iter_mut().enumerate() {
+            let i = i as u32;
+            let address = match major(trans) {
+                Major::K => descriptor.unit(Major::K, 8 * part + i / 2, i % 2),
+                Major::Mn => descriptor.unit(Major::Mn, part, i),
+            };
+            *unit = match self.try_unit(context, address, access, &issued.known) {
+                Some(unit) => unit,
+                None => return Err(self.unit_fault(context, issued, what, (address, access))),
+            };
+        }
+        Ok(units)
     }
 
     fn read_a(
@@ -340,20 +382,14 @@ impl Cta {
     ) -> Outcome<alu::Rows> {
         let op = &issued.op;
         let mut rows = [[0.0; 16]; 64];
-        if op.trans_a {
-            for (m, k) in (0..8).flat_map(|m| (0..16).map(move |k| (m, k))) {
-                let unit = self.read_unit(context, warpgroup, issued, "A", descriptor.unit(Major::Mn, m, k))?;
+        for (part, rows) in rows.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            let units = self.read_part(context, warpgroup, issued, ("A", descriptor, op.trans_a), part as u32)?;
+            for (i, unit) in units.into_iter().enumerate() {
                 let values = alu::widen8(op.ab, unit, op.negate_a);
-                for (row, value) in rows[8 * m as usize..].iter_mut().zip(values) {
-                    row[k as usize] = value;
-                }
-            }
-        } else {
-            for (m, row) in rows.iter_mut().enumerate() {
-                for (k, part) in row.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                    let address = descriptor.unit(Major::K, m as u32, k as u32);
-                    let unit = self.read_unit(context, warpgroup, issued, "A", address)?;
-                    *part = alu::widen8(op.ab, unit, op.negate_a);
+                if op.trans_a {
+                    rows.iter_mut().zip(values).for_each(|(row, value)| row[i] = value);
+                } else {
+                    rows[i / 2][i % 2 * 8..][..8].copy_from_slice(&values);
                 }
             }
         }
@@ -369,21 +405,14 @@ impl Cta {
         panel: u32,
     ) -> Outcome<alu::Panel> {
         let op = &issued.op;
+        let units = self.read_part(context, warpgroup, issued, ("B", &issued.b, op.trans_b), panel)?;
         let mut rows = [[0.0; 8]; 16];
-        if op.trans_b {
-            for (k, row) in rows.iter_mut().enumerate() {
-                let address = issued.b.unit(Major::Mn, panel, k as u32);
-                let unit = self.read_unit(context, warpgroup, issued, "B", address)?;
-                *row = alu::widen8(op.ab, unit, op.negate_b);
-            }
-        } else {
-            for (n, k) in (0..8).flat_map(|n| (0..2).map(move |k| (n, k))) {
-                let address = issued.b.unit(Major::K, 8 * panel + n, k);
-                let unit = self.read_unit(context, warpgroup, issued, "B", address)?;
-                let values = alu::widen8(op.ab, unit, op.negate_b);
-                for (row, value) in rows[8 * k as usize..].iter_mut().zip(values) {
-                    row[n as usize] = value;
-                }
+        for (i, unit) in units.into_iter().enumerate() {
+            let values = alu::widen8(op.ab, unit, op.negate_b);
+            if op.trans_b {
+                rows[i] = values;
+            } else {
+                rows[i % 2 * 8..].iter_mut().zip(values).for_each(|(row, value)| row[i / 2] = value);
             }
         }
         Ok(rows)
