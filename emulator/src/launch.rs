@@ -43,7 +43,7 @@ impl Default for Device {
     }
 }
 
-/// When an asynchronous copy takes place, between being issued and being waited for.
+/// When an asynchronous copy or matrix operation takes place, between being issued and being waited for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Timing {
     /// At once.
@@ -62,7 +62,7 @@ pub struct Options {
     pub seed: u64,
     /// The device.
     pub device: Device,
-    /// When asynchronous copies land.
+    /// When asynchronous copies land and matrix operations take place.
     pub copies: Timing,
     /// Look for data races. Without, a run takes about half the time.
     pub races: bool,

@@ -34,7 +34,7 @@ pub enum Rule {
     Deadlock,
     /// The instruction limit was reached.
     Livelock,
-    /// Asynchronous copies that no one waited for at the end of the kernel.
+    /// Asynchronous copies or matrix operations that no one waited for at the end of the kernel.
     AsyncLeft,
     /// A register of a `wgmma` is used before the operation has been waited for.
     InFlight,

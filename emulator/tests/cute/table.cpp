@@ -1,12 +1,12 @@
-// Writes down where CuTe puts elements: fragments, ldmatrix and stmatrix, swizzles, shared-memory layouts of wgmma with the
-// descriptors CuTe makes for them. One fact to a line; tests/cute.rs holds the emulator's own formulas against them.
+// Writes down where CuTe puts elements: fragments, ldmatrix and stmatrix, swizzles, shared-memory layouts of wgmma with
+// the descriptors CuTe makes for them. One fact to a line; tests/cute.rs holds the emulator's own formulas against
+// them.
 //
 //     table FILE          (what CuTe itself prints goes to stdout)
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <cstdio>
-
 #include <cute/atom/copy_traits_sm75.hpp>
 #include <cute/atom/copy_traits_sm90.hpp>
 #include <cute/atom/mma_traits_sm80.hpp>
@@ -16,10 +16,11 @@
 using namespace cute;
 namespace gmma = SM90::GMMA;
 
-static FILE *out;
+static FILE* out;
 
 // A layout of (thread, value) -> row + rows * column.
-template <class Layout> void fragment(char const *name, Layout const &layout, int threads, int values, int rows) {
+template <class Layout>
+void fragment(char const* name, Layout const& layout, int threads, int values, int rows) {
   for (int thread = 0; thread < threads; thread++) {
     for (int value = 0; value < values; value++) {
       int at = layout(thread, value);
@@ -29,7 +30,8 @@ template <class Layout> void fragment(char const *name, Layout const &layout, in
 }
 
 // Bits of 8 x 8 matrices of 16-bit elements, one below the other: (lane, bit of its registers) -> bit of the matrices.
-template <class Layout> void matrices(char const *name, Layout const &layout, int count) {
+template <class Layout>
+void matrices(char const* name, Layout const& layout, int count) {
   for (int lane = 0; lane < 32; lane++) {
     for (int half = 0; half < 2 * count; half++) {
       int element = int(layout(lane, 16 * half)) / 16;
@@ -38,18 +40,20 @@ template <class Layout> void matrices(char const *name, Layout const &layout, in
   }
 }
 
-template <int Bits> void swizzle() {
+template <int Bits>
+void swizzle() {
   for (uint32_t address = 0; address < 4096; address += 16) {
     std::fprintf(out, "swizzle %d %u %u\n", 16 << Bits, address, uint32_t(Swizzle<Bits, 4, 3>::apply(address)));
   }
 }
 
 // A tile of Rows x 64 elements; a descriptor for each step of sixteen along K, and every element's address.
-template <class Atom, gmma::Major Major, int Rows, class Order> void shared(Order order) {
+template <class Atom, gmma::Major Major, int Rows, class Order>
+void shared(Order order) {
   auto layout = tile_to_shape(Atom{}, Shape<Int<Rows>, _64>{}, order);
   auto plain = layout.layout_b();
   auto swizzled = as_position_independent_swizzle_layout(layout);
-  auto tile = make_tensor(make_smem_ptr((half_t *)nullptr), layout);
+  auto tile = make_tensor(make_smem_ptr((half_t*)nullptr), layout);
   auto first = local_tile(tile, Shape<Int<Rows>, _16>{}, make_coord(0, 0));
   uint64_t descriptor = gmma::make_gmma_desc<Major>(first);
   for (int step = 0; step < 4; step++) {
@@ -66,12 +70,14 @@ template <class Atom, gmma::Major Major, int Rows, class Order> void shared(Orde
 }
 
 // Atoms that follow each other in memory along the rows, and along K.
-template <class Atom, gmma::Major Major, int Rows> void both_orders() {
+template <class Atom, gmma::Major Major, int Rows>
+void both_orders() {
   shared<Atom, Major, Rows>(Step<_1, _2>{});
   shared<Atom, Major, Rows>(Step<_2, _1>{});
 }
 
-template <int Rows> void all_layouts() {
+template <int Rows>
+void all_layouts() {
   both_orders<gmma::Layout_K_INTER_Atom<half_t>, gmma::Major::K, Rows>();
   both_orders<gmma::Layout_K_SW32_Atom<half_t>, gmma::Major::K, Rows>();
   both_orders<gmma::Layout_K_SW64_Atom<half_t>, gmma::Major::K, Rows>();
@@ -82,7 +88,7 @@ template <int Rows> void all_layouts() {
   both_orders<gmma::Layout_MN_SW128_Atom<half_t>, gmma::Major::MN, Rows>();
 }
 
-int main(int count, char **arguments) {
+int main(int count, char** arguments) {
   out = count == 2 ? std::fopen(arguments[1], "w") : nullptr;
   if (!out) {
     std::fprintf(stderr, "usage: table FILE\n");
