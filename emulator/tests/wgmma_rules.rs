@@ -359,3 +359,36 @@ fn what_does_not_exist_is_refused() {
         assert!(error.contains(said), "expected `{said}` in: {error}");
     }
 }
+
+/// Each synchronising instruction deleted in turn is noticed, or listed with the reason that it may go.
+#[test]
+fn removed_synchronisation_is_noticed() {
+    let redundant = [
+        // The second group then holds both operations.
+        "wgmma.commit_group.sync.aligned;#1",
+        // What one warp has waited for, the whole warpgroup has read.
+        "bar.sync 1;#1",
+    ];
+    let is_one = |line: &str| {
+        ["bar.", "fence.", "wgmma.fence", "wgmma.commit", "wgmma.wait"].iter().any(|start| line.starts_with(start))
+    };
+    let lines: Vec<&str> = TWICE.lines().collect();
+    let mut noticed = 0;
+    for (at, line) in lines.iter().enumerate().filter(|(_, line)| is_one(line.trim())) {
+        let number = lines[..=at].iter().filter(|other| *other == line).count();
+        let name = format!("{}#{number}", line.trim());
+        let mut rest = lines.clone();
+        rest.remove(at);
+        let rest = rest.join("\n");
+        if redundant.contains(&name.as_str()) {
+            passes(&rest, 128);
+            continue;
+        }
+        let module = module(&rest);
+        for seed in 1..=SEEDS {
+            assert!(run(&module, 128, seed, timing(seed)).is_err(), "seed {seed} without `{name}`");
+        }
+        noticed += 1;
+    }
+    assert_eq!(noticed, 5);
+}
