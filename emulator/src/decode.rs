@@ -7,6 +7,9 @@ mod float;
 mod math;
 mod memory;
 mod operands;
+mod proxy;
+mod warp;
+mod warpgroup;
 
 use crate::isa::*;
 use crate::parse::{Function, Statement};
@@ -190,13 +193,16 @@ impl Decoder<'_> {
     fn op(&self) -> Result<Op> {
         let words: Vec<&str> = self.statement.opcode.split('.').collect();
         type Family<'a> = fn(&Decoder<'a>, &[&str]) -> Result<Option<Op>>;
-        let families: [Family<'_>; 6] = [
+        let families: [Family<'_>; 9] = [
             |decoder, words| decoder.call(words),
             |decoder, words| decoder.math(words),
             |decoder, words| decoder.arithmetic(words),
             |decoder, words| decoder.float_arithmetic(words),
             |decoder, words| decoder.memory(words),
             |decoder, words| decoder.control(words),
+            |decoder, words| decoder.proxy(words),
+            |decoder, words| decoder.warp(words),
+            |decoder, words| decoder.warpgroup(words),
         ];
         for decode in families {
             if let Some(op) = decode(self, &words)? {

@@ -1,8 +1,12 @@
 //! Decoded instructions: what the executor sees. Names follow the PTX ISA.
 
 mod math;
+mod warp;
+mod warpgroup;
 
 pub(crate) use math::*;
+pub(crate) use warp::*;
+pub(crate) use warpgroup::*;
 
 /// A per-lane source. 32-bit and 16-bit registers hold their value zero-extended to 64 bits.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -21,12 +25,14 @@ pub(crate) enum Special {
     LaneId,
     WarpId,
     LaneMask(Compare),
+    SmId,
+    NsmId,
+    NwarpId,
+    /// Registers that hold what the host or the environment decides.
+    Zero,
     DynamicSharedBytes,
     TotalSharedBytes,
     Clock,
-    SmId,
-    NsmId,
-    WarpCount,
     /// Address in local memory of a variable in the frame of the function at hand.
     Frame(u32),
 }
@@ -362,6 +368,7 @@ pub(crate) enum Op {
     },
     Ldmatrix {
         trans: bool,
+        space: Space,
         d: Vec<Dst>,
         addr: Address,
     },
@@ -373,11 +380,9 @@ pub(crate) enum Op {
         b: Vec<Src>,
         c: [Src; 4],
     },
-    Bar {
-        id: Src,
-        count: Option<Src>,
-        arrive: bool,
-    },
+    Bar(Bar),
+    Warp(WarpOp),
+    Cache(Cache),
     WarpSync {
         mask: Src,
     },
@@ -455,6 +460,9 @@ pub(crate) enum Op {
     Hint {
         a: Vec<Src>,
     },
+    Warpgroup(Warpgroup),
+    /// `fence.proxy.async`
+    ProxyFence,
     Bra {
         target: u32,
     },
@@ -470,10 +478,12 @@ impl Op {
             self,
             Op::Ldmatrix { .. }
                 | Op::Mma { .. }
-                | Op::Bar { .. }
+                | Op::Bar(Bar { aligned: true, .. })
+                | Op::Warp(_)
                 | Op::WarpSync { .. }
                 | Op::Shfl { .. }
                 | Op::VoteSync { .. }
+                | Op::Warpgroup(_)
         )
     }
 }

@@ -7,7 +7,7 @@ use crate::decode::{self, CallGraph, Frame, LOCAL_BASE, Layout, Names, SHARED_BA
 use crate::isa::{Instruction, Op};
 use crate::memory::{Memory, Preset};
 use crate::parse::{self, Global, Location, Relocation, Source};
-use crate::regalloc;
+use crate::regalloc::{self, Pins};
 use crate::report::ParseError;
 
 /// A kernel as the executor sees it.
@@ -31,6 +31,7 @@ pub(crate) struct Kernel {
     pub max_threads: Option<u32>,
     /// `.maxnreg`.
     pub max_registers: Option<u32>,
+    pub pins: Pins,
 }
 
 impl Kernel {
@@ -315,6 +316,7 @@ fn kernel(function: &parse::Function, source: &Source, layout: &Rc<Layout>) -> R
     if !errors.is_empty() {
         return Err(errors);
     }
+    let pins = Pins::new(&mut code, registers);
     // The link registers stand behind all others.
     let links = registers;
     registers = registers.checked_add(graph.functions.len() as u16).ok_or_else(too_many)?;
@@ -339,5 +341,6 @@ fn kernel(function: &parse::Function, source: &Source, layout: &Rc<Layout>) -> R
         param_bytes: frame.param_bytes,
         max_threads: function.max_threads,
         max_registers: function.max_registers,
+        pins,
     })
 }

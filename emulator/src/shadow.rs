@@ -39,6 +39,8 @@ pub(crate) const ATOMIC: u8 = 2;
 pub(crate) const UPDATE: u8 = 4;
 const NARROW_CTA: u8 = 8;
 const NARROW_CLUSTER: u8 = 16;
+/// By a warpgroup's `wgmma`.
+pub(crate) const WGMMA: u8 = 32;
 
 /// The `kind` of a strong access.
 pub(crate) fn strong(scope: Scope) -> u8 {

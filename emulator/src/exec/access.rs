@@ -5,10 +5,10 @@ use super::{Context, Cta, Fault, Outcome, Shared};
 use crate::alu;
 use crate::clock::View;
 use crate::decode::{LOCAL_BASE, SHARED_BASE};
-use crate::isa::{Address, Atomic, Dst, Order, Semantics, Space, Src, Ty};
+use crate::isa::{Address, Atomic, Cache, Dst, Order, Semantics, Space, Src, Ty};
 use crate::memory::{Allocation, MemoryError};
 use crate::report::Rule;
-use crate::shadow::{ATOMIC, Access, UPDATE, WRITE, strong};
+use crate::shadow::{ATOMIC, Access, UPDATE, WGMMA, WRITE, strong};
 
 /// Generic addresses of shared and local memory: far below every global allocation.
 const SHARED_WINDOW: u64 = 0x7000_0000_0000;
@@ -63,7 +63,11 @@ fn race(what: &str, access: &Access, other: Access) -> Fault {
         (_, _, false) => "read",
         (_, _, true) => "strong read",
     };
-    let by = |access: &Access| if access.agent & 1 == 1 { " of an asynchronous copy" } else { "" };
+    let by = |access: &Access| match (access.kind & WGMMA != 0, access.agent & 1) {
+        (true, _) => " by wgmma",
+        (_, 1) => " of an asynchronous copy",
+        _ => "",
+    };
     let hint = if access.kind & other.kind & ATOMIC != 0 {
         " (both are strong, but their scopes do not include one another or their sizes differ)"
     } else if access.cta == other.cta && access.agent == other.agent && access.agent & 1 == 0 {
@@ -272,6 +276,40 @@ impl Cta {
             local.resize(offset + bytes, 0);
         }
         Ok(&mut local[offset..offset + bytes])
+    }
+
+    pub(super) fn cache(
+        &mut self,
+        context: &mut Context<'_>,
+        warp: usize,
+        (pc, mask): (u32, u32),
+        op: Cache,
+    ) -> Outcome<()> {
+        let (Cache::Priority { addr } | Cache::Discard { addr }) = op else { return Ok(()) };
+        let addresses = self.warps[warp].addresses(context, self, addr);
+        let access = self.warps[warp].views.access(self.serial, pc, WRITE);
+        let discards = matches!(op, Cache::Discard { .. });
+        for lane in lanes_of(mask) {
+            let view = self.warps[warp].views.view(lane);
+            let line = addresses[lane as usize];
+            self.cache_line(context, line, discards.then_some((access.of_lane(lane), &view)))
+                .map_err(|fault| fault.lane(lane))?;
+        }
+        Ok(())
+    }
+
+    /// `discard`: the line is as if nothing had written it; `applypriority`: nothing changes.
+    fn cache_line(&mut self, context: &mut Context<'_>, address: u64, discard: Option<(Access, &View)>) -> Outcome<()> {
+        const LINE: usize = 128;
+        if !address.is_multiple_of(LINE as u64) {
+            return Err(Fault::new(Rule::Misaligned, format!("{LINE} bytes at {address:#x}")));
+        }
+        let (index, offset) = context.memory.find(address, LINE).map_err(memory_fault)?;
+        if let Some((access, view)) = discard {
+            self.write_global(context, address, &[0; LINE], access, view)?;
+            context.memory.allocations[index].written[offset..offset + LINE].fill(0);
+        }
+        Ok(())
     }
 
     pub(super) fn load(

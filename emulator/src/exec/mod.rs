@@ -6,10 +6,14 @@ mod collective;
 mod copy;
 mod count;
 mod flags;
+mod matrix;
+mod pins;
+mod registers;
 mod step;
 mod sync;
 mod views;
 mod warp;
+mod warpgroup;
 
 use std::collections::BTreeMap;
 
@@ -20,11 +24,13 @@ use crate::launch::{Checked, Launch, Options};
 use crate::memory::Memory;
 use crate::module::{Kernel, Module};
 use crate::report::{Report, Rule, Site};
-use crate::shadow::{Access, Clusters, Shadow};
+use crate::shadow::{Access, Clusters, Shadow, WGMMA};
 use count::LineCount;
 use flags::{Flag, Place};
+use registers::RegisterPool;
 use sync::Barrier;
 use warp::{Stop, Warp};
+use warpgroup::Warpgroup;
 
 /// Barriers of a CTA (PTX ISA, "bar, barrier").
 const BARRIERS: usize = 16;
@@ -97,6 +103,8 @@ struct Cta {
     warps: Vec<Warp>,
     shared: Shared,
     barriers: Vec<Barrier>,
+    warpgroups: Vec<Warpgroup>,
+    registers: RegisterPool,
     live_warps: usize,
 }
 
@@ -105,12 +113,16 @@ impl Cta {
         let [x, y, _] = context.launch.grid;
         let warps = context.threads.div_ceil(32);
         let bytes = context.shared_bytes as usize;
+        // A warp and its copies; a warpgroup's matrix operations.
+        let agents = 2 * warps + warps.div_ceil(4);
         Cta {
             serial,
             index: [serial % x, serial / x % y, serial / x / y],
-            warps: (0..warps).map(|id| Warp::new(context, serial, id, 2 * warps as usize)).collect(),
+            warps: (0..warps).map(|id| Warp::new(context, serial, id, agents as usize)).collect(),
             shared: Shared { data: vec![0; bytes], written: vec![0; bytes], shadow: Shadow::default() },
             barriers: (0..BARRIERS).map(|_| Barrier::default()).collect(),
+            warpgroups: (0..warps.div_ceil(4)).map(|_| Warpgroup::default()).collect(),
+            registers: RegisterPool::default(),
             live_warps: warps as usize,
         }
     }
@@ -232,7 +244,25 @@ impl Machine<'_> {
         lines.concat()
     }
 
+    /// Warps that wait for others of their warpgroup, which will never come.
+    fn diverged(&self) -> Option<Box<Report>> {
+        let mut ctas = self.slots.iter().flatten();
+        let (cta, first, (pc, here)) = ctas.find_map(|cta| {
+            let mut groups = cta.warpgroups.iter().enumerate();
+            groups.find_map(|(group, state)| Some((cta, 4 * group as u32, state.waits()?)))
+        })?;
+        let missing: Vec<String> =
+            (0..4).filter(|warp| here >> warp & 1 == 0).map(|warp| (first + warp).to_string()).collect();
+        let message =
+            format!("warps {} of the warpgroup never reach it; no warp can run:{}", missing.join(", "), self.table());
+        let site = Some(self.site(cta.serial, first + here.trailing_zeros(), None, pc));
+        Some(Box::new(Report { site, ..*self.simple_report(Rule::Diverged, message) }))
+    }
+
     fn deadlock(&self) -> Box<Report> {
+        if let Some(report) = self.diverged() {
+            return report;
+        }
         let started = self.slots.iter().flatten().count();
         let message =
             format!("no warp can run; {started} CTAs alive, {} not started:{}", self.waiting.len(), self.table());
@@ -266,12 +296,19 @@ impl Machine<'_> {
         }
     }
 
+    /// The warp whose access it was; the first one of a warpgroup.
+    fn warp_of(&self, access: &Access) -> u32 {
+        let (agent, warps) = (u32::from(access.agent), self.context.threads.div_ceil(32));
+        if access.kind & WGMMA != 0 { 4 * (agent - 2 * warps) } else { agent / 2 }
+    }
+
     fn report(&self, slot: usize, warp: usize, pc: u32, fault: Fault) -> Box<Report> {
         let serial = self.slots[slot].as_ref().map_or(0, |cta| cta.serial);
         let site = self.site(serial, warp as u32, fault.lane, fault.pc.unwrap_or(pc));
         let other = fault.other.map(|access| {
             let lane = Some(access.lanes.trailing_zeros()).filter(|lane| *lane < 32);
-            self.site(access.cta, u32::from(access.agent / 2), lane, access.pc)
+            let lane = lane.filter(|_| access.kind & WGMMA == 0);
+            self.site(access.cta, self.warp_of(&access), lane, access.pc)
         });
         Box::new(Report {
             rule: fault.rule,

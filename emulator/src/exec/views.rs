@@ -157,6 +157,17 @@ impl Views {
         self.next_epoch();
     }
 
+    /// What every lane knows, in the generic proxy and in another.
+    pub fn known(&self, proxy: Proxy) -> (Rc<Clock>, Rc<Clock>) {
+        (Rc::clone(&self.clock), self.clock.in_proxy(proxy))
+    }
+
+    /// Every lane has waited for asynchronous operations of an agent, up to an epoch of theirs.
+    pub fn learn_async(&mut self, agent: u16, epoch: u32) {
+        Rc::make_mut(&mut self.clock).learn_async(agent, epoch);
+        self.apart.iter_mut().for_each(|(_, clock)| Rc::make_mut(clock).learn_async(agent, epoch));
+    }
+
     /// What an operation of another proxy that the lane issues now is held against; `agent` is the operation's.
     pub fn in_proxy(&self, lane: u32, proxy: Proxy, agent: u16) -> View {
         View { clock: self.clock_of(lane).in_proxy(proxy), agent, lane: None, own: 0, waited: 0 }
