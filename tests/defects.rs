@@ -172,6 +172,8 @@ fn specs(image: &str) -> Vec<(Spec, u32)> {
     if image == BACKWARD {
         let chunked = Spec::new(1600, 40, 24, 9);
         specs.push((Spec { placement: Placement::Aligned, outputs: [false, true, true, true], ..chunked }, 6));
+        // More steps over n than the ring has stages.
+        specs.push((Spec { placement: Placement::Aligned, n: 300, ..base }, 4));
     }
     specs
 }
@@ -411,8 +413,11 @@ fn moved(instruction: &str, by: i64) -> Option<String> {
 /// Of each kind of mistake this many places per kernel, evenly spread: a kernel has hundreds of `mma`.
 const PLACES: usize = 3;
 
-/// Mistakes that change nothing, each with the reason.
-const HARMLESS: &[(&str, &str, &str)] = &[];
+/// Mistakes that change nothing, by the kernel, the mistake and how the instruction begins; each with the reason.
+const HARMLESS: [(&str, &str, &str); 1] = [
+    // `step % kStages` of the prologue, whose steps are fewer than the stages: what is multiplied is 0.
+    ("lora_backward_bf16_large", "shift or stride doubled", "mul.lo.s16"),
+];
 
 #[test]
 fn mistaken_operands_are_noticed() {
@@ -475,5 +480,6 @@ fn mistaken_operands_are_noticed() {
     let missed = missed.into_inner().expect("a lock");
     let unreached = unreached.into_inner().expect("a lock");
     println!("{} mistaken operands; {} where no case comes: {unreached:#?}", work.len(), unreached.len());
+    assert!(unreached.len() * 8 < work.len(), "the cases leave out too much of the kernels");
     assert!(missed.is_empty(), "not noticed of {}:\n{missed}", work.len());
 }

@@ -57,12 +57,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let (input, output) = (memory.alloc("in", 256), memory.alloc("out", 256));
         memory.write(input, &(0..64u8).flat_map(|i| f32::from(i).to_le_bytes()).collect::<Vec<_>>())?;
         let params: Vec<u8> = [input, output].into_iter().flat_map(u64::to_le_bytes).collect();
-        let launch =
-            Launch { kernel: "sum", grid: [1; 3], cluster: [1; 3], block: [64, 1, 1], shared_bytes: 0, params: &params };
+        let launch = Launch {
+            kernel: "sum",
+            grid: [1; 3],
+            cluster: [1; 3],
+            block: [64, 1, 1],
+            shared_bytes: 0,
+            params: &params,
+        };
         let counters = module.launch(&mut memory, &launch, &Options::default())?;
         assert_eq!(memory.read(output, 4)?, 2016f32.to_le_bytes());
         let Counters { instructions, global_loaded, shared_loaded, .. } = counters;
-        println!("{name}: {instructions} instructions, {global_loaded} bytes global, {shared_loaded} bytes shared loaded");
+        println!(
+            "{name}: {instructions} instructions, {global_loaded} bytes global, {shared_loaded} bytes shared loaded"
+        );
     }
     Ok(())
 }

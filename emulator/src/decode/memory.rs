@@ -171,7 +171,7 @@ impl Decoder<'_> {
         if !legal || operands.len() != usize::from(returns) + 2 + usize::from(op == Atomic::Cas) {
             return self.unsupported();
         }
-        let (d, rest) = if returns { (self.dst(&operands[0])?, &operands[1..]) } else { (None, &operands[..]) };
+        let (d, rest) = if returns { (self.dst(&operands[0])?, &operands[1..]) } else { (None, operands) };
         let c = if op == Atomic::Cas { self.src(&rest[2], ty)? } else { Src::Imm(0) };
         Ok(Some(Op::Atom {
             space: in_space,

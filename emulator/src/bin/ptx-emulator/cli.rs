@@ -88,10 +88,13 @@ fn param_bytes(info: &KernelInfo<'_>) -> usize {
     info.parameters.last().map_or(0, |last| (last.offset + last.bytes) as usize)
 }
 
+/// Name, address and bytes.
+type Buffer = (String, u64, usize);
+
 /// Buffers in a fresh memory, and the parameter bytes that name them.
-fn prepare(run: &Run, info: &KernelInfo<'_>) -> Result<(Memory, Vec<(String, u64, usize)>, Vec<u8>), String> {
+fn prepare(run: &Run, info: &KernelInfo<'_>) -> Result<(Memory, Vec<Buffer>, Vec<u8>), String> {
     let mut memory = Memory::new();
-    let mut buffers: Vec<(String, u64, usize)> = Vec::new();
+    let mut buffers: Vec<Buffer> = Vec::new();
     let mut params = vec![0; param_bytes(info)];
     if run.values.len() != info.parameters.len() {
         let names: Vec<&str> = info.parameters.iter().map(|parameter| parameter.name.as_str()).collect();
