@@ -1,5 +1,4 @@
-//! A reversal in shared memory with its barrier left out. What a run meets first depends on the order of events: a read of
-//! what nothing wrote yet, or a race, which names both sides. Every order has one or the other.
+//! A reversal in shared memory with its barrier left out: the report names both sides, whatever the order of events.
 //!
 //! `cargo run -p ptx-emulator --example find_a_race`
 
@@ -21,6 +20,8 @@ const REVERSE: &str = "
     ld.global.u32 %r2, [%rd3];
     mov.u32 %r3, tile;
     mad.lo.u32 %r4, %r1, 4, %r3;
+    st.shared.u32 [%r4], 0;
+    bar.sync 1;
     st.shared.u32 [%r4], %r2;
     bar.sync 0;
     sub.u32 %r5, 127, %r1;
@@ -32,7 +33,7 @@ const REVERSE: &str = "
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let without = REVERSE.replace("    bar.sync 0;\n", "");
-    for (text, seed) in [(REVERSE, 1), (REVERSE, 2), (&without, 1), (&without, 2), (&without, 3), (&without, 4)] {
+    for (text, seed) in [(REVERSE, 1), (REVERSE, 2), (&without, 1), (&without, 2)] {
         let module = Module::parse(text)?;
         let mut memory = Memory::new();
         let data = memory.alloc("data", 512);
@@ -51,7 +52,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 println!("with the barrier, seed {seed}: no rule broken");
             }
             Err(report) => {
-                assert!(matches!(report.rule, Rule::Race | Rule::Uninitialised));
+                assert_eq!(report.rule, Rule::Race);
                 println!("without it, seed {seed}: {report}");
             }
         }
