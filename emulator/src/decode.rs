@@ -3,6 +3,7 @@
 mod arithmetic;
 mod call;
 mod control;
+mod convert;
 mod float;
 mod math;
 mod memory;
