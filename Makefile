@@ -31,6 +31,10 @@ check: ## Check formatting, lints on all feature sets, documentation, dependenci
 	@scripts/toolchain check
 	@scripts/check
 
+.PHONY: cute-check
+cute-check: toolchain ## Hold the emulator's matrix layouts against CuTe's headers, which it installs
+	@scripts/cute-check
+
 .PHONY: bench
 bench: toolchain ## Measure on this machine
 	@. .toolchain/env; cargo bench -- $(ARGS)

@@ -92,6 +92,13 @@ impl Emulator {
         self
     }
 
+    /// A launch that executes more warp instructions than this is given up: for kernels that may never end.
+    #[must_use]
+    pub fn with_limit(mut self, instructions: u64) -> Emulator {
+        self.options.limit = instructions;
+        self
+    }
+
     /// Other PTX for the image of this name: how tests run altered kernels.
     #[must_use]
     pub fn with_module(mut self, image: &'static str, module: Arc<Module>) -> Emulator {

@@ -14,12 +14,14 @@ mod narrow;
 mod soft;
 #[cfg(test)]
 mod tests;
+mod wgmma;
 
 use crate::isa::*;
 pub(crate) use convert::{cvt, cvt_pack};
 pub(crate) use int::bfi;
 pub(crate) use math::{float_mode_exists, math, test as test_math, truth};
-pub(crate) use mma::mma;
+pub(crate) use mma::{mma, mma_f16};
+pub(crate) use wgmma::{Panel, Rows, Sums, accumulate, load, store, widen2, widen8};
 
 /// A register: one value per lane. 32-bit and 16-bit registers hold their value zero-extended.
 pub(crate) type Lanes = [u64; 32];

@@ -180,6 +180,15 @@ fn products(cases: &mut Vec<Case>) {
                 moves = (0..4).map(|i| format!("    mov.b32 %o{i}, %f{i};\n")).collect::<String>(),
             );
             cases.push(body(a + b, 4, text).case(&format!("mma.m16n8k{k}.{ty}"), arch, 32, input));
+            if ty == "f16" {
+                let text = format!(
+                    "    mov.b32 %r0, 0x3c003c00;\n    mma.sync.aligned.m16n8k{k}.row.col.f16.f16.f16.f16 {{%o0, %o1}}, {{{a}}}, \
+                     {{{b}}}, {{%r0, %r0}};\n",
+                    a = list("i", 0..a),
+                    b = list("i", a..a + b),
+                );
+                cases.push(body(a + b, 2, text).case(&format!("mma.m16n8k{k}.f16.f16"), arch, 32, input));
+            }
         }
     }
 }
@@ -290,9 +299,61 @@ fn warps(cases: &mut Vec<Case>) {
             format!("    shfl.sync.{mode}.b32 %o0|%p0, %i0, {lanes}, {clamp}, -1;\n    selp.u32 %o1, 1, 0, %p0;\n");
         cases.push(body(1, 2, text).case(&format!("shfl.{mode}.{lanes}.{clamp:#x}"), 75, 64, Input::Bits));
     }
+    for name in ["redux.sync.add.s32", "redux.sync.min.s32", "redux.sync.max.u32", "redux.sync.xor.b32"] {
+        cases.push(body(1, 1, format!("    {name} %o0, %i0, -1;\n")).case(name, 80, 64, Input::Bits));
+    }
+    let text =
+        "    and.b32 %r0, %i0, 7;\n    match.any.sync.b32 %o0, %r0, -1;\n    match.all.sync.b32 %o1|%p0, %r0, -1;\n";
+    cases.push(body(1, 2, text).case("match", 75, 64, Input::Bits));
     let text = "    and.b32 %r0, %i0, 1;\n    setp.ne.u32 %p0, %r0, 0;\n    vote.sync.ballot.b32 %o0, %p0, -1;\n    \
                 vote.sync.any.pred %p1, %p0, -1;\n    selp.u32 %o1, 1, 0, %p1;\n";
     cases.push(body(1, 2, text).case("vote", 75, 64, Input::Bits));
+}
+
+/// wgmma of every layout of its operands in shared memory, and with A in registers. Small integers: exact in any order.
+fn warpgroups(cases: &mut Vec<Case>) {
+    // Descriptor bits above the start address: LBO, SBO and swizzle mode; see `layout`.
+    let fields = |lbo: u64, sbo: u64, mode: u64| (lbo >> 4) << 16 | (sbo >> 4) << 32 | mode << 62;
+    let layouts = [
+        ("k.none", fields(128, 256, 0), 0),
+        ("k.32b", fields(16, 256, 3), 0),
+        ("k.64b", fields(16, 512, 2), 0),
+        ("k.128b", fields(16, 1024, 1), 0),
+        ("mn.none", fields(128, 256, 0), 1),
+        ("mn.128b", fields(16, 1024, 1), 1),
+    ];
+    let fill: String = (0..32).map(|i| format!("    st.shared.b32 [%r0+{}], %i{i};\n", 512 * i)).collect();
+    let moves: String = (0..32).map(|i| format!("    mov.b32 %o{i}, %f{i};\n")).collect();
+    let zero: String = (0..32).map(|i| format!("    mov.f32 %f{i}, 0f3F800000;\n")).collect();
+    for (ty, input) in [("f16", Input::SmallF16), ("bf16", Input::SmallBf16)] {
+        for (name, bits, trans) in layouts {
+            for registers in [false, true] {
+                if registers && trans == 1 {
+                    continue;
+                }
+                let a = if registers { format!("{{{}}}", list("i", 0..4)) } else { "%rd2".to_owned() };
+                let trans_a = if registers { String::new() } else { format!(", {trans}") };
+                let text = format!(
+                    "    shl.b32 %r0, %t, 2;\n    add.s32 %r0, %r0, %s;\n{fill}    fence.proxy.async;\n    bar.sync 0;\n    \
+                     cvt.u64.u32 %rd1, %s;\n    shr.u64 %rd1, %rd1, 4;\n    or.b64 %rd2, %rd1, {bits};\n    \
+                     add.s64 %rd3, %rd2, 512;\n{zero}    wgmma.fence.sync.aligned;\n    \
+                     wgmma.mma_async.sync.aligned.m64n64k16.f32.{ty}.{ty} {{{d}}}, {a}, %rd3, 1, 1, 1{trans_a}, {trans};\n    \
+                     wgmma.commit_group.sync.aligned;\n    wgmma.wait_group.sync.aligned 0;\n{moves}",
+                    d = list("f", 0..32),
+                );
+                let from = if registers { ".registers" } else { "" };
+                cases.push(body(32, 32, text).case(&format!("wgmma.n64.{ty}.{name}{from}"), 90, 128, input));
+            }
+        }
+    }
+    for trans in ["", ".trans"] {
+        let text = format!(
+            "    xor.b32 %r1, %t, 3;\n    shl.b32 %r1, %r1, 4;\n    add.s32 %r1, %r1, %s;\n    \
+             stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%r1], {{%i0, %i1, %i2, %i3}};\n    bar.sync 0;\n    \
+             shl.b32 %r0, %t, 4;\n    add.s32 %r0, %r0, %s;\n    ld.shared.v4.b32 {{%o0, %o1, %o2, %o3}}, [%r0];\n"
+        );
+        cases.push(body(4, 4, text).case(&format!("stmatrix.x4{trans}"), 90, 32, Input::Bits));
+    }
 }
 
 /// Every case the emulator can run.
@@ -303,6 +364,7 @@ pub fn cases() -> Vec<Case> {
     copies(&mut cases);
     arithmetic(&mut cases);
     warps(&mut cases);
+    warpgroups(&mut cases);
     cases
 }
 

@@ -65,6 +65,29 @@ impl Known {
         self.parts.retain(|part| part.lanes != 0);
     }
 
+    /// Up to which epoch a lane of an agent is known.
+    fn of(&self, agent: u16, lane: u32) -> u32 {
+        let parts = self.parts.iter().filter(|part| part.agent == agent && part.lanes >> lane & 1 != 0);
+        parts.map(|part| part.epoch).fold(self.all.get(agent as usize).copied().unwrap_or(0), u32::max)
+    }
+
+    /// Forgets what `other` does not know.
+    fn meet(&mut self, other: &Known) {
+        let further = std::mem::take(&mut self.parts);
+        let mine = Known { all: self.all.clone(), parts: further };
+        let theirs = other.all.iter().copied().chain(std::iter::repeat(0));
+        self.all.iter_mut().zip(theirs).for_each(|(mine, theirs)| *mine = (*mine).min(theirs));
+        // Lanes that both know further than the whole agent are few, if there are any.
+        let mut agents: Vec<u16> = mine.parts.iter().chain(&other.parts).map(|part| part.agent).collect();
+        agents.sort_unstable();
+        agents.dedup();
+        for agent in agents {
+            for lane in 0..32 {
+                self.add(agent, 1 << lane, mine.of(agent, lane).min(other.of(agent, lane)));
+            }
+        }
+    }
+
     fn raise(&mut self, other: &Known) {
         if self.all.len() < other.all.len() {
             self.all.resize(other.all.len(), 0);
@@ -140,6 +163,21 @@ impl Clock {
         }
         let known = self.foreign.binary_search_by_key(&access.cta, |entry| entry.0);
         known.is_ok_and(|at| self.foreign[at].1.covers(access.agent, lanes, access.clock))
+    }
+
+    /// Forgets what `other`, of the same CTA, does not know in the generic proxy.
+    pub fn meet(&mut self, other: &Clock) {
+        self.own.meet(&other.own);
+        if Rc::ptr_eq(&self.foreign, &other.foreign) || self.foreign.is_empty() {
+            return;
+        }
+        Rc::make_mut(&mut self.foreign).retain_mut(|(cta, known)| {
+            let theirs = other.foreign.binary_search_by_key(cta, |entry| entry.0);
+            if let Ok(at) = theirs {
+                known.meet(&other.foreign[at].1);
+            }
+            theirs.is_ok()
+        });
     }
 
     /// Makes what is ordered in the generic proxy ordered in another one as well.

@@ -69,6 +69,8 @@ pub struct Counters {
     pub instructions: u64,
     /// `mma.sync` instructions.
     pub mma: u64,
+    /// `wgmma.mma_async` instructions, one for each warpgroup.
+    pub wgmma: u64,
     /// Arrivals of warps at barriers of their CTA.
     pub barriers: u64,
     /// Atomic operations, one for each lane.

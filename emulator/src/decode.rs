@@ -4,11 +4,14 @@ mod arithmetic;
 mod bulk;
 mod call;
 mod control;
+mod convert;
 mod float;
 mod hopper;
 mod math;
 mod memory;
 mod operands;
+mod warp;
+mod warpgroup;
 
 use crate::isa::*;
 use crate::parse::{Function, Statement};
@@ -194,7 +197,7 @@ impl Decoder<'_> {
     fn op(&self) -> Result<Op> {
         let words: Vec<&str> = self.statement.opcode.split('.').collect();
         type Family<'a> = fn(&Decoder<'a>, &[&str]) -> Result<Option<Op>>;
-        let families: [Family<'_>; 7] = [
+        let families: [Family<'_>; 9] = [
             |decoder, words| decoder.call(words),
             |decoder, words| decoder.hopper(words),
             |decoder, words| decoder.math(words),
@@ -202,6 +205,8 @@ impl Decoder<'_> {
             |decoder, words| decoder.float_arithmetic(words),
             |decoder, words| decoder.memory(words),
             |decoder, words| decoder.control(words),
+            |decoder, words| decoder.warp(words),
+            |decoder, words| decoder.warpgroup(words),
         ];
         for decode in families {
             if let Some(op) = decode(self, &words)? {

@@ -2,9 +2,13 @@
 
 mod hopper;
 mod math;
+mod warp;
+mod warpgroup;
 
 pub(crate) use hopper::*;
 pub(crate) use math::*;
+pub(crate) use warp::*;
+pub(crate) use warpgroup::*;
 
 /// A per-lane source. 32-bit and 16-bit registers hold their value zero-extended to 64 bits.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -23,12 +27,14 @@ pub(crate) enum Special {
     LaneId,
     WarpId,
     LaneMask(Compare),
+    SmId,
+    NsmId,
+    NwarpId,
+    /// Registers that hold what the host or the environment decides.
+    Zero,
     DynamicSharedBytes,
     TotalSharedBytes,
     Clock,
-    SmId,
-    NsmId,
-    WarpCount,
     ClusterCtaid(u8),
     ClusterNctaid(u8),
     ClusterCtaRank,
@@ -373,6 +379,7 @@ pub(crate) enum Op {
     },
     Ldmatrix {
         trans: bool,
+        space: Space,
         d: Vec<Dst>,
         addr: Address,
     },
@@ -384,11 +391,9 @@ pub(crate) enum Op {
         b: Vec<Src>,
         c: [Src; 4],
     },
-    Bar {
-        id: Src,
-        count: Option<Src>,
-        arrive: bool,
-    },
+    Bar(Bar),
+    Warp(WarpOp),
+    Cache(Cache),
     WarpSync {
         mask: Src,
     },
@@ -466,6 +471,7 @@ pub(crate) enum Op {
     Hint {
         a: Vec<Src>,
     },
+    Warpgroup(Warpgroup),
     Bra {
         target: u32,
     },
@@ -482,10 +488,12 @@ impl Op {
             self,
             Op::Ldmatrix { .. }
                 | Op::Mma { .. }
-                | Op::Bar { .. }
+                | Op::Bar(Bar { aligned: true, .. })
+                | Op::Warp(_)
                 | Op::WarpSync { .. }
                 | Op::Shfl { .. }
                 | Op::VoteSync { .. }
+                | Op::Warpgroup(_)
         ) || matches!(self, Op::Hopper(op) if op.is_collective())
     }
 }

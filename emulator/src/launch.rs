@@ -63,7 +63,7 @@ impl Default for Device {
     }
 }
 
-/// When an asynchronous copy takes place, between being issued and being waited for.
+/// When an asynchronous copy or matrix operation takes place, between being issued and being waited for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Timing {
     /// At once.
@@ -82,7 +82,7 @@ pub struct Options {
     pub seed: u64,
     /// The device.
     pub device: Device,
-    /// When asynchronous copies land.
+    /// When asynchronous copies land and matrix operations take place.
     pub copies: Timing,
     /// What is looked for and counted beside what every run is checked for.
     pub checks: Checks,

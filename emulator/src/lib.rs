@@ -10,6 +10,8 @@ mod decode;
 mod exec;
 mod isa;
 mod launch;
+#[doc(hidden)]
+pub mod layout;
 mod memory;
 mod module;
 mod parse;

@@ -7,7 +7,7 @@ use crate::decode::{self, CallGraph, Frame, LOCAL_BASE, Layout, Names, SHARED_BA
 use crate::isa::{Instruction, Op};
 use crate::memory::{Memory, Preset};
 use crate::parse::{self, ClusterRule, Global, Location, Relocation, Source};
-use crate::regalloc;
+use crate::regalloc::{self, Pins};
 use crate::report::ParseError;
 
 /// A kernel as the executor sees it.
@@ -32,6 +32,7 @@ pub(crate) struct Kernel {
     /// `.maxnreg`.
     pub max_registers: Option<u32>,
     pub cluster: ClusterRule,
+    pub pins: Pins,
 }
 
 impl Kernel {
@@ -316,6 +317,7 @@ fn kernel(function: &parse::Function, source: &Source, layout: &Rc<Layout>) -> R
     if !errors.is_empty() {
         return Err(errors);
     }
+    let pins = Pins::new(&mut code, registers);
     // The link registers stand behind all others.
     let links = registers;
     registers = registers.checked_add(graph.functions.len() as u16).ok_or_else(too_many)?;
@@ -341,5 +343,6 @@ fn kernel(function: &parse::Function, source: &Source, layout: &Rc<Layout>) -> R
         max_threads: function.max_threads,
         max_registers: function.max_registers,
         cluster: function.cluster.clone(),
+        pins,
     })
 }

@@ -1,5 +1,7 @@
 //! Register slots by liveness: nvcc names thousands of registers per kernel, of which a few hundred are live at a time.
 
+use std::sync::Arc;
+
 use crate::isa::*;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -106,12 +108,9 @@ fn registers(op: &mut Op, visit: &mut impl FnMut(Role, &mut u16)) {
             a.iter_mut().chain(b).chain(c).for_each(|s| src(s, visit));
             d.iter_mut().for_each(|d| dst(d, visit));
         }
-        Op::Bar { id, count, .. } => {
-            src(id, visit);
-            if let Some(count) = count {
-                src(count, visit);
-            }
-        }
+        Op::Bar(bar) => barrier(bar, visit),
+        Op::Warp(op) => warp_op(op, visit),
+        Op::Cache(Cache::Priority { addr } | Cache::Discard { addr }) => src(&mut addr.base, visit),
         Op::WarpSync { mask } => src(mask, visit),
         Op::Shfl { d, p, a, b, c, mask, .. } => {
             for s in [a, b, c, mask] {
@@ -175,7 +174,9 @@ fn registers(op: &mut Op, visit: &mut impl FnMut(Role, &mut u16)) {
                 visit(Role::DefPred, p);
             }
         }
-        Op::Fence { .. }
+        Op::Warpgroup(op) => warpgroup(op, visit),
+        Op::Cache(Cache::Prefetch)
+        | Op::Fence { .. }
         | Op::CpAsyncCommit
         | Op::CpAsyncWait { .. }
         | Op::Bra { .. }
@@ -183,6 +184,70 @@ fn registers(op: &mut Op, visit: &mut impl FnMut(Role, &mut u16)) {
         | Op::Trap
         | Op::Nanosleep => {}
     }
+}
+
+fn barrier(bar: &mut Bar, visit: &mut impl FnMut(Role, &mut u16)) {
+    src(&mut bar.id, visit);
+    if let Some(count) = &mut bar.count {
+        src(count, visit);
+    }
+    if let Some((reduce, c)) = &mut bar.reduce {
+        visit(Role::UsePred, &mut c.slot);
+        match reduce {
+            Reduce::Popc(d) => dst(d, visit),
+            Reduce::And(p) | Reduce::Or(p) => visit(Role::DefPred, p),
+        }
+    }
+}
+
+fn warp_op(op: &mut WarpOp, visit: &mut impl FnMut(Role, &mut u16)) {
+    match op {
+        WarpOp::Stmatrix { addr, a, .. } => {
+            src(&mut addr.base, visit);
+            a.iter_mut().for_each(|a| src(a, visit));
+        }
+        WarpOp::Movmatrix { d, a } => {
+            src(a, visit);
+            dst(d, visit);
+        }
+        WarpOp::Elect { d, p, mask } => {
+            src(mask, visit);
+            dst(d, visit);
+            visit(Role::DefPred, p);
+        }
+        WarpOp::Match { d, p, a, mask, .. } => {
+            src(a, visit);
+            src(mask, visit);
+            dst(d, visit);
+            if let Some(p) = p {
+                visit(Role::DefPred, p);
+            }
+        }
+        WarpOp::Redux { d, a, mask, .. } => {
+            src(a, visit);
+            src(mask, visit);
+            dst(d, visit);
+        }
+        WarpOp::MmaF16 { d, a, b, c, .. } => {
+            a.iter_mut().chain(b).chain(c).for_each(|s| src(s, visit));
+            d.iter_mut().for_each(|d| dst(d, visit));
+        }
+    }
+}
+
+fn warpgroup(op: &mut Warpgroup, visit: &mut impl FnMut(Role, &mut u16)) {
+    let Warpgroup::Mma(op) = op else { return };
+    let op = Arc::make_mut(op);
+    src(&mut op.b, visit);
+    match &mut op.a {
+        OperandA::Descriptor(a) => src(a, visit),
+        OperandA::Registers(a) => a.iter_mut().for_each(|slot| visit(Role::Use, slot)),
+    }
+    if let ScaleD::Pred(p) = &mut op.scale_d {
+        visit(Role::UsePred, &mut p.slot);
+    }
+    // Defined as well; but `allocate` keeps a slot for each of them throughout the kernel.
+    op.d.iter_mut().for_each(|slot| visit(Role::Use, slot));
 }
 
 #[derive(Clone, Default)]
@@ -350,6 +415,12 @@ pub(crate) fn allocate(code: &mut [Instruction], data: u16, preds: u16) -> (u16,
             Role::DefPred => touch(data + *slot as usize, 2 * i + 1),
         });
     }
+    // What wgmma names stays its own: it may be in flight long after its last use.
+    for instruction in code.iter() {
+        if let Op::Warpgroup(Warpgroup::Mma(op)) = &instruction.op {
+            op.pinned().for_each(|slot| intervals[slot as usize] = (0, usize::MAX));
+        }
+    }
     let (data_slots, data_count) = assign(&intervals[..data]);
     let (pred_slots, pred_count) = assign(&intervals[data..]);
     for instruction in code {
@@ -389,4 +460,50 @@ fn assign(intervals: &[(usize, usize)]) -> (Vec<u16>, u16) {
         active.push(std::cmp::Reverse((end, slot)));
     }
     (slots, count)
+}
+
+/// The registers that some `wgmma` names, and which instructions touch them.
+#[derive(Debug, Default)]
+pub(crate) struct Pins {
+    pub count: usize,
+    /// By register: its number among the pinned ones, plus one.
+    number: Vec<u16>,
+    /// By instruction, other than `wgmma`: the pinned registers it reads and (`true`) writes. Empty when there are none.
+    pub touches: Vec<Vec<(u16, bool)>>,
+}
+
+impl Pins {
+    pub fn new(code: &mut [Instruction], slots: u16) -> Pins {
+        let mut pins = Pins { count: 0, number: vec![0; slots as usize], touches: Vec::new() };
+        for instruction in code.iter() {
+            let Op::Warpgroup(Warpgroup::Mma(op)) = &instruction.op else { continue };
+            for slot in op.pinned() {
+                if pins.number[slot as usize] == 0 {
+                    pins.count += 1;
+                    pins.number[slot as usize] = pins.count as u16;
+                }
+            }
+        }
+        if pins.count == 0 {
+            return pins;
+        }
+        for instruction in code {
+            let mut touched = Vec::new();
+            if !matches!(instruction.op, Op::Warpgroup(_)) {
+                registers(&mut instruction.op, &mut |role, slot: &mut u16| {
+                    let is_data = matches!(role, Role::Use | Role::Def);
+                    if let Some(number @ 1..) = pins.number.get(*slot as usize).filter(|_| is_data) {
+                        touched.push((number - 1, role == Role::Def));
+                    }
+                });
+            }
+            pins.touches.push(touched);
+        }
+        pins
+    }
+
+    /// The number of a pinned register.
+    pub fn of_slot(&self, slot: u16) -> usize {
+        usize::from(self.number[slot as usize].saturating_sub(1))
+    }
 }

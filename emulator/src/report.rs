@@ -36,8 +36,14 @@ pub enum Rule {
     Deadlock,
     /// The instruction limit was reached.
     Livelock,
-    /// Asynchronous copies that no one waited for at the end of the kernel.
+    /// Asynchronous copies or matrix operations that no one waited for at the end of the kernel.
     AsyncLeft,
+    /// A register of a `wgmma` is used before the operation has been waited for.
+    InFlight,
+    /// `wgmma` uses a register without the `wgmma.fence` that must come between it and an earlier access.
+    RegisterFence,
+    /// A matrix descriptor of `wgmma` that is wrong, or not the same in all warps.
+    BadDescriptor,
     /// `trap`, or an operand outside what the instruction allows.
     Trap,
 }
@@ -59,6 +65,10 @@ pub struct Site {
     pub source: Option<String>,
 }
 
+/// Characters of a long instruction that are shown, of its beginning and of its end.
+const HEAD: usize = 100;
+const TAIL: usize = 40;
+
 impl fmt::Display for Site {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [x, y, z] = self.cta;
@@ -66,7 +76,15 @@ impl fmt::Display for Site {
         if let Some(lane) = self.lane {
             write!(f, " lane {lane}")?;
         }
-        write!(f, ", PTX line {}: `{}`", self.ptx_line, self.instruction)?;
+        write!(f, ", PTX line {}: `", self.ptx_line)?;
+        // An instruction of a warpgroup may name more than a hundred registers.
+        let text = self.instruction.as_str();
+        match (text.char_indices().nth(HEAD), text.char_indices().rev().nth(TAIL - 1)) {
+            (Some((head, _)), Some((tail, _))) if head + TAIL < tail => {
+                write!(f, "{} … {}`", &text[..head], &text[tail..])?
+            }
+            _ => write!(f, "{text}`")?,
+        }
         if let Some(source) = &self.source {
             write!(f, " ({source})")?;
         }

@@ -41,6 +41,8 @@ const NARROW_CTA: u8 = 8;
 const NARROW_CLUSTER: u8 = 16;
 /// Through another proxy, as an operation that was issued: each (agent and epoch) for itself.
 pub(crate) const ASYNC: u8 = 32;
+/// By a warpgroup's `wgmma`.
+pub(crate) const WGMMA: u8 = 64;
 
 /// The `kind` of a strong access.
 pub(crate) fn strong(scope: Scope) -> u8 {

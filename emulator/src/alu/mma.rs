@@ -23,6 +23,16 @@ pub(crate) fn mma(k: u8, ab: Ty, a: &[&Lanes], b: &[&Lanes], c: [&Lanes; 4]) -> 
     }
 }
 
+/// The same with f16 accumulators, two columns to a register: summed in f32, rounded once.
+pub(crate) fn mma_f16(k: u8, a: &[&Lanes], b: &[&Lanes], c: [&Lanes; 2]) -> [Lanes; 2] {
+    let part = |c: &Lanes, shift: u32| super::map(c, |x: u32| F16::widen((x >> shift) as u16));
+    let [top, bottom] = c.map(|c| [part(c, 0), part(c, 16)]);
+    let [a0, a1, b0, b1] = product::<F16>(usize::from(k), a, b, [&top[0], &top[1], &bottom[0], &bottom[1]]);
+    [[a0, a1], [b0, b1]].map(|[even, odd]| {
+        super::zip(&even, &odd, |x: f32, y: f32| u32::from(F16::narrow(x)) | u32::from(F16::narrow(y)) << 16)
+    })
+}
+
 fn product<N: Narrow>(k: usize, a: &[&Lanes], b: &[&Lanes], c: [&Lanes; 4]) -> [Lanes; 4] {
     let mut d = [[0; 32]; 4];
     let mut tile = [[0.0; 8]; 8];

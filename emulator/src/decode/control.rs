@@ -15,20 +15,16 @@ impl Decoder<'_> {
             }
             ["ret"] | ["exit"] | ["ret", "uni"] => Op::Exit,
             ["trap"] => Op::Trap,
-            ["nanosleep", "u32"] => Op::Nanosleep,
-            ["bar" | "barrier", "sync"]
-            | ["bar", "cta", "sync"]
-            | ["barrier", "sync", "aligned"]
-            | ["barrier", "cta", "sync"]
-            | ["barrier", "cta", "sync", "aligned"] => self.bar(false)?,
-            ["bar" | "barrier", "arrive"]
-            | ["barrier", "arrive", "aligned"]
-            | ["bar" | "barrier", "cta", "arrive"]
-            | ["barrier", "cta", "arrive", "aligned"] => self.bar(true)?,
+            ["nanosleep", "u32"] => {
+                let [time] = self.operands()?;
+                self.src(time, Ty::U(32))?;
+                Op::Nanosleep
+            }
             ["bar", "warp", "sync"] => {
                 let [mask] = self.operands()?;
                 Op::WarpSync { mask: self.src(mask, Ty::U(32))? }
             }
+            ["bar" | "barrier", scope, ..] if scope != "cluster" => return self.barrier(words),
             ["shfl", "sync", mode, "b32"] => {
                 let mode = match mode {
                     "idx" => Shuffle::Idx,
@@ -90,18 +86,5 @@ impl Decoder<'_> {
             }
             _ => return Ok(None),
         }))
-    }
-
-    fn bar(&self, arrive: bool) -> Result<Op> {
-        let operands = &self.statement.operands;
-        let id = match operands.first() {
-            Some(id) => self.src(id, Ty::U(32))?,
-            None => return self.unsupported(),
-        };
-        let count = operands.get(1).map(|count| self.src(count, Ty::U(32))).transpose()?;
-        if operands.len() > 2 || (arrive && count.is_none()) {
-            return self.unsupported();
-        }
-        Ok(Op::Bar { id, count, arrive })
     }
 }

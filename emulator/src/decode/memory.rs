@@ -32,18 +32,14 @@ impl Decoder<'_> {
                 Ok(Some(Op::CpAsyncWait { pending: Some(*pending as u32) }))
             }
             ["ldmatrix", "sync", "aligned", "m8n8", count @ ("x1" | "x2" | "x4"), ref rest @ ..] => {
-                let trans = match *rest {
-                    ["shared" | "shared::cta", "b16"] => false,
-                    ["trans", "shared" | "shared::cta", "b16"] => true,
-                    _ => return self.unsupported(),
-                };
+                let (trans, space) = self.matrix_form(rest)?;
                 let [d, addr] = self.operands()?;
                 let Operand::Vector(parts) = d else { return self.unsupported() };
                 if parts.len() != usize::from(count.as_bytes()[1] - b'0') {
                     return self.unsupported();
                 }
                 let d = parts.iter().map(|part| self.dst(part)).collect::<Result<Vec<_>>>()?;
-                Ok(Some(Op::Ldmatrix { trans, d, addr: self.address(addr)? }))
+                Ok(Some(Op::Ldmatrix { trans, space, d, addr: self.address(addr)? }))
             }
             _ => Ok(None),
         }

@@ -209,7 +209,21 @@ fn special(name: &str) -> Option<Special> {
             _ => None,
         };
     }
+    let numbered = |prefix: &str, count: u32| {
+        let number = name.strip_prefix(prefix).map(|rest| rest.strip_suffix("_64").unwrap_or(rest));
+        number.and_then(|number| number.parse::<u32>().ok()).is_some_and(|number| number < count)
+    };
+    // Performance counters, and what the driver puts there: nothing here.
+    if numbered("%pm", 8) || (numbered("%envreg", 32) && !name.ends_with("_64")) {
+        return Some(Special::Zero);
+    }
     Some(match name {
+        "%smid" => Special::SmId,
+        "%nsmid" => Special::NsmId,
+        "%nwarpid" => Special::NwarpId,
+        "%gridid" | "%current_graph_exec" => Special::Zero,
+        "%globaltimer" | "%globaltimer_lo" => Special::Clock,
+        "%globaltimer_hi" | "%clock_hi" => Special::Zero,
         "%laneid" => Special::LaneId,
         "%warpid" => Special::WarpId,
         "%lanemask_eq" => Special::LaneMask(Compare::Eq),
@@ -219,10 +233,7 @@ fn special(name: &str) -> Option<Special> {
         "%lanemask_ge" => Special::LaneMask(Compare::Ge),
         "%dynamic_smem_size" => Special::DynamicSharedBytes,
         "%total_smem_size" => Special::TotalSharedBytes,
-        "%clock" | "%clock64" | "%globaltimer" | "%globaltimer_lo" => Special::Clock,
-        "%smid" => Special::SmId,
-        "%nsmid" => Special::NsmId,
-        "%nwarpid" => Special::WarpCount,
+        "%clock" | "%clock64" => Special::Clock,
         "%cluster_ctarank" => Special::ClusterCtaRank,
         "%cluster_nctarank" => Special::ClusterNctaRank,
         _ => return None,
@@ -287,6 +298,9 @@ impl Decoder<'_> {
         match operand {
             Operand::Literal(value) => Ok(Src::Imm(value & mask)),
             Operand::Name(name) => {
+                if name == "WARP_SZ" {
+                    return Ok(Src::Imm(32));
+                }
                 if let Some(special) = special(name) {
                     return Ok(Src::Special(special));
                 }

@@ -6,10 +6,10 @@ use super::{Context, Cta, Fault, Outcome, Shared};
 use crate::alu;
 use crate::clock::View;
 use crate::decode::{LOCAL_BASE, SHARED_BASE};
-use crate::isa::{Address, Atomic, Dst, Order, Semantics, Space, Src, Ty};
+use crate::isa::{Address, Atomic, Cache, Dst, Order, Semantics, Space, Src, Ty};
 use crate::memory::{Allocation, MemoryError};
 use crate::report::Rule;
-use crate::shadow::{ASYNC, ATOMIC, Access, UPDATE, WRITE, strong};
+use crate::shadow::{ASYNC, ATOMIC, Access, UPDATE, WGMMA, WRITE, strong};
 
 /// Generic addresses of shared and local memory: far below every global allocation.
 pub(super) const SHARED_WINDOW: u64 = 0x7000_0000_0000;
@@ -85,6 +85,7 @@ fn race(what: &str, access: &Access, other: Access, view: &View) -> Fault {
         (_, _, true) => "strong read",
     };
     let by = |access: &Access| match (access.kind & ASYNC != 0, access.agent & 1 == 1) {
+        _ if access.kind & WGMMA != 0 => " by wgmma",
         (true, _) => " of an asynchronous bulk operation",
         (_, true) => " of an asynchronous copy",
         _ => "",
@@ -307,6 +308,26 @@ impl Cta {
         Ok(&mut local[offset..offset + bytes])
     }
 
+    pub(super) fn cache(
+        &mut self,
+        context: &mut Context<'_>,
+        warp: usize,
+        (pc, mask): (u32, u32),
+        op: Cache,
+    ) -> Outcome<()> {
+        let (Cache::Priority { addr } | Cache::Discard { addr }) = op else { return Ok(()) };
+        let addresses = self.warps[warp].addresses(context, self, addr);
+        let access = self.warps[warp].views.access(self.serial, pc, WRITE);
+        let discards = matches!(op, Cache::Discard { .. });
+        for lane in lanes_of(mask) {
+            let view = self.warps[warp].views.view(lane);
+            let line = addresses[lane as usize];
+            cache_line(context, line, discards.then_some((access.of_lane(lane), &view)))
+                .map_err(|fault| fault.lane(lane))?;
+        }
+        Ok(())
+    }
+
     pub(super) fn load(
         &mut self,
         context: &mut Context<'_>,
@@ -505,6 +526,20 @@ impl Cta {
         self.warps[warp].views.next_epoch();
         Ok(())
     }
+}
+
+/// `discard`: the line is as if nothing had written it; `applypriority`: nothing changes.
+fn cache_line(context: &mut Context<'_>, address: u64, discard: Option<(Access, &View)>) -> Outcome<()> {
+    const LINE: usize = 128;
+    if !address.is_multiple_of(LINE as u64) {
+        return Err(Fault::new(Rule::Misaligned, format!("{LINE} bytes at {address:#x}")));
+    }
+    let (index, offset) = context.memory.find(address, LINE).map_err(memory_fault)?;
+    if let Some((access, view)) = discard {
+        context.write_global(address, &[0; LINE], access, view)?;
+        context.memory.allocations[index].written[offset..offset + LINE].fill(0);
+    }
+    Ok(())
 }
 
 fn aligned(address: u64, bytes: usize, lane: u32) -> Outcome<()> {

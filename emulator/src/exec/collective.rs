@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use super::{Context, Cta, Fault, Outcome};
 use crate::alu;
 use crate::clock::View;
-use crate::isa::{Address, Dst, Pred, Shuffle, Src, Ty, Vote};
+use crate::isa::{Address, Dst, Pred, Shuffle, Space, Src, Ty, Vote};
 use crate::report::Rule;
 use crate::shadow::Access;
 
@@ -17,7 +17,7 @@ impl Cta {
         context: &mut Context<'_>,
         warp: usize,
         pc: u32,
-        trans: bool,
+        (trans, space): (bool, Space),
         (d, address): (&[Dst], Address),
     ) -> Outcome<()> {
         let addresses = self.warps[warp].addresses(context, self, address);
@@ -28,11 +28,7 @@ impl Cta {
             let mut rows = [[0u16; 8]; 8];
             for (row, elements) in rows.iter_mut().enumerate() {
                 let lane = matrix * 8 + row;
-                let at = self.own_shared(addresses[lane] & 0xffff_ffff).map_err(|fault| fault.lane(lane as u32))?;
-                if !at.is_multiple_of(16) {
-                    let message = format!("row of ldmatrix at {at:#x}, expected a multiple of 16");
-                    return Err(Fault::new(Rule::Misaligned, message).lane(lane as u32));
-                }
+                let at = self.row_address("ldmatrix", space, addresses[lane], lane)?;
                 let data = self.read_row(context, warp, (row, at), access, common.as_ref());
                 let data = data.map_err(|fault| fault.lane(lane as u32))?;
                 for (element, bytes) in elements.iter_mut().zip(data.as_chunks::<2>().0) {
@@ -41,12 +37,7 @@ impl Cta {
             }
             context.counters.shared_loaded += 128;
             let Some(d) = d else { continue };
-            let register = &mut self.warps[warp].registers[*d as usize];
-            for (lane, value) in register.iter_mut().enumerate() {
-                let (g, t) = (lane / 4, lane % 4 * 2);
-                let (low, high) = if trans { (rows[t][g], rows[t + 1][g]) } else { (rows[g][t], rows[g][t + 1]) };
-                *value = u64::from(low) | u64::from(high) << 16;
-            }
+            self.warps[warp].registers[*d as usize] = super::matrix::registers(&rows, trans);
         }
         Ok(())
     }

@@ -10,12 +10,16 @@ mod count;
 mod flags;
 mod hopper;
 mod issue;
+mod matrix;
 mod mbarrier;
+mod pins;
+mod registers;
 mod step;
 mod sync;
 mod tensor;
 mod views;
 mod warp;
+mod warpgroup;
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -26,14 +30,16 @@ use crate::launch::{Checked, Launch, Options};
 use crate::memory::Memory;
 use crate::module::{Kernel, Module};
 use crate::report::{Report, Rule, Site};
-use crate::shadow::{Access, Clusters, Shadow};
+use crate::shadow::{Access, Clusters, Shadow, WGMMA};
 use bulk::InFlight;
 use cluster::ClusterBarrier;
 use count::LineCount;
 use flags::{Flag, Place};
 use mbarrier::Mbarrier;
+use registers::RegisterPool;
 use sync::Barrier;
 use warp::{Stop, Warp};
+use warpgroup::Warpgroup;
 
 /// Barriers of a CTA (PTX ISA, "bar, barrier").
 const BARRIERS: usize = 16;
@@ -122,8 +128,10 @@ struct Cta {
     barriers: Vec<Barrier>,
     /// By address.
     mbarriers: BTreeMap<u32, Mbarrier>,
+    warpgroups: Vec<Warpgroup>,
+    registers: RegisterPool,
     live_warps: usize,
-    /// Agents so far: two for each warp, then those of bulk copies, by need.
+    /// Agents so far: those of warps and warpgroups, then those of bulk copies, by need.
     agents: u16,
     /// What its warps knew when they exited, for accesses by others of the cluster.
     exited: Clock,
@@ -134,17 +142,21 @@ impl Cta {
         let [x, y, _] = context.launch.grid;
         let warps = context.threads.div_ceil(32);
         let bytes = context.shared_bytes as usize;
+        // A warp and its copies; a warpgroup's matrix operations.
+        let agents = 2 * warps + warps.div_ceil(4);
         Cta {
             serial,
             slot,
             index: [serial % x, serial / x % y, serial / x / y],
             rank,
-            warps: (0..warps).map(|id| Warp::new(context, serial, id, 2 * warps as usize)).collect(),
+            warps: (0..warps).map(|id| Warp::new(context, serial, id, agents as usize)).collect(),
             shared: Shared { data: vec![0; bytes], written: vec![0; bytes], shadow: Shadow::default() },
             barriers: (0..BARRIERS).map(|_| Barrier::default()).collect(),
             mbarriers: BTreeMap::new(),
+            warpgroups: (0..warps.div_ceil(4)).map(|_| Warpgroup::default()).collect(),
+            registers: RegisterPool::default(),
             live_warps: warps as usize,
-            agents: 2 * warps as u16,
+            agents: agents as u16,
             exited: Clock::new(serial, 0),
         }
     }
@@ -352,7 +364,25 @@ impl Machine<'_> {
         lines.concat()
     }
 
+    /// Warps that wait for others of their warpgroup, which will never come.
+    fn diverged(&self) -> Option<Box<Report>> {
+        let mut ctas = self.context.ctas.iter().flatten();
+        let (cta, first, (pc, here)) = ctas.find_map(|cta| {
+            let mut groups = cta.warpgroups.iter().enumerate();
+            groups.find_map(|(group, state)| Some((cta, 4 * group as u32, state.waits()?)))
+        })?;
+        let missing: Vec<String> =
+            (0..4).filter(|warp| here >> warp & 1 == 0).map(|warp| (first + warp).to_string()).collect();
+        let message =
+            format!("warps {} of the warpgroup never reach it; no warp can run:{}", missing.join(", "), self.table());
+        let site = Some(self.site(cta.serial, first + here.trailing_zeros(), None, pc));
+        Some(Box::new(Report { site, ..*self.simple_report(Rule::Diverged, message) }))
+    }
+
     fn deadlock(&self) -> Box<Report> {
+        if let Some(report) = self.diverged() {
+            return report;
+        }
         let started = self.context.ctas.iter().flatten().count();
         let waiting = self.waiting.len() * self.context.cluster_size();
         let message = format!("no warp can run; {started} CTAs alive, {waiting} not started:{}", self.table());
@@ -386,6 +416,12 @@ impl Machine<'_> {
         }
     }
 
+    /// The warp whose access it was; the first one of a warpgroup.
+    fn warp_of(&self, access: &Access) -> u32 {
+        let (agent, warps) = (u32::from(access.agent), self.context.threads.div_ceil(32));
+        if access.kind & WGMMA != 0 { 4 * (agent - 2 * warps) } else { agent / 2 }
+    }
+
     fn report(&self, serial: u32, warp: u32, pc: u32, fault: Fault) -> Box<Report> {
         let (serial, warp) = fault.by.unwrap_or((serial, warp));
         let site = self.site(serial, warp, fault.lane, fault.pc.unwrap_or(pc));
@@ -393,7 +429,8 @@ impl Machine<'_> {
             Some((cta, warp)) => self.site(*cta, *warp, None, access.pc),
             None => {
                 let lane = Some(access.lanes.trailing_zeros()).filter(|lane| *lane < 32);
-                self.site(access.cta, u32::from(access.agent / 2), lane, access.pc)
+                let lane = lane.filter(|_| access.kind & WGMMA == 0);
+                self.site(access.cta, self.warp_of(&access), lane, access.pc)
             }
         });
         Box::new(Report {

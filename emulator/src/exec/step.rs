@@ -3,10 +3,11 @@
 use std::borrow::Cow;
 
 use super::access::convert_address;
+use super::sync::Arrival;
 use super::warp::Flow;
 use super::{Context, Cta, Fault, Outcome};
 use crate::alu::{self, Lanes};
-use crate::isa::{Logic, Op, Src};
+use crate::isa::{Logic, Op, Src, Warpgroup};
 use crate::report::Rule;
 
 /// Executes one instruction for the lanes in `mask`.
@@ -78,20 +79,31 @@ fn effect(context: &mut Context<'_>, cta: &mut Cta, warp: usize, (pc, mask): (u3
         }
         Op::CpAsyncCommit => cta.warps[warp].copies.commit(mask),
         Op::CpAsyncWait { pending } => cta.wait_copies(context, warp, mask, *pending)?,
-        Op::Ldmatrix { trans, d, addr } => cta.ldmatrix(context, warp, pc, *trans, (d, *addr))?,
+        Op::Ldmatrix { trans, space, d, addr } => cta.ldmatrix(context, warp, pc, (*trans, *space), (d, *addr))?,
         Op::Mma { k, ab, d, a, b, c } => cta.mma(context, warp, (*k, *ab), (d, a, b, c)),
         Op::Shfl { mode, d, p, a, b, c, .. } => cta.shuffle(context, warp, mask, *mode, (*d, *p, *a, *b, *c))?,
         Op::VoteSync { mode, d, p, a, .. } => cta.vote(warp, mask, *mode, (*d, *p, *a)),
         Op::WarpSync { .. } => cta.warp_sync(warp, mask),
-        Op::Bar { id, count, arrive } => {
-            let lane = mask.trailing_zeros() as usize;
-            let state = &cta.warps[warp];
-            let id = state.read(context, cta, *id)[lane];
-            let count = count.map(|count| state.read(context, cta, count)[lane]);
-            if cta.arrive(context, warp, id, count, !arrive)? {
+        Op::Bar(bar) => match cta.arrive(context, warp, mask, bar)? {
+            Arrival::GoesOn => {}
+            Arrival::Waits => return Ok(Flow::Block),
+            Arrival::LanesWait(id) => return Ok(Flow::BlockLanes(id)),
+        },
+        Op::Warp(op) => cta.warp_op(context, warp, at, op)?,
+        Op::Cache(op) => cta.cache(context, warp, at, *op)?,
+        Op::Warpgroup(Warpgroup::Mma(op)) => {
+            if cta.wgmma(context, warp, pc, op)? {
                 return Ok(Flow::Block);
             }
         }
+        Op::Warpgroup(Warpgroup::Registers { grow, count }) => {
+            if cta.set_registers(context, warp, pc, (*grow, *count))? {
+                return Ok(Flow::Block);
+            }
+        }
+        Op::Warpgroup(Warpgroup::Fence) => cta.warps[warp].wgmma.fence(),
+        Op::Warpgroup(Warpgroup::Commit) => cta.wgmma_commit(warp),
+        Op::Warpgroup(Warpgroup::Wait { pending }) => cta.wgmma_wait(context, warp, *pending)?,
         Op::Bra { target } => return Ok(Flow::Branch(*target)),
         Op::Exit => return Ok(Flow::Exit),
         Op::Trap => return Err(Fault::new(Rule::Trap, "the kernel executed a trap")),

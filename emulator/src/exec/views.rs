@@ -208,6 +208,17 @@ impl Views {
         View { proxied: Some(Rc::new(Proxied { clock, own, fence_reads })), ..self.view(lane) }
     }
 
+    /// What every lane knows, in the generic proxy and in another.
+    pub fn known(&self, proxy: Proxy) -> (Rc<Clock>, Rc<Clock>) {
+        (Rc::clone(&self.clock), self.clock.in_proxy(proxy))
+    }
+
+    /// Every lane has waited for asynchronous operations of an agent of this CTA, up to an epoch of theirs.
+    pub fn learn_async(&mut self, cta: u32, agent: u16, epoch: u32) {
+        Rc::make_mut(&mut self.clock).learn_async(cta, agent, epoch);
+        self.apart.iter_mut().for_each(|(_, clock)| Rc::make_mut(clock).learn_async(cta, agent, epoch));
+    }
+
     /// The lane has waited for its copies up to an epoch of theirs.
     pub fn waited(&mut self, lane: u32, epoch: u32) {
         self.waited[lane as usize] = epoch;

@@ -6,6 +6,7 @@ use std::fmt::Write;
 use super::bulk::Groups;
 use super::call::Saved;
 use super::copy::Copies;
+use super::pins::Pins;
 use super::step::step;
 use super::views::Views;
 use super::{Context, Cta, Fault, Outcome};
@@ -24,6 +25,8 @@ struct Split {
     mask: u32,
     /// At a collective instruction that the other lanes have not reached.
     parked: bool,
+    /// At a barrier, where they arrived without the other lanes.
+    barrier: Option<u32>,
     /// At an instruction that is tried again once this has changed.
     waits: Option<Wait>,
 }
@@ -38,11 +41,11 @@ pub(super) enum Wait {
 
 impl Split {
     fn new(pc: u32, mask: u32) -> Split {
-        Split { pc, mask, parked: false, waits: None }
+        Split { pc, mask, parked: false, barrier: None, waits: None }
     }
 
     fn is_ready(&self) -> bool {
-        !self.parked && self.waits.is_none()
+        !self.parked && self.barrier.is_none() && self.waits.is_none()
     }
 }
 
@@ -71,6 +74,21 @@ pub(super) struct Warp {
     pub local: Vec<Vec<u8>>,
     /// What recursive calls saved, by lane.
     pub saved: Vec<Vec<Saved>>,
+    pub wgmma: Pins,
+    /// What else than a barrier it waits for.
+    pub stalled: Option<Stall>,
+    /// Registers per thread, once a `setmaxnreg` has been executed, and which ones were.
+    pub registers_held: Option<u32>,
+    pub resized: Vec<u32>,
+}
+
+/// What a warp waits for, when it is not a barrier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stall {
+    /// The others of its warpgroup.
+    Warpgroup,
+    /// So many registers per thread.
+    Registers(u32),
 }
 
 /// How a turn ended.
@@ -93,6 +111,8 @@ pub(super) enum Flow {
     Yield,
     /// On, once the barrier lets go.
     Block,
+    /// The same for these lanes only.
+    BlockLanes(u32),
     /// The same again, once what is waited for has changed.
     Wait(Wait),
 }
@@ -116,9 +136,24 @@ impl Warp {
             owe_cluster: 0,
             asleep: false,
             expired: false,
+            wgmma: Pins::new(kernel),
+            stalled: None,
+            registers_held: None,
+            resized: Vec::new(),
             local: vec![Vec::new(); 32],
             saved: (0..32).map(|_| Vec::new()).collect(),
         }
+    }
+
+    /// Whether it must not run.
+    pub fn waits(&self) -> bool {
+        self.blocked.is_some() || self.stalled.is_some()
+    }
+
+    /// Lanes that wait at a barrier of their own go on.
+    pub fn release(&mut self, id: u32) {
+        let waiting = self.splits.iter_mut().filter(|split| split.barrier == Some(id));
+        waiting.for_each(|split| split.barrier = None);
     }
 
     pub fn resume(&mut self) {
@@ -206,6 +241,11 @@ impl Warp {
             Special::Ntid(axis) => [u64::from(context.launch.block[axis as usize]); 32],
             Special::Ctaid(axis) => [u64::from(cta.index[axis as usize]); 32],
             Special::Nctaid(axis) => [u64::from(context.launch.grid[axis as usize]); 32],
+            // CTAs of a launch go round the multiprocessors.
+            Special::SmId => [u64::from(cta.serial % context.options.device.sms.max(1)); 32],
+            Special::NsmId => [u64::from(context.options.device.sms); 32],
+            Special::NwarpId => [u64::from(context.options.device.threads_per_sm / 32); 32],
+            Special::Zero => [0; 32],
             Special::LaneId => per_lane(&u64::from),
             Special::WarpId => [u64::from(self.id); 32],
             Special::LaneMask(compare) => per_lane(&|lane| {
@@ -220,9 +260,6 @@ impl Warp {
             }),
             Special::DynamicSharedBytes => [u64::from(context.launch.shared_bytes); 32],
             Special::TotalSharedBytes => [u64::from(context.shared_bytes); 32],
-            Special::SmId => [u64::from(cta.serial % context.options.device.sms); 32],
-            Special::NsmId => [u64::from(context.options.device.sms); 32],
-            Special::WarpCount => [u64::from(context.threads.div_ceil(32)); 32],
             Special::Frame(at) => {
                 let stride = u64::from(context.kernel.local_end - LOCAL_BASE);
                 per_lane(&|lane| u64::from(at) + stride * self.saved[lane as usize].len() as u64)
@@ -249,8 +286,8 @@ impl Warp {
         let mut text = String::new();
         for split in &self.splits {
             let at = &context.kernel.code[split.pc as usize];
-            let what = match self.blocked {
-                Some(id) => {
+            let what = match (self.blocked.or(split.barrier), self.stalled) {
+                (Some(id), _) => {
                     let barrier = &cta.barriers[id as usize];
                     let expected = barrier.expected.flatten().unwrap_or_else(|| cta.live_threads());
                     format!(
@@ -258,9 +295,11 @@ impl Warp {
                         barrier.arrived
                     )
                 }
-                None if split.waits.is_some() => cta.describe_wait(context, split.waits),
-                None if split.parked => "waits for the other lanes at".to_owned(),
-                None => "is at".to_owned(),
+                (_, Some(Stall::Warpgroup)) => "waits for the others of its warpgroup before".to_owned(),
+                (_, Some(Stall::Registers(count))) => format!("waits for {count} registers per thread before"),
+                _ if split.waits.is_some() => cta.describe_wait(context, split.waits),
+                _ if split.parked => "waits for the other lanes at".to_owned(),
+                _ => "is at".to_owned(),
             };
             let (cta, warp, lanes) = (cta.index, self.id, split.mask);
             // Writing to a String cannot fail.
@@ -279,7 +318,8 @@ impl Warp {
         while i < self.splits.len() {
             let mut j = i + 1;
             while j < self.splits.len() {
-                if self.splits[i].pc == self.splits[j].pc {
+                let free = self.splits[i].barrier.is_none() && self.splits[j].barrier.is_none();
+                if free && self.splits[i].pc == self.splits[j].pc {
                     self.splits[i].mask |= self.splits[j].mask;
                     self.splits[i].parked = false;
                     self.splits[i].waits = None;
@@ -316,11 +356,11 @@ pub(super) fn run(context: &mut Context<'_>, cta: &mut Cta, warp: usize) -> Loca
         if state.live == 0 {
             return Ok(Stop::Done);
         }
-        if state.blocked.is_some() {
+        if state.waits() {
             return Ok(Stop::Blocked);
         }
         let Some(split) = state.select(context) else {
-            if state.splits.iter().any(|split| split.waits.is_some()) {
+            if state.splits.iter().any(|split| split.barrier.is_some() || split.waits.is_some()) {
                 return Ok(Stop::Blocked);
             }
             let at = state.splits.first().map_or(0, |split| split.pc);
@@ -330,16 +370,17 @@ pub(super) fn run(context: &mut Context<'_>, cta: &mut Cta, warp: usize) -> Loca
         };
         run_split(context, cta, warp, split, &mut turn)?;
         if turn == 0 {
-            let state = &cta.warps[warp];
+            let state = &mut cta.warps[warp];
             let stop = if state.live == 0 {
                 Stop::Done
-            } else if state.blocked.is_some() {
+            } else if state.waits() {
                 Stop::Blocked
             } else {
                 Stop::Runnable
             };
             if stop == Stop::Runnable && context.random(4) == 0 {
                 cta.land_one(context, warp).map_err(|fault| (0, fault))?;
+                cta.execute_one(context, warp).map_err(|fault| (0, fault))?;
             }
             return Ok(stop);
         }
@@ -352,8 +393,9 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
     let kernel = context.kernel;
     loop {
         let others = &mut cta.warps[warp].splits;
-        let meets =
-            !others.is_empty() && others.iter().any(|other| other.pc == pc || (other.is_ready() && other.pc < pc));
+        let meets = others
+            .iter()
+            .any(|other| other.barrier.is_none() && (other.pc == pc || (other.is_ready() && other.pc < pc)));
         if *turn == 0 || (meets && pc != split.pc) {
             others.push(Split::new(pc, mask));
             return Ok(());
@@ -377,6 +419,8 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
             cta.warps[warp].splits.push(Split { parked: true, ..Split::new(pc, mask) });
             return Ok(());
         }
+        let serial = cta.serial;
+        cta.warps[warp].touch(kernel, pc, serial).map_err(|fault| (pc, fault))?;
         let flow = step(context, cta, warp, (pc, active), &instruction.op).map_err(|fault| (pc, fault))?;
         let state = &mut cta.warps[warp];
         match flow {
@@ -419,6 +463,13 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
                 state.splits.push(Split::new(pc + 1, mask));
                 return Ok(());
             }
+            Flow::BlockLanes(id) => {
+                state.splits.push(Split { barrier: Some(id), ..Split::new(pc + 1, active) });
+                if active != mask {
+                    state.splits.push(Split::new(pc + 1, mask & !active));
+                }
+                return Ok(());
+            }
             Flow::Wait(wait) => {
                 state.splits.push(Split { waits: Some(wait), ..Split::new(pc, active) });
                 if active != mask {
@@ -440,9 +491,14 @@ fn converged(
     instruction: &Instruction,
 ) -> Located<bool> {
     let state = &cta.warps[warp];
-    let needed = match &instruction.op {
-        Op::WarpSync { mask: named } | Op::Shfl { mask: named, .. } | Op::VoteSync { mask: named, .. } => {
-            let named = state.read(context, cta, *named);
+    let named = match &instruction.op {
+        Op::WarpSync { mask } | Op::Shfl { mask, .. } | Op::VoteSync { mask, .. } => Some(*mask),
+        Op::Warp(op) => op.mask(),
+        _ => None,
+    };
+    let needed = match (named, &instruction.op) {
+        (Some(named), _) => {
+            let named = state.read(context, cta, named);
             let lane = active.trailing_zeros();
             let named = named[lane as usize] as u32;
             if active & !named != 0 {
@@ -458,7 +514,7 @@ fn converged(
             }
             named
         }
-        Op::Bar { .. } | Op::Hopper(_) => state.live,
+        (_, Op::Bar(_) | Op::Hopper(_)) => state.live,
         _ => u32::MAX,
     };
     if mask & needed != needed && state.splits.is_empty() {
@@ -479,13 +535,27 @@ fn exit(context: &mut Context<'_>, cta: &mut Cta, warp: usize, lanes: u32) -> Ou
         let message = format!("{left} asynchronous copies were never waited for");
         return Err(Fault::new(Rule::AsyncLeft, message).lane(lanes.trailing_zeros()));
     }
+    if state.wgmma.issued > state.wgmma.waited {
+        let count = state.wgmma.issued - state.wgmma.waited;
+        let message = format!("{count} wgmma operations were never waited for");
+        return Err(Fault::new(Rule::AsyncLeft, message).lane(lanes.trailing_zeros()));
+    }
     context.check_groups(cta, warp, lanes)?;
     let state = &mut cta.warps[warp];
     state.live &= !lanes;
+    if state.live == 0 {
+        cta.check_resized(warp)?;
+    }
+    let state = &mut cta.warps[warp];
     // Lanes that wait for the whole warp wait for fewer now.
     state.resume();
     context.idle = 0;
     if state.live == 0 {
+        if let Some((pc, _)) = cta.warpgroups[warp / 4].waits() {
+            let message =
+                format!("warp {warp} exits while the others of its warpgroup wait for it at this instruction");
+            return Err(Fault { pc: Some(pc), ..Fault::new(Rule::Diverged, message) });
+        }
         for id in 0..cta.barriers.len() {
             cta.release_barrier(context, id)?;
         }

@@ -120,7 +120,8 @@ pub fn cases() -> Vec<Case> {
     for ty in ["f32", "f64"] {
         let bits: u32 = ty[1..].parse().expect("a width");
         let least = if bits == 32 { f64::from(f32::MIN_POSITIVE) } else { f64::MIN_POSITIVE };
-        let classes: [(&str, fn(f64, f64) -> bool); 6] = [
+        type Holds = fn(f64, f64) -> bool;
+        let classes: [(&str, Holds); 6] = [
             ("finite", |x, _| x.is_finite()),
             ("infinite", |x, _| x.is_infinite()),
             ("number", |x, _| !x.is_nan()),

@@ -193,7 +193,7 @@ fn special_registers() {
         ("%nctaid.y", |_| 1),
         ("%laneid", |[a, ..]| a),
         ("%warpid", |_| 0),
-        ("%nwarpid", |_| 1),
+        ("%nwarpid", |_| 64),
         ("%smid", |_| 0),
         ("%nsmid", |_| 4),
         ("%lanemask_eq", |[a, ..]| 1 << a),

@@ -271,8 +271,8 @@ fn approximations() -> Vec<Case> {
         add("rcp", (ulp(1), 0.0), all(0.01, 1000.0), |a, _| 1.0 / a);
         add("sqrt", (2f64.powi(-23), 0.0), all(0.0, 1000.0), |a, _| a.sqrt());
         add("rsqrt", (2f64.powf(-22.9), 0.0), all(0.001, 1000.0), |a, _| 1.0 / a.sqrt());
-        add("sin", (0.0, 2f64.powf(-20.5)), range(-3.14, 3.14), |a, _| a.sin());
-        add("cos", (0.0, 2f64.powf(-20.5)), range(-3.14, 3.14), |a, _| a.cos());
+        add("sin", (0.0, 2f64.powf(-20.5)), range(-3.1, 3.1), |a, _| a.sin());
+        add("cos", (0.0, 2f64.powf(-20.5)), range(-3.1, 3.1), |a, _| a.cos());
         add("lg2", (2f64.powi(-22), 2f64.powi(-22)), all(0.001, 100.0), |a, _| a.log2());
         add("ex2", (2f64.powf(-22.5), 0.0), all(-100.0, 100.0), |a, _| a.exp2());
         if !ftz {

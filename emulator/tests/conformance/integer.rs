@@ -205,7 +205,7 @@ fn word_cases() -> Vec<Case> {
         }
     }));
     cases.push(case("vabsdiff4.u32.u32.u32 %d, %a, %b, %c;", |a, b, _| {
-        (0..4).fold(0, |d, i| d | ((a >> (8 * i)) as u8).abs_diff((b >> (8 * i)) as u8) as u32 * (1 << (8 * i)))
+        (0..4).fold(0, |d, i| d | (((a >> (8 * i)) as u8).abs_diff((b >> (8 * i)) as u8) as u32) << (8 * i))
     }));
     cases.push(case("vabsdiff4.u32.u32.u32.add %d, %a, %b, %c;", |a, b, c| {
         (0..4).fold(c, |d, i| d.wrapping_add(((a >> (8 * i)) as u8).abs_diff((b >> (8 * i)) as u8).into()))

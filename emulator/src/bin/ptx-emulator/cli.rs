@@ -88,7 +88,7 @@ fn param_bytes(info: &KernelInfo<'_>) -> usize {
     info.parameters.last().map_or(0, |last| (last.offset + last.bytes) as usize)
 }
 
-/// Name, address and size.
+/// Name, address and bytes.
 type Buffer = (String, u64, usize);
 
 /// Buffers in a fresh memory, and the parameter bytes that name them.
