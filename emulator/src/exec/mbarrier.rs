@@ -338,6 +338,8 @@ impl Cta {
         (addresses, values): (&Lanes, &Lanes),
     ) -> Outcome<Flow> {
         let (mut complete, mut again, mut last) = (0u32, true, 0);
+        // By mbarrier: lanes that mostly wait for the same one learn together.
+        let mut learned: Vec<(u64, u32)> = Vec::new();
         for lane in super::access::lanes_of(mask) {
             let place = |fault: Fault| fault.lane(lane);
             let (_, address) = self.resolve(op.space, addresses[lane as usize]).map_err(place)?;
@@ -353,13 +355,18 @@ impl Cta {
             }
             complete |= 1 << lane;
             mbarrier.unseen = None;
-            if let Some(done) = mbarrier.done.clone() {
-                let Warp { views, live, .. } = &mut self.warps[warp];
-                if op.order == Order::Acquire {
-                    views.learn(1 << lane, *live, &done);
-                } else {
-                    views.see(1 << lane, done);
-                }
+            match learned.iter_mut().find(|(other, _)| *other == at) {
+                Some((_, lanes)) => *lanes |= 1 << lane,
+                None => learned.push((at, 1 << lane)),
+            }
+        }
+        for (at, lanes) in learned {
+            let Some(done) = self.mbarrier_mut(at)?.done.clone() else { continue };
+            let Warp { views, live, .. } = &mut self.warps[warp];
+            if op.order == Order::Acquire {
+                views.learn(lanes, *live, &done);
+            } else {
+                views.see(lanes, done);
             }
         }
         let state = &mut self.warps[warp];

@@ -208,9 +208,19 @@ impl Views {
         View { proxied: Some(Rc::new(Proxied { clock, own, fence_reads })), ..self.view(lane) }
     }
 
-    /// What every lane knows, in the generic proxy and in another.
-    pub fn known(&self, proxy: Proxy) -> (Rc<Clock>, Rc<Clock>) {
-        (Rc::clone(&self.clock), self.clock.in_proxy(proxy))
+    /// What every lane that is `live` knows, in the generic proxy and in another.
+    pub fn known(&self, live: u32, proxy: Proxy) -> (Rc<Clock>, Rc<Clock>) {
+        let apart = self.apart.iter().fold(0, |all, (group, _)| all | group);
+        let base = Some(&self.clock).filter(|_| live & !apart != 0);
+        let mut groups =
+            base.into_iter().chain(self.apart.iter().filter(|(group, _)| group & live != 0).map(|(_, clock)| clock));
+        let first = groups.next().unwrap_or(&self.clock);
+        let (mut generic, mut other) = (Rc::clone(first), first.in_proxy(proxy));
+        for clock in groups {
+            Rc::make_mut(&mut generic).meet(clock);
+            Rc::make_mut(&mut other).meet(&clock.in_proxy(proxy));
+        }
+        (generic, other)
     }
 
     /// Every lane has waited for asynchronous operations of an agent of this CTA, up to an epoch of theirs.
@@ -228,7 +238,7 @@ impl Views {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::shadow::{ATOMIC, Clusters, Shadow, WRITE};
+    use crate::shadow::{ASYNC, ATOMIC, Clusters, Shadow, WRITE};
 
     /// Thread `t` is lane `t % 3` of warp `t / 3 % 2` of CTA `t / 6`.
     const THREADS: usize = 12;
@@ -242,6 +252,10 @@ mod tests {
         views: Vec<Views>,
         past: Vec<(usize, u32, u64, u8)>,
         clocks: [[u32; THREADS]; THREADS],
+        /// What is ordered in another proxy.
+        proxied: [[u32; THREADS]; THREADS],
+        /// Operations of that proxy, none of which is ever waited for.
+        operations: u32,
     }
 
     impl Both {
@@ -249,7 +263,14 @@ mod tests {
             let views = (0..4).map(|warp| Views::new(warp / 2, warp % 2, 4)).collect();
             let mut clocks = [[0; THREADS]; THREADS];
             (0..THREADS).for_each(|thread| clocks[thread][thread] = 1);
-            Both { shadow: Shadow::default(), views, past: Vec::new(), clocks }
+            Both {
+                shadow: Shadow::default(),
+                views,
+                past: Vec::new(),
+                clocks,
+                proxied: [[0; THREADS]; THREADS],
+                operations: 0,
+            }
         }
 
         /// Whether each of the two sees a race.
@@ -262,7 +283,7 @@ mod tests {
             let races = |past: &(usize, u32, u64, u8)| {
                 past.2 & mask != 0
                     && (past.3 | kind) & WRITE != 0
-                    && past.1 > self.clocks[thread][past.0]
+                    && (past.0 == THREADS || past.1 > self.clocks[thread][past.0])
                     && past.0 != thread
                     && (past.3 & kind & ATOMIC == 0 || past.2 != mask)
             };
@@ -271,12 +292,44 @@ mod tests {
             (seen, truly)
         }
 
+        /// The same for an operation that a thread issues to another proxy.
+        fn operate(&mut self, thread: usize, at: usize, bytes: usize, kind: u8) -> (bool, bool) {
+            let lane = (thread % 3) as u32;
+            self.operations += 1;
+            let access = Access { agent: 4, clock: self.operations, kind: kind | ASYNC, ..Access::default() };
+            let view = self.views[thread / 3].in_proxy(lane, Proxy::Shared, false);
+            let seen = self.shadow.access((at, bytes), access.of_lane(lane), &view, false, CLUSTERS).is_err();
+            self.views[thread / 3].next_epoch();
+            let mask = ((1u64 << bytes) - 1) << at;
+            let ordered = |past: &(usize, u32, u64, u8)| match past.3 {
+                _ if past.0 == THREADS => false,
+                kind if kind & WRITE != 0 => past.1 <= self.proxied[thread][past.0],
+                _ => past.0 == thread || past.1 <= self.clocks[thread][past.0],
+            };
+            let races =
+                |past: &(usize, u32, u64, u8)| past.2 & mask != 0 && (past.3 | kind) & WRITE != 0 && !ordered(past);
+            let truly = self.past.iter().any(races);
+            self.past.push((THREADS, self.operations, mask, kind));
+            self.clocks[thread][thread] += 1;
+            (seen, truly)
+        }
+
+        /// Lanes of a warp fence that proxy, each for itself.
+        fn fence(&mut self, warp: usize, lanes: u32) {
+            self.views[warp].fence_proxy(lanes, LANES, &[Proxy::Shared]);
+            for thread in (0..3).filter(|lane| lanes >> lane & 1 != 0).map(|lane| 3 * warp + lane) {
+                let known = self.clocks[thread];
+                raise(&mut self.proxied[thread], &known);
+                self.clocks[thread][thread] += 1;
+            }
+        }
+
         /// One thread's release is acquired by another.
         fn pass_on(&mut self, from: usize, to: usize) {
             let published = self.views[from / 3].published(1 << (from % 3), u32::MAX);
             self.views[to / 3].learn(1 << (to % 3), LANES, &published);
             self.views[from / 3].next_epoch();
-            let theirs = self.clocks[from];
+            let theirs = (self.clocks[from], self.proxied[from]);
             self.learn(to, &theirs);
             self.clocks[from][from] += 1;
         }
@@ -286,9 +339,9 @@ mod tests {
             self.views[warp].sync(lanes, LANES);
             let threads: Vec<usize> =
                 (0..3).filter(|lane| lanes >> lane & 1 != 0).map(|lane| 3 * warp + lane).collect();
-            let before = self.clocks;
+            let before = (self.clocks, self.proxied);
             for &to in &threads {
-                threads.iter().for_each(|&from| self.learn(to, &before[from]));
+                threads.iter().for_each(|&from| self.learn(to, &(before.0[from], before.1[from])));
             }
             threads.iter().for_each(|&thread| self.clocks[thread][thread] += 1);
         }
@@ -300,20 +353,25 @@ mod tests {
             joined.join(&second);
             let joined = Rc::new(joined);
             let threads = 6 * cta..6 * cta + 6;
-            let before = self.clocks;
+            let before = (self.clocks, self.proxied);
             for views in &mut self.views[2 * cta..2 * cta + 2] {
                 views.next_epoch();
                 views.replace(&joined);
             }
             for to in threads.clone() {
-                threads.clone().for_each(|from| self.learn(to, &before[from]));
+                threads.clone().for_each(|from| self.learn(to, &(before.0[from], before.1[from])));
             }
             threads.for_each(|thread| self.clocks[thread][thread] += 1);
         }
 
-        fn learn(&mut self, to: usize, theirs: &[u32; THREADS]) {
-            self.clocks[to].iter_mut().zip(theirs).for_each(|(mine, theirs)| *mine = (*mine).max(*theirs));
+        fn learn(&mut self, to: usize, theirs: &([u32; THREADS], [u32; THREADS])) {
+            raise(&mut self.clocks[to], &theirs.0);
+            raise(&mut self.proxied[to], &theirs.1);
         }
+    }
+
+    fn raise(clock: &mut [u32; THREADS], theirs: &[u32; THREADS]) {
+        clock.iter_mut().zip(theirs).for_each(|(mine, theirs)| *mine = (*mine).max(*theirs));
     }
 
     #[test]
@@ -331,12 +389,17 @@ mod tests {
                     0..5 => both.pass_on(random(THREADS), random(THREADS)),
                     5..9 => both.sync(random(4), 1 + random(7) as u32),
                     9 => both.barrier(random(2)),
+                    10..12 => both.fence(random(4), 1 + random(7) as u32),
                     _ => {}
                 }
                 let bytes = 1 << random(5);
                 let at = random(32 / bytes) * bytes;
                 let kind = [0, 0, 0, WRITE, ATOMIC, ATOMIC | WRITE][random(if round % 3 == 0 { 6 } else { 4 })];
-                let (seen, truly) = both.access(random(THREADS), at, bytes, kind);
+                let thread = random(THREADS);
+                let (seen, truly) = match random(4) {
+                    0 if round % 2 == 0 => both.operate(thread, at, bytes, kind & WRITE),
+                    _ => both.access(thread, at, bytes, kind),
+                };
                 assert_eq!(seen, truly, "round {round}");
                 steps += 1;
                 if truly {

@@ -187,9 +187,9 @@ impl Cta {
         let first = 4 * warpgroup;
         let warps = &self.warps[first..first + 4];
         let serial = self.warpgroups[warpgroup].issued + 1;
-        let (mut known_generic, mut known) = warps[0].views.known(Proxy::Shared);
+        let (mut known_generic, mut known) = warps[0].views.known(warps[0].live, Proxy::Shared);
         for warp in &warps[1..] {
-            let (generic, shared) = warp.views.known(Proxy::Shared);
+            let (generic, shared) = warp.views.known(warp.live, Proxy::Shared);
             Rc::make_mut(&mut known_generic).meet(&generic);
             Rc::make_mut(&mut known).meet(&shared);
         }
