@@ -2,7 +2,7 @@
 //! [`Line`].
 
 use super::Context;
-use super::access::resolve;
+use super::space::resolve;
 use crate::alu::Lanes;
 use crate::counters::{Class, Line};
 use crate::isa::{Hopper, Op, Space};

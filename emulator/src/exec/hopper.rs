@@ -1,8 +1,9 @@
 //! What the instructions of `isa::Hopper` do, as far as it fits into a few lines; the rest is in `mbarrier`, `cluster`, `bulk`.
 
-use super::access::{SHARED_WINDOW, lanes_of, space_of};
+use super::access::lanes_of;
 use super::cluster::RANK_SHIFT;
 use super::mbarrier::pending_count;
+use super::space::{SHARED_WINDOW, space_of};
 use super::warp::Flow;
 use super::{Context, Cta, Fault, Outcome};
 use crate::alu::Lanes;

@@ -14,6 +14,8 @@ mod matrix;
 mod mbarrier;
 mod pins;
 mod registers;
+mod space;
+mod special;
 mod step;
 mod sync;
 mod tensor;

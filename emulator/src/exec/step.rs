@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use super::access::convert_address;
+use super::space::convert_address;
 use super::sync::Arrival;
 use super::warp::Flow;
 use super::{Context, Cta, Fault, Outcome};

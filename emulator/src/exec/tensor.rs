@@ -1,7 +1,7 @@
 //! Tensor copies: what a box of a tensor is made of. PTX ISA, "Tensors: tiled mode, out of bounds, swizzling".
 
-use super::access::space_of;
 use super::bulk::{Chunk, Plan};
+use super::space::space_of;
 use super::{Context, Cta, Fault, Outcome};
 use crate::clock::Proxy;
 use crate::decode::reducible;
