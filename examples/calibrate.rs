@@ -12,8 +12,8 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use fused_lora::cuda::{self, cudarc};
-use ptx_emulator::Options;
-use ptx_emulator::calibration::{Case, Recording, cases};
+use ptx_emulator::calibration::{Case, MapSpec, Recording, cases};
+use ptx_emulator::{Options, Swizzle};
 
 use cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, result, sys};
 
@@ -59,8 +59,11 @@ fn record(stream: &Arc<CudaStream>, case: &Case) -> Result<Vec<u8>, Failure> {
     {
         let (mut input, _input_guard) = input.device_ptr(stream);
         let (mut output, _output_guard) = output.device_ptr_mut(stream);
-        let mut params: [*mut c_void; 2] = [(&raw mut input).cast(), (&raw mut output).cast()];
-        // SAFETY: the kernel takes two pointers, to as many words as `case` says, which are allocated until it has run.
+        let mut map = case.map.map(|spec| encode(&spec, input, output)).transpose()?;
+        let mut params: Vec<*mut c_void> = vec![(&raw mut input).cast(), (&raw mut output).cast()];
+        params.extend(map.as_mut().map(|map| std::ptr::from_mut(map).cast::<c_void>()));
+        // SAFETY: the kernel takes two pointers, to as many words as `case` says, which are allocated until it has run, and a
+        // tensor map over one of them when the case has one.
         unsafe {
             sys::cuLaunchKernel(
                 function,
@@ -83,6 +86,37 @@ fn record(stream: &Arc<CudaStream>, case: &Case) -> Result<Vec<u8>, Failure> {
     // SAFETY: nothing of the module runs any more.
     unsafe { result::module::unload(module) }?;
     Ok(bytes)
+}
+
+/// The driver's encoding of a case's tensor map.
+fn encode(spec: &MapSpec, input: u64, output: u64) -> Result<sys::CUtensorMap, Failure> {
+    let swizzle = match spec.swizzle {
+        Swizzle::None => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
+        Swizzle::Bytes32 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B,
+        Swizzle::Bytes64 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+        Swizzle::Bytes128 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+    };
+    let mut map = sys::CUtensorMap { opaque: [0; 16] };
+    let address = if spec.on_output { output } else { input };
+    // SAFETY: every array has the two (strides: one) entries that rank 2 asks for; the driver only reads them and writes `map`.
+    unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &raw mut map,
+            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2,
+            address as *mut c_void,
+            spec.dims.as_ptr(),
+            [2 * spec.dims[0]].as_ptr(),
+            spec.boxes.as_ptr(),
+            [1, 1].as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzle,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_NONE,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    }
+    .result()?;
+    Ok(map)
 }
 
 fn driver_version() -> String {

@@ -4,7 +4,9 @@
 //! the bytes they leave ([`Recording`]); `tests/calibration.rs` replays every recording here. What the PTX ISA leaves open
 //! (the order in which mma adds) is kept out by small integers, or recorded for the record only.
 
-use crate::{Counters, Launch, Memory, Module, Options, Report};
+use crate::{
+    Counters, Interleave, L2Promotion, Launch, Memory, Module, OobFill, Options, Report, Swizzle, TensorMap, TensorType,
+};
 
 /// What the input words hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,7 +21,20 @@ pub enum Input {
     F32,
 }
 
-/// One kernel `k(in, out)` and how to launch it: one CTA.
+/// A tensor map over `in` or `out`: a matrix of 16-bit elements, dimension 0 contiguous, no interleave, zero fill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapSpec {
+    /// Over `out`, which the kernel stores to; else over `in`.
+    pub on_output: bool,
+    /// Elements.
+    pub dims: [u64; 2],
+    /// Elements.
+    pub boxes: [u32; 2],
+    /// How tiles lie in shared memory.
+    pub swizzle: Swizzle,
+}
+
+/// One kernel `k(in, out)` or `k(in, out, map)`, and how to launch it: one CTA.
 #[derive(Clone, Debug)]
 pub struct Case {
     /// Unique; files and reports call it so.
@@ -36,8 +51,10 @@ pub struct Case {
     pub input_words: usize,
     /// Words of `out`.
     pub output_words: usize,
-    /// What `in` holds.
+    /// What `in` holds. `out` holds zeros.
     pub input: Input,
+    /// The third parameter: by value, at a multiple of 64 bytes.
+    pub map: Option<MapSpec>,
 }
 
 /// SplitMix64.
@@ -103,7 +120,26 @@ impl Case {
         let input = memory.alloc("in", self.input_words * 4);
         let output = memory.alloc("out", self.output_words * 4);
         memory.write(input, &self.input_bytes()).map_err(|error| fail(error.to_string()))?;
-        let params: Vec<u8> = [input, output].into_iter().flat_map(u64::to_le_bytes).collect();
+        memory.write(output, &vec![0; self.output_words * 4]).map_err(|error| fail(error.to_string()))?;
+        let mut params: Vec<u8> = [input, output].into_iter().flat_map(u64::to_le_bytes).collect();
+        if let Some(MapSpec { on_output, dims, boxes, swizzle }) = self.map {
+            let map = TensorMap::encode_tiled(
+                TensorType::Bf16,
+                2,
+                if on_output { output } else { input },
+                &dims,
+                &[2 * dims[0]],
+                &boxes,
+                &[1, 1],
+                Interleave::None,
+                swizzle,
+                L2Promotion::None,
+                OobFill::Zeros,
+            )
+            .map_err(|error| fail(error.to_string()))?;
+            params.resize(64, 0);
+            params.extend(map.as_bytes());
+        }
         let launch = Launch {
             kernel: "k",
             grid: [1, 1, 1],
@@ -128,14 +164,23 @@ struct Body {
 
 impl Body {
     fn case(self, name: &str, arch: u32, threads: u32, input: Input) -> Case {
+        self.case_with_map(name, arch, (threads, input), None)
+    }
+
+    fn case_with_map(self, name: &str, arch: u32, (threads, input): (u32, Input), map: Option<MapSpec>) -> Case {
+        let third = if map.is_some() { ", .param .align 64 .b8 map[128]" } else { "" };
         let Body { reads, writes, text } = self;
         let loads: String = (0..reads).map(|i| format!("    ld.global.b32 %i{i}, [%in+{}];\n", 4 * i)).collect();
         let stores: String = (0..writes).map(|i| format!("    st.global.b32 [%out+{}], %o{i};\n", 4 * i)).collect();
         let (exact, target) = if arch == 90 { (true, "sm_90a".to_owned()) } else { (false, format!("sm_{arch}")) };
-        let version = if arch == 90 { "8.0" } else { "7.0" };
+        let version = match arch {
+            90 => "8.0",
+            80 => "7.8",
+            _ => "7.0",
+        };
         let ptx = format!(
             ".version {version}\n.target {target}\n.address_size 64\n.shared .align 1024 .b8 tile[16384];\n\
-             .visible .entry k(.param .u64 in, .param .u64 out)\n{{\n    .reg .pred %p<8>;\n    .reg .b16 %h<16>;\n    \
+             .visible .entry k(.param .u64 in, .param .u64 out{third})\n{{\n    .reg .pred %p<8>;\n    .reg .b16 %h<16>;\n    \
              .reg .b32 %t, %s, %i<{reads}>, %o<{writes}>, %r<64>;\n    .reg .f32 %f<160>;\n    .reg .b64 %in, %out, %rd<8>;\n    \
              ld.param.u64 %in, [in];\n    ld.param.u64 %out, [out];\n    mov.u32 %t, %tid.x;\n    mov.u32 %s, tile;\n    \
              mul.wide.u32 %rd0, %t, {};\n    add.s64 %in, %in, %rd0;\n    mul.wide.u32 %rd0, %t, {};\n    \
@@ -152,6 +197,7 @@ impl Body {
             input_words: reads * threads as usize,
             output_words: writes * threads as usize,
             input,
+            map,
         }
     }
 }
@@ -356,6 +402,67 @@ fn warpgroups(cases: &mut Vec<Case>) {
     }
 }
 
+/// Tiles through tensor maps: 1024 bytes of 16-bit elements, inside the tensor and across its edges; and what an mbarrier
+/// says phase by phase.
+fn tiles(cases: &mut Vec<Case>) {
+    const WIDTH: u64 = 80;
+    let shapes = [
+        ("none", Swizzle::None, [64, 8]),
+        ("32b", Swizzle::Bytes32, [16, 32]),
+        ("64b", Swizzle::Bytes64, [32, 16]),
+        ("128b", Swizzle::Bytes128, [64, 8]),
+    ];
+    let begin = "    mov.u64 %rd1, map;\n    cvta.param.u64 %rd1, %rd1;\n    setp.eq.u32 %p0, %t, 0;\n    add.s32 %r1, %s, 8192;\n";
+    for (name, swizzle, boxes) in shapes {
+        for (place, x, y) in [("inside", 8, 3), ("edges", -8, 36)] {
+            let map = Some(MapSpec { on_output: false, dims: [WIDTH, 40], boxes, swizzle });
+            let text = format!(
+                "{begin}    @%p0 mbarrier.init.shared::cta.b64 [%r1], 1;\n    @%p0 fence.proxy.async;\n    bar.sync 0;\n    \
+                 @!%p0 bra WAIT;\n    mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 1024;\n    \
+                 cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%s], [%rd1, {{{x}, {y}}}], \
+                 [%r1];\nWAIT:\n    mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r1], 0;\n    @!%p1 bra WAIT;\n    \
+                 bar.sync 0;\n    shl.b32 %r0, %t, 5;\n    add.s32 %r0, %r0, %s;\n    \
+                 ld.shared.v4.b32 {{%o0, %o1, %o2, %o3}}, [%r0];\n    ld.shared.v4.b32 {{%o4, %o5, %o6, %o7}}, [%r0+16];\n"
+            );
+            let body = body(50, 8, text);
+            cases.push(body.case_with_map(&format!("tensor.load.{name}.{place}"), 90, (32, Input::Bits), map));
+            let map = Some(MapSpec { on_output: true, dims: [WIDTH, 40], boxes, swizzle });
+            let fill: String = (0..8).map(|i| format!("    st.shared.b32 [%r0+{}], %i{i};\n", 128 * i)).collect();
+            // The kernel's own stores rewrite what they read: the tile is stored last, after all of them.
+            let text = format!(
+                "{begin}    shl.b32 %r0, %t, 2;\n    add.s32 %r0, %r0, %s;\n{fill}    fence.proxy.async;\n    bar.sync 0;\n    \
+                 @!%p0 bra DONE;\n    cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%rd1, {{{x}, {y}}}], [%s];\n    \
+                 cp.async.bulk.commit_group;\n    cp.async.bulk.wait_group 0;\nDONE:\n"
+            );
+            let mut case = self::body(8, 0, text).case_with_map(
+                &format!("tensor.store.{name}.{place}"),
+                90,
+                (32, Input::Bits),
+                map,
+            );
+            case.output_words = WIDTH as usize * 40 / 2;
+            cases.push(case);
+        }
+    }
+    let test = |i: usize, parity: u32| {
+        format!("    mbarrier.test_wait.parity.shared::cta.b64 %p1, [%s], {parity};\n    selp.u32 %o{i}, 1, 0, %p1;\n")
+    };
+    let arrive = "    mbarrier.arrive.shared::cta.b64 %rd1, [%s];\n";
+    let text = format!(
+        "    mbarrier.init.shared::cta.b64 [%s], 2;\n{}{}{arrive}{}{arrive}{}{}{arrive}    \
+         mbarrier.pending_count.b64 %o5, %rd1;\n    mbarrier.arrive_drop.shared::cta.b64 %rd1, [%s];\n{}{arrive}{}    \
+         mbarrier.inval.shared::cta.b64 [%s];\n",
+        test(0, 0),
+        test(1, 1),
+        test(2, 0),
+        test(3, 0),
+        test(4, 1),
+        test(6, 1),
+        test(7, 0)
+    );
+    cases.push(body(1, 8, text).case("mbarrier.phases", 80, 1, Input::Bits));
+}
+
 /// Every case the emulator can run.
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
@@ -365,6 +472,7 @@ pub fn cases() -> Vec<Case> {
     arithmetic(&mut cases);
     warps(&mut cases);
     warpgroups(&mut cases);
+    tiles(&mut cases);
     cases
 }
 
