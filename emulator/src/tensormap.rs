@@ -147,8 +147,6 @@ pub enum TensorMapError {
     StrideMultiple { dimension: usize, stride: u64, multiple: u64 },
     #[error("stride {stride} of dimension {dimension}, expected less than 2^40 bytes")]
     StrideTooLarge { dimension: usize, stride: u64 },
-    #[error("stride {stride} of dimension {dimension} is less than its {size} elements")]
-    StrideTooSmall { dimension: usize, stride: u64, size: u64 },
     #[error("box of {size} elements in dimension {dimension}, expected 1 to 256")]
     Box { dimension: usize, size: u32 },
     #[error("inner box of {bytes} bytes is not a multiple of 16")]
@@ -275,10 +273,6 @@ fn check_tensor(address: u64, dims: &[u64], strides: &[u64], interleave: Interle
         }
         if stride >= 1 << 40 {
             return Err(TensorMapError::StrideTooLarge { dimension, stride });
-        }
-        // The documentation asserts this of dimensions 2 and up.
-        if i > 0 && stride < dims[i] {
-            return Err(TensorMapError::StrideTooSmall { dimension, stride, size: dims[i] });
         }
     }
     Ok(())

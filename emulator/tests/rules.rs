@@ -116,6 +116,51 @@ DONE:
 
 /// One warp waits at a barrier that the other never reaches before it waits elsewhere.
 #[test]
+fn collectives_are_executed_by_the_lanes_of_their_mask() {
+    // Each half of the warp names itself, at one instruction.
+    let halves = "
+    setp.lt.u32 %p1, %t, 16;
+    selp.b32 %r3, 0xffff, 0xffff0000, %p1;
+    shfl.sync.bfly.b32 %r2, %t, 1, 31, %r3;
+    xor.b32 %r4, %t, 1;
+    setp.ne.u32 %p2, %r2, %r4;
+    @%p2 trap;
+    ret;";
+    ONE_WARP.passes(halves);
+    // One half names all lanes, the other itself.
+    let disagree = halves.replace("0xffff0000", "0xffffffff");
+    ONE_WARP.reports(&disagree, Rule::Diverged, "of these name others");
+    let smaller = halves.replace("selp.b32 %r3, 0xffff,", "selp.b32 %r3, 0xff,");
+    ONE_WARP.reports(&smaller, Rule::Diverged, "its mask names 0x000000ff");
+
+    // `bar.warp.sync` in both arms of a branch is one barrier, if both name the same lanes.
+    let arms = "
+    setp.lt.u32 %p1, %t, 16;
+    shl.b32 %r1, %t, 2;
+    mov.u32 %r3, tile;
+    add.u32 %r4, %r3, %r1;
+    st.shared.u32 [%r4], %t;
+    @%p1 bra LOW;
+    bar.warp.sync -1;
+    bra DONE;
+LOW:
+    bar.warp.sync 0xffffffff;
+DONE:
+    xor.b32 %r2, %r1, 64;
+    add.u32 %r2, %r3, %r2;
+    ld.shared.u32 %r2, [%r2];
+    ret;";
+    ONE_WARP.passes(arms);
+    for broken in ["", "bar.warp.sync 0xffff0000;"] {
+        for seed in 1..=SEEDS {
+            let report =
+                ONE_WARP.with_seed(&module(&arms.replace("bar.warp.sync -1;", broken)), seed).expect_err("half");
+            assert!(matches!(report.rule, Rule::Race | Rule::Uninitialised | Rule::Diverged), "{report}");
+        }
+    }
+}
+
+#[test]
 fn a_deadlock_says_who_waits_for_what() {
     let crossed = "
     setp.lt.u32 %p1, %t, 32;

@@ -12,6 +12,7 @@ mod hopper;
 mod issue;
 mod matrix;
 mod mbarrier;
+mod meet;
 mod pins;
 mod registers;
 mod space;

@@ -6,12 +6,13 @@ use std::fmt::Write;
 use super::bulk::Groups;
 use super::call::Saved;
 use super::copy::Copies;
+use super::meet::{self, Meeting};
 use super::pins::Pins;
 use super::step::step;
 use super::views::Views;
 use super::{Context, Cta, Fault, Outcome};
 use crate::alu::Lanes;
-use crate::isa::{Address, Dst, Instruction, Op, Pred, Src};
+use crate::isa::{Address, Dst, Pred, Src};
 use crate::report::Rule;
 
 /// Longest run of instructions before another warp gets a turn.
@@ -19,13 +20,13 @@ const LONGEST_TURN: usize = 256;
 
 /// Lanes of a warp that are at the same instruction.
 #[derive(Clone, Copy, Debug)]
-struct Split {
-    pc: u32,
-    mask: u32,
+pub(super) struct Split {
+    pub pc: u32,
+    pub mask: u32,
     /// At a collective instruction that the other lanes have not reached.
-    parked: bool,
+    pub parked: bool,
     /// At a barrier, where they arrived without the other lanes.
-    barrier: Option<u32>,
+    pub barrier: Option<u32>,
     /// At an instruction that is tried again once this has changed.
     waits: Option<Wait>,
 }
@@ -53,7 +54,7 @@ pub(super) struct Warp {
     pub id: u32,
     /// Lanes that have not exited.
     pub live: u32,
-    splits: Vec<Split>,
+    pub splits: Vec<Split>,
     /// The barrier the warp waits for.
     pub blocked: Option<u32>,
     pub registers: Vec<Lanes>,
@@ -296,7 +297,7 @@ impl Warp {
     }
 }
 
-type Located<T> = Result<T, (u32, Fault)>;
+pub(super) type Located<T> = Result<T, (u32, Fault)>;
 
 /// Gives a warp a turn.
 pub(super) fn run(context: &mut Context<'_>, cta: &mut Cta, warp: usize) -> Located<Stop> {
@@ -365,7 +366,23 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
             pc += 1;
             continue;
         }
-        if instruction.op.is_collective() && !converged(context, cta, warp, (pc, mask, active), instruction)? {
+        if let Some(named) = meet::named(&instruction.op) {
+            match meet::by_mask(context, cta, warp, (pc, mask, active), (&instruction.op, named))? {
+                Meeting::All => pc += 1,
+                Meeting::None => {
+                    cta.warps[warp].splits.push(Split { parked: true, ..Split::new(pc, mask) });
+                    return Ok(());
+                }
+                Meeting::Some(waiting) => {
+                    let splits = &mut cta.warps[warp].splits;
+                    splits.push(Split { parked: true, ..Split::new(pc, waiting) });
+                    splits.push(Split::new(pc + 1, mask & !waiting));
+                    return Ok(());
+                }
+            }
+            continue;
+        }
+        if instruction.op.is_collective() && !meet::all(cta, warp, (pc, mask, active), &instruction.op)? {
             cta.warps[warp].splits.push(Split { parked: true, ..Split::new(pc, mask) });
             return Ok(());
         }
@@ -429,53 +446,6 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
             }
         }
     }
-}
-
-/// Whether the lanes that must execute a collective together are all here. PTX ISA: `.aligned` needs the whole warp, the
-/// others the lanes their mask names.
-fn converged(
-    context: &Context<'_>,
-    cta: &Cta,
-    warp: usize,
-    (pc, mask, active): (u32, u32, u32),
-    instruction: &Instruction,
-) -> Located<bool> {
-    let state = &cta.warps[warp];
-    let named = match &instruction.op {
-        Op::WarpSync { mask } | Op::Shfl { mask, .. } | Op::VoteSync { mask, .. } => Some(*mask),
-        Op::Warp(op) => op.mask(),
-        _ => None,
-    };
-    let needed = match (named, &instruction.op) {
-        (Some(named), _) => {
-            let named = state.read(context, cta, named);
-            let lane = active.trailing_zeros();
-            let named = named[lane as usize] as u32;
-            if active & !named != 0 {
-                let message = format!("lanes {active:#010x} execute it, its mask names {named:#010x}");
-                return Err((pc, Fault::new(Rule::Diverged, message)));
-            }
-            if named & !state.live != 0 {
-                let gone = named & !state.live;
-                return Err((
-                    pc,
-                    Fault::new(Rule::Diverged, format!("its mask names lanes {gone:#010x} that have exited")),
-                ));
-            }
-            named
-        }
-        (_, Op::Bar(_) | Op::Hopper(_)) => state.live,
-        _ => u32::MAX,
-    };
-    if mask & needed != needed && state.splits.is_empty() {
-        let message = format!("lanes {needed:#010x} must execute it, only {mask:#010x} exist");
-        return Err((pc, Fault::new(Rule::Diverged, message)));
-    }
-    if mask & needed == needed && active & needed != needed {
-        let message = format!("lanes {needed:#010x} must execute it, the predicate lets only {active:#010x}");
-        return Err((pc, Fault::new(Rule::Diverged, message)));
-    }
-    Ok(mask & needed == needed)
 }
 
 fn exit(context: &mut Context<'_>, cta: &mut Cta, warp: usize, lanes: u32) -> Outcome<()> {
