@@ -151,6 +151,18 @@ DONE:
     ld.shared.u32 %r2, [%r2];
     ret;";
     ONE_WARP.passes(arms);
+    // Lanes that no mask names go on.
+    let three_quarters = "
+    setp.lt.u32 %p1, %t, 16;
+    setp.lt.u32 %p2, %t, 24;
+    @%p1 bra LOW;
+    @%p2 bar.warp.sync 0x00ffffff;
+    bra DONE;
+LOW:
+    bar.warp.sync 0x00ffffff;
+DONE:
+    ret;";
+    ONE_WARP.passes(three_quarters);
     for broken in ["", "bar.warp.sync 0xffff0000;"] {
         for seed in 1..=SEEDS {
             let report =

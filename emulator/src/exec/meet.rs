@@ -12,7 +12,7 @@ pub(super) enum Meeting {
     All,
     /// None has: others must come.
     None,
-    /// All but these have.
+    /// All but these have, or need not.
     Some(u32),
 }
 
@@ -71,7 +71,7 @@ pub(super) fn by_mask(
     }
     Ok(match waiting {
         0 => Meeting::All,
-        _ if waiting == active => Meeting::None,
+        _ if waiting == mask => Meeting::None,
         _ => Meeting::Some(waiting),
     })
 }
