@@ -6,16 +6,6 @@ use super::{Context, Cta, Fault};
 use crate::isa::{Op, Src};
 use crate::report::Rule;
 
-/// What came of a collective whose mask names the lanes.
-pub(super) enum Meeting {
-    /// All active lanes have executed it.
-    All,
-    /// None has: others must come.
-    None,
-    /// All but these have, or need not.
-    Some(u32),
-}
-
 /// The operand that names the lanes.
 pub(super) fn named(op: &Op) -> Option<Src> {
     match op {
@@ -30,14 +20,15 @@ fn diverged<T>(pc: u32, message: String) -> Located<T> {
 }
 
 /// Executes a collective for each group of lanes whose masks name that very group (PTX ISA, "shfl.sync" and its like: all
-/// lanes of a mask execute the instruction with the same mask; lanes of other masks do so on their own).
+/// lanes of a mask execute the instruction with the same mask; lanes of other masks do so on their own). The lanes that wait for
+/// others instead.
 pub(super) fn by_mask(
     context: &mut Context<'_>,
     cta: &mut Cta,
     warp: usize,
     (pc, mask, active): (u32, u32, u32),
     (op, named): (&Op, Src),
-) -> Located<Meeting> {
+) -> Located<u32> {
     let masks = cta.warps[warp].read(context, cta, named).map(|mask| mask as u32);
     let (mut left, mut waiting) = (active, 0);
     while left != 0 {
@@ -69,11 +60,7 @@ pub(super) fn by_mask(
             waiting |= group;
         }
     }
-    Ok(match waiting {
-        0 => Meeting::All,
-        _ if waiting == mask => Meeting::None,
-        _ => Meeting::Some(waiting),
-    })
+    Ok(waiting)
 }
 
 /// Whether the other lanes that `named` names wait at a `bar.warp.sync` of the same mask, be it another one; they go on then.

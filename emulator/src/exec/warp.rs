@@ -6,7 +6,7 @@ use std::fmt::Write;
 use super::bulk::Groups;
 use super::call::Saved;
 use super::copy::Copies;
-use super::meet::{self, Meeting};
+use super::meet;
 use super::pins::Pins;
 use super::step::step;
 use super::views::Views;
@@ -367,18 +367,15 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
             continue;
         }
         if let Some(named) = meet::named(&instruction.op) {
-            match meet::by_mask(context, cta, warp, (pc, mask, active), (&instruction.op, named))? {
-                Meeting::All => pc += 1,
-                Meeting::None => {
-                    cta.warps[warp].splits.push(Split { parked: true, ..Split::new(pc, mask) });
-                    return Ok(());
+            let waiting = meet::by_mask(context, cta, warp, (pc, mask, active), (&instruction.op, named))?;
+            pc += 1;
+            if waiting != 0 {
+                let splits = &mut cta.warps[warp].splits;
+                splits.push(Split { parked: true, ..Split::new(pc - 1, waiting) });
+                if waiting != mask {
+                    splits.push(Split::new(pc, mask & !waiting));
                 }
-                Meeting::Some(waiting) => {
-                    let splits = &mut cta.warps[warp].splits;
-                    splits.push(Split { parked: true, ..Split::new(pc, waiting) });
-                    splits.push(Split::new(pc + 1, mask & !waiting));
-                    return Ok(());
-                }
+                return Ok(());
             }
             continue;
         }
