@@ -4,7 +4,8 @@ use crate::Dtype;
 
 /// Everything that can go wrong before a kernel is launched, and every failure the driver reports.
 ///
-/// When a call returns an error nothing was launched and no buffer was touched.
+/// When a call returns an error nothing was launched and no buffer was touched, but for one case: on the per-thread default
+/// stream the driver may fail to record the event that follows the launch.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -150,8 +151,8 @@ pub enum Error {
         /// What was looked for and what the loader said.
         reason: String,
     },
-    /// The device has too little memory for an allocation.
-    #[error("out of device memory: could not allocate {bytes} bytes")]
+    /// The device, or the host where a backend needs scratch there, has too little memory for an allocation.
+    #[error("out of memory: could not allocate {bytes} bytes")]
     OutOfMemory {
         /// Bytes asked for.
         bytes: usize,

@@ -70,9 +70,9 @@ pub struct LoraBackwardParams {
     pub a: LoraMatrix,
     /// N × R, up projection.
     pub b: LoraMatrix,
-    /// M × K, input of forward; absent unless da is computed.
+    /// M × K, input of forward; read for da only.
     pub x: LoraMatrix,
-    /// M × R, as forward wrote it; absent unless db is computed.
+    /// M × R, as forward wrote it; dy's matrix, unread as h, when db is not computed.
     pub h: LoraMatrix,
     /// M × R, in the workspace; written by the dh units, read by the dx and da units.
     pub dh: LoraMatrix,

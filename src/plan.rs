@@ -368,7 +368,8 @@ impl Plan {
             return Err(Error::TooLarge { what: "the address of the workspace", got: workspace, limit });
         }
         let end = workspace + self.scratch.end;
-        if let Some(&(other, ..)) = self.ranges.iter().find(|(_, from, to)| *from < end && workspace < *to) {
+        if let Some(&(other, ..)) = self.ranges.iter().find(|(_, from, to)| from < to && *from < end && workspace < *to)
+        {
             return Err(Error::Overlap { output: "workspace", other });
         }
         let mut launch = self.launch.clone();
@@ -400,7 +401,7 @@ struct Chunks {
 }
 
 impl Chunks {
-    /// Enough chunks that the db and da tiles alone occupy the device twice over, within the memory for partial sums.
+    /// Enough chunks for two db and da tiles per SM, within the memory for partial sums.
     fn choose(device: &Device, tile: &Tile, m: usize, r: usize, tiles: u64) -> Chunks {
         let block = u64::from(tile.block);
         let columns = (r as u64).min(u64::from(LORA_NARROW_N)).next_multiple_of(16);

@@ -14,8 +14,8 @@ fn ptxas_assembles_every_calibration_kernel() {
     let ptxas = Path::new(env!("FUSED_LORA_NVCC")).with_file_name("ptxas");
     if !ptxas.is_file() {
         common::skipped(
-            "ptxas is not where it was when this test was built",
             "ptxas_assembles_every_calibration_kernel",
+            "ptxas is not where it was when this test was built",
         );
         return;
     }

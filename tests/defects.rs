@@ -234,7 +234,7 @@ fn compile(image: &str, defect: Option<&Defect>, folder: &Path) -> String {
 #[test]
 fn every_defect_of_the_sources_is_noticed() {
     if !Path::new(env!("FUSED_LORA_NVCC")).is_file() || !common::project().join("kernels").is_dir() {
-        common::skipped("nvcc or the kernels are not where they were when this test was built", "every_defect");
+        common::skipped("every_defect", "nvcc or the kernels are not where they were when this test was built");
         return;
     }
     let folder = common::scratch().join("defects");

@@ -151,6 +151,9 @@ pub(crate) struct Checked<'a> {
     pub cluster: [u32; 3],
 }
 
+/// Largest grid: four bytes are held for each CTA.
+const MOST_CTAS: u32 = 1 << 26;
+
 impl Launch<'_> {
     pub(crate) fn bad(&self, message: String) -> Box<Report> {
         let kernel = self.kernel.to_owned();
@@ -178,8 +181,8 @@ impl Launch<'_> {
             return bad(format!("{threads} threads per CTA, expected 1 to {most}"));
         }
         let ctas = product(self.grid).unwrap_or(0);
-        if ctas == 0 {
-            return bad(format!("a grid of {:?} CTAs, expected 1 to {}", self.grid, u32::MAX));
+        if ctas == 0 || ctas > MOST_CTAS {
+            return bad(format!("a grid of {:?} CTAs, expected 1 to {MOST_CTAS}", self.grid));
         }
         let dynamic_start = kernel.shared_end.next_multiple_of(kernel.dynamic_align);
         let shared_bytes = (dynamic_start - SHARED_BASE).saturating_add(self.shared_bytes);

@@ -320,7 +320,7 @@ impl Tiled {
             return None;
         }
         let long = |at: usize| map[at..at + 8].iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte));
-        Some(Tiled {
+        let map = Tiled {
             dtype,
             address: long(16),
             interleave: [Interleave::None, Interleave::Bytes16, Interleave::Bytes32]
@@ -333,6 +333,10 @@ impl Tiled {
             strides: (0..rank).map(|i| if i == 0 { u64::from(dtype.bytes()) } else { long(56 + 8 * i) }).collect(),
             boxes: (0..rank).map(|i| u32::from(map[96 + 2 * i]) | u32::from(map[97 + 2 * i]) << 8).collect(),
             element_strides: map[106..106 + rank].iter().map(|&stride| u32::from(stride).max(1)).collect(),
-        })
+        };
+        // A kernel can write any bytes.
+        check_tensor(map.address, &map.dims, &map.strides[1..], map.interleave).ok()?;
+        check_box(dtype, &map.boxes, &map.element_strides, map.interleave, map.swizzle).ok()?;
+        Some(map)
     }
 }

@@ -502,3 +502,13 @@ fn the_drivers_rules_are_enforced() {
     assert!(encode(&Args { element_strides: vec![0, 1, 1], ..good.clone() }).is_ok());
     assert!(encode(&Args { swizzle: Swizzle::None, boxes: vec![256, 1, 1], ..good }).is_ok());
 }
+
+#[test]
+fn boxes_that_no_shared_memory_holds_are_refused() {
+    let map: fn(u64, u64) -> Option<TensorMap> = |address, _| {
+        let (dims, boxes) = ([16, 256, 256, 256, 256], [16, 256, 256, 256, 256]);
+        plain(TensorType::Bf16, address, &dims, &[32; 4], &boxes, Swizzle::None, OobFill::Zeros).ok()
+    };
+    let run = Run { map, ..one_warp() };
+    run.reports(&load(5, "0, 0, 0, 0, 0", 16), &[Rule::OutOfBounds], "137438953472 bytes");
+}

@@ -211,7 +211,7 @@ struct Tile {
     return threadIdx.x / 32 % kWarpsN * kWarpN_ + frag_n * 8 + threadIdx.x % 4 * 2;
   }
 
-  // Accumulates main and then tail for the tile at (m, n). Columns from `active_n` on are not computed (kBlockN: all).
+  // Accumulates main and then tail for the tile at (m, n). Columns from `active_n`, rounded up to 16, on are not computed.
   // Leaves no copy in flight: the last step has waited for every group but the empty ones.
   __device__ __forceinline__ void accumulate(const Segment& main, const Segment& tail, uint32_t m, uint32_t n,
                                              uint32_t active_n, const Dependency& dependency, uint32_t smem) {
@@ -255,7 +255,7 @@ struct Tile {
       }
 #pragma unroll
       for (int j = 0; j < kFragsN; j += 2) {
-        // Only narrow tiles are cut: R decides how many of their columns exist.
+        // R decides how many columns of a narrow tile exist; main tiles of its width pass all.
         if (kBlockN == kNarrowN && warp_col + j * 8 >= active_n) break;
         uint32_t b[4];
         load_fragment_b<kMajorB, kBlockN>(b, stage + kBytesA, warp_col + j * 8, k);

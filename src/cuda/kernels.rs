@@ -129,7 +129,7 @@ impl Kernels {
     /// outputs that are present.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward), with what [`Plan::backward`] finds. Nothing is launched then.
+    /// As [`forward`](Self::forward), with what [`Plan::backward`] finds.
     pub fn backward<T: Element>(
         &self,
         stream: &Arc<CudaStream>,

@@ -216,7 +216,7 @@ pub fn shape_table() -> Vec<Spec> {
             table.push(Spec {
                 placement: Placement::ALL[turn % 4],
                 bias: (turn / 4).is_multiple_of(2),
-                accumulate: (turn / 2).is_multiple_of(2),
+                accumulate: (turn / 8).is_multiple_of(2),
                 f32_gradients: !turn.is_multiple_of(3),
                 keep_h: !turn.is_multiple_of(5),
                 ..Spec::new(m, EDGES[(i * 2 + 1) % 9], EDGES[(i * 5 + 3) % 9], r)

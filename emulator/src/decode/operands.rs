@@ -304,9 +304,6 @@ impl Decoder<'_> {
                 if let Some(special) = special(name) {
                     return Ok(Src::Special(special));
                 }
-                if name == "WARP_SZ" {
-                    return Ok(Src::Imm(32));
-                }
                 if let Some(offset) = self.names.variables.get(name) {
                     return Ok(Src::Imm(*offset));
                 }

@@ -1,6 +1,7 @@
 //! Tensor copies: what a box of a tensor is made of. PTX ISA, "Tensors: tiled mode, out of bounds, swizzling".
 
 use super::bulk::{Chunk, Plan};
+use super::cluster::OFFSET;
 use super::space::space_of;
 use super::{Context, Cta, Fault, Outcome};
 use crate::clock::Proxy;
@@ -90,9 +91,15 @@ impl Cta {
             Some((op, _)) => Some((op, element(op, map.dtype)?)),
             None => None,
         };
+        let bytes = rows(&map).iter().map(|rows| u64::from(*rows)).product::<u64>() * u64::from(row_bytes);
+        if bytes > OFFSET {
+            return Err(Fault::new(
+                Rule::OutOfBounds,
+                format!("a box of {bytes} bytes, more than shared memory can hold"),
+            ));
+        }
         let chunks = chunks(&map, coords, shared as u32, op.to == Space::Global);
-        let rows: u32 = rows(&map).iter().product();
-        Ok(Plan { chunks, fill: fill(&map), bytes: rows * row_bytes, reduce })
+        Ok(Plan { chunks, fill: fill(&map), bytes: bytes as u32, reduce })
     }
 }
 

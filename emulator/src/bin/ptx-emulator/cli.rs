@@ -110,7 +110,11 @@ fn prepare(run: &Run, info: &KernelInfo<'_>) -> Result<(Memory, Vec<Buffer>, Vec
             },
             Value::Buffer { name, content } => {
                 let (data, size) = match content {
-                    Content::File(path) => read(path).map(|data| (data.clone(), data.len()))?,
+                    Content::File(path) => {
+                        let data = read(path)?;
+                        let size = data.len();
+                        (data, size)
+                    }
                     Content::Zero(size) => (vec![0; *size], *size),
                     Content::Unwritten(size) => (Vec::new(), *size),
                 };
