@@ -211,7 +211,7 @@ struct Tile {
     return threadIdx.x / 32 % kWarpsN * kWarpN_ + frag_n * 8 + threadIdx.x % 4 * 2;
   }
 
-  // Accumulates main and then tail for the tile at (m, n). Columns from `active_n`, rounded up to 16, on are not computed.
+  // Accumulates main and then tail for the tile at (m, n). Columns from `active_n` on, rounded up to 16, are left out.
   // Leaves no copy in flight: the last step has waited for every group but the empty ones.
   __device__ __forceinline__ void accumulate(const Segment& main, const Segment& tail, uint32_t m, uint32_t n,
                                              uint32_t active_n, const Dependency& dependency, uint32_t smem) {
