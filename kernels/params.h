@@ -19,6 +19,24 @@
 #define LORA_SMALL_THREADS 128
 #define LORA_SMALL_STAGES 4
 
+/* The Hopper family. A CTA is a producer warpgroup and two consumer warpgroups with a slab of rows each. */
+#define LORA_SM90_BLOCK_M 128
+#define LORA_SM90_BLOCK_K 64
+#define LORA_SM90_SLAB_M 64
+#define LORA_SM90_SLABS 2
+#define LORA_SM90_THREADS 384
+/* Most columns of a narrow tile; its width is 16, 32, 64 or this, whichever first holds R. */
+#define LORA_SM90_NARROW_N 128
+/* Columns of a box of y or dx on its way out, and the boxes that wait in shared memory per slab. */
+#define LORA_SM90_STORE_N 64
+#define LORA_SM90_STORE_BOXES 2
+/* Columns of a main tile are the tile's name; stages of its ring. */
+#define LORA_SM90_STAGES_256 4
+#define LORA_SM90_STAGES_192 4
+#define LORA_SM90_STAGES_128 6
+/* Bytes after the ring and the outgoing boxes: barriers, tickets and a few constants. */
+#define LORA_SM90_TAIL_BYTES 1024
+
 /* The synchronisation words at the start of a workspace: all zero before a launch and after it. */
 #define LORA_SYNC_BYTES 65536
 #define LORA_SYNC_TICKET 0 /* next unit of work */
@@ -100,5 +118,103 @@ typedef struct LoraBackwardParams {
   uint32_t sync_words;
   uint32_t flags;
 } LoraBackwardParams;
+
+/* What cuTensorMapEncodeTiled writes. */
+typedef struct LoraTensorMap {
+  uint64_t words[16];
+} __attribute__((aligned(64))) LoraTensorMap;
+
+/* Tensor maps of the Hopper kernels, inner x outer dimension of a box in elements. BN is the tile's columns, RN the
+ * width of a narrow tile and RB the smaller of RN and 64. Swizzling spans 128 bytes, or RB elements where RB is the
+ * inner dimension. What a box reaches beyond its matrix reads as zero and is not written. */
+#define LORA_SM90_FORWARD_X 0 /* 64 x 128 */
+#define LORA_SM90_FORWARD_W 1 /* 64 x BN / 2 */
+#define LORA_SM90_FORWARD_A 2 /* 64 x RN */
+#define LORA_SM90_FORWARD_H 3 /* 64 x 128 */
+#define LORA_SM90_FORWARD_B 4 /* 64 x BN / 2 */
+#define LORA_SM90_FORWARD_Y 5 /* 64 x 64, stored */
+#define LORA_SM90_FORWARD_MAPS 6
+
+#define LORA_SM90_BACKWARD_DY 0        /* 64 x 128: rows of dh and dx */
+#define LORA_SM90_BACKWARD_W 1         /* 64 x 64 */
+#define LORA_SM90_BACKWARD_B 2         /* RB x 64 */
+#define LORA_SM90_BACKWARD_DH 3        /* 64 x 128 */
+#define LORA_SM90_BACKWARD_A 4         /* 64 x 64 */
+#define LORA_SM90_BACKWARD_DX 5        /* 64 x 64, stored */
+#define LORA_SM90_BACKWARD_DY_TOKENS 6 /* 64 x 64: the reduction over tokens */
+#define LORA_SM90_BACKWARD_H_TOKENS 7  /* RB x 64 */
+#define LORA_SM90_BACKWARD_X_TOKENS 8  /* 64 x 64 */
+#define LORA_SM90_BACKWARD_DH_TOKENS 9 /* RB x 64 */
+#define LORA_SM90_BACKWARD_MAPS 10
+
+/* A unit of work belongs to a cluster: its CTAs take neighbouring blocks of rows. Tickets hand out bundles of h units
+ * first, then single y units. Numbers of blocks are multiples of the cluster's size; blocks past the matrix are empty.
+ */
+typedef struct LoraSm90ForwardParams {
+  LoraMatrix h;  /* as it is written */
+  uint64_t bias; /* N elements, 0 when absent */
+  uint64_t sync;
+  uint32_t m;
+  uint32_t n;
+  uint32_t k;
+  uint32_t r;
+  float scale;
+  uint32_t m_groups;   /* blocks of rows / CTAs per cluster */
+  uint32_t n_blocks;   /* blocks of BN columns */
+  uint32_t r_blocks;   /* narrow tiles along R */
+  uint32_t h_units;    /* m_groups x r_blocks */
+  uint32_t h_bundle;   /* h units per ticket */
+  uint32_t h_tickets;  /* ceil(h_units / h_bundle) */
+  uint32_t tickets;    /* h_tickets + m_groups x n_blocks */
+  uint32_t group_m;    /* m_groups that share a pass over w */
+  uint32_t flag_shift; /* 2^flag_shift M-blocks share a flag */
+  uint32_t sync_words;
+  uint32_t reserved;
+} LoraSm90ForwardParams;
+
+typedef struct LoraSm90Forward {
+  LoraTensorMap maps[LORA_SM90_FORWARD_MAPS];
+  LoraSm90ForwardParams params;
+} LoraSm90Forward;
+
+/* Tickets hand out bundles of dh units, then dx, db (with dbias) and da units. */
+typedef struct LoraSm90BackwardParams {
+  LoraMatrix dh; /* as it is written */
+  LoraMatrix dx; /* as it is read to accumulate */
+  LoraMatrix da;
+  LoraMatrix db;
+  uint64_t dbias;
+  uint64_t partials; /* f32, one block of partial_stride per (slab, chunk) of db and da */
+  uint64_t sync;
+  uint32_t m;
+  uint32_t n;
+  uint32_t k;
+  uint32_t r;
+  float scale;
+  uint32_t m_groups;
+  uint32_t n_groups; /* groups of 128-row blocks of db, as m_groups */
+  uint32_t k_groups; /* groups of 128-row blocks of da transposed */
+  uint32_t k_blocks; /* blocks of BN columns of dx */
+  uint32_t r_blocks;
+  uint32_t dh_units;   /* m_groups x r_blocks */
+  uint32_t dh_bundle;  /* dh units per ticket */
+  uint32_t dh_tickets; /* ceil(dh_units / dh_bundle) */
+  uint32_t dx_end;     /* first ticket past dx: dh_tickets + m_groups x k_blocks */
+  uint32_t db_end;     /* first ticket past db: dx_end + n_groups x r_blocks x chunks (r_blocks: 1 for dbias alone) */
+  uint32_t tickets;    /* first ticket past da: db_end + k_groups x r_blocks x chunks */
+  uint32_t chunks;
+  uint32_t chunk_rows; /* tokens per chunk, a multiple of the block of rows */
+  uint32_t partial_stride;
+  uint32_t counters; /* first slab counter, in words from sync */
+  uint32_t group_m;
+  uint32_t flag_shift;
+  uint32_t sync_words;
+  uint32_t flags;
+} LoraSm90BackwardParams;
+
+typedef struct LoraSm90Backward {
+  LoraTensorMap maps[LORA_SM90_BACKWARD_MAPS];
+  LoraSm90BackwardParams params;
+} LoraSm90Backward;
 
 #endif
