@@ -22,7 +22,8 @@ mod cuda {
     use std::path::{Path, PathBuf};
     use std::process::Command;
 
-    /// Overrides the architectures: `80,90,120+PTX` (machine code for each; `+PTX` adds PTX of that one).
+    /// Overrides the architectures: `80,90,120+PTX` (machine code for each; `+PTX` adds PTX of that one). 90 brings the
+    /// Hopper kernels along; `90a` is another way to write it.
     const ARCHS_VARIABLE: &str = "FUSED_LORA_CUDA_ARCHS";
     /// Machine code runs on later minor versions of the same major one, so these cover all that nvcc 13 lists.
     const DEFAULT_SASS: &[u32] = &[75, 80, 86, 89, 90, 100, 120];
@@ -30,6 +31,20 @@ mod cuda {
     const DEFAULT_PTX: &[u32] = &[80];
     /// PTX that the feature `emulator` runs: with and without cp.async and bf16 tensor instructions.
     const EMULATED: &[u32] = &[75, 80];
+    /// The family, and the one architecture, of kernels that use what later architectures do not have. Their target is
+    /// `sm_90a`, and their PTX is never embedded: no later GPU could run it.
+    const SPECIFIC: (&str, u32) = ("sm90", 90);
+    /// What ptxas says when a kernel has lost what it was written for: wgmma made to wait for each instruction, or registers
+    /// in local memory. Such a build is slow, so it fails.
+    const FATAL_MESSAGES: &[&str] = &[
+        "C7508",
+        "C7510",
+        "C7511",
+        "C7515",
+        "Potential Performance Loss",
+        "Local memory used",
+        "Registers are spilled",
+    ];
 
     type Result<T> = std::result::Result<T, String>;
 
@@ -59,8 +74,9 @@ mod cuda {
             workers
                 .into_iter()
                 .map(|worker| worker.join().unwrap_or_else(|_| Err("a compiler thread panicked".to_owned())))
-                .collect::<Result<Vec<String>>>()
+                .collect::<Result<Vec<Option<String>>>>()
         })?;
+        let images: Vec<String> = images.into_iter().flatten().collect();
         let table =
             format!("/// Every image of this build.\npub static IMAGES: &[Image] = &[\n{}];\n", images.concat());
         write(&out.join("kernels.rs"), &table)
@@ -158,11 +174,15 @@ mod cuda {
             let mut archs = Archs { sass: Vec::new(), ptx: Vec::new() };
             for item in list.split(',').map(str::trim).filter(|item| !item.is_empty()) {
                 let number = item.strip_suffix("+PTX").unwrap_or(item);
+                // The Hopper kernels are built for it whenever 90 is in the list.
+                let number = if number == "90a" { "90" } else { number };
                 let arch: u32 = number.parse().ok().filter(|arch| (75..1000).contains(arch)).ok_or_else(|| {
                     format!("{ARCHS_VARIABLE} contains `{item}`, expected numbers from 75 on such as `80,90,120+PTX`")
                 })?;
-                archs.sass.push(arch);
-                if number != item {
+                if !archs.sass.contains(&arch) {
+                    archs.sass.push(arch);
+                }
+                if item.ends_with("+PTX") {
                     archs.ptx.push(arch);
                 }
             }
@@ -192,63 +212,109 @@ mod cuda {
         path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default()
     }
 
-    /// Compiles one source and returns its row of the table.
-    fn compile(source: &Path, nvcc: &Path, archs: &Archs, out: &Path) -> Result<String> {
-        let name = format!("{}_{}", source.parent().map(stem).unwrap_or_default(), stem(source));
-        let fatbin = compile_fatbin(source, archs, &out.join(&name))?;
-        let mut ptx = String::new();
-        let emulated = if env::var_os("CARGO_FEATURE_EMULATOR").is_some() { EMULATED } else { &[] };
-        for arch in emulated {
-            let path = out.join(format!("{name}.compute_{arch}.ptx"));
-            let output = Command::new(nvcc)
-                .args(["-std=c++17", "-O3", "-lineinfo", "-ptx"])
-                .arg(format!("-arch=compute_{arch}"))
-                .arg("-o")
-                .arg(&path)
-                .arg(source)
-                .output()
-                .map_err(|error| format!("cannot run {}: {error}", nvcc.display()))?;
-            if !output.status.success() {
-                return Err(format!(
-                    "nvcc failed on {}:\n{}",
-                    source.display(),
-                    String::from_utf8_lossy(&output.stderr)
-                ));
-            }
-            let _ = write!(ptx, "({arch}, include_str!({path:?})), ");
-        }
-        Ok(format!(
-            "    Image {{ name: {name:?}, fatbin: include_bytes!({fatbin:?}), ptx: &[{ptx}], sass: &{:?}, ptx_archs: &{:?} }},\n",
-            archs.sass, archs.ptx
-        ))
+    /// What to compile one source for.
+    struct Targets {
+        /// Machine code and PTX in the fatbin.
+        sass: Vec<u32>,
+        ptx: Vec<u32>,
+        /// PTX for the emulator.
+        emulated: Vec<u32>,
+        /// The targets are `compute_90a` and the like.
+        is_specific: bool,
     }
 
-    fn compile_fatbin(source: &Path, archs: &Archs, folder: &Path) -> Result<PathBuf> {
-        let mut build = cc::Build::new();
-        build
+    impl Targets {
+        fn of(source: &Path, archs: &Archs) -> Targets {
+            let has_emulator = env::var_os("CARGO_FEATURE_EMULATOR").is_some();
+            let (family, arch) = SPECIFIC;
+            let is_specific = source.parent().map(stem).is_some_and(|folder| folder == family);
+            let (sass, ptx, emulated) = if is_specific {
+                (archs.sass.iter().copied().filter(|&listed| listed == arch).collect(), Vec::new(), vec![arch])
+            } else {
+                (archs.sass.clone(), archs.ptx.clone(), EMULATED.to_vec())
+            };
+            Targets { sass, ptx, emulated: if has_emulator { emulated } else { Vec::new() }, is_specific }
+        }
+
+        fn name(&self, prefix: &str, arch: u32) -> String {
+            format!("{prefix}_{arch}{}", if self.is_specific { "a" } else { "" })
+        }
+    }
+
+    /// Compiles one source and returns its row of the table; none when this build has no use for it.
+    fn compile(source: &Path, nvcc: &Path, archs: &Archs, out: &Path) -> Result<Option<String>> {
+        let name = format!("{}_{}", source.parent().map(stem).unwrap_or_default(), stem(source));
+        let targets = Targets::of(source, archs);
+        let mut ptx = String::new();
+        for &arch in &targets.emulated {
+            let path = out.join(format!("{name}.{}.ptx", targets.name("compute", arch)));
+            let mut command = Command::new(nvcc);
+            command
+                .args(["-std=c++17", "-O3", "-lineinfo", "-ptx"])
+                .arg(format!("-arch={}", targets.name("compute", arch)))
+                .arg("-o")
+                .arg(&path)
+                .arg(source);
+            run(command, source)?;
+            let _ = write!(ptx, "({arch}, include_str!({path:?})), ");
+        }
+        let fatbin = out.join(format!("{name}.fatbin"));
+        if targets.sass.is_empty() {
+            // What an earlier build for other architectures left must not be taken for this one's.
+            let _ = fs::remove_file(&fatbin);
+        } else {
+            compile_fatbin(source, nvcc, &targets, &fatbin)?;
+        }
+        let embedded = match (targets.sass.is_empty(), ptx.is_empty()) {
+            (true, true) => return Ok(None),
+            (true, false) => "&[]".to_owned(),
+            (false, _) => format!("include_bytes!({fatbin:?})"),
+        };
+        Ok(Some(format!(
+            "    Image {{ name: {name:?}, fatbin: {embedded}, ptx: &[{ptx}], sass: &{:?}, ptx_archs: &{:?}, \
+             is_specific: {} }},\n",
+            targets.sass, targets.ptx, targets.is_specific
+        )))
+    }
+
+    /// Runs nvcc; fails on its errors, and on what ptxas calls a warning and is none.
+    fn run(mut command: Command, source: &Path) -> Result<()> {
+        let output =
+            command.output().map_err(|error| format!("cannot run {}: {error}", command.get_program().display()))?;
+        let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        if !output.status.success() {
+            return Err(format!("nvcc failed on {}:\n{said}", source.display()));
+        }
+        if let Some(message) = FATAL_MESSAGES.iter().find(|message| said.contains(**message)) {
+            return Err(format!("ptxas reports `{message}` for {}, which makes it slow:\n{said}", source.display()));
+        }
+        for line in said.lines().filter(|line| line.contains("warning")) {
+            println!("cargo:warning={line}");
+        }
+        Ok(())
+    }
+
+    fn compile_fatbin(source: &Path, nvcc: &Path, targets: &Targets, fatbin: &Path) -> Result<()> {
+        // The cc crate knows how to make nvcc find its host compiler.
+        let compiler = cc::Build::new()
             .cuda(true)
             .cudart("none")
             .debug(false) // cc would add -G in the dev profile, which switches device optimisation off
             .opt_level(3)
             .cargo_metadata(false)
-            .cargo_warnings(true)
-            .out_dir(folder)
-            .flag("-std=c++17") // Build::std reaches the host compiler only
-            .flag("--fatbin")
-            .file(source);
-        for arch in &archs.sass {
-            build.flag(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
+            .try_get_compiler()
+            .map_err(|error| format!("cannot use {}: {error}", nvcc.display()))?;
+        let mut command = compiler.to_command();
+        command.args(["-std=c++17", "--fatbin", "--threads", "0"]);
+        command.args(["-Xptxas", "--warn-on-local-memory-usage,--warn-on-spills"]);
+        for &arch in &targets.sass {
+            command.arg(format!("-gencode=arch={},code={}", targets.name("compute", arch), targets.name("sm", arch)));
         }
-        for arch in &archs.ptx {
-            build.flag(format!("-gencode=arch=compute_{arch},code=compute_{arch}"));
+        for &arch in &targets.ptx {
+            command.arg(format!("-gencode=arch={0},code={0}", targets.name("compute", arch)));
         }
-        let objects = build
-            .try_compile_intermediates()
-            .map_err(|error| format!("nvcc failed on {}: {error}", source.display()))?;
-        let object = objects.first().ok_or("nvcc produced no output")?;
-        let fatbin = folder.with_extension("fatbin");
-        fs::copy(object, &fatbin).map_err(|error| format!("cannot copy {}: {error}", object.display()))?;
-        Ok(fatbin)
+        command.arg("-o").arg(fatbin).arg(source);
+        run(command, source)
     }
 
     fn bind_params(out: &Path) -> Result<()> {

@@ -8,10 +8,11 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use ptx_emulator::{Checks, Class, Counters, Options, Timing};
-use ptx_emulator::{Memory, MemoryError, Module};
+use ptx_emulator::{Interleave, L2Promotion, Memory, MemoryError, Module, OobFill, Swizzle, TensorMap, TensorType};
 
 use crate::error::{Error, Result};
 use crate::kernels::Image;
+use crate::params::MAP_BYTES;
 use crate::plan::{self, Device, Launch, Plan, SYNC_BYTES};
 use crate::{Dtype, Element, Gradient, Matrix, MatrixMut, cpu, raw};
 
@@ -46,7 +47,8 @@ fn memory_error(error: MemoryError) -> Error {
 }
 
 impl Emulator {
-    /// A GPU with the limits of `device`; below sm_80 the kernels' compute_75 PTX runs, else their compute_80 PTX.
+    /// A GPU with the limits of `device`. Below sm_80 the portable kernels' compute_75 PTX runs, else their compute_80 PTX;
+    /// the Hopper kernels' compute_90a PTX runs on sm_90.
     pub fn new(device: Device) -> Emulator {
         let threads_per_sm = match device.arch {
             75 => 1024,
@@ -121,6 +123,16 @@ impl Emulator {
         self
     }
 
+    /// The caller's choices, and what this build leaves to choose from.
+    fn plan_options(&self) -> plan::Options {
+        let is_there = |name: &str| {
+            let replaced = self.modules.iter().any(|(image, _)| *image == name);
+            replaced || Image::find(name).is_some_and(|image| image.ptx_for(self.device.arch).is_some())
+        };
+        let without_sm90 = self.plan.without_sm90 || !plan::SM90_IMAGES.into_iter().all(is_there);
+        plan::Options { without_sm90, ..self.plan }
+    }
+
     /// The device that is planned for.
     pub fn device(&self) -> &Device {
         &self.device
@@ -133,7 +145,7 @@ impl Emulator {
     /// first rule that was broken.
     pub fn run(&self, memory: &mut Memory, launch: &Launch) -> Result<Counters> {
         let module = self.module(launch.image)?;
-        let params = launch.params.to_bytes();
+        let params = launch.parameter_bytes(encode)?;
         let launch = ptx_emulator::Launch {
             kernel: launch.kernel,
             grid: launch.grid,
@@ -152,10 +164,7 @@ impl Emulator {
         }
         static MODULES: Mutex<Option<Modules>> = Mutex::new(None);
         let arch = self.device.arch;
-        let ptx = Image::find(image).and_then(|image| {
-            image.ptx.iter().filter(|(virtual_arch, _)| *virtual_arch <= arch).max_by_key(|ptx| ptx.0)
-        });
-        let Some(&(virtual_arch, text)) = ptx else {
+        let Some((virtual_arch, text)) = Image::find(image).and_then(|image| image.ptx_for(arch)) else {
             return Err(Error::UnsupportedArch { got: arch, built: format!("no PTX of `{image}` for it") });
         };
         let mut modules = MODULES.lock().unwrap_or_else(PoisonError::into_inner);
@@ -187,7 +196,7 @@ impl Emulator {
             h: h.as_ref().map(|h| upload(&mut memory, "h", cpu::shared(h), false)).transpose()?,
             y: upload(&mut memory, "y", cpu::shared(&y), false)?,
         };
-        let plan = Plan::forward_with(&uploaded, &self.device, self.plan)?;
+        let plan = Plan::forward_with(&uploaded, &self.device, self.plan_options())?;
         let counters = self.execute(&mut memory, &plan)?;
         if let (Some(h), Some(from)) = (&mut h, uploaded.h) {
             download(&memory, "h", from, h)?;
@@ -231,7 +240,7 @@ impl Emulator {
             dbias: gradient(&mut memory, "dbias", &dbias, accumulate.dbias)?,
             accumulate,
         };
-        let plan = Plan::backward_with(&uploaded, &self.device, self.plan)?;
+        let plan = Plan::backward_with(&uploaded, &self.device, self.plan_options())?;
         let counters = self.execute(&mut memory, &plan)?;
         if let (Some(dx), Some(from)) = (&mut dx, uploaded.dx) {
             download(&memory, "dx", from, dx)?;
@@ -266,6 +275,34 @@ impl Emulator {
         }
         Ok(counters)
     }
+}
+
+/// A map as the emulated kernel takes it, under the rules of the driver's documentation.
+fn encode(map: &plan::TensorMap) -> Result<[u8; MAP_BYTES]> {
+    let dtype = match map.dtype {
+        Dtype::F16 => TensorType::F16,
+        Dtype::Bf16 => TensorType::Bf16,
+        Dtype::F32 => TensorType::F32,
+    };
+    let swizzle = match map.swizzle {
+        plan::Swizzle::Bytes32 => Swizzle::Bytes32,
+        plan::Swizzle::Bytes64 => Swizzle::Bytes64,
+        plan::Swizzle::Bytes128 => Swizzle::Bytes128,
+    };
+    let encoded = TensorMap::encode_tiled(
+        dtype,
+        2,
+        map.address,
+        &map.dims,
+        &[map.row_bytes],
+        &map.boxes,
+        &[1, 1],
+        Interleave::None,
+        swizzle,
+        if map.is_read { L2Promotion::Bytes256 } else { L2Promotion::None },
+        OobFill::Zeros,
+    );
+    Ok(*encoded.map_err(report)?.as_bytes())
 }
 
 fn row_bytes<T: Element>(matrix: Matrix<'_, [T]>, row: usize) -> Vec<u8> {

@@ -110,6 +110,16 @@ pub enum Error {
         /// Types it computes in.
         expected: &'static str,
     },
+    /// An option of the planner asks for what another option, the call, the device or the build rules out.
+    #[error("the plan option `{option}` is {got}, expected {expected}")]
+    PlanOption {
+        /// Field of [`Options`](crate::plan::Options).
+        option: &'static str,
+        /// Its value.
+        got: String,
+        /// What it may be, and what stands against it.
+        expected: String,
+    },
     /// The workspace is smaller than the plan asks for.
     #[error("workspace holds {got} bytes, expected at least {needed}")]
     Workspace {

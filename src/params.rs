@@ -130,6 +130,120 @@ pub struct LoraBackwardParams {
     pub flags: u32,
 }
 
+/// The parameter of a forward kernel of the Hopper family, after its tensor maps. Tickets hand out bundles of h units
+/// first, then single y units; a unit belongs to a cluster, whose CTAs take neighbouring blocks of rows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LoraSm90ForwardParams {
+    /// M × R, as the h units write it: the caller's, or in the workspace.
+    pub h: LoraMatrix,
+    /// Device address of N elements of the storage type; 0 when absent.
+    pub bias: u64,
+    /// Device address of the synchronisation words ([`SYNC_BYTES`](super::plan::SYNC_BYTES)).
+    pub sync: u64,
+    /// Tokens.
+    pub m: u32,
+    /// Output features.
+    pub n: u32,
+    /// Input features.
+    pub k: u32,
+    /// Rank; 0 for the plain product.
+    pub r: u32,
+    /// Factor of h: α/r or α/√r.
+    pub scale: f32,
+    /// Blocks of rows over CTAs per cluster.
+    pub m_groups: u32,
+    /// Blocks of the tile's columns along N.
+    pub n_blocks: u32,
+    /// Narrow tiles along R.
+    pub r_blocks: u32,
+    /// Units of h: `m_groups` × `r_blocks`.
+    pub h_units: u32,
+    /// Units of h that one ticket hands out.
+    pub h_bundle: u32,
+    /// Tickets of h: `h_units` over `h_bundle`.
+    pub h_tickets: u32,
+    /// All tickets: `h_tickets` + `m_groups` × `n_blocks`.
+    pub tickets: u32,
+    /// Groups of M-blocks that pass over w together, for reuse in L2.
+    pub group_m: u32,
+    /// 2^`flag_shift` M-blocks share one flag.
+    pub flag_shift: u32,
+    /// Words from `sync` on that the last CTA clears.
+    pub sync_words: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// The parameter of a backward kernel of the Hopper family, after its tensor maps. Tickets hand out bundles of dh units,
+/// then dx, db (with dbias) and da units.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LoraSm90BackwardParams {
+    /// M × R, in the workspace, as the dh units write it.
+    pub dh: LoraMatrix,
+    /// M × K, as it is read to accumulate; absent when not asked for.
+    pub dx: LoraMatrix,
+    /// R × K, output; absent when not asked for.
+    pub da: LoraMatrix,
+    /// N × R, output; absent when not asked for.
+    pub db: LoraMatrix,
+    /// Device address of N elements, output; 0 when not asked for.
+    pub dbias: u64,
+    /// Device address of f32 partial sums: one block of `partial_stride` per slab and chunk of db, then of da.
+    pub partials: u64,
+    /// Device address of the synchronisation words ([`SYNC_BYTES`](super::plan::SYNC_BYTES)).
+    pub sync: u64,
+    /// Tokens.
+    pub m: u32,
+    /// Output features.
+    pub n: u32,
+    /// Input features.
+    pub k: u32,
+    /// Rank; 0 for the plain product.
+    pub r: u32,
+    /// Factor of dh: α/r or α/√r.
+    pub scale: f32,
+    /// Blocks of rows of dy over CTAs per cluster.
+    pub m_groups: u32,
+    /// Blocks of rows of db over CTAs per cluster.
+    pub n_groups: u32,
+    /// Blocks of rows of da transposed over CTAs per cluster.
+    pub k_groups: u32,
+    /// Blocks of the tile's columns of dx.
+    pub k_blocks: u32,
+    /// Narrow tiles along R.
+    pub r_blocks: u32,
+    /// Units of dh: `m_groups` × `r_blocks`.
+    pub dh_units: u32,
+    /// Units of dh that one ticket hands out.
+    pub dh_bundle: u32,
+    /// Tickets of dh: `dh_units` over `dh_bundle`.
+    pub dh_tickets: u32,
+    /// First ticket past dx: `dh_tickets` + `m_groups` × `k_blocks`.
+    pub dx_end: u32,
+    /// First ticket past db: `dx_end` + tiles of db × `chunks`.
+    pub db_end: u32,
+    /// First ticket past da, the number of tickets: `db_end` + tiles of da × `chunks`.
+    pub tickets: u32,
+    /// Chunks in which db and da reduce over tokens.
+    pub chunks: u32,
+    /// Tokens per chunk, a multiple of the block of rows.
+    pub chunk_rows: u32,
+    /// Distance between two blocks of partial sums, in f32 elements.
+    pub partial_stride: u32,
+    /// First counter of finished chunks (one per slab of db and da), in words from `sync`.
+    pub counters: u32,
+    /// Groups of M-blocks that pass over w together, for reuse in L2.
+    pub group_m: u32,
+    /// 2^`flag_shift` M-blocks share one flag.
+    pub flag_shift: u32,
+    /// Words from `sync` on that the last CTA clears.
+    pub sync_words: u32,
+    /// `LORA_ACCUMULATE_*` (which outputs add) and `LORA_*_F32` (which gradients are f32), or-ed.
+    pub flags: u32,
+}
+
 /// Defines each constant once and, with the header at hand, proves that it agrees.
 macro_rules! constants {
     ($($name:ident = $value:expr;)*) => {
@@ -148,6 +262,36 @@ constants! {
     LORA_SMALL_BLOCK = 64;
     LORA_SMALL_THREADS = 128;
     LORA_SMALL_STAGES = 4;
+    LORA_SM90_BLOCK_M = 128;
+    LORA_SM90_BLOCK_K = 64;
+    LORA_SM90_SLAB_M = 64;
+    LORA_SM90_SLABS = 2;
+    LORA_SM90_THREADS = 384;
+    LORA_SM90_NARROW_N = 128;
+    LORA_SM90_STORE_N = 64;
+    LORA_SM90_STORE_BOXES = 2;
+    LORA_SM90_STAGES_256 = 4;
+    LORA_SM90_STAGES_192 = 4;
+    LORA_SM90_STAGES_128 = 6;
+    LORA_SM90_TAIL_BYTES = 1024;
+    LORA_SM90_FORWARD_X = 0;
+    LORA_SM90_FORWARD_W = 1;
+    LORA_SM90_FORWARD_A = 2;
+    LORA_SM90_FORWARD_H = 3;
+    LORA_SM90_FORWARD_B = 4;
+    LORA_SM90_FORWARD_Y = 5;
+    LORA_SM90_FORWARD_MAPS = 6;
+    LORA_SM90_BACKWARD_DY = 0;
+    LORA_SM90_BACKWARD_W = 1;
+    LORA_SM90_BACKWARD_B = 2;
+    LORA_SM90_BACKWARD_DH = 3;
+    LORA_SM90_BACKWARD_A = 4;
+    LORA_SM90_BACKWARD_DX = 5;
+    LORA_SM90_BACKWARD_DY_TOKENS = 6;
+    LORA_SM90_BACKWARD_H_TOKENS = 7;
+    LORA_SM90_BACKWARD_X_TOKENS = 8;
+    LORA_SM90_BACKWARD_DH_TOKENS = 9;
+    LORA_SM90_BACKWARD_MAPS = 10;
     LORA_SYNC_BYTES = 65536;
     LORA_SYNC_FLAGS = 2;
     LORA_ACCUMULATE_DX = 1;
@@ -179,16 +323,48 @@ mod header {
         same_layout!(LoraBackwardParams: dy w a b x h dh dx da db dbias partials sync m n k r scale m_blocks n_blocks
             k_blocks dh_units dx_end db_end units chunks chunk_rows partial_stride counters group_m flag_shift
             sync_words flags);
+        same_layout!(LoraSm90ForwardParams: h bias sync m n k r scale m_groups n_blocks r_blocks h_units h_bundle
+            h_tickets tickets group_m flag_shift sync_words reserved);
+        same_layout!(LoraSm90BackwardParams: dh dx da db dbias partials sync m n k r scale m_groups n_groups k_groups
+            k_blocks r_blocks dh_units dh_bundle dh_tickets dx_end db_end tickets chunks chunk_rows partial_stride
+            counters group_m flag_shift sync_words flags);
+    };
+
+    /// A block as `Launch::parameter_bytes` lays it out: maps, fields, and padding to whole 64 bytes.
+    macro_rules! same_block {
+        ($name:ident: $fields:ident after $maps:ident) => {
+            assert!(core::mem::offset_of!($name, params) == $maps as usize * super::MAP_BYTES);
+            assert!(
+                size_of::<$name>()
+                    == (core::mem::offset_of!($name, params) + size_of::<super::$fields>())
+                        .next_multiple_of(super::MAP_ALIGN)
+            );
+            assert!(align_of::<$name>() == super::MAP_ALIGN);
+        };
+    }
+
+    const _: () = {
+        same_block!(LoraSm90Forward: LoraSm90ForwardParams after LORA_SM90_FORWARD_MAPS);
+        same_block!(LoraSm90Backward: LoraSm90BackwardParams after LORA_SM90_BACKWARD_MAPS);
     };
 }
 
-/// The parameter block of one launch.
+/// Bytes of an encoded tensor map.
+pub const MAP_BYTES: usize = 128;
+/// Alignment of a tensor map, and so of a parameter block that holds some.
+pub const MAP_ALIGN: usize = 64;
+
+/// The fields of a kernel's parameter.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Params {
     /// Of a forward kernel.
     Forward(LoraForwardParams),
     /// Of a backward kernel.
     Backward(LoraBackwardParams),
+    /// Of a forward kernel of the Hopper family, after its tensor maps.
+    Sm90Forward(LoraSm90ForwardParams),
+    /// Of a backward kernel of the Hopper family, after its tensor maps.
+    Sm90Backward(LoraSm90BackwardParams),
 }
 
 impl Params {
@@ -198,12 +374,14 @@ impl Params {
         match self {
             Params::Forward(p) => p.write(&mut out),
             Params::Backward(p) => p.write(&mut out),
+            Params::Sm90Forward(p) => p.write(&mut out),
+            Params::Sm90Backward(p) => p.write(&mut out),
         }
         out
     }
 }
 
-/// Appends fields in order. Neither struct has padding: u64s first, then an even number of u32s (asserted below).
+/// Appends fields in order. No struct has padding: u64s first, then an even number of u32s (asserted below).
 macro_rules! write_fields {
     ($name:ident: matrices $($matrix:ident)*; words $($word:ident)*) => {
         impl $name {
@@ -227,3 +405,9 @@ write_fields!(LoraForwardParams: matrices x w a b h y;
 write_fields!(LoraBackwardParams: matrices dy w a b x h dh dx da db;
     words dbias partials sync m n k r scale m_blocks n_blocks k_blocks dh_units dx_end db_end units chunks chunk_rows
     partial_stride counters group_m flag_shift sync_words flags);
+write_fields!(LoraSm90ForwardParams: matrices h;
+    words bias sync m n k r scale m_groups n_blocks r_blocks h_units h_bundle h_tickets tickets group_m flag_shift
+    sync_words reserved);
+write_fields!(LoraSm90BackwardParams: matrices dh dx da db;
+    words dbias partials sync m n k r scale m_groups n_groups k_groups k_blocks r_blocks dh_units dh_bundle dh_tickets
+    dx_end db_end tickets chunks chunk_rows partial_stride counters group_m flag_shift sync_words flags);

@@ -1,21 +1,28 @@
 //! From a problem and a device to launches: plain data in, plain data out, no GPU needed.
 //!
-//! [`Plan::forward`] and [`Plan::backward`] choose the tile shape, number the units of work, lay out the workspace and can
-//! [`explain`](Plan::explain) all of it. [`Plan::launch`] then only fills in the workspace address.
+//! [`Plan::forward`] and [`Plan::backward`] choose the family and the tile shape, number the units of work, lay out the
+//! workspace and can [`explain`](Plan::explain) all of it. [`Plan::launch`] then only fills in the workspace address.
 
 mod device;
 mod explain;
-mod model;
+mod launch;
+mod options;
+mod portable;
+mod sm90;
 
-pub use crate::params::{LoraBackwardParams, LoraForwardParams, LoraMatrix, Params};
+pub use crate::params::{
+    LoraBackwardParams, LoraForwardParams, LoraMatrix, LoraSm90BackwardParams, LoraSm90ForwardParams, Params,
+};
 pub use device::Device;
-pub use model::TileSize;
+pub use launch::{Launch, Swizzle, TensorMap};
+pub use options::{Family, Options, TileSize};
+#[cfg(any(feature = "cuda", feature = "emulator"))]
+pub(crate) use sm90::IMAGES as SM90_IMAGES;
 
 use crate::error::{Error, Result};
 use crate::params::*;
 use crate::shape::Ranges;
 use crate::{Dtype, LoraShape, raw};
-use model::Tile;
 
 /// Bytes at the start of a workspace that must be zero before its first use. Every launch leaves them zero.
 pub const SYNC_BYTES: usize = LORA_SYNC_BYTES as usize;
@@ -23,51 +30,11 @@ pub const SYNC_BYTES: usize = LORA_SYNC_BYTES as usize;
 /// Alignment of a workspace in bytes.
 pub const WORKSPACE_ALIGN: u64 = 256;
 
-/// f32 partial sums of da and db may take this much of the workspace.
-const MAX_PARTIAL_BYTES: u64 = 16 << 20;
-/// Tokens per chunk are not worth less than this: each chunk costs a round trip of partial sums.
-const MIN_CHUNK_ROWS: u64 = 512;
-/// M-blocks that pass over w together.
+/// M-blocks (groups of them in the Hopper family) that pass over w together.
 const GROUP_M: u32 = 8;
 /// Words for flags; the rest of the synchronisation area counts the chunks of da and db tiles.
 const MAX_FLAGS: u64 = 8192;
 const MAX_COUNTERS: u64 = LORA_SYNC_BYTES as u64 / 4 - LORA_SYNC_FLAGS as u64 - MAX_FLAGS;
-
-/// One kernel launch as data; a backend only executes it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Launch {
-    /// The [`Image`](crate::kernels::Image) that holds the kernel.
-    pub image: &'static str,
-    /// Entry point.
-    pub kernel: &'static str,
-    /// CTAs.
-    pub grid: [u32; 3],
-    /// CTAs per cluster; 1 × 1 × 1 when the kernel has none.
-    pub cluster: [u32; 3],
-    /// Threads per CTA.
-    pub block: [u32; 3],
-    /// Dynamic shared memory in bytes.
-    pub shared_bytes: u32,
-    /// The kernel's one parameter.
-    pub params: Params,
-}
-
-/// What a caller may decide instead of the planner: for tests, and for measuring what the planner chooses between.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Options {
-    /// The tile shape; the fastest by the planner's model when absent.
-    pub tile: Option<TileSize>,
-}
-
-impl Options {
-    /// These options with one tile shape for every call.
-    #[must_use]
-    pub fn with_tile(mut self, tile: TileSize) -> Options {
-        self.tile = Some(tile);
-        self
-    }
-}
 
 /// What will run for one call, and why.
 #[derive(Clone, Debug, PartialEq)]
@@ -75,14 +42,28 @@ pub struct Plan {
     shape: LoraShape,
     dtype: Dtype,
     device: Device,
-    tile: Tile,
+    options: Options,
+    choice: Choice,
     launch: Launch,
     scratch: Scratch,
     notes: Vec<String>,
     /// Where the arguments lie.
     ranges: Ranges,
-    /// The caller chose the tile.
-    forced_tile: bool,
+}
+
+/// What was chosen to run.
+#[derive(Clone, Debug, PartialEq)]
+enum Choice {
+    Portable(portable::Tile),
+    Sm90(sm90::Choice),
+}
+
+/// What a family makes of a call.
+struct Draft {
+    choice: Choice,
+    launch: Launch,
+    scratch: Scratch,
+    notes: Vec<String>,
 }
 
 /// Byte offsets into the workspace of what the call did not bring along.
@@ -113,7 +94,7 @@ fn blocks(extent: usize, block: u32) -> u64 {
 /// CTAs of a launch: more than any GPU holds at once.
 const MAX_CTAS: u32 = 1 << 20;
 
-fn units(count: u64) -> Result<u32> {
+fn check_units(count: u64) -> Result<u32> {
     // Tickets run past the last unit by one per CTA.
     let limit = u64::from(u32::MAX - MAX_CTAS);
     u32::try_from(count).ok().filter(|_| count <= limit).ok_or(Error::TooLarge {
@@ -140,6 +121,54 @@ fn flags(m_blocks: u64) -> (u32, u64) {
     (shift, m_blocks.div_ceil(1 << shift))
 }
 
+/// `LORA_ACCUMULATE_*` and `LORA_*_F32` of a call.
+fn gradient_flags(op: &raw::Backward) -> u32 {
+    let is_f32 = |argument: Option<raw::Gradient>| argument.is_some_and(|gradient| gradient.f32);
+    let flags = [
+        (op.accumulate.dx, LORA_ACCUMULATE_DX),
+        (op.accumulate.da, LORA_ACCUMULATE_DA),
+        (op.accumulate.db, LORA_ACCUMULATE_DB),
+        (op.accumulate.dbias, LORA_ACCUMULATE_DBIAS),
+        (is_f32(op.da), LORA_DA_F32),
+        (is_f32(op.db), LORA_DB_F32),
+        (is_f32(op.dbias), LORA_DBIAS_F32),
+    ];
+    flags.iter().filter(|(set, _)| *set).map(|(_, bit)| bit).sum()
+}
+
+/// What planning needs before it looks at the shape.
+fn check(dtype: Dtype, device: &Device, options: &Options) -> Result<()> {
+    check_dtype(dtype)?;
+    portable::Tile::check(device)?;
+    options.check()
+}
+
+/// A family, with what there is to say about it.
+enum Chosen {
+    Portable(Vec<String>),
+    Sm90,
+}
+
+/// The Hopper family where nothing stands against it, unless the caller decided otherwise.
+fn choose_family(device: &Device, options: &Options, obstacles: Vec<String>) -> Result<Chosen> {
+    let absent = options.without_sm90.then(|| "this build holds no kernels of the Hopper family".to_owned());
+    let mut obstacles: Vec<String> = absent.into_iter().chain(obstacles).collect();
+    match (options.decided(), obstacles.is_empty()) {
+        (Some((_, Family::Portable, _)), _) => Ok(Chosen::Portable(Vec::new())),
+        (_, true) => Ok(Chosen::Sm90),
+        (Some((option, Family::Sm90, got)), false) => {
+            let expected = format!("a choice of the portable family: {}", obstacles.swap_remove(0));
+            Err(Error::PlanOption { option, got, expected })
+        }
+        // On other architectures there is nothing that the caller could change.
+        (None, false) if device.arch != sm90::ARCH => Ok(Chosen::Portable(Vec::new())),
+        (None, false) => {
+            let notes = obstacles.iter().map(|obstacle| format!("not the Hopper family: {obstacle}"));
+            Ok(Chosen::Portable(notes.collect()))
+        }
+    }
+}
+
 impl Plan {
     /// Plans y = x Wᵀ + h Bᵀ (+ bias) after checking the arguments.
     ///
@@ -154,63 +183,20 @@ impl Plan {
     /// [`forward`](Self::forward) with some choices made by the caller.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward).
+    /// As [`forward`](Self::forward), and [`Error::PlanOption`] for a choice that cannot be had.
     pub fn forward_with(op: &raw::Forward, device: &Device, options: Options) -> Result<Plan> {
         let (shape, ranges) = op.judge()?;
-        check_dtype(op.dtype)?;
-        Tile::check(device)?;
-        let LoraShape { m, n, k, r } = shape;
-        let tile = Tile::choose(device, options.tile, &[(m, n, k + r)]);
-        let (m_blocks, n_blocks) = (blocks(m, tile.block), blocks(n, tile.block));
-        let h_units = m_blocks * blocks(r, LORA_NARROW_N);
-        let units = units(h_units + m_blocks * n_blocks)?;
-        let (flag_shift, flag_count) = flags(m_blocks);
-
-        let mut scratch = Scratch { end: SYNC_BYTES as u64, ..Scratch::default() };
-        let h = match op.h {
-            Some(h) => matrix(h),
-            None if r == 0 => LoraMatrix::default(),
-            None => {
-                scratch.h = Some(scratch.reserve((m * scratch_stride(r) * op.dtype.size()) as u64));
-                LoraMatrix { ptr: 0, row_stride: scratch_stride(r) as i64 }
+        check(op.dtype, device, &options)?;
+        let obstacles = sm90::obstacles(device, shape, &sm90::forward_operands(op));
+        let draft = match choose_family(device, &options, obstacles)? {
+            Chosen::Sm90 => sm90::forward(op, shape, device, &options)?,
+            Chosen::Portable(mut notes) => {
+                let mut draft = portable::forward(op, shape, device, &options)?;
+                draft.notes.append(&mut notes);
+                draft
             }
         };
-        let params = LoraForwardParams {
-            x: matrix(op.x),
-            w: matrix(op.w),
-            a: matrix(op.a),
-            b: matrix(op.b),
-            h,
-            y: matrix(op.y),
-            bias: op.bias.map_or(0, |bias| bias.ptr),
-            sync: 0,
-            m: m as u32,
-            n: n as u32,
-            k: k as u32,
-            r: r as u32,
-            scale: op.scale,
-            m_blocks: m_blocks as u32,
-            n_blocks: n_blocks as u32,
-            h_units: h_units as u32,
-            units,
-            group_m: GROUP_M,
-            flag_shift,
-            sync_words: LORA_SYNC_FLAGS + flag_count as u32,
-        };
-        let mut notes = Vec::new();
-        explain::slow_operands(
-            &mut notes,
-            &[("x", Some(op.x)), ("w", Some(op.w)), ("a", Some(op.a)), ("b", Some(op.b)), ("h", op.h)],
-        );
-        let kernel = match (op.dtype, tile.is_large()) {
-            (Dtype::Bf16, true) => "lora_forward_bf16_large",
-            (Dtype::Bf16, false) => "lora_forward_bf16_small",
-            (_, true) => "lora_forward_f16_large",
-            (_, false) => "lora_forward_f16_small",
-        };
-        let launch = tile.launch("portable_forward", kernel, units, device, Params::Forward(params));
-        let forced_tile = options.tile.is_some();
-        Ok(Plan { shape, dtype: op.dtype, device: device.clone(), tile, launch, scratch, notes, ranges, forced_tile })
+        Ok(Plan::new(shape, op.dtype, device, options, ranges, draft))
     }
 
     /// Plans the requested outputs of backward after checking the arguments.
@@ -226,114 +212,33 @@ impl Plan {
     /// [`backward`](Self::backward) with some choices made by the caller.
     ///
     /// # Errors
-    /// As [`backward`](Self::backward).
+    /// As [`backward`](Self::backward), and [`Error::PlanOption`] for a choice that cannot be had.
     pub fn backward_with(op: &raw::Backward, device: &Device, options: Options) -> Result<Plan> {
         let (shape, ranges) = op.judge()?;
-        check_dtype(op.dtype)?;
-        Tile::check(device)?;
-        let LoraShape { m, n, k, r } = shape;
-        let has_adapter = r != 0;
-        let wants_da = op.da.is_some() && has_adapter;
-        let wants_db = op.db.is_some() && has_adapter;
-        let wants_dh = has_adapter && (op.dx.is_some() || wants_da);
-        let main = if op.dx.is_some() { vec![(m, k, n + r)] } else { vec![(m, r.max(1), n), (n, r.max(1), m)] };
-        let tile = Tile::choose(device, options.tile, &main);
+        check(op.dtype, device, &options)?;
+        let obstacles = sm90::obstacles(device, shape, &sm90::backward_operands(op));
+        let draft = match choose_family(device, &options, obstacles)? {
+            Chosen::Sm90 => sm90::backward(op, shape, device, &options)?,
+            Chosen::Portable(mut notes) => {
+                let mut draft = portable::backward(op, shape, device, &options)?;
+                draft.notes.append(&mut notes);
+                draft
+            }
+        };
+        Ok(Plan::new(shape, op.dtype, device, options, ranges, draft))
+    }
 
-        let r_blocks = blocks(r, LORA_NARROW_N);
-        let (m_blocks, n_blocks, k_blocks) = (blocks(m, tile.block), blocks(n, tile.block), blocks(k, tile.block));
-        let dh_units = if wants_dh { m_blocks * r_blocks } else { 0 };
-        let dx_units = if op.dx.is_some() { m_blocks * k_blocks } else { 0 };
-        // dbias rides on the db tiles of the first block of ranks, which therefore exist even without db.
-        let db_tiles = n_blocks * if wants_db { r_blocks } else { u64::from(op.dbias.is_some()) };
-        let da_tiles = if wants_da { k_blocks * r_blocks } else { 0 };
-        let (flag_shift, flag_count) = flags(m_blocks);
-        let chunks = Chunks::choose(device, &tile, m, r, db_tiles + da_tiles);
-        let dx_end = dh_units + dx_units;
-        let db_end = dx_end + db_tiles * chunks.count;
-        let units = units(db_end + da_tiles * chunks.count)?;
+    fn new(shape: LoraShape, dtype: Dtype, device: &Device, options: Options, ranges: Ranges, draft: Draft) -> Plan {
+        let Draft { choice, launch, scratch, notes } = draft;
+        Plan { shape, dtype, device: device.clone(), options, choice, launch, scratch, notes, ranges }
+    }
 
-        let mut scratch = Scratch { end: SYNC_BYTES as u64, ..Scratch::default() };
-        let dh_stride = scratch_stride(r);
-        if wants_dh {
-            scratch.h = Some(scratch.reserve((m * dh_stride * op.dtype.size()) as u64));
+    /// The family that was chosen.
+    pub fn family(&self) -> Family {
+        match self.choice {
+            Choice::Portable(_) => Family::Portable,
+            Choice::Sm90(_) => Family::Sm90,
         }
-        if chunks.count > 1 {
-            scratch.partials = Some(scratch.reserve(chunks.bytes(db_tiles + da_tiles)));
-        }
-        let optional = |argument: Option<raw::Matrix>| argument.map(matrix).unwrap_or_default();
-        let gradient = |wanted: bool, argument: Option<raw::Gradient>| {
-            optional(argument.filter(|_| wanted).map(|gradient| gradient.matrix))
-        };
-        let is_f32 = |argument: Option<raw::Gradient>| argument.is_some_and(|gradient| gradient.f32);
-        let flags = [
-            (op.accumulate.dx, LORA_ACCUMULATE_DX),
-            (op.accumulate.da, LORA_ACCUMULATE_DA),
-            (op.accumulate.db, LORA_ACCUMULATE_DB),
-            (op.accumulate.dbias, LORA_ACCUMULATE_DBIAS),
-            (is_f32(op.da), LORA_DA_F32),
-            (is_f32(op.db), LORA_DB_F32),
-            (is_f32(op.dbias), LORA_DBIAS_F32),
-        ];
-        let counters = LORA_SYNC_FLAGS + flag_count as u32;
-        let counter_words = if chunks.count > 1 { (db_tiles + da_tiles) as u32 } else { 0 };
-        let params = LoraBackwardParams {
-            dy: matrix(op.dy),
-            w: matrix(op.w),
-            a: matrix(op.a),
-            b: matrix(op.b),
-            x: optional(op.x),
-            // Of db's narrow operand nothing is read when dbias alone is wanted; it is still an address.
-            h: if wants_db { optional(op.h) } else { matrix(op.dy) },
-            dh: LoraMatrix { ptr: 0, row_stride: dh_stride as i64 },
-            dx: optional(op.dx),
-            da: gradient(wants_da, op.da),
-            db: gradient(wants_db, op.db),
-            dbias: op.dbias.map_or(0, |dbias| dbias.matrix.ptr),
-            partials: 0,
-            sync: 0,
-            m: m as u32,
-            n: n as u32,
-            k: k as u32,
-            r: r as u32,
-            scale: op.scale,
-            m_blocks: m_blocks as u32,
-            n_blocks: n_blocks as u32,
-            k_blocks: k_blocks as u32,
-            dh_units: dh_units as u32,
-            dx_end: dx_end as u32,
-            db_end: db_end as u32,
-            units,
-            chunks: chunks.count as u32,
-            chunk_rows: chunks.rows as u32,
-            partial_stride: chunks.partial_stride as u32,
-            counters,
-            group_m: GROUP_M,
-            flag_shift,
-            sync_words: counters + counter_words,
-            flags: flags.iter().filter(|(set, _)| *set).map(|(_, bit)| bit).sum(),
-        };
-        let mut notes = Vec::new();
-        explain::slow_operands(
-            &mut notes,
-            // Only what the requested outputs read.
-            &[
-                ("dy", Some(op.dy)),
-                ("w", op.dx.map(|_| op.w)),
-                ("a", op.dx.map(|_| op.a)),
-                ("b", Some(op.b).filter(|_| wants_dh)),
-                ("x", op.x.filter(|_| wants_da)),
-                ("h", op.h.filter(|_| wants_db)),
-            ],
-        );
-        let kernel = match (op.dtype, tile.is_large()) {
-            (Dtype::Bf16, true) => "lora_backward_bf16_large",
-            (Dtype::Bf16, false) => "lora_backward_bf16_small",
-            (_, true) => "lora_backward_f16_large",
-            (_, false) => "lora_backward_f16_small",
-        };
-        let launch = tile.launch("portable_backward", kernel, units, device, Params::Backward(params));
-        let forced_tile = options.tile.is_some();
-        Ok(Plan { shape, dtype: op.dtype, device: device.clone(), tile, launch, scratch, notes, ranges, forced_tile })
     }
 
     /// Workspace the launch needs, in bytes: the synchronisation area, h or dh, and partial sums.
@@ -378,47 +283,35 @@ impl Plan {
                 *ptr = workspace + offset;
             }
         };
-        match &mut launch.params {
+        let maps: &[u32] = match &mut launch.params {
             Params::Forward(params) => {
                 params.sync = workspace;
                 place(&mut params.h.ptr, self.scratch.h);
+                &[]
             }
             Params::Backward(params) => {
                 params.sync = workspace;
                 place(&mut params.dh.ptr, self.scratch.h);
                 place(&mut params.partials, self.scratch.partials);
+                &[]
+            }
+            Params::Sm90Forward(params) => {
+                params.sync = workspace;
+                place(&mut params.h.ptr, self.scratch.h);
+                &[LORA_SM90_FORWARD_H]
+            }
+            Params::Sm90Backward(params) => {
+                params.sync = workspace;
+                place(&mut params.dh.ptr, self.scratch.h);
+                place(&mut params.partials, self.scratch.partials);
+                &[LORA_SM90_BACKWARD_DH, LORA_SM90_BACKWARD_DH_TOKENS]
+            }
+        };
+        for &index in maps {
+            if let Some(Some(map)) = launch.maps.get_mut(index as usize) {
+                place(&mut map.address, self.scratch.h);
             }
         }
         Ok(launch)
-    }
-}
-
-/// How the tokens are cut for the reductions of da and db.
-struct Chunks {
-    count: u64,
-    rows: u64,
-    partial_stride: u64,
-}
-
-impl Chunks {
-    /// Enough chunks for two db and da tiles per SM, within the memory for partial sums.
-    fn choose(device: &Device, tile: &Tile, m: usize, r: usize, tiles: u64) -> Chunks {
-        let block = u64::from(tile.block);
-        let columns = (r as u64).min(u64::from(LORA_NARROW_N)).next_multiple_of(16);
-        // One f32 per thread and accumulator register: the active columns and two of the column sums.
-        let partial_stride = block * columns + 2 * u64::from(tile.threads);
-        let whole = (m as u64).next_multiple_of(block);
-        let wanted = (2 * u64::from(device.sms)).div_ceil(tiles.max(1));
-        let affordable = MAX_PARTIAL_BYTES / (4 * partial_stride).saturating_mul(tiles.max(1));
-        let most = wanted.min(affordable).min(m as u64 / MIN_CHUNK_ROWS);
-        if most <= 1 || tiles > MAX_COUNTERS {
-            return Chunks { count: 1, rows: whole, partial_stride };
-        }
-        let rows = (m as u64).div_ceil(most).next_multiple_of(block);
-        Chunks { count: (m as u64).div_ceil(rows), rows, partial_stride }
-    }
-
-    fn bytes(&self, tiles: u64) -> u64 {
-        4 * self.partial_stride * self.count * tiles
     }
 }

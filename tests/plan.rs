@@ -5,7 +5,7 @@ mod common;
 
 use common::raw as ops;
 use fused_lora::plan::{
-    Device, LoraBackwardParams, LoraForwardParams, Options, Params, Plan, SYNC_BYTES, TileSize, WORKSPACE_ALIGN,
+    Device, Family, LoraBackwardParams, LoraForwardParams, Options, Params, Plan, SYNC_BYTES, TileSize, WORKSPACE_ALIGN,
 };
 use fused_lora::{Dtype, Error, LoraShape, MAX_DIMENSION, raw};
 use proptest::prelude::*;
@@ -35,17 +35,22 @@ fn shapes() -> impl Strategy<Value = LoraShape> {
     (dimension(), dimension(), dimension(), rank).prop_map(|(m, n, k, r)| LoraShape { m, n, k, r })
 }
 
+/// What these tests look at; tests/plan_sm90.rs has the other family.
+fn portable() -> Options {
+    Options::default().with_family(Family::Portable)
+}
+
 fn forward_params(params: &Params) -> LoraForwardParams {
     match params {
         Params::Forward(params) => *params,
-        Params::Backward(_) => panic!("the plan of a forward holds backward parameters"),
+        other => panic!("the plan of a portable forward holds {other:?}"),
     }
 }
 
 fn backward_params(params: &Params) -> LoraBackwardParams {
     match params {
         Params::Backward(params) => *params,
-        Params::Forward(_) => panic!("the plan of a backward holds forward parameters"),
+        other => panic!("the plan of a portable backward holds {other:?}"),
     }
 }
 
@@ -98,8 +103,8 @@ fn check_flags(m_blocks: u32, flag_shift: u32, end: u32, sync_words: u32) {
 }
 
 fn check_forward(op: &raw::Forward, shape: LoraShape, device: &Device) {
-    let plan = Plan::forward(op, device).expect("a plan");
-    assert_eq!(plan, Plan::forward(op, device).expect("a plan"), "the same call gives the same plan");
+    let plan = Plan::forward_with(op, device, portable()).expect("a plan");
+    assert_eq!(plan, Plan::forward_with(op, device, portable()).expect("a plan"), "the same call gives the same plan");
     assert_eq!(plan.shape(), shape);
     let (launch, block) = check_launch(&plan, device, op.dtype, "forward");
     let p = forward_params(&launch.params);
@@ -129,8 +134,8 @@ fn check_forward(op: &raw::Forward, shape: LoraShape, device: &Device) {
 }
 
 fn check_backward(op: &raw::Backward, shape: LoraShape, device: &Device) {
-    let plan = Plan::backward(op, device).expect("a plan");
-    assert_eq!(plan, Plan::backward(op, device).expect("a plan"), "the same call gives the same plan");
+    let plan = Plan::backward_with(op, device, portable()).expect("a plan");
+    assert_eq!(plan, Plan::backward_with(op, device, portable()).expect("a plan"), "the same call gives the same plan");
     let (launch, block) = check_launch(&plan, device, op.dtype, "backward");
     let p = backward_params(&launch.params);
     let LoraShape { m, n, k, r } = shape;
@@ -213,7 +218,7 @@ proptest! {
         if keeps_h {
             op.h = Some(raw::Matrix::new(1 << 61, shape.m, shape.r));
         }
-        match Plan::forward(&op, &device) {
+        match Plan::forward_with(&op, &device, portable()) {
             Ok(plan) if is_in_the_way(&plan, [op.x, op.w, op.a, op.b, op.y].into_iter().chain(op.h)) => {}
             Ok(_) => check_forward(&op, shape, &device),
             // Addresses given out past the end of the address space, or h in the way of y.
@@ -239,7 +244,7 @@ proptest! {
         let rows = |gradient: raw::Gradient| gradient.matrix.rows * if gradient.f32 { 2 } else { 1 };
         let gradients = [op.da, op.db, op.dbias].into_iter().flatten();
         let outputs = gradients.map(|gradient| raw::Matrix { rows: rows(gradient), ..gradient.matrix }).chain(op.dx);
-        match Plan::backward(&op, &device) {
+        match Plan::backward_with(&op, &device, portable()) {
             Ok(plan) if is_in_the_way(&plan, inputs.into_iter().chain(outputs)) => {}
             Ok(_) => check_backward(&op, shape, &device),
             Err(Error::TooLarge { .. } | Error::Overlap { .. } | Error::NullPointer { .. }) => {
@@ -255,7 +260,7 @@ proptest! {
                                dtype in dtypes(), device in devices()) {
         let (shape, op) = (LoraShape { m, n, k, r }, ops::backward(dtype, LoraShape { m, n, k, r }));
         check_backward(&op, shape, &device);
-        let plan = Plan::backward(&op, &device).expect("a plan");
+        let plan = Plan::backward_with(&op, &device, portable()).expect("a plan");
         let p = backward_params(&plan.launch(WORKSPACE, plan.workspace_bytes()).expect("a launch").params);
         // 600 tiles at most here: only a device with fewer SMs than half the tiles has nothing to gain.
         let tiles = p.n_blocks + p.k_blocks;
@@ -322,7 +327,7 @@ fn the_largest_shapes_are_answered() {
     op.db = Some(raw::Gradient { matrix: at(0xa << 60, n, r), f32: false });
     (op.dx, op.dbias) = (None, None);
     op.check().expect("disjoint arguments");
-    assert!(is_too_large(&Plan::backward(&op, &device)));
+    assert!(is_too_large(&Plan::backward_with(&op, &device, portable())));
 }
 
 #[test]
@@ -379,7 +384,7 @@ fn a_workspace_on_an_argument_is_refused() {
     let device = Device::of_arch("a device", 90, 132);
     let shape = LoraShape { m: 64, n: 128, k: 128, r: 8 };
     let op = ops::forward(Dtype::F16, shape);
-    let plan = Plan::forward(&op, &device).expect("a plan");
+    let plan = Plan::forward_with(&op, &device, portable()).expect("a plan");
     let needed = plan.workspace_bytes();
     assert_eq!(plan.launch(op.y.ptr, needed), Err(Error::Overlap { output: "workspace", other: "y" }));
     let before = op.x.ptr - needed as u64;

@@ -12,7 +12,7 @@ use super::launch::launch;
 use super::module::{self, Module};
 use super::{Backward, Forward, Workspace, driver, size};
 use crate::error::Result;
-use crate::plan::{Device, Launch, Plan};
+use crate::plan::{Device, Launch, Options, Plan};
 use crate::{Dtype, Element, LoraShape, raw};
 
 /// The kernels of this crate, loaded into a CUDA context.
@@ -20,7 +20,10 @@ use crate::{Dtype, Element, LoraShape, raw};
 /// A handle: clones share what is loaded, and any thread may use them. Dropping the last one waits for the device and unloads
 /// the kernels; graphs that were captured with them must not run after that.
 #[derive(Clone, Debug)]
-pub struct Kernels(Arc<Loaded>);
+pub struct Kernels {
+    loaded: Arc<Loaded>,
+    options: Options,
+}
 
 #[derive(Debug)]
 struct Loaded {
@@ -38,7 +41,9 @@ impl Kernels {
     pub fn new(context: &Arc<CudaContext>) -> Result<Self> {
         let device = driver::properties(context)?;
         let modules = module::load_all(context, &device)?;
-        Ok(Self(Arc::new(Loaded { context: context.clone(), device, modules })))
+        // A build may hold fewer families than the planner knows.
+        let options = Options { without_sm90: !module::has_sm90(&modules), ..Options::default() };
+        Ok(Self { loaded: Arc::new(Loaded { context: context.clone(), device, modules }), options })
     }
 
     /// Loads the kernels into the primary context of GPU `ordinal`.
@@ -51,12 +56,25 @@ impl Kernels {
 
     /// The context the kernels are loaded in.
     pub fn context(&self) -> &Arc<CudaContext> {
-        &self.0.context
+        &self.loaded.context
     }
 
     /// The GPU as plans see it.
     pub fn device(&self) -> &Device {
-        &self.0.device
+        &self.loaded.device
+    }
+
+    /// What these kernels leave the planner to choose from, and what [`with_plan_options`](Self::with_plan_options) decided:
+    /// [`Plan::forward_with`] gives the plan that they would launch when it is passed these.
+    pub fn plan_options(&self) -> Options {
+        self.options
+    }
+
+    /// A handle to the same kernels that makes some choices instead of the planner: to measure what it chooses between.
+    #[must_use]
+    pub fn with_plan_options(&self, options: Options) -> Self {
+        let without_sm90 = options.without_sm90 || self.options.without_sm90;
+        Self { loaded: self.loaded.clone(), options: Options { without_sm90, ..options } }
     }
 
     /// Bytes of workspace that suffice for forward and for backward of `shape`, with any choice of optional arguments.
@@ -72,7 +90,7 @@ impl Kernels {
     /// # Errors
     /// As [`Plan::forward`].
     pub fn forward_workspace_bytes(&self, dtype: Dtype, shape: LoraShape) -> Result<usize> {
-        size::forward(dtype, shape, self.device())
+        size::forward(dtype, shape, self.device(), self.options)
     }
 
     /// Bytes of workspace that suffice for backward of `shape`, with any choice of outputs.
@@ -80,7 +98,7 @@ impl Kernels {
     /// # Errors
     /// As [`Plan::backward`].
     pub fn backward_workspace_bytes(&self, dtype: Dtype, shape: LoraShape) -> Result<usize> {
-        size::backward(dtype, shape, self.device())
+        size::backward(dtype, shape, self.device(), self.options)
     }
 
     /// What [`forward`](Self::forward) would do: [`Plan::explain`] says it in words, and [`Plan::workspace_bytes`] is
@@ -91,7 +109,7 @@ impl Kernels {
     pub fn plan_forward<T: Element>(&self, stream: &CudaStream, op: &mut Forward<'_, T>) -> Result<Plan> {
         let mut access = Access::new(self.context(), stream)?;
         let op = access.forward(op)?;
-        access.judge(Plan::forward(&op, self.device()))
+        access.judge(Plan::forward_with(&op, self.device(), self.options))
     }
 
     /// What [`backward`](Self::backward) would do, as [`plan_forward`](Self::plan_forward).
@@ -101,7 +119,7 @@ impl Kernels {
     pub fn plan_backward<T: Element>(&self, stream: &CudaStream, op: &mut Backward<'_, T>) -> Result<Plan> {
         let mut access = Access::new(self.context(), stream)?;
         let op = access.backward(op)?;
-        access.judge(Plan::backward(&op, self.device()))
+        access.judge(Plan::backward_with(&op, self.device(), self.options))
     }
 
     /// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ: one launch on `stream`.
@@ -121,7 +139,7 @@ impl Kernels {
         check_context("workspace", workspace.context(), self.context())?;
         let mut access = Access::new(self.context(), stream)?;
         let op = access.forward(&mut op)?;
-        let plan = access.judge(Plan::forward(&op, self.device()))?;
+        let plan = access.judge(Plan::forward_with(&op, self.device(), self.options))?;
         self.run(&plan, stream, &access, workspace)
     }
 
@@ -139,7 +157,7 @@ impl Kernels {
         check_context("workspace", workspace.context(), self.context())?;
         let mut access = Access::new(self.context(), stream)?;
         let op = access.backward(&mut op)?;
-        let plan = access.judge(Plan::backward(&op, self.device()))?;
+        let plan = access.judge(Plan::backward_with(&op, self.device(), self.options))?;
         self.run(&plan, stream, &access, workspace)
     }
 
@@ -156,8 +174,8 @@ impl Kernels {
     }
 
     /// [`forward`](Self::forward) over addresses, for stacks on another version of cudarc or none: `stream` is a `CUstream`
-    /// (or `cudaStream_t`), and `workspace` holds `workspace_bytes` bytes. [`Plan::forward`] with
-    /// [`device`](Self::device) says how many are needed, and explains.
+    /// (or `cudaStream_t`), and `workspace` holds `workspace_bytes` bytes. [`Plan::forward_with`]
+    /// with [`device`](Self::device) and [`plan_options`](Self::plan_options) says how many are needed, and explains.
     ///
     /// # Errors
     /// What [`Plan::forward`] and [`Plan::launch`] find; [`Error::Driver`](crate::Error::Driver).
@@ -178,7 +196,7 @@ impl Kernels {
         workspace_bytes: usize,
         stream: *mut c_void,
     ) -> Result<()> {
-        let launch = Plan::forward(op, self.device())?.launch(workspace, workspace_bytes)?;
+        let launch = Plan::forward_with(op, self.device(), self.options)?.launch(workspace, workspace_bytes)?;
         // SAFETY: what `launch` relies on is what this function asks of its caller.
         unsafe { self.launch(&launch, stream.cast()) }
     }
@@ -197,7 +215,7 @@ impl Kernels {
         workspace_bytes: usize,
         stream: *mut c_void,
     ) -> Result<()> {
-        let launch = Plan::backward(op, self.device())?.launch(workspace, workspace_bytes)?;
+        let launch = Plan::backward_with(op, self.device(), self.options)?.launch(workspace, workspace_bytes)?;
         // SAFETY: what `launch` relies on is what this function asks of its caller.
         unsafe { self.launch(&launch, stream.cast()) }
     }
@@ -205,11 +223,11 @@ impl Kernels {
     /// # Safety
     /// `stream` is a stream of the kernels' context; what the parameters point to is as the launch says until it has run.
     unsafe fn launch(&self, planned: &Launch, stream: CUstream) -> Result<()> {
-        let function = module::find(&self.0.modules, planned.image, planned.kernel, self.device().arch)?;
+        let function = module::find(&self.loaded.modules, planned.image, planned.kernel, self.device().arch)?;
         self.context().bind_to_thread().map_err(failed("cuCtxSetCurrent"))?;
         // SAFETY: the function was found by the launch's own names in a module of this context, now current, which waits
         // for the device before it unloads; the rest is what the caller vouches for.
-        unsafe { launch(function, stream, planned) }.map_err(failed("cuLaunchKernel"))
+        unsafe { launch(function, stream, planned) }
     }
 }
 

@@ -3,30 +3,48 @@
 use std::ffi::c_void;
 use std::ptr;
 
-use cudarc::driver::result::DriverError;
 use cudarc::driver::sys::{
     self, CUfunction, CUlaunchAttribute, CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUstream,
 };
 
-use crate::plan::{Launch, Params};
+use super::driver::failed;
+use super::tensor_map::encode;
+use crate::error::Result;
+use crate::params::MAP_ALIGN;
+use crate::plan::Launch;
+
+/// A stretch of a parameter block, aligned as the strictest parameter is.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+struct Stretch([u8; MAP_ALIGN]);
+
+/// `bytes` at the alignment of a parameter block, with zeros after them.
+fn aligned(bytes: &[u8]) -> Vec<Stretch> {
+    let stretch = |chunk: &[u8]| {
+        let mut stretch = Stretch([0; MAP_ALIGN]);
+        stretch.0[..chunk.len()].copy_from_slice(chunk);
+        stretch
+    };
+    bytes.chunks(MAP_ALIGN).map(stretch).collect()
+}
 
 /// Starts `function` on `stream` as `launch` says.
+///
+/// # Errors
+/// [`Error::Driver`](crate::Error::Driver). Nothing is started then.
 ///
 /// # Safety
 /// `function` is the kernel that `launch` names, in the current context, and its module stays loaded until it has run.
 /// `stream` is a stream of that context. What `launch.params` points to is device memory of the extents it gives, which stays
 /// allocated until the kernel has run and which nothing else accesses in a conflicting way until then.
-pub(super) unsafe fn launch(function: CUfunction, stream: CUstream, launch: &Launch) -> Result<(), DriverError> {
+pub(super) unsafe fn launch(function: CUfunction, stream: CUstream, launch: &Launch) -> Result<()> {
     let [grid, block] = [launch.grid, launch.block];
-    let params: *const c_void = match &launch.params {
-        Params::Forward(params) => ptr::from_ref(params).cast(),
-        Params::Backward(params) => ptr::from_ref(params).cast(),
-    };
+    let block_of_parameters = aligned(&launch.parameter_bytes(encode)?);
     // The driver copies the parameter before it returns and never writes it.
-    let mut params = [params.cast_mut()];
+    let mut params = [block_of_parameters.as_ptr().cast::<c_void>().cast_mut()];
     if launch.cluster == [1, 1, 1] {
         // SAFETY: the caller vouches for function, stream and what the parameter points to; the kernel takes one
-        // parameter, and it is the struct that the layout checks of `params.rs` hold to the kernel's own.
+        // parameter, and the bytes are those of the struct that the layout checks of `params.rs` hold to the kernel's own.
         return unsafe {
             sys::cuLaunchKernel(
                 function,
@@ -42,7 +60,8 @@ pub(super) unsafe fn launch(function: CUfunction, stream: CUstream, launch: &Lau
                 ptr::null_mut(),
             )
         }
-        .result();
+        .result()
+        .map_err(failed("cuLaunchKernel"));
     }
     let mut cluster = CUlaunchAttributeValue { pad: [0; 64] };
     cluster.clusterDim.x = launch.cluster[0];
@@ -63,5 +82,7 @@ pub(super) unsafe fn launch(function: CUfunction, stream: CUstream, launch: &Lau
         numAttrs: 1,
     };
     // SAFETY: as above; `config` and its one attribute outlive the call.
-    unsafe { sys::cuLaunchKernelEx(&config, function, params.as_mut_ptr(), ptr::null_mut()) }.result()
+    unsafe { sys::cuLaunchKernelEx(&config, function, params.as_mut_ptr(), ptr::null_mut()) }
+        .result()
+        .map_err(failed("cuLaunchKernelEx"))
 }

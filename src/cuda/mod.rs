@@ -69,6 +69,7 @@ mod kernels;
 mod launch;
 mod module;
 mod size;
+mod tensor_map;
 mod workspace;
 
 pub use cudarc;

@@ -8,9 +8,10 @@ use cudarc::driver::result::{DriverError, function, module};
 use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute as Attribute, CUmodule, CUresult};
 
 use super::driver::failed;
+use super::tensor_map;
 use crate::error::{Error, Result};
 use crate::kernels::{IMAGES, Image};
-use crate::plan::Device;
+use crate::plan::{Device, SM90_IMAGES};
 
 /// The kernels of every image, as plans name them. A test holds this list to the images themselves.
 const KERNELS: &[(&str, &[&str])] = &[
@@ -21,6 +22,28 @@ const KERNELS: &[(&str, &[&str])] = &[
     (
         "portable_backward",
         &["lora_backward_f16_large", "lora_backward_f16_small", "lora_backward_bf16_large", "lora_backward_bf16_small"],
+    ),
+    (
+        "sm90_forward",
+        &[
+            "lora_sm90_forward_f16_256",
+            "lora_sm90_forward_f16_192",
+            "lora_sm90_forward_f16_128",
+            "lora_sm90_forward_bf16_256",
+            "lora_sm90_forward_bf16_192",
+            "lora_sm90_forward_bf16_128",
+        ],
+    ),
+    (
+        "sm90_backward",
+        &[
+            "lora_sm90_backward_f16_256",
+            "lora_sm90_backward_f16_192",
+            "lora_sm90_backward_f16_128",
+            "lora_sm90_backward_bf16_256",
+            "lora_sm90_backward_bf16_192",
+            "lora_sm90_backward_bf16_128",
+        ],
     ),
 ];
 
@@ -45,7 +68,15 @@ pub(super) fn load_all(context: &Arc<CudaContext>, device: &Device) -> Result<Ve
     context.bind_to_thread().map_err(failed("cuCtxSetCurrent"))?;
     let images = IMAGES.iter().filter(|image| image.supports(device.arch));
     let modules: Vec<Module> = images.map(|image| Module::load(context, image, device)).collect::<Result<_>>()?;
+    if has_sm90(&modules) {
+        tensor_map::check_driver()?;
+    }
     if modules.is_empty() { Err(unsupported(device.arch, IMAGES.first())) } else { Ok(modules) }
+}
+
+/// Whether the Hopper kernels are among the loaded ones.
+pub(super) fn has_sm90(modules: &[Module]) -> bool {
+    SM90_IMAGES.iter().all(|name| modules.iter().any(|module| module.image.name == *name))
 }
 
 fn unsupported(arch: u32, image: Option<&Image>) -> Error {
@@ -143,7 +174,7 @@ impl Drop for Module {
 
 #[cfg(test)]
 mod tests {
-    use super::{IMAGES, KERNELS, aligned};
+    use super::{IMAGES, KERNELS, SM90_IMAGES, aligned};
 
     /// `.entry` names of a PTX text.
     fn entries(ptx: &str) -> Vec<&str> {
@@ -163,7 +194,8 @@ mod tests {
                 assert_eq!(entries(ptx), listed, "{} for compute_{arch}", image.name);
             }
         }
-        for (name, _) in KERNELS {
+        // A build for other architectures may leave the Hopper kernels out.
+        for (name, _) in KERNELS.iter().filter(|(name, _)| !SM90_IMAGES.contains(name)) {
             assert!(IMAGES.iter().any(|image| image.name == *name), "{name} is listed but not built");
         }
     }

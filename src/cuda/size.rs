@@ -1,7 +1,7 @@
 //! The workspace that suffices for a shape, before there are any buffers.
 
 use crate::error::{Error, Result};
-use crate::plan::{Device, Plan};
+use crate::plan::{Device, Options, Plan};
 use crate::{Accumulate, Dtype, LoraShape, raw};
 
 /// Hands out disjoint stretches of an address space that no one looks into: what a plan needs depends on shapes alone.
@@ -20,7 +20,7 @@ impl Addresses {
 }
 
 /// What suffices for forward, whether h is kept or not.
-pub(super) fn forward(dtype: Dtype, shape: LoraShape, device: &Device) -> Result<usize> {
+pub(super) fn forward(dtype: Dtype, shape: LoraShape, device: &Device, options: Options) -> Result<usize> {
     let LoraShape { m, n, k, r } = shape;
     let mut at = Addresses(256);
     let op = raw::Forward {
@@ -34,12 +34,12 @@ pub(super) fn forward(dtype: Dtype, shape: LoraShape, device: &Device) -> Result
         h: None,
         y: at.matrix(m, n)?,
     };
-    Ok(Plan::forward(&op, device)?.workspace_bytes())
+    Ok(Plan::forward_with(&op, device, options)?.workspace_bytes())
 }
 
 /// What suffices for backward with any choice of outputs. All outputs together need not be the worst: with fewer tiles the
 /// tokens are cut into more chunks.
-pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device) -> Result<usize> {
+pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device, options: Options) -> Result<usize> {
     let LoraShape { m, n, k, r } = shape;
     let mut at = Addresses(256);
     let (dy, w, a, b) = (at.matrix(m, n)?, at.matrix(n, k)?, at.matrix(r, k)?, at.matrix(n, r)?);
@@ -64,7 +64,7 @@ pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device) -> Resul
             dbias: gradient(wants(3), dbias),
             accumulate: Accumulate::default(),
         };
-        most = most.max(Plan::backward(&op, device)?.workspace_bytes());
+        most = most.max(Plan::backward_with(&op, device, options)?.workspace_bytes());
     }
     Ok(most)
 }
@@ -73,15 +73,19 @@ pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device) -> Resul
 mod tests {
     use super::{backward, forward};
     use crate::error::Error;
-    use crate::plan::{Device, SYNC_BYTES};
+    use crate::plan::{Device, Options, SYNC_BYTES};
     use crate::{Dtype, LoraShape};
 
     #[test]
     fn a_workspace_holds_the_middle() {
         let device = Device::of_arch("test", 90, 132);
         let shape = LoraShape { m: 1000, n: 300, k: 200, r: 16 };
-        assert!(forward(Dtype::Bf16, shape, &device).expect("a plan") >= SYNC_BYTES + 1000 * 16 * 2);
-        assert!(backward(Dtype::F16, shape, &device).expect("a plan") >= SYNC_BYTES + 1000 * 16 * 2);
+        assert!(
+            forward(Dtype::Bf16, shape, &device, Options::default()).expect("a plan") >= SYNC_BYTES + 1000 * 16 * 2
+        );
+        assert!(
+            backward(Dtype::F16, shape, &device, Options::default()).expect("a plan") >= SYNC_BYTES + 1000 * 16 * 2
+        );
     }
 
     #[test]
@@ -89,12 +93,18 @@ mod tests {
         let device = Device::of_arch("test", 90, 132);
         for (m, n) in [(1 << 31, 1), (1 << 30, 1 << 30), (usize::MAX, 2), (1, 1 << 40)] {
             let shape = LoraShape { m, n, k: 1 << 30, r: 1 };
-            assert!(matches!(forward(Dtype::F16, shape, &device), Err(Error::TooLarge { .. })), "{shape:?}");
-            assert!(matches!(backward(Dtype::F16, shape, &device), Err(Error::TooLarge { .. })), "{shape:?}");
+            assert!(
+                matches!(forward(Dtype::F16, shape, &device, Options::default()), Err(Error::TooLarge { .. })),
+                "{shape:?}"
+            );
+            assert!(
+                matches!(backward(Dtype::F16, shape, &device, Options::default()), Err(Error::TooLarge { .. })),
+                "{shape:?}"
+            );
         }
         let shape = LoraShape { m: 0, n: 1, k: 1, r: 1 };
-        assert!(matches!(forward(Dtype::F16, shape, &device), Err(Error::ZeroDimension { .. })));
+        assert!(matches!(forward(Dtype::F16, shape, &device, Options::default()), Err(Error::ZeroDimension { .. })));
         let shape = LoraShape { m: 1, n: 1, k: 1, r: 1 };
-        assert!(matches!(backward(Dtype::F32, shape, &device), Err(Error::Dtype { .. })));
+        assert!(matches!(backward(Dtype::F32, shape, &device, Options::default()), Err(Error::Dtype { .. })));
     }
 }

@@ -2,7 +2,8 @@
 
 use std::fmt::Write;
 
-use super::{Params, Plan, SYNC_BYTES};
+use super::{Choice, Params, Plan, SYNC_BYTES};
+use crate::params::{LORA_BLOCK_K, LORA_SM90_BLOCK_K, LORA_SM90_BLOCK_M};
 use crate::{LoraShape, raw};
 
 /// Notes which operands miss the alignment of 16-byte loads, and what would cure it.
@@ -23,69 +24,121 @@ pub(super) fn slow_operands(notes: &mut Vec<String>, operands: &[(&str, Option<r
     }
 }
 
+/// Writes lines; writing to a `String` cannot fail.
+macro_rules! line {
+    ($out:expr, $($arguments:tt)*) => {{ let _ = writeln!($out, $($arguments)*); }};
+}
+
 impl Plan {
     /// Which kernel, tiles, grid and workspace, and why: a few lines of text.
     pub fn explain(&self) -> String {
         let LoraShape { m, n, k, r } = self.shape;
         let mut out = String::new();
-        // Writing to a String cannot fail.
-        let mut line = |text: std::fmt::Arguments<'_>| {
-            let _ = writeln!(out, "{text}");
-        };
-        let operation = if matches!(self.launch.params, Params::Forward(_)) { "forward" } else { "backward" };
-        line(format_args!("{operation} {:?}, M={m} N={n} K={k} R={r}, on {}", self.dtype, self.device.name));
-        line(format_args!(
-            "  kernel     {} (family portable: mma.sync with ldmatrix{}), one launch",
-            self.launch.kernel,
-            if self.device.arch < 80 { ", register-staged loads" } else { " and cp.async" },
-        ));
-        line(format_args!(
-            "  tiles      {0} x {0} x {1}, {2} threads, {3} bytes of shared memory: {4}",
-            self.tile.block,
-            crate::params::LORA_BLOCK_K,
-            self.tile.threads,
-            self.launch.shared_bytes,
-            if self.forced_tile { "the shape asked for" } else { "the shape with the shortest predicted time" }
-        ));
-        match &self.launch.params {
-            Params::Forward(p) => {
-                line(format_args!("  units      {} of h, then {} of y", p.h_units, p.units - p.h_units));
-            }
-            Params::Backward(p) => {
-                line(format_args!(
-                    "  units      {} of dh, then {} of dx, {} of db and dbias, {} of da",
-                    p.dh_units,
-                    p.dx_end - p.dh_units,
-                    p.db_end - p.dx_end,
-                    p.units - p.db_end
-                ));
-                if p.units > p.dx_end {
-                    line(format_args!(
-                        "  reduction  db and da over {} chunk(s) of {} tokens, added in order",
-                        p.chunks, p.chunk_rows
-                    ));
-                }
-            }
+        let is_forward = matches!(self.launch.params, Params::Forward(_) | Params::Sm90Forward(_));
+        let operation = if is_forward { "forward" } else { "backward" };
+        line!(out, "{operation} {:?}, M={m} N={n} K={k} R={r}, on {}", self.dtype, self.device.name);
+        match &self.choice {
+            Choice::Portable(tile) => self.explain_portable(&mut out, tile),
+            Choice::Sm90(choice) => self.explain_sm90(&mut out, choice),
         }
-        line(format_args!(
-            "  grid       {} CTAs that draw units by ticket ({} SMs x {} CTAs)",
-            self.launch.grid[0],
-            self.device.sms,
-            self.tile.ctas_per_sm(&self.device)
-        ));
-        line(format_args!(
+        line!(
+            out,
             "  workspace  {} bytes: {SYNC_BYTES} of synchronisation words, {} of scratch",
             self.workspace_bytes(),
             self.workspace_bytes() - SYNC_BYTES
-        ));
+        );
         for note in &self.notes {
-            line(format_args!("  note       {note}"));
+            line!(out, "  note       {note}");
         }
         if self.device.arch < 80 && self.dtype == crate::Dtype::Bf16 {
-            line(format_args!(
-                "  note       sm_75 has no bf16 tensor instruction: products are done in f32 arithmetic"
-            ));
+            line!(out, "  note       sm_75 has no bf16 tensor instruction: products are done in f32 arithmetic");
         }
         out
+    }
+
+    fn reason(&self) -> &'static str {
+        if self.options.tile.is_some() { "the shape asked for" } else { "the shape with the shortest predicted time" }
+    }
+
+    fn explain_portable(&self, out: &mut String, tile: &super::portable::Tile) {
+        line!(
+            out,
+            "  kernel     {} (family portable: mma.sync with ldmatrix{}), one launch",
+            self.launch.kernel,
+            if self.device.arch < 80 { ", register-staged loads" } else { " and cp.async" },
+        );
+        line!(
+            out,
+            "  tiles      {0} x {0} x {LORA_BLOCK_K}, {1} threads, {2} bytes of shared memory: {3}",
+            tile.block,
+            tile.threads,
+            self.launch.shared_bytes,
+            self.reason()
+        );
+        match &self.launch.params {
+            Params::Forward(p) => line!(out, "  units      {} of h, then {} of y", p.h_units, p.units - p.h_units),
+            Params::Backward(p) => {
+                let units = [p.dh_units, p.dx_end - p.dh_units, p.db_end - p.dx_end, p.units - p.db_end];
+                explain_backward(out, units, p.chunks, p.chunk_rows);
+            }
+            _ => {}
+        }
+        line!(
+            out,
+            "  grid       {} CTAs that draw units by ticket ({} SMs x {} CTAs)",
+            self.launch.grid[0],
+            self.device.sms,
+            tile.ctas_per_sm(&self.device)
+        );
+    }
+
+    fn explain_sm90(&self, out: &mut String, choice: &super::sm90::Choice) {
+        line!(out, "  kernel     {} (family sm90: wgmma with TMA), one launch", self.launch.kernel);
+        line!(
+            out,
+            "  tiles      {LORA_SM90_BLOCK_M} x {} x {LORA_SM90_BLOCK_K}, {} stages, {} threads, {} bytes of shared memory: {}",
+            choice.tile.columns,
+            choice.tile.stages,
+            self.launch.block[0],
+            self.launch.shared_bytes,
+            self.reason()
+        );
+        match &self.launch.params {
+            Params::Sm90Forward(p) => {
+                line!(
+                    out,
+                    "  units      {} of h ({} a ticket), then {} of y, each of {} CTA(s)",
+                    p.h_units,
+                    p.h_bundle,
+                    p.tickets - p.h_tickets,
+                    choice.cluster
+                );
+            }
+            Params::Sm90Backward(p) => {
+                let units = [p.dh_units, p.dx_end - p.dh_tickets, p.db_end - p.dx_end, p.tickets - p.db_end];
+                explain_backward(out, units, p.chunks, p.chunk_rows);
+                line!(
+                    out,
+                    "  tickets    {} unit(s) of dh a ticket, each unit of {} CTA(s)",
+                    p.dh_bundle,
+                    choice.cluster
+                );
+            }
+            _ => {}
+        }
+        line!(
+            out,
+            "  grid       {} CTAs in clusters of {} that draw tickets ({} SMs x 1 CTA)",
+            self.launch.grid[0],
+            choice.cluster,
+            self.device.sms
+        );
+    }
+}
+
+fn explain_backward(out: &mut String, [dh, dx, db, da]: [u32; 4], chunks: u32, rows: u32) {
+    line!(out, "  units      {dh} of dh, then {dx} of dx, {db} of db and dbias, {da} of da");
+    if db + da > 0 {
+        line!(out, "  reduction  db and da over {chunks} chunk(s) of {rows} tokens, added in order");
     }
 }

@@ -1,21 +1,12 @@
-//! Tile shapes and the choice between them.
+//! Tile shapes of the portable family and the choice between them.
 
-use super::{Device, Launch, MAX_CTAS, blocks};
 use crate::error::{Error, Result};
 use crate::params::*;
-
-/// The tile shapes compiled into the portable family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum TileSize {
-    /// 128 × 128.
-    Large,
-    /// 64 × 64.
-    Small,
-}
+use crate::plan::{Device, Launch, MAX_CTAS, TileSize, blocks};
 
 /// One of the tile shapes compiled into the portable family.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Tile {
+pub(in crate::plan) struct Tile {
     /// Rows, and columns, of a main tile.
     pub block: u32,
     pub threads: u32,
@@ -47,7 +38,7 @@ const SHARED_OVERHEAD: u32 = 1024 + 128;
 
 impl Tile {
     /// Whether the tiles run on `device`. Real GPUs from sm_75 on pass: its fields are public, so others are possible.
-    pub(super) fn check(device: &Device) -> Result<()> {
+    pub(in crate::plan) fn check(device: &Device) -> Result<()> {
         // The oldest architecture the kernels are written for (ldmatrix, fp16 m16n8k8).
         if device.arch < 75 {
             return Err(Error::UnsupportedArch { got: device.arch, built: "sm_75 and later".to_owned() });
@@ -70,15 +61,15 @@ impl Tile {
         Ok(())
     }
 
-    pub(super) fn is_large(&self) -> bool {
+    pub(in crate::plan) fn is_large(&self) -> bool {
         *self == LARGE
     }
 
-    pub(super) fn shared_bytes(&self) -> u32 {
+    pub(in crate::plan) fn shared_bytes(&self) -> u32 {
         2 * self.block * LORA_BLOCK_K * 2 * self.stages
     }
 
-    pub(super) fn ctas_per_sm(&self, device: &Device) -> u32 {
+    pub(in crate::plan) fn ctas_per_sm(&self, device: &Device) -> u32 {
         let by_registers = if device.arch < 80 { self.ctas_by_registers / 2 } else { self.ctas_by_registers };
         (device.shared_per_sm / (self.shared_bytes() + SHARED_OVERHEAD)).clamp(1, by_registers)
     }
@@ -97,16 +88,16 @@ impl Tile {
     }
 
     /// The tile shape asked for, or the one with the shortest predicted time; the large one when they tie.
-    pub(super) fn choose(device: &Device, size: Option<TileSize>, products: &[(usize, usize, usize)]) -> Tile {
+    pub(in crate::plan) fn choose(device: &Device, size: Option<TileSize>, products: &[(usize, usize, usize)]) -> Tile {
         match size {
             Some(TileSize::Large) => LARGE,
             Some(TileSize::Small) => SMALL,
-            None if SMALL.time(device, products) < LARGE.time(device, products) => SMALL,
-            None => LARGE,
+            _ if SMALL.time(device, products) < LARGE.time(device, products) => SMALL,
+            _ => LARGE,
         }
     }
 
-    pub(super) fn launch(
+    pub(in crate::plan) fn launch(
         &self,
         image: &'static str,
         kernel: &'static str,
@@ -121,6 +112,7 @@ impl Tile {
             cluster: [1, 1, 1],
             block: [self.threads, 1, 1],
             shared_bytes: self.shared_bytes(),
+            maps: Vec::new(),
             params,
         }
     }

@@ -1,0 +1,199 @@
+//! Plans of the portable family.
+
+mod tile;
+
+pub(super) use tile::Tile;
+
+use super::{
+    Choice, Device, Draft, GROUP_M, MAX_COUNTERS, Options, SYNC_BYTES, Scratch, blocks, check_units, explain, flags,
+    gradient_flags, matrix, scratch_stride,
+};
+use crate::error::Result;
+use crate::params::*;
+use crate::{Dtype, LoraShape, raw};
+
+/// f32 partial sums of da and db may take this much of the workspace.
+const MAX_PARTIAL_BYTES: u64 = 16 << 20;
+/// Tokens per chunk are not worth less than this: each chunk costs a round trip of partial sums.
+const MIN_CHUNK_ROWS: u64 = 512;
+
+/// Plans forward.
+pub(super) fn forward(op: &raw::Forward, shape: LoraShape, device: &Device, options: &Options) -> Result<Draft> {
+    let LoraShape { m, n, k, r } = shape;
+    let tile = Tile::choose(device, options.tile, &[(m, n, k + r)]);
+    let (m_blocks, n_blocks) = (blocks(m, tile.block), blocks(n, tile.block));
+    let h_units = m_blocks * blocks(r, LORA_NARROW_N);
+    let units = check_units(h_units + m_blocks * n_blocks)?;
+    let (flag_shift, flag_count) = flags(m_blocks);
+
+    let mut scratch = Scratch { end: SYNC_BYTES as u64, ..Scratch::default() };
+    let h = match op.h {
+        Some(h) => matrix(h),
+        None if r == 0 => LoraMatrix::default(),
+        None => {
+            scratch.h = Some(scratch.reserve((m * scratch_stride(r) * op.dtype.size()) as u64));
+            LoraMatrix { ptr: 0, row_stride: scratch_stride(r) as i64 }
+        }
+    };
+    let params = LoraForwardParams {
+        x: matrix(op.x),
+        w: matrix(op.w),
+        a: matrix(op.a),
+        b: matrix(op.b),
+        h,
+        y: matrix(op.y),
+        bias: op.bias.map_or(0, |bias| bias.ptr),
+        sync: 0,
+        m: m as u32,
+        n: n as u32,
+        k: k as u32,
+        r: r as u32,
+        scale: op.scale,
+        m_blocks: m_blocks as u32,
+        n_blocks: n_blocks as u32,
+        h_units: h_units as u32,
+        units,
+        group_m: GROUP_M,
+        flag_shift,
+        sync_words: LORA_SYNC_FLAGS + flag_count as u32,
+    };
+    let mut notes = Vec::new();
+    explain::slow_operands(
+        &mut notes,
+        &[("x", Some(op.x)), ("w", Some(op.w)), ("a", Some(op.a)), ("b", Some(op.b)), ("h", op.h)],
+    );
+    let kernel = match (op.dtype, tile.is_large()) {
+        (Dtype::Bf16, true) => "lora_forward_bf16_large",
+        (Dtype::Bf16, false) => "lora_forward_bf16_small",
+        (_, true) => "lora_forward_f16_large",
+        (_, false) => "lora_forward_f16_small",
+    };
+    let launch = tile.launch("portable_forward", kernel, units, device, Params::Forward(params));
+    Ok(Draft { choice: Choice::Portable(tile), launch, scratch, notes })
+}
+
+/// Plans backward.
+pub(super) fn backward(op: &raw::Backward, shape: LoraShape, device: &Device, options: &Options) -> Result<Draft> {
+    let LoraShape { m, n, k, r } = shape;
+    let has_adapter = r != 0;
+    let wants_da = op.da.is_some() && has_adapter;
+    let wants_db = op.db.is_some() && has_adapter;
+    let wants_dh = has_adapter && (op.dx.is_some() || wants_da);
+    let main = if op.dx.is_some() { vec![(m, k, n + r)] } else { vec![(m, r.max(1), n), (n, r.max(1), m)] };
+    let tile = Tile::choose(device, options.tile, &main);
+
+    let r_blocks = blocks(r, LORA_NARROW_N);
+    let (m_blocks, n_blocks, k_blocks) = (blocks(m, tile.block), blocks(n, tile.block), blocks(k, tile.block));
+    let dh_units = if wants_dh { m_blocks * r_blocks } else { 0 };
+    let dx_units = if op.dx.is_some() { m_blocks * k_blocks } else { 0 };
+    // dbias rides on the db tiles of the first block of ranks, which therefore exist even without db.
+    let db_tiles = n_blocks * if wants_db { r_blocks } else { u64::from(op.dbias.is_some()) };
+    let da_tiles = if wants_da { k_blocks * r_blocks } else { 0 };
+    let (flag_shift, flag_count) = flags(m_blocks);
+    let chunks = Chunks::choose(device, &tile, m, r, db_tiles + da_tiles);
+    let dx_end = dh_units + dx_units;
+    let db_end = dx_end + db_tiles * chunks.count;
+    let units = check_units(db_end + da_tiles * chunks.count)?;
+
+    let mut scratch = Scratch { end: SYNC_BYTES as u64, ..Scratch::default() };
+    let dh_stride = scratch_stride(r);
+    if wants_dh {
+        scratch.h = Some(scratch.reserve((m * dh_stride * op.dtype.size()) as u64));
+    }
+    if chunks.count > 1 {
+        scratch.partials = Some(scratch.reserve(chunks.bytes(db_tiles + da_tiles)));
+    }
+    let optional = |argument: Option<raw::Matrix>| argument.map(matrix).unwrap_or_default();
+    let gradient = |wanted: bool, argument: Option<raw::Gradient>| {
+        optional(argument.filter(|_| wanted).map(|gradient| gradient.matrix))
+    };
+    let counters = LORA_SYNC_FLAGS + flag_count as u32;
+    let counter_words = if chunks.count > 1 { (db_tiles + da_tiles) as u32 } else { 0 };
+    let params = LoraBackwardParams {
+        dy: matrix(op.dy),
+        w: matrix(op.w),
+        a: matrix(op.a),
+        b: matrix(op.b),
+        x: optional(op.x),
+        // Of db's narrow operand nothing is read when dbias alone is wanted; it is still an address.
+        h: if wants_db { optional(op.h) } else { matrix(op.dy) },
+        dh: LoraMatrix { ptr: 0, row_stride: dh_stride as i64 },
+        dx: optional(op.dx),
+        da: gradient(wants_da, op.da),
+        db: gradient(wants_db, op.db),
+        dbias: op.dbias.map_or(0, |dbias| dbias.matrix.ptr),
+        partials: 0,
+        sync: 0,
+        m: m as u32,
+        n: n as u32,
+        k: k as u32,
+        r: r as u32,
+        scale: op.scale,
+        m_blocks: m_blocks as u32,
+        n_blocks: n_blocks as u32,
+        k_blocks: k_blocks as u32,
+        dh_units: dh_units as u32,
+        dx_end: dx_end as u32,
+        db_end: db_end as u32,
+        units,
+        chunks: chunks.count as u32,
+        chunk_rows: chunks.rows as u32,
+        partial_stride: chunks.partial_stride as u32,
+        counters,
+        group_m: GROUP_M,
+        flag_shift,
+        sync_words: counters + counter_words,
+        flags: gradient_flags(op),
+    };
+    let mut notes = Vec::new();
+    explain::slow_operands(
+        &mut notes,
+        // Only what the requested outputs read.
+        &[
+            ("dy", Some(op.dy)),
+            ("w", op.dx.map(|_| op.w)),
+            ("a", op.dx.map(|_| op.a)),
+            ("b", Some(op.b).filter(|_| wants_dh)),
+            ("x", op.x.filter(|_| wants_da)),
+            ("h", op.h.filter(|_| wants_db)),
+        ],
+    );
+    let kernel = match (op.dtype, tile.is_large()) {
+        (Dtype::Bf16, true) => "lora_backward_bf16_large",
+        (Dtype::Bf16, false) => "lora_backward_bf16_small",
+        (_, true) => "lora_backward_f16_large",
+        (_, false) => "lora_backward_f16_small",
+    };
+    let launch = tile.launch("portable_backward", kernel, units, device, Params::Backward(params));
+    Ok(Draft { choice: Choice::Portable(tile), launch, scratch, notes })
+}
+
+/// How the tokens are cut for the reductions of da and db.
+struct Chunks {
+    count: u64,
+    rows: u64,
+    partial_stride: u64,
+}
+
+impl Chunks {
+    /// Enough chunks for two db and da tiles per SM, within the memory for partial sums.
+    fn choose(device: &Device, tile: &Tile, m: usize, r: usize, tiles: u64) -> Chunks {
+        let block = u64::from(tile.block);
+        let columns = (r as u64).min(u64::from(LORA_NARROW_N)).next_multiple_of(16);
+        // One f32 per thread and accumulator register: the active columns and two of the column sums.
+        let partial_stride = block * columns + 2 * u64::from(tile.threads);
+        let whole = (m as u64).next_multiple_of(block);
+        let wanted = (2 * u64::from(device.sms)).div_ceil(tiles.max(1));
+        let affordable = MAX_PARTIAL_BYTES / (4 * partial_stride).saturating_mul(tiles.max(1));
+        let most = wanted.min(affordable).min(m as u64 / MIN_CHUNK_ROWS);
+        if most <= 1 || tiles > MAX_COUNTERS {
+            return Chunks { count: 1, rows: whole, partial_stride };
+        }
+        let rows = (m as u64).div_ceil(most).next_multiple_of(block);
+        Chunks { count: (m as u64).div_ceil(rows), rows, partial_stride }
+    }
+
+    fn bytes(&self, tiles: u64) -> u64 {
+        4 * self.partial_stride * self.count * tiles
+    }
+}

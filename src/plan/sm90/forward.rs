@@ -1,0 +1,90 @@
+//! Plans of forward.
+
+use super::maps::Maps;
+use super::{Choice, Tile, check_tickets, clusters, groups, narrow_columns, tiles};
+use crate::error::Result;
+use crate::params::*;
+use crate::plan::{Device, Draft, GROUP_M, Options, SYNC_BYTES, Scratch, blocks, flags, matrix, scratch_stride};
+use crate::{Dtype, LoraShape, raw};
+
+/// The matrices that go through tensor maps.
+pub(in crate::plan) fn operands(op: &raw::Forward) -> [(&'static str, Option<raw::Matrix>); 6] {
+    let [x, w, a, b, y] = [op.x, op.w, op.a, op.b, op.y].map(Some);
+    [("x", x), ("w", w), ("a", a), ("b", b), ("h", op.h), ("y", y)]
+}
+
+/// Plans a call that nothing stands against.
+pub(in crate::plan) fn forward(
+    op: &raw::Forward,
+    shape: LoraShape,
+    device: &Device,
+    options: &Options,
+) -> Result<Draft> {
+    let LoraShape { m, n, k, r } = shape;
+    let tile = tiles(options)[0];
+    let cluster = clusters(options, device)?[0];
+    let bundle = u64::from(options.bundle.unwrap_or(1));
+
+    let m_groups = groups(m, cluster);
+    let r_blocks = blocks(r, LORA_SM90_NARROW_N);
+    let n_blocks = blocks(n, tile.columns);
+    let h_units = m_groups * r_blocks;
+    let bundle = bundle.clamp(1, h_units.max(1));
+    let h_tickets = h_units.div_ceil(bundle);
+    let tickets = check_tickets(h_tickets + m_groups * n_blocks)?;
+    let (flag_shift, flag_count) = flags(m_groups * u64::from(cluster));
+
+    let mut scratch = Scratch { end: SYNC_BYTES as u64, ..Scratch::default() };
+    let h = op.h.unwrap_or_else(|| {
+        if r != 0 {
+            scratch.h = Some(scratch.reserve((m * scratch_stride(r) * op.dtype.size()) as u64));
+        }
+        raw::Matrix { ptr: 0, rows: m, cols: r, row_stride: scratch_stride(r) }
+    });
+    let params = LoraSm90ForwardParams {
+        h: if r == 0 { LoraMatrix::default() } else { matrix(h) },
+        bias: op.bias.map_or(0, |bias| bias.ptr),
+        sync: 0,
+        m: m as u32,
+        n: n as u32,
+        k: k as u32,
+        r: r as u32,
+        scale: op.scale,
+        m_groups: m_groups as u32,
+        n_blocks: n_blocks as u32,
+        r_blocks: r_blocks as u32,
+        h_units: h_units as u32,
+        h_bundle: bundle as u32,
+        h_tickets: h_tickets as u32,
+        tickets,
+        group_m: GROUP_M,
+        flag_shift,
+        sync_words: LORA_SYNC_FLAGS + flag_count as u32,
+        reserved: 0,
+    };
+    let maps = maps(op, h, &tile);
+    let is_bf16 = op.dtype == Dtype::Bf16;
+    let launch = tile.launch(cluster, tickets, device, maps, Params::Sm90Forward(params), is_bf16);
+    let choice = crate::plan::Choice::Sm90(Choice { tile, cluster });
+    Ok(Draft { choice, launch, scratch, notes: Vec::new() })
+}
+
+fn maps(op: &raw::Forward, h: raw::Matrix, tile: &Tile) -> Vec<Option<crate::plan::TensorMap>> {
+    let maps = Maps { dtype: op.dtype };
+    let rows = [LORA_SM90_BLOCK_K, LORA_SM90_BLOCK_M];
+    // Each CTA of a pair fetches a half for both.
+    let columns = [LORA_SM90_BLOCK_K, tile.columns / 2];
+    let narrow = [LORA_SM90_BLOCK_K, narrow_columns(op.a.rows)];
+    let mut all = vec![None; LORA_SM90_FORWARD_MAPS as usize];
+    for (index, map) in [
+        (LORA_SM90_FORWARD_X, maps.read(Some(op.x), rows)),
+        (LORA_SM90_FORWARD_W, maps.read(Some(op.w), columns)),
+        (LORA_SM90_FORWARD_A, maps.read(Some(op.a), narrow)),
+        (LORA_SM90_FORWARD_H, maps.read(Some(h), rows)),
+        (LORA_SM90_FORWARD_B, maps.read(Some(op.b), columns)),
+        (LORA_SM90_FORWARD_Y, maps.written(Some(op.y))),
+    ] {
+        all[index as usize] = map;
+    }
+    all
+}
