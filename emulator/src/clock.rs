@@ -338,6 +338,8 @@ pub(crate) struct Proxied {
     pub own: (u32, u32),
     /// Generic reads, too, must be fenced.
     pub fence_reads: bool,
+    /// Who learns that the operation is complete need not know what this clock does.
+    pub by_part: bool,
 }
 
 /// What one thread, or an operation it issued, is ordered after.
@@ -392,6 +394,11 @@ impl View {
             return 0;
         }
         (0..32).map(|lane| lanes & 1 << lane).filter(|lane| *lane != 0 && !clock.covers_lanes(access, *lane)).sum()
+    }
+
+    /// Whether all that comes after the viewer's next step comes after what it is ordered after.
+    pub fn speaks_for_all(&self) -> bool {
+        self.proxied.as_ref().is_none_or(|proxied| !proxied.by_part)
     }
 
     /// Whether an access is ordered before the viewer's next step.

@@ -239,7 +239,7 @@ impl Views {
         let fenced = self.fenced_in.iter().find(|(known, _)| *known == proxy);
         let own = fenced.map_or((0, 0), |(_, fenced)| fenced[lane as usize]);
         let clock = self.clock_of(lane).in_proxy(proxy);
-        View { proxied: Some(Rc::new(Proxied { clock, own, fence_reads })), ..self.view(lane) }
+        View { proxied: Some(Rc::new(Proxied { clock, own, fence_reads, by_part: false })), ..self.view(lane) }
     }
 
     /// What every lane that is `live` knows, in the generic proxy and in another.

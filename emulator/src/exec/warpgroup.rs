@@ -1,15 +1,18 @@
 //! `wgmma`: operations of four warps together, that take place some time between being issued and being waited for.
 //!
 //! PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions". A warpgroup's operations are an agent of their own, whose
-//! epochs count them. They read shared memory in the async proxy, on behalf of all four warps: what they read must be ordered
-//! before each warp's issue. The warps meet at the instruction; that orders no memory.
+//! epochs count them. They read shared memory in the async proxy: B on behalf of all four warps, so that it must be ordered
+//! before each warp's issue, and of A for each warp the rows whose sums it holds. The ISA does not say so of A;
+//! kernels whose warps write a factor each for itself rely on the hardware for it. The warps meet at the instruction; that
+//! orders no memory.
 
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use super::access::race;
 use super::warp::Stall;
-use super::{Context, Cta, Fault, Outcome, Shared};
+use super::{Clock, Context, Cta, Fault, Outcome, Shared};
 use crate::alu::{self, Lanes};
 use crate::clock::{Proxied, Proxy, View};
 use crate::decode::SHARED_BASE;
@@ -37,6 +40,17 @@ struct Issued {
     accumulate: bool,
     /// What all four warps know, in the async proxy and in the generic one.
     known: View,
+    /// What each of them knows, in the generic proxy and in the async one, when A is in shared memory.
+    each: Option<Box<[Knowledge; 4]>>,
+}
+
+/// Clocks of the generic and of the async proxy.
+type Knowledge = (Rc<Clock>, Rc<Clock>);
+
+/// What the operations of a warpgroup's agent are held against.
+fn view((generic, shared): Knowledge, agent: u16, by_part: bool) -> View {
+    let proxied = Some(Rc::new(Proxied { clock: shared, own: (0, 0), fence_reads: false, by_part }));
+    View { clock: generic, agent, lane: None, own: 0, waited: 0, proxied }
 }
 
 /// An accumulator in flight: its registers hold it again when they have been waited for.
@@ -187,15 +201,14 @@ impl Cta {
         let first = 4 * warpgroup;
         let warps = &self.warps[first..first + 4];
         let serial = self.warpgroups[warpgroup].issued + 1;
-        let (mut known_generic, mut known) = warps[0].views.known(warps[0].live, Proxy::Shared);
-        for warp in &warps[1..] {
-            let (generic, shared) = warp.views.known(warp.live, Proxy::Shared);
-            Rc::make_mut(&mut known_generic).meet(&generic);
-            Rc::make_mut(&mut known).meet(&shared);
+        let each: [Knowledge; 4] = std::array::from_fn(|warp| warps[warp].views.known(warps[warp].live, Proxy::Shared));
+        let (mut generic, mut shared) = each[0].clone();
+        for (theirs_generic, theirs_shared) in &each[1..] {
+            Rc::make_mut(&mut generic).meet(theirs_generic);
+            Rc::make_mut(&mut shared).meet(theirs_shared);
         }
-        let agent = self.wgmma_agent(warpgroup);
-        let proxied = Some(Rc::new(Proxied { clock: known, own: (0, 0), fence_reads: false }));
-        let known = View { clock: known_generic, agent, lane: None, own: 0, waited: 0, proxied };
+        let known = view((generic, shared), self.wgmma_agent(warpgroup), false);
+        let each = operands.a.map(|_| Box::new(each));
         let a = match (op.a, operands.a) {
             (OperandA::Registers(slots), _) => SourceA::Rows(rows_of(warps, slots, op)),
             (_, bits) => SourceA::Shared(Descriptor::new(bits.unwrap_or_default())),
@@ -223,7 +236,7 @@ impl Cta {
             warp.views.next_epoch();
         }
         let accumulate = operands.accumulate;
-        group.queue.push_back(Issued { serial, pc, op, a, b, accumulate, known });
+        group.queue.push_back(Issued { serial, pc, op, a, b, accumulate, known, each });
         context.idle = 0;
         let eager = match context.options.copies {
             Timing::Eager => true,
@@ -315,35 +328,50 @@ impl Cta {
         Ok(())
     }
 
-    /// Sixteen bytes of an operand, when no rule forbids it.
-    fn try_unit(&mut self, context: &mut Context<'_>, address: u32, access: Access, known: &View) -> Option<[u8; 16]> {
-        let at = address.checked_sub(SHARED_BASE)? as usize;
+    /// Sixteen bytes of an operand, when no rule forbids it. The error is what they race with, or nothing where there is
+    /// more to look at.
+    fn try_unit(
+        &mut self,
+        context: &mut Context<'_>,
+        address: u32,
+        access: Access,
+        known: &View,
+    ) -> Result<[u8; 16], Option<Access>> {
+        let at = address.checked_sub(SHARED_BASE).ok_or(None)? as usize;
         let Shared { data, written, shadow } = &mut self.shared;
-        if written.get(at..at + 16)? != [1; 16] {
-            return None;
+        if written.get(at..at + 16).is_none_or(|written| written != [1; 16]) {
+            return Err(None);
         }
         if context.options.checks.races {
-            shadow.access((at, 16), access, known, false, context.clusters).ok()?;
+            shadow.access((at, 16), access, known, false, context.clusters).map_err(Some)?;
         }
-        data[at..at + 16].try_into().ok()
+        data[at..at + 16].try_into().map_err(|_| None)
     }
 
-    /// What the rule is, and which operand.
-    fn unit_fault(
+    /// Sixteen bytes that cannot be read just so. What a warp reads for itself is held against what this warp knows.
+    #[cold]
+    fn unit(
         &mut self,
         context: &mut Context<'_>,
         issued: &Issued,
-        what: &str,
+        (what, warp): (&str, Option<usize>),
         (address, access): (u32, Access),
-    ) -> Fault {
-        match self.read_shared(context, u64::from(address), 16, access, &issued.known) {
-            Err(fault) => {
-                let only_generic = fault.other.as_ref().is_some_and(|other| issued.known.covers_generically(other));
-                let hint = if only_generic { ": fence.proxy.async is missing" } else { "" };
-                Fault { message: format!("operand {what} of wgmma: {}{hint}", fault.message), ..fault }
+        other: Option<Access>,
+    ) -> Outcome<[u8; 16]> {
+        let own = warp.and_then(|warp| Some(view(issued.each.as_ref()?[warp].clone(), issued.known.agent, true)));
+        let known = own.as_ref().unwrap_or(&issued.known);
+        let unit = match other {
+            Some(other) if own.is_none() => {
+                let offset = address - SHARED_BASE;
+                Err(race(&format!("16 bytes of shared memory at offset {offset}"), &access, other, known))
             }
-            Ok(_) => Fault::new(Rule::Race, format!("operand {what} of wgmma at {address:#x} is being written")),
-        }
+            _ => self.read_shared(context, u64::from(address), 16, access, known),
+        };
+        unit.map_err(|fault| {
+            let only_generic = fault.other.as_ref().is_some_and(|other| known.covers_generically(other));
+            let hint = if only_generic { ": fence.proxy.async is missing" } else { "" };
+            Fault { message: format!("operand {what} of wgmma: {}{hint}", fault.message), ..fault }
+        })
     }
 
     /// Rows `8 part..8 part + 8` of an operand, in the order of memory: for K-major ones two units of each row, for MN-major
@@ -357,13 +385,16 @@ impl Cta {
         part: u32,
     ) -> Outcome<[[u8; 16]; 16]> {
         let agent = self.wgmma_agent(warpgroup);
+        // A warp holds the sums of sixteen rows of A.
+        let warp = (what == "A").then_some(part as usize / 2);
         let access = Access {
             cta: self.serial,
             agent,
             kind: ASYNC | WGMMA,
             clock: issued.serial,
             pc: issued.pc,
-            lanes: 1,
+            // Where both operands are one, that the one was checked must not speak for the other.
+            lanes: if warp.is_some() { 2 } else { 1 },
             ..Access::default()
         };
         let mut units = [[0; 16]; 16];
@@ -374,8 +405,8 @@ impl Cta {
                 Major::Mn => descriptor.unit(Major::Mn, part, i),
             };
             *unit = match self.try_unit(context, address, access, &issued.known) {
-                Some(unit) => unit,
-                None => return Err(self.unit_fault(context, issued, what, (address, access))),
+                Ok(unit) => unit,
+                Err(other) => self.unit(context, issued, (what, warp), (address, access), other)?,
             };
         }
         Ok(units)
