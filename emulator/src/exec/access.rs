@@ -19,6 +19,7 @@ pub(super) fn memory_fault(error: MemoryError) -> Fault {
     let rule = match error {
         MemoryError::OutOfBounds { .. } => Rule::OutOfBounds,
         MemoryError::Uninitialised { .. } => Rule::Uninitialised,
+        MemoryError::OutOfMemory { .. } => Rule::BadLaunch,
     };
     Fault::new(rule, error.to_string())
 }
