@@ -10,17 +10,15 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::access::race;
+use super::operand::major;
 use super::warp::Stall;
-use super::{Clock, Context, Cta, Fault, Outcome, Shared};
+use super::{Clock, Context, Cta, Fault, Outcome};
 use crate::alu::{self, Lanes};
 use crate::clock::{Proxied, Proxy, View};
-use crate::decode::SHARED_BASE;
 use crate::isa::{OperandA, ScaleD, Wgmma};
 use crate::launch::Timing;
-use crate::layout::{Descriptor, Major};
+use crate::layout::Descriptor;
 use crate::report::Rule;
-use crate::shadow::{ASYNC, Access, WGMMA};
 
 /// A in registers is read when the operation is issued.
 #[derive(Debug)]
@@ -31,17 +29,24 @@ enum SourceA {
 
 /// An operation that has not taken place.
 #[derive(Debug)]
-struct Issued {
-    serial: u32,
-    pc: u32,
-    op: Arc<Wgmma>,
+pub(super) struct Issued {
+    pub serial: u32,
+    pub pc: u32,
+    pub op: Arc<Wgmma>,
     a: SourceA,
-    b: Descriptor,
+    pub b: Descriptor,
     accumulate: bool,
     /// What all four warps know, in the async proxy and in the generic one.
-    known: View,
+    pub known: View,
     /// What each of them knows, in the generic proxy and in the async one, when A is in shared memory.
     each: Option<Box<[Knowledge; 4]>>,
+}
+
+impl Issued {
+    /// What the rows of A that a warp reads for itself are held against.
+    pub fn known_by(&self, warp: usize) -> Option<View> {
+        self.each.as_ref().map(|each| view(each[warp].clone(), self.known.agent, true))
+    }
 }
 
 /// Clocks of the generic and of the async proxy.
@@ -312,12 +317,12 @@ impl Cta {
             let a = match &issued.a {
                 SourceA::Rows(rows) => &**rows,
                 SourceA::Shared(descriptor) => {
-                    shared = self.read_a(context, warpgroup, &issued, descriptor).map_err(place)?;
+                    shared = self.read_a(context, &issued, descriptor).map_err(place)?;
                     &shared
                 }
             };
             for (panel, sums) in sums.iter_mut().enumerate() {
-                let b = self.read_b(context, warpgroup, &issued, panel as u32).map_err(place)?;
+                let b = self.read_b(context, &issued, panel as u32).map_err(place)?;
                 alu::accumulate(sums, a, &b, op.d_f16);
             }
             self.warpgroups[warpgroup].chains[chain].sums = sums;
@@ -327,139 +332,6 @@ impl Cta {
         }
         Ok(())
     }
-
-    /// Sixteen bytes of an operand, when no rule forbids it. The error is what they race with, or nothing where there is
-    /// more to look at.
-    fn try_unit(
-        &mut self,
-        context: &mut Context<'_>,
-        address: u32,
-        access: Access,
-        known: &View,
-    ) -> Result<[u8; 16], Option<Access>> {
-        let at = address.checked_sub(SHARED_BASE).ok_or(None)? as usize;
-        let Shared { data, written, shadow } = &mut self.shared;
-        if written.get(at..at + 16).is_none_or(|written| written != [1; 16]) {
-            return Err(None);
-        }
-        if context.options.checks.races {
-            shadow.access((at, 16), access, known, false, context.clusters).map_err(Some)?;
-        }
-        data[at..at + 16].try_into().map_err(|_| None)
-    }
-
-    /// Sixteen bytes that cannot be read just so. What a warp reads for itself is held against what this warp knows.
-    #[cold]
-    fn unit(
-        &mut self,
-        context: &mut Context<'_>,
-        issued: &Issued,
-        (what, warp): (&str, Option<usize>),
-        (address, access): (u32, Access),
-        other: Option<Access>,
-    ) -> Outcome<[u8; 16]> {
-        let own = warp.and_then(|warp| Some(view(issued.each.as_ref()?[warp].clone(), issued.known.agent, true)));
-        let known = own.as_ref().unwrap_or(&issued.known);
-        let unit = match other {
-            Some(other) if own.is_none() => {
-                let offset = address - SHARED_BASE;
-                Err(race(&format!("16 bytes of shared memory at offset {offset}"), &access, other, known))
-            }
-            _ => self.read_shared(context, u64::from(address), 16, access, known),
-        };
-        unit.map_err(|fault| {
-            let only_generic = fault.other.as_ref().is_some_and(|other| known.covers_generically(other));
-            let hint = if only_generic { ": fence.proxy.async is missing" } else { "" };
-            Fault { message: format!("operand {what} of wgmma: {}{hint}", fault.message), ..fault }
-        })
-    }
-
-    /// Rows `8 part..8 part + 8` of an operand, in the order of memory: for K-major ones two units of each row, for MN-major
-    /// ones a unit for each k.
-    fn read_part(
-        &mut self,
-        context: &mut Context<'_>,
-        warpgroup: usize,
-        issued: &Issued,
-        (what, descriptor, trans): (&str, &Descriptor, bool),
-        part: u32,
-    ) -> Outcome<[[u8; 16]; 16]> {
-        let agent = self.wgmma_agent(warpgroup);
-        // A warp holds the sums of sixteen rows of A.
-        let warp = (what == "A").then_some(part as usize / 2);
-        let access = Access {
-            cta: self.serial,
-            agent,
-            kind: ASYNC | WGMMA,
-            clock: issued.serial,
-            pc: issued.pc,
-            // Where both operands are one, that the one was checked must not speak for the other.
-            lanes: if warp.is_some() { 2 } else { 1 },
-            ..Access::default()
-        };
-        let mut units = [[0; 16]; 16];
-        for (i, unit) in units.iter_mut().enumerate() {
-            let i = i as u32;
-            let address = match major(trans) {
-                Major::K => descriptor.unit(Major::K, 8 * part + i / 2, i % 2),
-                Major::Mn => descriptor.unit(Major::Mn, part, i),
-            };
-            *unit = match self.try_unit(context, address, access, &issued.known) {
-                Ok(unit) => unit,
-                Err(other) => self.unit(context, issued, (what, warp), (address, access), other)?,
-            };
-        }
-        Ok(units)
-    }
-
-    fn read_a(
-        &mut self,
-        context: &mut Context<'_>,
-        warpgroup: usize,
-        issued: &Issued,
-        descriptor: &Descriptor,
-    ) -> Outcome<alu::Rows> {
-        let op = &issued.op;
-        let mut rows = [[0.0; 16]; 64];
-        for (part, rows) in rows.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-            let units = self.read_part(context, warpgroup, issued, ("A", descriptor, op.trans_a), part as u32)?;
-            for (i, unit) in units.into_iter().enumerate() {
-                let values = alu::widen8(op.ab, unit, op.negate_a);
-                if op.trans_a {
-                    rows.iter_mut().zip(values).for_each(|(row, value)| row[i] = value);
-                } else {
-                    rows[i / 2][i % 2 * 8..][..8].copy_from_slice(&values);
-                }
-            }
-        }
-        Ok(rows)
-    }
-
-    /// Eight columns of B.
-    fn read_b(
-        &mut self,
-        context: &mut Context<'_>,
-        warpgroup: usize,
-        issued: &Issued,
-        panel: u32,
-    ) -> Outcome<alu::Panel> {
-        let op = &issued.op;
-        let units = self.read_part(context, warpgroup, issued, ("B", &issued.b, op.trans_b), panel)?;
-        let mut rows = [[0.0; 8]; 16];
-        for (i, unit) in units.into_iter().enumerate() {
-            let values = alu::widen8(op.ab, unit, op.negate_b);
-            if op.trans_b {
-                rows[i] = values;
-            } else {
-                rows[i % 2 * 8..].iter_mut().zip(values).for_each(|(row, value)| row[i / 2] = value);
-            }
-        }
-        Ok(rows)
-    }
-}
-
-fn major(trans: bool) -> Major {
-    if trans { Major::Mn } else { Major::K }
 }
 
 /// The operands of all warps of the warpgroup must be the same.
