@@ -3,38 +3,36 @@
 // dy [M][N], w [N][K], a [R][K], b [N][R], x and dx [M][K], h and dh [M][R], da [R][K], db [N][R], row-major. Tickets:
 // bundles of dh units, dx units, whose last steps read dh, then db and da units. These reduce over tokens in chunks:
 // db = dyᵀ h and daᵀ = xᵀ dh, with both operands read as they lie, [token][..].
-#include "../blocks.cuh"
 #include "roles.cuh"
 
 namespace lora::sm90 {
 
 template <class Shape>
-class Backward {
+class Backward : Operation<LoraSm90Backward> {
  public:
   using T = typename Shape::T;
 
-  __device__ __forceinline__ Backward(const LoraSm90Backward& launch, const Place& place)
-      : launch_(launch), p_(launch.params), place_(place) {}
+  __device__ __forceinline__ Backward(const LoraSm90Backward& launch, const Place& place) : Operation(launch, place) {}
 
   __device__ __forceinline__ void produce(Producer<Shape>& producer, uint32_t ticket) const {
     if (ticket < p_.dh_tickets) {
-      for_each_dh(ticket, [&](uint32_t m, uint32_t n) LORA_INLINE {
+      for_each_narrow(ticket, p_.dh_bundle, p_.dh_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
         producer.template narrow<Major::kMn>(map(LORA_SM90_BACKWARD_DY), map(LORA_SM90_BACKWARD_B), m, n, width(),
                                              n_steps());
       });
     } else if (ticket < p_.dx_end) {
-      const BlockIndex block = dx_block(ticket);
+      const BlockIndex block = wide_block(ticket - p_.dh_tickets, p_.k_blocks);
       const uint32_t m = row_of(block.row);
       const uint32_t n = block.col * Shape::kBlockN;
       producer.template wide<Major::kMn>(map(LORA_SM90_BACKWARD_DY), map(LORA_SM90_BACKWARD_W), m, n, n_steps());
       if (p_.r == 0) return;
-      wait_for_dh(m / kBlockM, 1);
+      wait_for_narrow(m / kBlockM, 1);
       producer.template wide<Major::kMn>(map(LORA_SM90_BACKWARD_DH), map(LORA_SM90_BACKWARD_A), m, n,
                                          (p_.r + kBlockK - 1) / kBlockK);
     } else {
       const bool is_db = ticket < p_.db_end;
       const GradientUnit unit = gradient_unit(ticket, is_db);
-      if (!is_db) wait_for_dh(unit.token / kBlockM, (unit.tokens + kBlockM - 1) / kBlockM);
+      if (!is_db) wait_for_narrow(unit.token / kBlockM, (unit.tokens + kBlockM - 1) / kBlockM);
       const LoraTensorMap& wide = map(is_db ? LORA_SM90_BACKWARD_DY_TOKENS : LORA_SM90_BACKWARD_X_TOKENS);
       const LoraTensorMap& narrow = map(is_db ? LORA_SM90_BACKWARD_H_TOKENS : LORA_SM90_BACKWARD_DH_TOKENS);
       producer.gradient(wide, narrow, unit.m, unit.n, width(), !is_db || p_.db.ptr != 0, unit.token,
@@ -44,7 +42,7 @@ class Backward {
 
   __device__ __forceinline__ void consume(Consumer<Shape>& consumer, uint32_t ticket) const {
     if (ticket < p_.dh_tickets) {
-      for_each_dh(ticket, [&](uint32_t m, uint32_t n) LORA_INLINE {
+      for_each_narrow(ticket, p_.dh_bundle, p_.dh_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
         for_narrow_width(width(), [&](auto width) LORA_INLINE { dh<decltype(width)::kN>(consumer, m, n); });
       });
     } else if (ticket < p_.dx_end) {
@@ -58,7 +56,7 @@ class Backward {
 
  private:
   // Registers of a gradient that are added up and stored together: enough loads in flight, few instructions.
-  static constexpr uint32_t kAtOnce = 8;
+  static constexpr uint32_t kAtOnce = 16;
 
   // One chunk of a tile of db or daᵀ: kBlockM rows from m on, ranks from n on.
   struct GradientUnit {
@@ -71,19 +69,7 @@ class Backward {
     __device__ __forceinline__ uint32_t token_blocks() const { return (tokens + kBlockK - 1) / kBlockK; }
   };
 
-  __device__ __forceinline__ const LoraTensorMap& map(uint32_t index) const { return launch_.maps[index]; }
   __device__ __forceinline__ uint32_t n_steps() const { return (p_.n + kBlockK - 1) / kBlockK; }
-  __device__ __forceinline__ uint32_t width() const { return narrow_width(p_.r); }
-  // First row of this CTA's block in a group.
-  __device__ __forceinline__ uint32_t row_of(uint32_t group) const {
-    return (group * place_.size + place_.rank) * kBlockM;
-  }
-  __device__ __forceinline__ BlockIndex dx_block(uint32_t ticket) const {
-    return grouped(ticket - p_.dh_tickets, p_.m_groups, p_.k_blocks, p_.group_m);
-  }
-  __device__ __forceinline__ void wait_for_dh(uint32_t first, uint32_t count) const {
-    wait_for_blocks(p_.sync, p_.flag_shift, p_.m_groups * place_.size, kSlabs * p_.r_blocks, first, count);
-  }
 
   __device__ __forceinline__ GradientUnit gradient_unit(uint32_t ticket, bool is_db) const {
     const uint32_t index = ticket - (is_db ? p_.dx_end : p_.db_end);
@@ -100,27 +86,17 @@ class Backward {
     return unit;
   }
 
-  template <class Visit>
-  __device__ __forceinline__ void for_each_dh(uint32_t ticket, const Visit& visit) const {
-    const uint32_t first = ticket * p_.dh_bundle;
-    const uint32_t end = min(first + p_.dh_bundle, p_.dh_units);
-#pragma unroll 1
-    for (uint32_t unit = first; unit < end; ++unit) {
-      visit(row_of(unit % p_.m_groups), unit / p_.m_groups * kNarrowN);
-    }
-  }
-
   template <int kN>
   __device__ __forceinline__ void dh(Consumer<Shape>& consumer, uint32_t m, uint32_t n) const {
     float acc[kN / 2];
     float no_sums[4];
     consumer.template narrow<Narrow<kN, 0, 1, true, false>>(acc, no_sums, n_steps());
     store_narrow<Shape, kN>(acc, p_.dh, m + consumer.slab() * kSlabM, n, p_.m, p_.r, p_.scale);
-    publish(consumer, p_.sync, m / kBlockM >> p_.flag_shift);
+    publish_narrow(consumer, m);
   }
 
   __device__ __forceinline__ void dx(Consumer<Shape>& consumer, uint32_t ticket) const {
-    const BlockIndex block = dx_block(ticket);
+    const BlockIndex block = wide_block(ticket - p_.dh_tickets, p_.k_blocks);
     const uint32_t tail = (p_.r + 15) / 16;
     float acc[Shape::kBlockN / 2];
     consumer.template wide<1>(acc, n_steps() + tail / 4, tail % 4);
@@ -165,9 +141,10 @@ class Backward {
 #pragma unroll 1
       for (uint32_t i = 0; i < registers; i += kAtOnce) {
         float sum[kAtOnce];
-        sum_partials(sum, first, p_.partial_stride, p_.chunks, i);
+        sum_partials(sum, first, p_.partial_stride, p_.chunks, i, registers);
 #pragma unroll
         for (uint32_t j = 0; j < kAtOnce; ++j) {  // register 4 f + 2 half + e of fragment f
+          if (i + j >= registers) continue;
           const uint32_t col = unit.n + Consumer<Shape>::col_of((i + j) / 4) + j % 2;
           store_gradient<T>(out, m + Consumer<Shape>::row_of(j / 2 % 2), col, sum[j]);
         }
@@ -175,7 +152,7 @@ class Backward {
     }
     if (with_sums) {
       float sum[2];
-      sum_partials(sum, first, p_.partial_stride, p_.chunks, registers);
+      sum_partials(sum, first, p_.partial_stride, p_.chunks, registers, registers + 2);
       const GradientOut dbias = {
           p_.dbias, 1, 0, p_.n, 1, (p_.flags & LORA_DBIAS_F32) != 0, (p_.flags & LORA_ACCUMULATE_DBIAS) != 0};
 #pragma unroll
@@ -205,10 +182,6 @@ class Backward {
             (p_.flags & (is_db ? LORA_DB_F32 : LORA_DA_F32)) != 0,
             (p_.flags & (is_db ? LORA_ACCUMULATE_DB : LORA_ACCUMULATE_DA)) != 0};
   }
-
-  const LoraSm90Backward& launch_;
-  const LoraSm90BackwardParams& p_;
-  Place place_;
 };
 
 template <class Shape>

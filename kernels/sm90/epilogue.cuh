@@ -101,18 +101,19 @@ __device__ __forceinline__ void store_partial(float* partial, const float (&acc)
 }
 
 // The sum of registers [first, first + kCount) over `chunks` partial results, in their order: the bits do not depend on
-// which warpgroup was last.
+// which warpgroup was last. Registers from `end` on are not there.
 template <int kCount>
 __device__ __forceinline__ void sum_partials(float (&sum)[kCount], const float* partial, uint32_t stride,
-                                             uint32_t chunks, uint32_t first) {
+                                             uint32_t chunks, uint32_t first, uint32_t end) {
   const float* const mine = partial + first * kWarpgroup + threadIdx.x % kWarpgroup;
+  const auto load = [&](const float* from, int i) { return first + i < end ? from[i * kWarpgroup] : 0.0f; };
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) sum[i] = mine[i * kWarpgroup];
+  for (int i = 0; i < kCount; ++i) sum[i] = load(mine, i);
 #pragma unroll 2
   for (uint32_t chunk = 1; chunk < chunks; ++chunk) {
     const float* const other = mine + static_cast<uint64_t>(chunk) * stride;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sum[i] += other[i * kWarpgroup];
+    for (int i = 0; i < kCount; ++i) sum[i] += load(other, i);
   }
 }
 

@@ -2,45 +2,43 @@
 //
 // x [M][K], w [N][K], a [R][K], b [N][R], h [M][R], y [M][N], row-major, fp16 or bf16, f32 accumulation. Tickets:
 // bundles of h units (128 rows x up to 128 ranks per CTA, full K), then y units, whose last steps read h.
-#include "../blocks.cuh"
 #include "roles.cuh"
 
 namespace lora::sm90 {
 
 template <class Shape>
-class Forward {
+class Forward : Operation<LoraSm90Forward> {
  public:
   using T = typename Shape::T;
 
-  __device__ __forceinline__ Forward(const LoraSm90Forward& launch, const Place& place)
-      : launch_(launch), p_(launch.params), place_(place) {}
+  __device__ __forceinline__ Forward(const LoraSm90Forward& launch, const Place& place) : Operation(launch, place) {}
 
   __device__ __forceinline__ void produce(Producer<Shape>& producer, uint32_t ticket) const {
     if (ticket < p_.h_tickets) {
-      for_each_h(ticket, [&](uint32_t m, uint32_t n) LORA_INLINE {
+      for_each_narrow(ticket, p_.h_bundle, p_.h_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
         producer.template narrow<Major::kK>(map(LORA_SM90_FORWARD_X), map(LORA_SM90_FORWARD_A), m, n, width(),
                                             k_steps());
       });
       return;
     }
-    const BlockIndex block = y_block(ticket);
+    const BlockIndex block = wide_block(ticket - p_.h_tickets, p_.n_blocks);
     const uint32_t m = row_of(block.row);
     const uint32_t n = block.col * Shape::kBlockN;
     producer.template wide<Major::kK>(map(LORA_SM90_FORWARD_X), map(LORA_SM90_FORWARD_W), m, n, k_steps());
     if (p_.r == 0) return;
-    wait_for_blocks(p_.sync, p_.flag_shift, p_.m_groups * place_.size, kSlabs * p_.r_blocks, m / kBlockM, 1);
+    wait_for_narrow(m / kBlockM, 1);
     producer.template wide<Major::kK>(map(LORA_SM90_FORWARD_H), map(LORA_SM90_FORWARD_B), m, n,
                                       (p_.r + kBlockK - 1) / kBlockK);
   }
 
   __device__ __forceinline__ void consume(Consumer<Shape>& consumer, uint32_t ticket) const {
     if (ticket < p_.h_tickets) {
-      for_each_h(ticket, [&](uint32_t m, uint32_t n) LORA_INLINE {
+      for_each_narrow(ticket, p_.h_bundle, p_.h_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
         for_narrow_width(width(), [&](auto width) LORA_INLINE { h<decltype(width)::kN>(consumer, m, n); });
       });
       return;
     }
-    const BlockIndex block = y_block(ticket);
+    const BlockIndex block = wide_block(ticket - p_.h_tickets, p_.n_blocks);
     const uint32_t m = row_of(block.row) + consumer.slab() * kSlabM;
     const uint32_t n = block.col * Shape::kBlockN;
     float acc[Shape::kBlockN / 2];
@@ -55,26 +53,7 @@ class Forward {
   }
 
  private:
-  __device__ __forceinline__ const LoraTensorMap& map(uint32_t index) const { return launch_.maps[index]; }
   __device__ __forceinline__ uint32_t k_steps() const { return (p_.k + kBlockK - 1) / kBlockK; }
-  __device__ __forceinline__ uint32_t width() const { return narrow_width(p_.r); }
-  // First row of this CTA's block in a group.
-  __device__ __forceinline__ uint32_t row_of(uint32_t group) const {
-    return (group * place_.size + place_.rank) * kBlockM;
-  }
-  __device__ __forceinline__ BlockIndex y_block(uint32_t ticket) const {
-    return grouped(ticket - p_.h_tickets, p_.m_groups, p_.n_blocks, p_.group_m);
-  }
-
-  template <class Visit>
-  __device__ __forceinline__ void for_each_h(uint32_t ticket, const Visit& visit) const {
-    const uint32_t first = ticket * p_.h_bundle;
-    const uint32_t end = min(first + p_.h_bundle, p_.h_units);
-#pragma unroll 1
-    for (uint32_t unit = first; unit < end; ++unit) {
-      visit(row_of(unit % p_.m_groups), unit / p_.m_groups * kNarrowN);
-    }
-  }
 
   template <int kN>
   __device__ __forceinline__ void h(Consumer<Shape>& consumer, uint32_t m, uint32_t n) const {
@@ -82,12 +61,8 @@ class Forward {
     float no_sums[4];
     consumer.template narrow<Narrow<kN, 0, 0, true, false>>(acc, no_sums, k_steps());
     store_narrow<Shape, kN>(acc, p_.h, m + consumer.slab() * kSlabM, n, p_.m, p_.r, p_.scale);
-    publish(consumer, p_.sync, m / kBlockM >> p_.flag_shift);
+    publish_narrow(consumer, m);
   }
-
-  const LoraSm90Forward& launch_;
-  const LoraSm90ForwardParams& p_;
-  Place place_;
 };
 
 template <class Shape>

@@ -1,6 +1,7 @@
 // A CTA's warpgroups in their roles, the same for every operation.
 #pragma once
 
+#include "../blocks.cuh"
 #include "epilogue.cuh"
 #include "producer.cuh"
 
@@ -35,6 +36,58 @@ __device__ __forceinline__ void for_narrow_width(uint32_t width, const Visit& vi
   }
 }
 
+// What forward and backward have in common: a launch's maps and parameters, and which blocks are this CTA's.
+template <class Launch>
+class Operation {
+ protected:
+  using Params = decltype(Launch::params);
+
+  __device__ __forceinline__ Operation(const Launch& launch, const Place& place)
+      : p_(launch.params), place_(place), maps_(launch.maps) {}
+
+  __device__ __forceinline__ const LoraTensorMap& map(uint32_t index) const { return maps_[index]; }
+  __device__ __forceinline__ uint32_t width() const { return narrow_width(p_.r); }
+
+  // First row of this CTA's block in a group.
+  __device__ __forceinline__ uint32_t row_of(uint32_t group) const {
+    return (group * place_.size + place_.rank) * kBlockM;
+  }
+
+  // Main tile `index`: `columns` blocks side by side.
+  __device__ __forceinline__ BlockIndex wide_block(uint32_t index, uint32_t columns) const {
+    return grouped(index, p_.m_groups, columns, p_.group_m);
+  }
+
+  // Calls `visit` with the first row and rank of each of the narrow units in a bundle.
+  template <class Visit>
+  __device__ __forceinline__ void for_each_narrow(uint32_t ticket, uint32_t bundle, uint32_t units,
+                                                  const Visit& visit) const {
+    const uint32_t first = ticket * bundle;
+    const uint32_t end = min(first + bundle, units);
+#pragma unroll 1
+    for (uint32_t unit = first; unit < end; ++unit) {
+      visit(row_of(unit % p_.m_groups), unit / p_.m_groups * kNarrowN);
+    }
+  }
+
+  // The producer, before the tail of a main tile reads h or dh.
+  __device__ __forceinline__ void wait_for_narrow(uint32_t first_block, uint32_t blocks) const {
+    wait_for_blocks(p_.sync, p_.flag_shift, p_.m_groups * place_.size, kSlabs * p_.r_blocks, first_block, blocks);
+  }
+
+  // A consumer, when it has stored its slab of h or dh.
+  template <class Shape>
+  __device__ __forceinline__ void publish_narrow(const Consumer<Shape>& consumer, uint32_t m) const {
+    publish(consumer, p_.sync, m / kBlockM >> p_.flag_shift);
+  }
+
+  const Params& p_;
+  Place place_;
+
+ private:
+  const LoraTensorMap* maps_;
+};
+
 template <typename T>
 constexpr uint32_t kOnes = 0;  // two times 1.0
 template <>
@@ -42,14 +95,14 @@ constexpr uint32_t kOnes<__half> = 0x3c003c00u;
 template <>
 constexpr uint32_t kOnes<__nv_bfloat16> = 0x3f803f80u;
 
-// `Operation` has `produce(producer, ticket)` and `consume(consumer, ticket)`; both go through the same steps.
-template <class Shape, class Operation, class Launch>
+// `Op` has `produce(producer, ticket)` and `consume(consumer, ticket)`; both go through the same steps.
+template <class Shape, class Op, class Launch>
 __device__ __forceinline__ void run(const Launch& launch) {
   extern __shared__ __align__(1024) uint8_t shared[];
   const Place place = {ptx::shared_address(shared), ptx::cluster_rank(), ptx::cluster_size()};
   const auto& p = launch.params;
   prepare<Shape>(place.smem, place.size, kOnes<typename Shape::T>);
-  const Operation operation(launch, place);
+  const Op operation(launch, place);
   if (threadIdx.x < kWarpgroup) {
     ptx::give_registers<kProducerRegs>();
     if (threadIdx.x == 0) {
