@@ -47,6 +47,7 @@ const fn defect(
 const TILE: &str = "portable/tile.cuh";
 const SCHEDULE: &str = "portable/schedule.cuh";
 const EPILOGUE: &str = "portable/epilogue.cuh";
+const ELEMENT: &str = "element.cuh";
 const SYNC: &str = "ptx/sync.cuh";
 
 const DEFECTS: [Defect; 26] = [
@@ -153,7 +154,7 @@ const DEFECTS: [Defect; 26] = [
     defect(
         "gradient overwritten, not accumulated",
         BACKWARD,
-        EPILOGUE,
+        ELEMENT,
         "accumulate ? widen(*gmem) + value : value",
         "value",
     ),

@@ -6,6 +6,7 @@
 // launch (or a replay of a CUDA graph) finds them zero.
 #pragma once
 
+#include "../blocks.cuh"
 #include "../params.h"
 #include "../ptx/sync.cuh"
 #include "tile.cuh"
@@ -78,20 +79,6 @@ __device__ __forceinline__ Dependency depends_on(uint64_t sync, uint32_t flag_sh
           parts << flag_shift,
           parts * (m_blocks - (last_flag << flag_shift)),
           last_flag - first_flag};
-}
-
-// Block coordinates of main unit `index`: `group_m` blocks of rows go through all columns together, so that the CTAs at
-// work at one time share both rows of x and rows of w in L2.
-struct BlockIndex {
-  uint32_t row;
-  uint32_t col;
-};
-
-__device__ __forceinline__ BlockIndex grouped(uint32_t index, uint32_t rows, uint32_t cols, uint32_t group_m) {
-  const uint32_t group = index / (group_m * cols);
-  const uint32_t within = index % (group_m * cols);
-  const uint32_t group_rows = min(rows - group * group_m, group_m);
-  return {group * group_m + within % group_rows, within / group_rows};
 }
 
 }  // namespace lora

@@ -16,6 +16,16 @@ __device__ __forceinline__ void store_shared_16(uint32_t smem, uint4 value) {
                : "memory");
 }
 
+__device__ __forceinline__ void store_shared_4(uint32_t smem, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(smem), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t smem) {
+  uint32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];\n" : "=r"(value) : "r"(smem) : "memory");
+  return value;
+}
+
 #if __CUDA_ARCH__ >= 800
 // Copies `bytes` (0..16) from 16-byte aligned global memory and fills the rest of the chunk with zeros. `.cg` skips L1:
 // each byte is read once per CTA, reuse is in L2.

@@ -92,7 +92,6 @@ impl Tile {
         self.stages * stage + outgoing + LORA_SM90_TAIL_BYTES
     }
 
-    /// The CTAs that are there at once, or fewer where there are fewer tickets.
     fn launch(
         &self,
         cluster: u32,
@@ -103,11 +102,10 @@ impl Tile {
         is_bf16: bool,
     ) -> Launch {
         let is_backward = matches!(params, Params::Sm90Backward(_));
-        let clusters = tickets.clamp(1, (device.sms / cluster).max(1));
         Launch {
             image: IMAGES[usize::from(is_backward)],
             kernel: self.kernels[2 * usize::from(is_backward) + usize::from(is_bf16)],
-            grid: [clusters * cluster, 1, 1],
+            grid: [ctas(tickets, cluster, device), 1, 1],
             cluster: [cluster, 1, 1],
             block: [LORA_SM90_THREADS, 1, 1],
             shared_bytes: self.shared_bytes(),
@@ -115,6 +113,11 @@ impl Tile {
             params,
         }
     }
+}
+
+/// CTAs of a launch: as many clusters as are there at once, or fewer where there are fewer tickets.
+fn ctas(tickets: u32, cluster: u32, device: &Device) -> u32 {
+    tickets.clamp(1, (device.sms / cluster).max(1)) * cluster
 }
 
 /// The cluster sizes to choose from: that of the options, or those that the device and the number of blocks leave.

@@ -17,7 +17,12 @@ impl Emulated {
 
     /// The same with one tile shape for everything.
     pub fn with_tile(self, tile: TileSize) -> Self {
-        Self(self.0.with_plan_options(Options::default().with_tile(tile)))
+        self.with_options(Options::default().with_tile(tile))
+    }
+
+    /// The same with choices made instead of the planner's.
+    pub fn with_options(self, options: Options) -> Self {
+        Self(self.0.with_plan_options(options))
     }
 }
 

@@ -1,7 +1,7 @@
 //! Plans of backward.
 
 use super::maps::Maps;
-use super::{Choice, Tile, check_tickets, clusters, groups, narrow_columns, tiles};
+use super::{Choice, Tile, check_tickets, clusters, ctas, groups, narrow_columns, tiles};
 use crate::error::Result;
 use crate::params::*;
 use crate::plan::{
@@ -82,8 +82,11 @@ pub(in crate::plan) fn backward(
     if wanted.dh {
         scratch.h = Some(scratch.reserve((m * dh.row_stride * op.dtype.size()) as u64));
     }
-    if chunks.count > 1 {
-        scratch.partials = Some(scratch.reserve(4 * chunks.partial_stride * slabs * chunks.count));
+    if slabs > 0 {
+        // A slab that is not cut into chunks needs nobody else's sums: its warpgroup uses a place of its own.
+        let ctas = u64::from(ctas(tickets, cluster, device));
+        let places = if chunks.count > 1 { slabs * chunks.count } else { ctas * u64::from(LORA_SM90_SLABS) };
+        scratch.partials = Some(scratch.reserve(4 * chunks.partial_stride * places));
     }
     let gradient = |wanted: bool, argument: Option<raw::Gradient>| {
         argument.filter(|_| wanted).map(|gradient| matrix(gradient.matrix)).unwrap_or_default()

@@ -1,0 +1,221 @@
+// dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B, in one launch on Hopper.
+//
+// dy [M][N], w [N][K], a [R][K], b [N][R], x and dx [M][K], h and dh [M][R], da [R][K], db [N][R], row-major. Tickets:
+// bundles of dh units, dx units, whose last steps read dh, then db and da units. These reduce over tokens in chunks:
+// db = dyᵀ h and daᵀ = xᵀ dh, with both operands read as they lie, [token][..].
+#include "../blocks.cuh"
+#include "roles.cuh"
+
+namespace lora::sm90 {
+
+template <class Shape>
+class Backward {
+ public:
+  using T = typename Shape::T;
+
+  __device__ __forceinline__ Backward(const LoraSm90Backward& launch, const Place& place)
+      : launch_(launch), p_(launch.params), place_(place) {}
+
+  __device__ __forceinline__ void produce(Producer<Shape>& producer, uint32_t ticket) const {
+    if (ticket < p_.dh_tickets) {
+      for_each_dh(ticket, [&](uint32_t m, uint32_t n) LORA_INLINE {
+        producer.template narrow<Major::kMn>(map(LORA_SM90_BACKWARD_DY), map(LORA_SM90_BACKWARD_B), m, n, width(),
+                                             n_steps());
+      });
+    } else if (ticket < p_.dx_end) {
+      const BlockIndex block = dx_block(ticket);
+      const uint32_t m = row_of(block.row);
+      const uint32_t n = block.col * Shape::kBlockN;
+      producer.template wide<Major::kMn>(map(LORA_SM90_BACKWARD_DY), map(LORA_SM90_BACKWARD_W), m, n, n_steps());
+      if (p_.r == 0) return;
+      wait_for_dh(m / kBlockM, 1);
+      producer.template wide<Major::kMn>(map(LORA_SM90_BACKWARD_DH), map(LORA_SM90_BACKWARD_A), m, n,
+                                         (p_.r + kBlockK - 1) / kBlockK);
+    } else {
+      const bool is_db = ticket < p_.db_end;
+      const GradientUnit unit = gradient_unit(ticket, is_db);
+      if (!is_db) wait_for_dh(unit.token / kBlockM, (unit.tokens + kBlockM - 1) / kBlockM);
+      const LoraTensorMap& wide = map(is_db ? LORA_SM90_BACKWARD_DY_TOKENS : LORA_SM90_BACKWARD_X_TOKENS);
+      const LoraTensorMap& narrow = map(is_db ? LORA_SM90_BACKWARD_H_TOKENS : LORA_SM90_BACKWARD_DH_TOKENS);
+      producer.gradient(wide, narrow, unit.m, unit.n, width(), !is_db || p_.db.ptr != 0, unit.token,
+                        unit.token_blocks());
+    }
+  }
+
+  __device__ __forceinline__ void consume(Consumer<Shape>& consumer, uint32_t ticket) const {
+    if (ticket < p_.dh_tickets) {
+      for_each_dh(ticket, [&](uint32_t m, uint32_t n) LORA_INLINE {
+        for_narrow_width(width(), [&](auto width) LORA_INLINE { dh<decltype(width)::kN>(consumer, m, n); });
+      });
+    } else if (ticket < p_.dx_end) {
+      dx(consumer, ticket);
+    } else {
+      const bool is_db = ticket < p_.db_end;
+      const GradientUnit unit = gradient_unit(ticket, is_db);
+      gradient(consumer, unit, is_db);
+    }
+  }
+
+ private:
+  // Registers of a gradient that are added up and stored together: enough loads in flight, few instructions.
+  static constexpr uint32_t kAtOnce = 8;
+
+  // One chunk of a tile of db or daᵀ: kBlockM rows from m on, ranks from n on.
+  struct GradientUnit {
+    uint32_t m;
+    uint32_t n;
+    uint32_t slab;  // first of the CTA's slabs among those of db and da
+    uint32_t chunk;
+    uint32_t token;
+    uint32_t tokens;
+    __device__ __forceinline__ uint32_t token_blocks() const { return (tokens + kBlockK - 1) / kBlockK; }
+  };
+
+  __device__ __forceinline__ const LoraTensorMap& map(uint32_t index) const { return launch_.maps[index]; }
+  __device__ __forceinline__ uint32_t n_steps() const { return (p_.n + kBlockK - 1) / kBlockK; }
+  __device__ __forceinline__ uint32_t width() const { return narrow_width(p_.r); }
+  // First row of this CTA's block in a group.
+  __device__ __forceinline__ uint32_t row_of(uint32_t group) const {
+    return (group * place_.size + place_.rank) * kBlockM;
+  }
+  __device__ __forceinline__ BlockIndex dx_block(uint32_t ticket) const {
+    return grouped(ticket - p_.dh_tickets, p_.m_groups, p_.k_blocks, p_.group_m);
+  }
+  __device__ __forceinline__ void wait_for_dh(uint32_t first, uint32_t count) const {
+    wait_for_blocks(p_.sync, p_.flag_shift, p_.m_groups * place_.size, kSlabs * p_.r_blocks, first, count);
+  }
+
+  __device__ __forceinline__ GradientUnit gradient_unit(uint32_t ticket, bool is_db) const {
+    const uint32_t index = ticket - (is_db ? p_.dx_end : p_.db_end);
+    const uint32_t tile = index / p_.chunks;
+    const uint32_t groups = is_db ? p_.n_groups : p_.k_groups;
+    const uint32_t tiles_before = is_db ? 0 : (p_.db_end - p_.dx_end) / p_.chunks;
+    GradientUnit unit;
+    unit.m = row_of(tile % groups);
+    unit.n = tile / groups * kNarrowN;
+    unit.slab = ((tiles_before + tile) * place_.size + place_.rank) * kSlabs;
+    unit.chunk = index % p_.chunks;
+    unit.token = unit.chunk * p_.chunk_rows;
+    unit.tokens = min(p_.chunk_rows, p_.m - unit.token);
+    return unit;
+  }
+
+  template <class Visit>
+  __device__ __forceinline__ void for_each_dh(uint32_t ticket, const Visit& visit) const {
+    const uint32_t first = ticket * p_.dh_bundle;
+    const uint32_t end = min(first + p_.dh_bundle, p_.dh_units);
+#pragma unroll 1
+    for (uint32_t unit = first; unit < end; ++unit) {
+      visit(row_of(unit % p_.m_groups), unit / p_.m_groups * kNarrowN);
+    }
+  }
+
+  template <int kN>
+  __device__ __forceinline__ void dh(Consumer<Shape>& consumer, uint32_t m, uint32_t n) const {
+    float acc[kN / 2];
+    float no_sums[4];
+    consumer.template narrow<Narrow<kN, 0, 1, true, false>>(acc, no_sums, n_steps());
+    store_narrow<Shape, kN>(acc, p_.dh, m + consumer.slab() * kSlabM, n, p_.m, p_.r, p_.scale);
+    publish(consumer, p_.sync, m / kBlockM >> p_.flag_shift);
+  }
+
+  __device__ __forceinline__ void dx(Consumer<Shape>& consumer, uint32_t ticket) const {
+    const BlockIndex block = dx_block(ticket);
+    const uint32_t tail = (p_.r + 15) / 16;
+    float acc[Shape::kBlockN / 2];
+    consumer.template wide<1>(acc, n_steps() + tail / 4, tail % 4);
+    const bool accumulate = (p_.flags & LORA_ACCUMULATE_DX) != 0;
+    store_wide<Shape>(consumer, place_, acc, map(LORA_SM90_BACKWARD_DX), row_of(block.row) + consumer.slab() * kSlabM,
+                      block.col * Shape::kBlockN, p_.m, p_.k, [&](float low, float high, uint32_t row, uint32_t col) {
+                        if (!accumulate || row >= p_.m || col >= p_.k) return make_float2(low, high);
+                        const T* const old = reinterpret_cast<const T*>(p_.dx.ptr) + row * p_.dx.row_stride + col;
+                        return make_float2(widen(old[0]) + low, widen(old[1]) + high);
+                      });
+  }
+
+  // Where this warpgroup leaves its part of a gradient: in order of chunk, or, when it needs nobody else's, in a place
+  // of its own.
+  __device__ __forceinline__ float* partial(uint32_t slab, uint32_t chunk) const {
+    return reinterpret_cast<float*>(p_.partials) +
+           (static_cast<uint64_t>(slab) * p_.chunks + chunk) * p_.partial_stride;
+  }
+
+  __device__ __forceinline__ void gradient(Consumer<Shape>& consumer, const GradientUnit& unit, bool is_db) const {
+    const bool product = !is_db || p_.db.ptr != 0;
+    const bool with_sums = is_db && p_.dbias != 0 && unit.n == 0;
+    const uint32_t slab = p_.chunks == 1 ? blockIdx.x * kSlabs + consumer.slab() : unit.slab + consumer.slab();
+    float* const mine = partial(slab, unit.chunk);
+    if (!product) {
+      multiply<Narrow<16, 1, 1, false, true>>(consumer, unit, mine);
+    } else if (with_sums) {
+      for_narrow_width(width(), [&](auto width) LORA_INLINE {
+        multiply<Narrow<decltype(width)::kN, 1, 1, true, true>>(consumer, unit, mine);
+      });
+    } else {
+      for_narrow_width(width(), [&](auto width) LORA_INLINE {
+        multiply<Narrow<decltype(width)::kN, 1, 1, true, false>>(consumer, unit, mine);
+      });
+    }
+    if (p_.chunks > 1 && !arrive_last(consumer, place_, p_.sync, p_.counters + slab, p_.chunks)) return;
+    const float* const first = partial(slab, 0);
+    const uint32_t registers = (product ? width() : 16) / 2;
+    const uint32_t m = unit.m + consumer.slab() * kSlabM;
+    if (product) {
+      const GradientOut out = gradient_out(is_db);
+#pragma unroll 1
+      for (uint32_t i = 0; i < registers; i += kAtOnce) {
+        float sum[kAtOnce];
+        sum_partials(sum, first, p_.partial_stride, p_.chunks, i);
+#pragma unroll
+        for (uint32_t j = 0; j < kAtOnce; ++j) {  // register 4 f + 2 half + e of fragment f
+          const uint32_t col = unit.n + Consumer<Shape>::col_of((i + j) / 4) + j % 2;
+          store_gradient<T>(out, m + Consumer<Shape>::row_of(j / 2 % 2), col, sum[j]);
+        }
+      }
+    }
+    if (with_sums) {
+      float sum[2];
+      sum_partials(sum, first, p_.partial_stride, p_.chunks, registers);
+      const GradientOut dbias = {
+          p_.dbias, 1, 0, p_.n, 1, (p_.flags & LORA_DBIAS_F32) != 0, (p_.flags & LORA_ACCUMULATE_DBIAS) != 0};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // Every column of the sums is the same; one lane of four writes.
+        const uint32_t row = m + Consumer<Shape>::row_of(half);
+        if (threadIdx.x % 4 == 0) store_gradient<T>(dbias, row, 0, sum[half]);
+      }
+    }
+  }
+
+  template <class Kind>
+  __device__ __forceinline__ void multiply(Consumer<Shape>& consumer, const GradientUnit& unit, float* partial) const {
+    float acc[Kind::kN / 2];
+    float sums[4];
+    consumer.template narrow<Kind>(acc, sums, unit.token_blocks());
+    store_partial<Kind>(partial, acc, sums);
+  }
+
+  __device__ __forceinline__ GradientOut gradient_out(bool is_db) const {
+    // Field by field: a choice between two structs would put them on the stack.
+    return {is_db ? p_.db.ptr : p_.da.ptr,
+            is_db ? p_.db.row_stride : 1,
+            is_db ? 1 : p_.da.row_stride,
+            is_db ? p_.n : p_.k,
+            p_.r,
+            (p_.flags & (is_db ? LORA_DB_F32 : LORA_DA_F32)) != 0,
+            (p_.flags & (is_db ? LORA_ACCUMULATE_DB : LORA_ACCUMULATE_DA)) != 0};
+  }
+
+  const LoraSm90Backward& launch_;
+  const LoraSm90BackwardParams& p_;
+  Place place_;
+};
+
+template <class Shape>
+__device__ __forceinline__ void backward(const LoraSm90Backward& launch) {
+  run<Shape, Backward<Shape>>(launch);
+}
+
+}  // namespace lora::sm90
+
+LORA_SM90_KERNELS(backward, LoraSm90Backward)

@@ -1,0 +1,120 @@
+// From accumulators to memory.
+#pragma once
+
+#include "../element.cuh"
+#include "consumer.cuh"
+
+namespace lora::sm90 {
+
+// A slab of y or dx at (m, n), through boxes of 64 columns in shared memory. The stores are left in flight: they
+// overlap with the next tile, and a box is written again only when its store has read it.
+template <class Shape, class Adjust>
+__device__ __forceinline__ void store_wide(const Consumer<Shape>& consumer, const Place& place,
+                                           const float (&acc)[Shape::kBlockN / 2], const LoraTensorMap& map, uint32_t m,
+                                           uint32_t n, uint32_t rows, uint32_t cols, const Adjust& adjust) {
+  using T = typename Shape::T;
+  const uint32_t lane = threadIdx.x % 32;
+  // stmatrix: this lane's row of the box, and which of two chunks of 8 columns.
+  const uint32_t box_row = threadIdx.x % kWarpgroup / 32 * 16 + lane % 16;
+  const uint32_t boxes = place.smem + Shape::kBoxes + consumer.slab() * kStoreBoxes * kStoreBytes;
+#pragma unroll
+  for (uint32_t part = 0; part < Shape::kBlockN / kStoreN; ++part) {
+    const uint32_t box = boxes + part % kStoreBoxes * kStoreBytes;
+    if (consumer.is_first_thread()) ptx::store_wait_read<kStoreBoxes - 1>();
+    consumer.barrier();
+#pragma unroll
+    for (uint32_t j = 0; j < kStoreN / 16; ++j) {
+      uint32_t packed[4];
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i) {  // (rows 0-7, 8-15) of 8 columns, then of the next 8
+        const uint32_t fragment = part * (kStoreN / 8) + j * 2 + i / 2;
+        const uint32_t row = m + Consumer<Shape>::row_of(i % 2);
+        const uint32_t col = n + Consumer<Shape>::col_of(fragment);
+        const float2 value = adjust(acc[fragment * 4 + i % 2 * 2], acc[fragment * 4 + i % 2 * 2 + 1], row, col);
+        packed[i] = pack<T>(value.x, value.y);
+      }
+      const uint32_t chunk = j * 2 + lane / 16;
+      ptx::stmatrix_x4(box + box_row * (kStoreN * 2) + (chunk ^ box_row % 8) * 16, packed);
+    }
+    ptx::fence_async_shared();
+    consumer.barrier();
+    if (consumer.is_first_thread()) {
+      const uint32_t col = n + part * kStoreN;
+      if (m < rows && col < cols) ptx::store_box(map, box, col, m);
+      ptx::store_commit();  // an empty group keeps the count of boxes
+    }
+  }
+}
+
+// A slab of h or dh: out = scale · acc, from registers.
+template <class Shape, int kN>
+__device__ __forceinline__ void store_narrow(const float (&acc)[kN / 2], const LoraMatrix& out, uint32_t m, uint32_t n,
+                                             uint32_t rows, uint32_t cols, float scale) {
+  using T = typename Shape::T;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t row = m + Consumer<Shape>::row_of(half);
+    if (row >= rows) continue;
+    T* const gmem = reinterpret_cast<T*>(out.ptr) + row * out.row_stride;
+#pragma unroll
+    for (int j = 0; j < kN / 8; ++j) {
+      const uint32_t col = n + Consumer<Shape>::col_of(j);
+      if (col >= cols) continue;  // R is a multiple of 8: pairs are whole, and rows of 16 bytes aligned
+      const uint32_t pair = pack<T>(acc[4 * j + 2 * half] * scale, acc[4 * j + 2 * half + 1] * scale);
+      *reinterpret_cast<uint32_t*>(gmem + col) = pair;
+    }
+  }
+}
+
+// Makes the slab of h or dh that the warpgroup has stored visible to those who wait for flag `flag`.
+template <class Shape>
+__device__ __forceinline__ void publish(const Consumer<Shape>& consumer, uint64_t sync, uint32_t flag) {
+  consumer.barrier();
+  if (consumer.is_first_thread()) ptx::add_release(sync_word(sync, LORA_SYNC_FLAGS + flag), 1);
+}
+
+// Counts the warpgroup's arrival at a word, after all it has stored; true in the one that completes `total` arrivals,
+// which then sees everything the others stored.
+template <class Shape>
+__device__ __forceinline__ bool arrive_last(const Consumer<Shape>& consumer, const Place& place, uint64_t sync,
+                                            uint32_t word, uint32_t total) {
+  const uint32_t slot = place.smem + Shape::kArrival + consumer.slab() * 4;
+  consumer.barrier();  // and all have read the slot of the time before
+  if (consumer.is_first_thread()) ptx::store_shared_4(slot, ptx::atomic_add_acq_rel(sync_word(sync, word), 1));
+  consumer.barrier();
+  return ptx::load_shared_4(slot) == total - 1;
+}
+
+// Leaves what a narrow product gave in `partial`, register by register: every access is coalesced, and the same thread
+// of whichever warpgroup adds them up has the same elements. Product first, then the two sums.
+template <class Kind>
+__device__ __forceinline__ void store_partial(float* partial, const float (&acc)[Kind::kN / 2],
+                                              const float (&sums)[4]) {
+  float* const mine = partial + threadIdx.x % kWarpgroup;
+  if constexpr (Kind::kProduct) {
+#pragma unroll
+    for (int i = 0; i < Kind::kN / 2; ++i) mine[i * kWarpgroup] = acc[i];
+  }
+  if constexpr (Kind::kSums) {
+    mine[Kind::kN / 2 * kWarpgroup] = sums[0];
+    mine[(Kind::kN / 2 + 1) * kWarpgroup] = sums[2];
+  }
+}
+
+// The sum of registers [first, first + kCount) over `chunks` partial results, in their order: the bits do not depend on
+// which warpgroup was last.
+template <int kCount>
+__device__ __forceinline__ void sum_partials(float (&sum)[kCount], const float* partial, uint32_t stride,
+                                             uint32_t chunks, uint32_t first) {
+  const float* const mine = partial + first * kWarpgroup + threadIdx.x % kWarpgroup;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sum[i] = mine[i * kWarpgroup];
+#pragma unroll 2
+  for (uint32_t chunk = 1; chunk < chunks; ++chunk) {
+    const float* const other = mine + static_cast<uint64_t>(chunk) * stride;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum[i] += other[i * kWarpgroup];
+  }
+}
+
+}  // namespace lora::sm90

@@ -1,0 +1,84 @@
+// A CTA's warpgroups in their roles, the same for every operation.
+#pragma once
+
+#include "epilogue.cuh"
+#include "producer.cuh"
+
+namespace lora::sm90 {
+
+// Registers per thread after the warpgroups have traded theirs: 128 · 56 + 256 · 224 of 65536.
+constexpr int kProducerRegs = 56;
+constexpr int kConsumerRegs = 224;
+
+// Columns of a narrow tile: the narrowest that holds R, kNarrowN at most.
+__device__ __forceinline__ uint32_t narrow_width(uint32_t r) {
+  return r <= 16 ? 16 : r <= 32 ? 32 : r <= 64 ? 64 : kNarrowN;
+}
+
+template <int kN_>
+struct Width {
+  static constexpr int kN = kN_;
+};
+
+// Calls `visit` with the Width that is `width`.
+template <class Visit>
+__device__ __forceinline__ void for_narrow_width(uint32_t width, const Visit& visit) {
+  switch (width) {
+    case 16:
+      return visit(Width<16>{});
+    case 32:
+      return visit(Width<32>{});
+    case 64:
+      return visit(Width<64>{});
+    default:
+      return visit(Width<kNarrowN>{});
+  }
+}
+
+template <typename T>
+constexpr uint32_t kOnes = 0;  // two times 1.0
+template <>
+constexpr uint32_t kOnes<__half> = 0x3c003c00u;
+template <>
+constexpr uint32_t kOnes<__nv_bfloat16> = 0x3f803f80u;
+
+// `Operation` has `produce(producer, ticket)` and `consume(consumer, ticket)`; both go through the same steps.
+template <class Shape, class Operation, class Launch>
+__device__ __forceinline__ void run(const Launch& launch) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const Place place = {ptx::shared_address(shared), ptx::cluster_rank(), ptx::cluster_size()};
+  const auto& p = launch.params;
+  prepare<Shape>(place.smem, place.size, kOnes<typename Shape::T>);
+  const Operation operation(launch, place);
+  if (threadIdx.x < kWarpgroup) {
+    ptx::give_registers<kProducerRegs>();
+    if (threadIdx.x == 0) {
+      Producer<Shape> producer(place);
+      for_each_ticket_produced<Shape>(place, p.sync, p.tickets,
+                                      [&](uint32_t ticket) LORA_INLINE { operation.produce(producer, ticket); });
+    }
+  } else {
+    ptx::take_registers<kConsumerRegs>();
+    Consumer<Shape> consumer(place);
+    for_each_ticket_consumed<Shape>(place, p.tickets,
+                                    [&](uint32_t ticket) LORA_INLINE { operation.consume(consumer, ticket); });
+    if (consumer.is_first_thread()) ptx::store_wait_read<0>();  // shared memory must outlive what reads it
+  }
+  finish(p.sync, p.sync_words);
+}
+
+}  // namespace lora::sm90
+
+#define LORA_SM90_KERNEL(operation, Launch, type, T, n)                             \
+  extern "C" __global__ void __launch_bounds__(LORA_SM90_THREADS, 1)                \
+      lora_sm90_##operation##_##type##_##n(const __grid_constant__ Launch launch) { \
+    lora::sm90::operation<lora::sm90::Shape<T, n, LORA_SM90_STAGES_##n>>(launch);   \
+  }
+
+#define LORA_SM90_KERNELS(operation, Launch)                    \
+  LORA_SM90_KERNEL(operation, Launch, f16, __half, 256)         \
+  LORA_SM90_KERNEL(operation, Launch, f16, __half, 192)         \
+  LORA_SM90_KERNEL(operation, Launch, f16, __half, 128)         \
+  LORA_SM90_KERNEL(operation, Launch, bf16, __nv_bfloat16, 256) \
+  LORA_SM90_KERNEL(operation, Launch, bf16, __nv_bfloat16, 192) \
+  LORA_SM90_KERNEL(operation, Launch, bf16, __nv_bfloat16, 128)
