@@ -13,7 +13,7 @@ mod sm90;
 pub use crate::params::{
     LoraBackwardParams, LoraForwardParams, LoraMatrix, LoraSm90BackwardParams, LoraSm90ForwardParams, Params,
 };
-pub use device::Device;
+pub use device::{Device, Peak};
 pub use launch::{Launch, Swizzle, TensorMap};
 pub use options::{Family, Options, TileSize};
 #[cfg(any(feature = "cuda", feature = "emulator"))]

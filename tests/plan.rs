@@ -279,7 +279,7 @@ proptest! {
         if let Some(dimension) = dimensions.into_iter().nth(oversized) {
             *dimension = MAX_DIMENSION + 1;
         }
-        let device = Device { name: String::new(), arch, sms, shared_per_block: shared[0], shared_per_sm: shared[1] };
+        let device = Device { name: String::new(), arch, sms, shared_per_block: shared[0], shared_per_sm: shared[1], peak: None };
         let mut forward = ops::forward(dtype, shape);
         forward.h = Some(raw::Matrix::new(1, shape.m, shape.r));
         let mut backward = ops::backward(dtype, shape);
