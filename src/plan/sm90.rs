@@ -7,6 +7,8 @@ mod maps;
 mod middle;
 mod model;
 mod schedule;
+#[cfg(test)]
+mod tests;
 
 pub(super) use backward::{backward, operands as backward_operands};
 pub(super) use forward::{forward, operands as forward_operands};
@@ -96,10 +98,13 @@ fn groups(extent: usize, cluster: u32) -> u64 {
 }
 
 impl Tile {
+    fn stage_bytes(&self) -> u32 {
+        2 * LORA_SM90_BLOCK_K * (LORA_SM90_BLOCK_M + self.columns)
+    }
+
     pub(super) fn shared_bytes(&self) -> u32 {
-        let stage = 2 * LORA_SM90_BLOCK_K * (LORA_SM90_BLOCK_M + self.columns);
         let outgoing = 2 * LORA_SM90_SLABS * LORA_SM90_STORE_BOXES * LORA_SM90_SLAB_M * LORA_SM90_STORE_N;
-        self.stages * stage + outgoing + LORA_SM90_TAIL_BYTES
+        self.stages * self.stage_bytes() + outgoing + LORA_SM90_TAIL_BYTES
     }
 
     fn launch(
@@ -130,9 +135,9 @@ fn ctas(tickets: u32, cluster: u32, device: &Device) -> u32 {
     tickets.clamp(1, (device.sms.min(MAX_SMS) / cluster).max(1)) * cluster
 }
 
-/// The tiles and cluster sizes that options and device leave, never none; the first of those that take equally long is
-/// chosen.
-fn candidates(options: &Options, device: &Device) -> Result<Vec<(Tile, u32)>> {
+/// The tiles and cluster sizes that options, device and tokens leave, never none; the first of those that take equally long
+/// is chosen.
+fn candidates(options: &Options, device: &Device, m: usize) -> Result<Vec<(Tile, u32)>> {
     if let Some(cluster) = options.cluster.filter(|&cluster| cluster > device.sms) {
         return Err(Error::PlanOption {
             option: "cluster",
@@ -140,11 +145,14 @@ fn candidates(options: &Options, device: &Device) -> Result<Vec<(Tile, u32)>> {
             expected: format!("at most the {} SM(s) of the device", device.sms),
         });
     }
-    let fits = |cluster: u32| cluster <= device.sms && options.cluster.is_none_or(|decided| decided == cluster);
+    let clusters = match options.cluster {
+        Some(decided) => vec![decided],
+        // With one block of rows the second CTA would have nothing to do.
+        None if device.sms == 1 || groups(m, 1) == 1 => vec![1],
+        None => vec![2, 1],
+    };
     let tiles = TILES.into_iter().filter(|tile| options.tile.is_none_or(|size| size == tile.size));
-    Ok(tiles
-        .flat_map(|tile| [2, 1].into_iter().filter(|&cluster| fits(cluster)).map(move |cluster| (tile, cluster)))
-        .collect())
+    Ok(tiles.flat_map(|tile| clusters.iter().map(move |&cluster| (tile, cluster))).collect())
 }
 
 /// What `evaluate` makes of the candidate with the fewest clocks; its error when all have one.

@@ -113,9 +113,9 @@ pub(in crate::plan) fn backward(
     let maps = maps(op, dh, wanted);
     let is_bf16 = op.dtype == Dtype::Bf16;
     let launch = tile.launch(cluster, tickets, device, maps, Params::Sm90Backward(params), is_bf16);
-    let choice = Choice { tile, cluster, microseconds: microseconds(clocks) };
-    let choice = crate::plan::Choice::Sm90(choice);
-    Ok(Draft { choice, launch, scratch, notes: Vec::new() })
+    let microseconds = microseconds(clocks);
+    let choice = crate::plan::Choice::Sm90(Choice { tile, cluster, microseconds });
+    Ok(Draft { choice, launch, scratch, notes: Vec::new(), microseconds })
 }
 
 /// Units and tiles of a call, for one tile shape and cluster size.
@@ -171,7 +171,7 @@ struct Setup {
 
 /// The way with the shortest predicted time among those that the options leave.
 fn choose(wanted: Wanted, shape: LoraShape, device: &Device, options: &Options) -> Result<Setup> {
-    let mut candidates = candidates(options, device)?;
+    let mut candidates = candidates(options, device, shape.m)?;
     if !wanted.dx {
         // No main tile: the shapes differ in nothing.
         let size = candidates.first().map(|(tile, _)| tile.size);
@@ -219,12 +219,12 @@ fn choose_for(
             }
             let clusters = ctas(check_tickets(total)?, cluster, device) / cluster;
             let machine = Machine::new(device, cluster, clusters);
-            let Ran { mut timeline, ready, mut stall } = middle(&machine).run(&machine, bundle);
+            let Ran { mut timeline, ready, stall } = middle(&machine).run(&machine, bundle);
             let left = 4.0 * (u64::from(LORA_SM90_SLABS) * chunks::partial_stride(r)) as f64;
             let unit = machine.gradient(chunks.rows.min(m as u64), r, gradient_tiles * chunks.count, left);
             timeline.draw(counts.db_tiles * chunks.count, unit);
             if counts.da_tiles > 0 {
-                stall = stall.max(ready - timeline.next());
+                timeline.wait(ready);
             }
             timeline.draw(counts.da_tiles * chunks.count, unit);
             let clocks = timeline.end() + stall;

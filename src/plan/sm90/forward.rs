@@ -63,9 +63,9 @@ pub(in crate::plan) fn forward(
     let maps = maps(op, h, &tile);
     let is_bf16 = op.dtype == Dtype::Bf16;
     let launch = tile.launch(cluster, tickets, device, maps, Params::Sm90Forward(params), is_bf16);
-    let choice = Choice { tile, cluster, microseconds: microseconds(clocks) };
-    let choice = crate::plan::Choice::Sm90(choice);
-    Ok(Draft { choice, launch, scratch, notes: Vec::new() })
+    let microseconds = microseconds(clocks);
+    let choice = crate::plan::Choice::Sm90(Choice { tile, cluster, microseconds });
+    Ok(Draft { choice, launch, scratch, notes: Vec::new(), microseconds })
 }
 
 /// One way to run a call, and how long it takes by the model.
@@ -79,7 +79,7 @@ struct Setup {
 
 /// The way with the shortest predicted time among those that the options leave.
 fn choose(shape: LoraShape, device: &Device, options: &Options) -> Result<Setup> {
-    let candidates = candidates(options, device)?;
+    let candidates = candidates(options, device, shape.m)?;
     shortest(candidates, |tile, cluster| choose_for(shape, device, options, tile, cluster), |setup| setup.clocks)
 }
 

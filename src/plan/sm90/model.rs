@@ -21,8 +21,9 @@ struct Calibration {
     step: f64,
     /// Clocks per KiB that a step fetches, for the power that moving it takes from the products. Not measured.
     per_kib: f64,
-    /// Bytes per clock that an SM gets from L2 when all of them fetch. Not measured.
+    /// Bytes per clock that L2 delivers, to all SMs together and to one at most. Not measured.
     l2: f64,
+    l2_per_sm: f64,
     /// Bytes per clock that one SM can stream from memory with its ring full. Not measured.
     stream: f64,
     /// Part of the data sheet's memory bandwidth that is reached. Not measured.
@@ -47,7 +48,8 @@ const CALIBRATION: Calibration = Calibration {
     mma_shared_per_column: 0.25,
     step: 100.0,
     per_kib: 2.0,
-    l2: 46.0,
+    l2: 6154.0,
+    l2_per_sm: 64.0,
     stream: 51.0,
     memory: 0.9,
     unknown_gigabytes: 3000.0,
@@ -102,7 +104,8 @@ impl Machine {
     fn main_step(&self, tile: &Tile) -> f64 {
         let c = &CALIBRATION;
         let fetched = bytes(LORA_SM90_BLOCK_M) + bytes(tile.columns) / f64::from(self.cluster);
-        (products(tile.columns) + c.step + c.per_kib * fetched / 1024.0).max(fetched / c.l2)
+        let rate = c.l2_per_sm.min(c.l2 / f64::from(self.cluster * self.clusters));
+        (products(tile.columns) + c.step + c.per_kib * fetched / 1024.0).max(fetched / rate)
     }
 
     /// A main tile over `depth`, with a tail of `rank`.

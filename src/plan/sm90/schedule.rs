@@ -25,6 +25,15 @@ impl Timeline {
         self.free.last().map_or(0.0, |last| last.0)
     }
 
+    /// Nobody draws before `time`.
+    pub(super) fn wait(&mut self, time: f64) {
+        let early = self.free.partition_point(|entry| entry.0 <= time);
+        let count: u64 = self.free.drain(..early).map(|entry| entry.1).sum();
+        if count > 0 {
+            self.free.insert(0, (time, count));
+        }
+    }
+
     /// Hands out tickets that last `clocks` each, every one to the worker that is free first.
     pub(super) fn draw(&mut self, mut tickets: u64, clocks: f64) {
         if clocks <= 0.0 {
@@ -70,7 +79,7 @@ mod tests {
 
     /// Ticket by ticket.
     fn naive(workers: u32, phases: &[(u64, f64)]) -> Vec<f64> {
-        let mut free = vec![0.0; workers as usize];
+        let mut free = vec![0.0_f64; workers as usize];
         for &(tickets, clocks) in phases {
             for _ in 0..tickets {
                 let at = (0..free.len()).min_by(|&a, &b| free[a].total_cmp(&free[b])).unwrap();
@@ -98,6 +107,17 @@ mod tests {
             let got: Vec<f64> = timeline.free.iter().flat_map(|&(time, count)| vec![time; count as usize]).collect();
             assert_eq!(got, expected, "{workers} workers, {phases:?}");
         }
+    }
+
+    #[test]
+    fn nobody_draws_before_the_wait_is_over() {
+        let mut timeline = Timeline::new(3);
+        timeline.draw(1, 5.0);
+        timeline.wait(2.0);
+        assert_eq!(timeline, Timeline { free: vec![(2.0, 2), (5.0, 1)], workers: 3 });
+        timeline.wait(7.0);
+        timeline.wait(1.0);
+        assert_eq!(timeline, Timeline { free: vec![(7.0, 3)], workers: 3 });
     }
 
     #[test]
