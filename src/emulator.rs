@@ -43,7 +43,10 @@ fn report(text: impl std::fmt::Display) -> Error {
 }
 
 fn memory_error(error: MemoryError) -> Error {
-    report(error)
+    match error {
+        MemoryError::OutOfMemory { bytes, .. } => Error::OutOfMemory { bytes },
+        error => report(error),
+    }
 }
 
 impl Emulator {
@@ -261,7 +264,7 @@ impl Emulator {
     /// must leave them zero.
     fn execute(&self, memory: &mut Memory, plan: &Plan) -> Result<Counters> {
         let bytes = plan.workspace_bytes();
-        let workspace = memory.alloc("workspace", bytes);
+        let workspace = memory.try_alloc("workspace", bytes).map_err(memory_error)?;
         memory.write(workspace, &[0; SYNC_BYTES]).map_err(memory_error)?;
         let launch = plan.launch(workspace, bytes)?;
         let mut counters = Counters::default();
@@ -321,7 +324,7 @@ fn upload<T: Element>(
 ) -> Result<raw::Matrix> {
     let Matrix { data, offset, rows, cols, row_stride } = matrix;
     let size = T::DTYPE.size();
-    let base = memory.alloc(name, data.len() * size);
+    let base = memory.try_alloc(name, data.len() * size).map_err(memory_error)?;
     let ptr = base + (offset * size) as u64;
     if initialised && cols != 0 {
         for row in 0..rows {

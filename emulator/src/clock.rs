@@ -127,6 +127,11 @@ pub(crate) struct Clock {
     foreign: Rc<Foreign>,
     /// By [`Proxy`]; `None` knows nothing. Barriers, flags and waits pass them on together with the rest.
     proxies: [Option<Rc<Clock>>; 4],
+    /// What came before each `fence.sc` that comes before the owner's next step.
+    fenced: Option<Rc<Clock>>,
+    /// What came before each `fence.sc` that the owner's next one is known to come after, see `exec::flags`. Like the former
+    /// it is passed on with the rest, and knows nothing of other such fences itself.
+    heard: Option<Rc<Clock>>,
 }
 
 fn entry(foreign: &mut Foreign, cta: u32, agents: usize) -> &mut Known {
@@ -140,9 +145,63 @@ fn entry(foreign: &mut Foreign, cta: u32, agents: usize) -> &mut Known {
     &mut foreign[at].1
 }
 
+/// Adds to a part of the clock of some CTA, which may be unknown yet.
+fn learn(part: &mut Option<Rc<Clock>>, (cta, agents): (u32, usize), other: &Rc<Clock>, join: fn(&mut Clock, &Clock)) {
+    match part {
+        Some(mine) if Rc::ptr_eq(mine, other) => {}
+        Some(mine) => join(Rc::make_mut(mine), other),
+        empty if other.cta == cta => *empty = Some(Rc::clone(other)),
+        empty => {
+            let mut fresh = Clock::new(cta, agents);
+            join(&mut fresh, other);
+            *empty = Some(Rc::new(fresh));
+        }
+    }
+}
+
 impl Clock {
     pub fn new(cta: u32, agents: usize) -> Clock {
-        Clock { cta, own: Known::new(agents), foreign: Rc::default(), proxies: Default::default() }
+        let own = Known::new(agents);
+        Clock { cta, own, foreign: Rc::default(), proxies: Default::default(), fenced: None, heard: None }
+    }
+
+    /// The same, without what is known of `fence.sc`.
+    pub fn plain(&self) -> Clock {
+        Clock { fenced: None, heard: None, ..self.clone() }
+    }
+
+    /// This is what came before a `fence.sc`: all of it is known to have.
+    pub fn at_fence_sc(&self) -> Clock {
+        let plain = self.plain();
+        Clock { fenced: Some(Rc::new(plain.clone())), ..plain }
+    }
+
+    /// What came before each `fence.sc` that comes before the owner's next step.
+    pub fn fenced(&self) -> Option<&Rc<Clock>> {
+        self.fenced.as_ref()
+    }
+
+    /// A `fence.sc` that had `other` before it comes before the owner's next step.
+    pub fn add_fenced(&mut self, other: &Rc<Clock>) {
+        let (cta, agents) = (self.cta, self.own.all.len());
+        learn(&mut self.fenced, (cta, agents), other, Clock::join_plain);
+    }
+
+    pub fn has_heard(&self) -> bool {
+        self.heard.is_some()
+    }
+
+    /// A `fence.sc` that had `other` before it comes before the owner's next `fence.sc`.
+    pub fn hear(&mut self, other: &Rc<Clock>) {
+        let (cta, agents) = (self.cta, self.own.all.len());
+        learn(&mut self.heard, (cta, agents), other, Clock::join_plain);
+    }
+
+    /// The owner executes a `fence.sc`.
+    pub fn learn_heard(&mut self) {
+        if let Some(heard) = self.heard.take() {
+            self.join_plain(&heard);
+        }
     }
 
     /// The owner is ordered after these lanes of an agent of its own CTA, up to an epoch. All lanes: `u32::MAX`.
@@ -182,7 +241,7 @@ impl Clock {
 
     /// Makes what is ordered in the generic proxy ordered in another one as well.
     pub fn fence(&mut self, proxy: Proxy) {
-        let generic = Rc::new(Clock { proxies: Default::default(), ..self.clone() });
+        let generic = Rc::new(Clock { proxies: Default::default(), ..self.plain() });
         self.join_proxy(proxy, &generic);
     }
 
@@ -222,20 +281,23 @@ impl Clock {
     }
 
     fn join_proxy(&mut self, proxy: Proxy, other: &Rc<Clock>) {
-        match &mut self.proxies[proxy as usize] {
-            Some(mine) if Rc::ptr_eq(mine, other) => {}
-            Some(mine) => Rc::make_mut(mine).join_generic(other),
-            empty if other.cta == self.cta => *empty = Some(Rc::clone(other)),
-            empty => {
-                let mut fresh = Clock::new(self.cta, self.own.all.len());
-                fresh.join_generic(other);
-                *empty = Some(Rc::new(fresh));
-            }
+        let (cta, agents) = (self.cta, self.own.all.len());
+        learn(&mut self.proxies[proxy as usize], (cta, agents), other, Clock::join_generic);
+    }
+
+    /// Learns all that `other` knows, in every proxy, and of `fence.sc`.
+    pub fn join(&mut self, other: &Clock) {
+        if let Some(fenced) = &other.fenced {
+            self.add_fenced(fenced);
         }
+        if let Some(heard) = &other.heard {
+            self.hear(heard);
+        }
+        self.join_plain(other);
     }
 
     /// Learns all that `other` knows, in every proxy.
-    pub fn join(&mut self, other: &Clock) {
+    fn join_plain(&mut self, other: &Clock) {
         for proxy in Proxy::ALL {
             if let Some(theirs) = &other.proxies[proxy as usize] {
                 self.join_proxy(proxy, theirs);
@@ -276,6 +338,8 @@ pub(crate) struct Proxied {
     pub own: (u32, u32),
     /// Generic reads, too, must be fenced.
     pub fence_reads: bool,
+    /// Who learns that the operation is complete need not know what this clock does.
+    pub by_part: bool,
 }
 
 /// What one thread, or an operation it issued, is ordered after.
@@ -330,6 +394,11 @@ impl View {
             return 0;
         }
         (0..32).map(|lane| lanes & 1 << lane).filter(|lane| *lane != 0 && !clock.covers_lanes(access, *lane)).sum()
+    }
+
+    /// Whether all that comes after the viewer's next step comes after what it is ordered after.
+    pub fn speaks_for_all(&self) -> bool {
+        self.proxied.as_ref().is_none_or(|proxied| !proxied.by_part)
     }
 
     /// Whether an access is ordered before the viewer's next step.

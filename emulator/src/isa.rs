@@ -359,6 +359,8 @@ pub(crate) enum Op {
     },
     Fence {
         scope: Scope,
+        /// `fence.sc`
+        sc: bool,
     },
     /// Converts between a generic address and one of `space`.
     Cvta {

@@ -2,7 +2,7 @@
 
 use crate::shadow::Shadow;
 
-/// An access to [`Memory`] that no allocation holds, or that reads what nothing wrote.
+/// An access to [`Memory`] that no allocation holds, or that reads what nothing wrote; an allocation that is too large.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MemoryError {
     /// Outside every allocation, or across an end.
@@ -24,6 +24,14 @@ pub enum MemoryError {
         offset: usize,
         /// Address of the byte.
         address: u64,
+    },
+    /// More than this machine can hold: each byte takes two, and more where it is accessed.
+    #[error("out of memory: could not allocate the {bytes} bytes of `{name}`")]
+    OutOfMemory {
+        /// Allocation.
+        name: String,
+        /// Its size.
+        bytes: usize,
     },
 }
 
@@ -75,7 +83,23 @@ impl Memory {
         Memory { allocations: Vec::new(), next: GLOBAL_BASE, last_hit: 0, modules: Vec::new() }
     }
 
-    /// Allocates `bytes` unwritten bytes at a multiple of 256 and returns the address.
+    /// As [`alloc`](Self::alloc), for sizes that may be too large.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfMemory`].
+    pub fn try_alloc(&mut self, name: &str, bytes: usize) -> Result<u64, MemoryError> {
+        // Given back at once: zeros that take no memory before they are touched cannot be asked for in a way that may fail.
+        let (mut data, mut written) = (Vec::<u8>::new(), Vec::<u8>::new());
+        let fits = data.try_reserve_exact(bytes).is_ok() && written.try_reserve_exact(bytes).is_ok();
+        if !fits {
+            return Err(MemoryError::OutOfMemory { name: name.to_owned(), bytes });
+        }
+        drop((data, written));
+        Ok(self.alloc(name, bytes))
+    }
+
+    /// Allocates `bytes` unwritten bytes at a multiple of 256 and returns the address. Ends the process where there are not so
+    /// many, see [`try_alloc`](Self::try_alloc).
     pub fn alloc(&mut self, name: &str, bytes: usize) -> u64 {
         self.alloc_with_offset(name, bytes, 0)
     }
@@ -214,5 +238,22 @@ impl Memory {
         for allocation in &mut self.allocations {
             allocation.shadow.clear();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_too_large_is_refused() {
+        let mut memory = Memory::new();
+        for bytes in [usize::MAX, isize::MAX as usize, 1 << 60] {
+            let refused = memory.try_alloc("huge", bytes);
+            assert_eq!(refused, Err(MemoryError::OutOfMemory { name: "huge".to_owned(), bytes }));
+        }
+        let address = memory.try_alloc("small", 5).expect("there are five bytes");
+        memory.write(address, &[1; 5]).expect("in range");
+        assert_eq!(memory.read(address, 5), Ok(vec![1; 5]));
     }
 }

@@ -289,7 +289,7 @@ impl Access {
             if unordered == 0 {
                 // What is left of a strong access would seem to be a smaller one.
                 let whole = overlap == self.bytes || self.kind & ATOMIC == 0 || self.strip != 0;
-                if stands_for && whole {
+                if stands_for && whole && view.speaks_for_all() {
                     self.bytes &= !overlap;
                 }
             } else if writes {

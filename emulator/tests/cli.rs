@@ -74,6 +74,22 @@ fn a_kernel_runs_on_buffers_from_files() {
 }
 
 #[test]
+fn a_file_is_no_larger_than_other_buffers() {
+    let folder = Folder::new("large");
+    let ptx = folder.write("scale.ptx", SCALE);
+    let large = folder.write("large.bin", []);
+    // It takes no space.
+    std::fs::File::create(&large).and_then(|file| file.set_len((4 << 30) + 1)).expect("a sparse file");
+    let buffer = format!("in=@{large}");
+    let words =
+        ["run", &ptx, "--grid", "1", "--block", "32", "--buffer", &buffer, "--buffer", "out=128", "--arg", "f32:2"];
+    let (status, _, err) = run(&words);
+    std::fs::remove_file(&large).expect("it was there");
+    assert_eq!(status, cli::USAGE);
+    assert!(err.contains("large.bin: more than 4294967296 bytes"), "{err}");
+}
+
+#[test]
 fn a_broken_rule_is_status_1_with_its_report() {
     let folder = Folder::new("report");
     let ptx = folder.write("scale.ptx", SCALE);

@@ -2,7 +2,7 @@
 
 #![allow(clippy::panic)] // helpers of tests fail as tests do
 
-use ptx_emulator::{Launch, Memory, Module, Options, Report, Rule, Timing};
+use ptx_emulator::{Checks, Launch, Memory, Module, Options, Report, Rule, Timing};
 
 const SEEDS: u64 = 20;
 
@@ -39,6 +39,10 @@ fn module(body: &str) -> Module {
 }
 
 fn run(module: &Module, threads: u32, seed: u64, copies: Timing) -> Result<(), Box<Report>> {
+    run_with(module, threads, &Options { seed, copies, patience: 20_000, ..Options::default() })
+}
+
+fn run_with(module: &Module, threads: u32, options: &Options) -> Result<(), Box<Report>> {
     let mut memory = Memory::new();
     let input = memory.alloc("in", 64 * 256);
     let output = memory.alloc("out", 64 * 256);
@@ -53,8 +57,7 @@ fn run(module: &Module, threads: u32, seed: u64, copies: Timing) -> Result<(), B
         shared_bytes: 1 << 14,
         params: &params,
     };
-    module.launch(&mut memory, &launch, &Options { seed, copies, patience: 20_000, ..Options::default() })?;
-    Ok(())
+    module.launch(&mut memory, &launch, options).map(|_| ())
 }
 
 fn timing(seed: u64) -> Timing {
@@ -164,6 +167,102 @@ fn operands_must_be_visible_to_the_async_proxy() {
         let report = run(&module(&unordered), 128, seed, timing(seed)).expect_err("no barrier");
         assert!(matches!(report.rule, Rule::Race | Rule::Uninitialised), "{report}");
     }
+}
+
+/// Each warp writes its rows of A, as attention kernels do with what the softmax gives, and the warpgroup B, which is ordered
+/// among all of its warps.
+const OWN_ROWS: &str = "
+    shl.b32 %r3, %t, 4;
+    and.b32 %r3, %r3, 496;
+    shr.u32 %r4, %t, 5;
+    mad.lo.u32 %r3, %r4, 512, %r3;
+    add.s32 %r3, %r3, %tile;
+    setp.lt.u32 %p1, %t, 32;
+    @%p1 st.shared.v4.u32 [%r3+2048], {%a0, %a1, %a2, %a3};
+    fence.proxy.async;
+    bar.sync 0;
+    st.shared.v4.u32 [%r3], {%a0, %a1, %a2, %a3};
+    fence.proxy.async;
+    bar.warp.sync -1;
+    add.s64 %da, %rd2, 0x0000001000080000;
+    add.s64 %db, %rd2, 0x0000001000080080;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%d0, %d1, %d2, %d3, %d4, %d5, %d6, %d7}, %da, %db, 0, 1, 1, 0, 0;
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    st.shared.v4.u32 [%r3], {%a0, %a1, %a2, %a3};
+    ret;";
+
+#[test]
+fn a_warp_may_write_its_own_rows_of_a() {
+    // The rows of the next warp, or of the one before.
+    let moved = "    xor.b32 %r5, %r3, 512;\n    st.shared.v4.u32 [%r5], {";
+    let (own, whole) = ("    st.shared.v4.u32 [%r3], {", "    bar.warp.sync -1;\n    add");
+    twins(
+        OWN_ROWS,
+        &[
+            // The other lanes' writes, and their fences.
+            ("    bar.warp.sync -1;\n", "", Rule::Race, "operand A of wgmma"),
+            (
+                "    fence.proxy.async;\n    bar.warp.sync",
+                "    bar.warp.sync",
+                Rule::Race,
+                "fence.proxy.async is missing",
+            ),
+            (
+                "    fence.proxy.async;\n    bar.warp.sync",
+                "    setp.lt.u32 %p2, %r4, 3;\n    @%p2 fence.proxy.async;\n    bar.warp.sync",
+                Rule::Race,
+                "operand A of wgmma: read by wgmma of 16 bytes of shared memory at offset 1536",
+            ),
+            // B is for all of them.
+            ("    bar.sync 0;\n", "    bar.warp.sync -1;\n", Rule::Race, "operand B of wgmma"),
+            // Another factor, of which some rows are another warp's.
+            ("0x0000001000080000;", "0x0000001000080010;", Rule::Race, "operand A of wgmma"),
+            // A and B from the same place: what was read as A is still to be ordered as B.
+            ("0x0000001000080080;", "0x0000001000080000;", Rule::Race, "operand B of wgmma"),
+            ("0x0000001000080080;", "0x0000001000080020;", Rule::Race, "operand B of wgmma"),
+        ],
+    );
+    reports(&OWN_ROWS.replacen(own, moved, 1), 128, Rule::Race, "operand A of wgmma");
+    // With a barrier of the warpgroup either may be another warp's.
+    let ordered = OWN_ROWS.replacen(whole, "    bar.sync 1;\n    add", 1);
+    passes(&ordered, 128);
+    passes(&ordered.replacen(own, moved, 1), 128);
+    passes(&ordered.replacen("    bar.sync 0;\n", "    bar.warp.sync -1;\n", 1), 128);
+    passes(&ordered.replacen("0x0000001000080080;", "0x0000001000080000;", 1), 128);
+    // The same where rows of A are contiguous: each warp has two pieces of eight of them.
+    let transposed = OWN_ROWS.replacen("0, 1, 1, 0, 0;", "0, 1, 1, 1, 0;", 1);
+    passes(&transposed, 128);
+    reports(&transposed.replacen(own, moved, 1), 128, Rule::Race, "operand A of wgmma");
+}
+
+/// What one warp has waited for before the operation that reads its rows, the others have not.
+#[test]
+fn an_operation_orders_nothing_between_warps() {
+    let copied = OWN_ROWS
+        .replacen(
+            "    st.shared.v4.u32 [%r3], {%a0, %a1, %a2, %a3};\n    ret;",
+            "    setp.eq.u32 %p3, %t, 32;\n    @%p3 st.shared.v4.u32 [%tile], {%a0, %a1, %a2, %a3};\n    ret;",
+            1,
+        )
+        .replacen(
+            "    add.s64 %da",
+            "    setp.ge.u32 %p2, %t, 64;
+    @%p2 bra MULTIPLY;
+    bar.sync 2, 64;
+    setp.eq.u32 %p2, %t, 0;
+    @%p2 cp.async.bulk.global.shared::cta.bulk_group [%out], [%tile], 16;
+    @%p2 cp.async.bulk.commit_group;
+    @%p2 cp.async.bulk.wait_group 0;
+    bar.warp.sync -1;
+MULTIPLY:
+    add.s64 %da",
+            1,
+        );
+    reports(&copied, 128, Rule::Race, "after read of an asynchronous bulk operation");
+    passes(&copied.replacen("    setp.eq.u32 %p3", "    bar.sync 1;\n    setp.eq.u32 %p3", 1), 128);
+    passes(&copied.replacen("MULTIPLY:", "    bar.sync 2, 64;\nMULTIPLY:", 1), 128);
 }
 
 #[test]
@@ -336,7 +435,10 @@ fn descriptors_are_checked() {
     let per_warp = per_thread.replacen("cvt.u64.u32 %rd3, %t;", "shr.u32 %r5, %t, 5;\n    cvt.u64.u32 %rd3, %r5;", 1);
     reports(&per_warp, 128, Rule::BadDescriptor, "in other warps of the warpgroup");
     // A matrix that nothing has written, eight rows of pieces beyond what was filled.
-    reports(&TWICE.replacen(a, "%rd2, 0x0000001000080200", 1), 128, Rule::Uninitialised, "operand A of wgmma");
+    let unwritten = TWICE.replacen(a, "%rd2, 0x0000001000080200", 1);
+    reports(&unwritten, 128, Rule::Uninitialised, "operand A of wgmma");
+    let checks = Checks { uninitialised: false, ..Checks::default() };
+    run_with(&module(&unwritten), 128, &Options { checks, ..Options::default() }).expect("it is not asked for");
 }
 
 #[test]

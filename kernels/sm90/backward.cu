@@ -125,7 +125,7 @@ class Backward {
     float acc[Shape::kBlockN / 2];
     consumer.template wide<1>(acc, n_steps() + tail / 4, tail % 4);
     const bool accumulate = (p_.flags & LORA_ACCUMULATE_DX) != 0;
-    store_wide<Shape>(consumer, place_, acc, map(LORA_SM90_BACKWARD_DX), row_of(block.row) + consumer.slab() * kSlabM,
+    store_wide<Shape>(consumer, acc, map(LORA_SM90_BACKWARD_DX), row_of(block.row) + consumer.slab() * kSlabM,
                       block.col * Shape::kBlockN, p_.m, p_.k, [&](float low, float high, uint32_t row, uint32_t col) {
                         if (!accumulate || row >= p_.m || col >= p_.k) return make_float2(low, high);
                         const T* const old = reinterpret_cast<const T*>(p_.dx.ptr) + row * p_.dx.row_stride + col;

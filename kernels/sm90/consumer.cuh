@@ -57,6 +57,13 @@ class Consumer {
   }
   static __device__ __forceinline__ uint32_t col_of(int j) { return j * 8 + threadIdx.x % 4 * 2; }
 
+  // The boxes on their way out, in turn across tiles.
+  __device__ __forceinline__ uint32_t next_box() {
+    const uint32_t box = place_.smem + Shape::kBoxes + (slab_ * kStoreBoxes + box_) * kStoreBytes;
+    box_ = (box_ + 1) % kStoreBoxes;
+    return box;
+  }
+
   // All threads of the warpgroup.
   __device__ __forceinline__ void barrier() const { ptx::named_barrier(1 + slab_, kWarpgroup); }
   __device__ __forceinline__ bool is_first_thread() const { return threadIdx.x % kWarpgroup == 0; }
@@ -169,6 +176,7 @@ class Consumer {
   Place place_;
   Ring<Shape> ring_;
   uint32_t slab_;
+  uint32_t box_ = 0;
   uint32_t held_ = 0;  // empty barrier of the stage whose products may still be running
 };
 

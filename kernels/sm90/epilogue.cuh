@@ -9,17 +9,16 @@ namespace lora::sm90 {
 // A slab of y or dx at (m, n), through boxes of 64 columns in shared memory. The stores are left in flight: they
 // overlap with the next tile, and a box is written again only when its store has read it.
 template <class Shape, class Adjust>
-__device__ __forceinline__ void store_wide(const Consumer<Shape>& consumer, const Place& place,
-                                           const float (&acc)[Shape::kBlockN / 2], const LoraTensorMap& map, uint32_t m,
-                                           uint32_t n, uint32_t rows, uint32_t cols, const Adjust& adjust) {
+__device__ __forceinline__ void store_wide(Consumer<Shape>& consumer, const float (&acc)[Shape::kBlockN / 2],
+                                           const LoraTensorMap& map, uint32_t m, uint32_t n, uint32_t rows,
+                                           uint32_t cols, const Adjust& adjust) {
   using T = typename Shape::T;
   const uint32_t lane = threadIdx.x % 32;
   // stmatrix: this lane's row of the box, and which of two chunks of 8 columns.
   const uint32_t box_row = threadIdx.x % kWarpgroup / 32 * 16 + lane % 16;
-  const uint32_t boxes = place.smem + Shape::kBoxes + consumer.slab() * kStoreBoxes * kStoreBytes;
 #pragma unroll
   for (uint32_t part = 0; part < Shape::kBlockN / kStoreN; ++part) {
-    const uint32_t box = boxes + part % kStoreBoxes * kStoreBytes;
+    const uint32_t box = consumer.next_box();
     if (consumer.is_first_thread()) ptx::store_wait_read<kStoreBoxes - 1>();
     consumer.barrier();
 #pragma unroll

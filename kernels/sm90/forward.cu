@@ -47,7 +47,7 @@ class Forward {
     const uint32_t tail = (p_.r + 15) / 16;
     consumer.template wide<0>(acc, k_steps() + tail / 4, tail % 4);
     const T* const bias = reinterpret_cast<const T*>(p_.bias);
-    store_wide<Shape>(consumer, place_, acc, map(LORA_SM90_FORWARD_Y), m, n, p_.m, p_.n,
+    store_wide<Shape>(consumer, acc, map(LORA_SM90_FORWARD_Y), m, n, p_.m, p_.n,
                       [&](float low, float high, uint32_t, uint32_t col) {
                         if (bias == nullptr || col >= p_.n) return make_float2(low, high);
                         return make_float2(low + widen(bias[col]), high + widen(bias[col + 1]));

@@ -29,12 +29,13 @@ class Tickets {
  public:
   __device__ __forceinline__ explicit Tickets(const Place& place) : place_(place) {}
 
-  // The producer of each CTA: a ticket is about to come in.
+  // The producer of each CTA, when all have the slot's ticket of the time before: one is about to come in.
   __device__ __forceinline__ void expect() { ptx::mbarrier_expect(barrier(Shape::kTicketFull), 4); }
 
-  // The first CTA's producer: waits until all have read the slot, and fills it in every CTA.
+  // The first CTA's producer: waits until all have the slot's ticket of the time before, and fills it in every CTA.
   __device__ __forceinline__ void send(uint32_t ticket) {
     ptx::mbarrier_wait(barrier(Shape::kTicketEmpty), parity() ^ 1);
+    expect();
 #pragma unroll 1
     for (uint32_t rank = 0; rank < place_.size; ++rank) {
       ptx::store_async(ptx::map_shared(place_.smem + Shape::kTicket + slot() * 4, rank), ticket,
@@ -69,10 +70,14 @@ __device__ __forceinline__ void for_each_ticket_produced(const Place& place, uin
   uint32_t drawn = first ? draw() : 0;
 #pragma unroll 1
   for (;; tickets.next()) {
-    tickets.expect();
-    if (first) tickets.send(drawn);
-    const uint32_t ticket = first ? drawn : tickets.receive();
-    if (!first) tickets.release();
+    uint32_t ticket = drawn;
+    if (first) {
+      tickets.send(ticket);
+    } else {
+      tickets.expect();
+      ticket = tickets.receive();
+      tickets.release();
+    }
     if (ticket >= end) return;
     if (first) drawn = draw();  // its latency hides behind the copies
     work(ticket);

@@ -12,10 +12,17 @@ impl Decoder<'_> {
             ["st", ..] => self.store(&words[1..]),
             ["atom", ..] => self.atom(&words[1..], true),
             ["red", ..] if !matches!(words.get(1), Some(&"async")) => self.atom(&words[1..], false),
-            ["membar", "cta"] | ["fence", "acq_rel" | "sc", "cta"] => Ok(Some(Op::Fence { scope: Scope::Cta })),
-            ["fence", "acq_rel" | "sc", "cluster"] => Ok(Some(Op::Fence { scope: Scope::Cluster })),
-            ["membar", "gl" | "sys"] | ["fence", "acq_rel" | "sc", "gpu" | "sys"] => {
-                Ok(Some(Op::Fence { scope: Scope::Gpu }))
+            // "On sm_70 and higher membar is a synonym for fence.sc."
+            ["membar", "cta"] => Ok(Some(Op::Fence { scope: Scope::Cta, sc: true })),
+            ["membar", "gl" | "sys"] => Ok(Some(Op::Fence { scope: Scope::Gpu, sc: true })),
+            ["fence", order @ ("acq_rel" | "sc"), scope] => {
+                let scope = match scope {
+                    "cta" => Scope::Cta,
+                    "cluster" => Scope::Cluster,
+                    "gpu" | "sys" => Scope::Gpu,
+                    _ => return self.unsupported(),
+                };
+                Ok(Some(Op::Fence { scope, sc: order == "sc" }))
             }
             ["cvta", space_word, "u64"] => self.cvta(space(space_word), false),
             ["cvta", "to", space_word, "u64"] => self.cvta(space(space_word), true),

@@ -19,12 +19,13 @@ pub(super) fn memory_fault(error: MemoryError) -> Fault {
     let rule = match error {
         MemoryError::OutOfBounds { .. } => Rule::OutOfBounds,
         MemoryError::Uninitialised { .. } => Rule::Uninitialised,
+        MemoryError::OutOfMemory { .. } => Rule::BadLaunch,
     };
     Fault::new(rule, error.to_string())
 }
 
 /// A race of `access`, which `view` shows, with what memory remembers.
-fn race(what: &str, access: &Access, other: Access, view: &View) -> Fault {
+pub(super) fn race(what: &str, access: &Access, other: Access, view: &View) -> Fault {
     let verb = |access: &Access| match (access.kind & UPDATE != 0, access.kind & WRITE != 0, access.kind & ATOMIC != 0)
     {
         (true, ..) => "atomic",

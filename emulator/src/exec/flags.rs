@@ -1,4 +1,12 @@
 //! Flags in memory: what releases and acquisitions order, by operations or fences.
+//!
+//! `fence.sc` among themselves have an order as well (PTX ISA, "Fence-SC Order"), in which the earlier synchronises with the
+//! later one. Which is the earlier is known when a strong read takes its value, directly or through atomics, from a strong
+//! write, and the one fence comes before the write and the other after the read in causality order: by program order,
+//! barriers or whatever synchronises. Were the fences in the other order, the read would come before the write, and could not
+//! take its value. So a strong write leaves with the flag what came before the `fence.sc` that come before it; a strong read
+//! hears of that; both pass from thread to thread with all else that is known; and a `fence.sc` turns what was heard into
+//! what is known. An order that comes about by chance is not followed: it would hide races.
 
 use std::collections::btree_map;
 use std::rc::Rc;
@@ -24,7 +32,33 @@ pub(super) struct Released {
 pub(super) struct Fenced {
     lanes: u32,
     scope: Scope,
+    /// A `fence.sc` whose order among others is followed.
+    sc: bool,
+    /// The clocks of its lanes know of it, see [`Clock::fenced`].
+    told: bool,
     views: Box<Views>,
+}
+
+impl Fenced {
+    /// Some of these lanes have executed this `fence.sc`, and their clocks do not know of it.
+    pub fn is_news(&self, lanes: u32) -> bool {
+        self.sc && !self.told && self.lanes & lanes != 0
+    }
+
+    pub fn told(&mut self) {
+        self.told = self.sc;
+    }
+
+    /// What came before it, for these lanes.
+    pub fn before(&self, lanes: u32) -> Rc<Clock> {
+        Rc::new(self.views.published(self.lanes & lanes, u32::MAX).plain())
+    }
+
+    /// What a strong write by these lanes publishes.
+    fn published(&self, lanes: u32) -> Clock {
+        let clock = self.views.published(self.lanes & lanes, u32::MAX);
+        if self.sc { clock.at_fence_sc() } else { clock }
+    }
 }
 
 /// Bytes of a state space that one element of an access covers.
@@ -45,6 +79,8 @@ pub(super) struct Flag {
     /// Scope and CTA of the last write.
     last: (Scope, u32),
     releases: Vec<Rc<Released>>,
+    /// What came before each `fence.sc` that came before one of the writes.
+    fenced: Option<Rc<Clock>>,
 }
 
 /// Releases by different CTAs that a flag tells apart.
@@ -92,7 +128,39 @@ impl Views {
     /// What the fences of these lanes have made ready to be published, and in which scope.
     pub fn fenced_by(&self, lanes: u32) -> impl Iterator<Item = (Clock, Scope)> {
         let fenced = self.fenced.iter().filter(move |fenced| fenced.lanes & lanes != 0);
-        fenced.map(move |fenced| (fenced.views.published(fenced.lanes & lanes, u32::MAX), fenced.scope))
+        fenced.map(move |fenced| (fenced.published(lanes), fenced.scope))
+    }
+
+    /// A fence by these lanes. It acquires what they have read of what was `within` the scopes, and makes what went before
+    /// ready for their next strong writes.
+    pub fn fence(&mut self, (lanes, live): (u32, u32), (scope, sc): (Scope, bool), within: impl Fn(&Released) -> bool) {
+        // A narrower one has no order with all others.
+        let sc = sc && scope == Scope::Gpu;
+        if sc {
+            self.learn_heard(lanes, live);
+        }
+        for (by, released) in std::mem::take(&mut self.seen) {
+            let within = within(&released);
+            if within && by & lanes != 0 {
+                self.learn(by & lanes, live, &released.clock);
+            }
+            let left = if within { by & !lanes } else { by };
+            if left != 0 {
+                self.seen.push((left, released));
+            }
+        }
+        if sc {
+            // What the releases that were read had heard.
+            self.learn_heard(lanes, live);
+        }
+        let replaced = |fenced: &Fenced| fenced.scope <= scope && (sc || !fenced.sc || fenced.told);
+        self.fenced.iter_mut().filter(|fenced| replaced(fenced)).for_each(|fenced| fenced.lanes &= !lanes);
+        self.fenced.retain(|fenced| fenced.lanes != 0);
+        let (seen, fenced) = (std::mem::take(&mut self.seen), std::mem::take(&mut self.fenced));
+        let views = Box::new(self.clone());
+        (self.seen, self.fenced) = (seen, fenced);
+        self.fenced.push(Fenced { lanes, scope, sc, told: false, views });
+        self.next_epoch();
     }
 
     /// A relaxed read by these lanes sees what was published: their next fence acquires it.
@@ -154,6 +222,9 @@ impl Cta {
             return;
         }
         let Warp { views, live, .. } = &mut self.warps[warp];
+        if let Some(fenced) = &flag.fenced {
+            views.hear(lane, *live, fenced);
+        }
         for released in &flag.releases {
             let within = released.cta.is_none_or(|cta| near(released.scope, cta, sem.scope));
             if within && matches!(sem.order, Order::Acquire | Order::AcqRel) {
@@ -184,14 +255,19 @@ impl Cta {
             published.push(Released { clock: views.published(1 << lane, u32::MAX), scope: sem.scope, cta });
         }
         published.extend(views.fenced_by(1 << lane).map(|(clock, scope)| Released { clock, scope, cta }));
+        let fenced = views.before_fences_sc(lane);
         let place = self.place(context, word.space, word.address);
-        self.mark_flag(context, word, !published.is_empty());
+        let publishes = fenced.is_some() || !published.is_empty();
+        self.mark_flag(context, word, publishes);
         let clusters = context.clusters;
         let flag = match context.flags.entry(place) {
-            btree_map::Entry::Vacant(_) if published.is_empty() => return,
-            btree_map::Entry::Vacant(entry) => {
-                entry.insert(Flag { bytes: word.bytes, last: (sem.scope, self.serial), releases: Vec::new() })
-            }
+            btree_map::Entry::Vacant(_) if !publishes => return,
+            btree_map::Entry::Vacant(entry) => entry.insert(Flag {
+                bytes: word.bytes,
+                last: (sem.scope, self.serial),
+                releases: Vec::new(),
+                fenced: None,
+            }),
             btree_map::Entry::Occupied(entry) => entry.into_mut(),
         };
         let (scope, writer) = flag.last;
@@ -199,40 +275,30 @@ impl Cta {
             clusters.includes(scope, writer, self.serial) && clusters.includes(sem.scope, self.serial, writer);
         if !(atomic && continues) {
             flag.releases.clear();
+            flag.fenced = None;
         }
         flag.last = (sem.scope, self.serial);
         published.into_iter().for_each(|released| flag.add(released));
-        if flag.releases.is_empty() {
+        match (&mut flag.fenced, fenced) {
+            (Some(all), Some(fenced)) if !Rc::ptr_eq(all, &fenced) => Rc::make_mut(all).join(&fenced),
+            (none @ None, fenced) => *none = fenced,
+            _ => {}
+        }
+        if flag.releases.is_empty() && flag.fenced.is_none() {
             context.flags.remove(&place);
         }
     }
 
-    /// Orders what relaxed reads have seen before what follows, and what went before relaxed writes to come. The order among
-    /// `fence.sc` themselves gives no causality order, hence is not followed.
-    pub(super) fn fence(&mut self, context: &Context<'_>, warp: usize, lanes: u32, scope: Scope) {
+    /// Orders what relaxed reads have seen before what follows, and what went before relaxed writes to come; `sc`: what came
+    /// before other `fence.sc` as well.
+    pub(super) fn fence(&mut self, context: &Context<'_>, warp: usize, lanes: u32, (scope, sc): (Scope, bool)) {
         let (serial, clusters) = (self.serial, context.clusters);
         let Warp { views, live, .. } = &mut self.warps[warp];
-        for (by, released) in std::mem::take(&mut views.seen) {
-            let within = released.cta.is_none_or(|cta| {
+        views.fence((lanes, *live), (scope, sc), |released| {
+            released.cta.is_none_or(|cta| {
                 clusters.includes(released.scope, cta, serial) && clusters.includes(scope, serial, cta)
-            });
-            if within && by & lanes != 0 {
-                views.learn(by & lanes, *live, &released.clock);
-            }
-            let left = if within { by & !lanes } else { by };
-            if left != 0 {
-                views.seen.push((left, released));
-            }
-        }
-        for fenced in views.fenced.iter_mut().filter(|fenced| fenced.scope <= scope) {
-            fenced.lanes &= !lanes;
-        }
-        views.fenced.retain(|fenced| fenced.lanes != 0);
-        let (seen, fenced) = (std::mem::take(&mut views.seen), std::mem::take(&mut views.fenced));
-        let snapshot = Box::new(views.clone());
-        (views.seen, views.fenced) = (seen, fenced);
-        views.fenced.push(Fenced { lanes, scope, views: snapshot });
-        views.next_epoch();
+            })
+        });
     }
 }
 

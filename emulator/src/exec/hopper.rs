@@ -56,7 +56,7 @@ pub(super) fn step(
         }
         Hopper::TensorMapFence { scope, map } => {
             // A release is one in the generic proxy; an acquire also orders what it learns before later uses of tensor maps.
-            cta.fence(context, warp, mask, *scope);
+            cta.fence(context, warp, mask, (*scope, false));
             if map.is_some() {
                 cta.fence_proxy(warp, mask, &[Proxy::TensorMap]);
             }

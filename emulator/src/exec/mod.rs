@@ -13,6 +13,7 @@ mod issue;
 mod matrix;
 mod mbarrier;
 mod meet;
+mod operand;
 mod pins;
 mod registers;
 mod space;

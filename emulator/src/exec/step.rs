@@ -73,7 +73,7 @@ fn effect(context: &mut Context<'_>, cta: &mut Cta, warp: usize, (pc, mask): (u3
         Op::Atom { space, op, ty, d, addr, b, c, sem } => {
             cta.atomic(context, warp, at, (*space, *op, *ty), (*d, *addr, *b, *c), *sem)?;
         }
-        Op::Fence { scope } => cta.fence(context, warp, mask, *scope),
+        Op::Fence { scope, sc } => cta.fence(context, warp, mask, (*scope, *sc)),
         Op::CpAsync { bytes, dst, src, valid } => {
             cta.issue_copies(context, warp, at, *bytes, (*dst, *src, *valid))?;
         }

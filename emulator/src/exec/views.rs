@@ -110,6 +110,14 @@ impl Views {
     /// What a release by all of `lanes` says: what they know and what they did. When these are all lanes that are `live`, it
     /// speaks for those that have exited, too, as barriers do not wait for them; `u32::MAX` lets it speak for `lanes` alone.
     pub fn published(&self, lanes: u32, live: u32) -> Clock {
+        let mut clock = self.published_plainly(lanes, live);
+        let lanes = if lanes & live == live { u32::MAX } else { lanes };
+        let fenced = self.fenced.iter().filter(|fenced| fenced.is_news(lanes));
+        fenced.for_each(|fenced| clock.add_fenced(&fenced.before(lanes)));
+        clock
+    }
+
+    fn published_plainly(&self, lanes: u32, live: u32) -> Clock {
         let mut left = lanes;
         let mut joined: Option<Clock> = None;
         let base = std::iter::once((u32::MAX, &self.clock));
@@ -128,10 +136,36 @@ impl Views {
         clock
     }
 
-    /// Every lane learns a clock that holds all they know already.
+    /// Every lane learns a clock that holds all they know already, and that they have published.
     pub fn replace(&mut self, clock: &Rc<Clock>) {
         self.clock = Rc::clone(clock);
         self.apart.clear();
+        self.fenced.iter_mut().for_each(Fenced::told);
+    }
+
+    /// What came before each `fence.sc` that comes before the lane's next step.
+    pub fn before_fences_sc(&self, lane: u32) -> Option<Rc<Clock>> {
+        let mut news = self.fenced.iter().filter(|fenced| fenced.is_news(1 << lane)).peekable();
+        let known = self.clock_of(lane);
+        if news.peek().is_none() {
+            return known.fenced().map(Rc::clone);
+        }
+        let mut known = (**known).clone();
+        news.for_each(|fenced| known.add_fenced(&fenced.before(1 << lane)));
+        known.fenced().map(Rc::clone)
+    }
+
+    /// The lane's next `fence.sc` comes after others, which had `clock` before them.
+    pub fn hear(&mut self, lane: u32, live: u32, clock: &Rc<Clock>) {
+        self.update(1 << lane, live, |known| Rc::make_mut(known).hear(clock));
+    }
+
+    /// These lanes execute a `fence.sc`: they learn what came before those that are known to come before it.
+    pub fn learn_heard(&mut self, lanes: u32, live: u32) {
+        let mut clocks = std::iter::once(&self.clock).chain(self.apart.iter().map(|(_, clock)| clock));
+        if clocks.any(|clock| clock.has_heard()) {
+            self.update(lanes, live, |known| Rc::make_mut(known).learn_heard());
+        }
     }
 
     /// These lanes learn what a release said.
@@ -205,7 +239,7 @@ impl Views {
         let fenced = self.fenced_in.iter().find(|(known, _)| *known == proxy);
         let own = fenced.map_or((0, 0), |(_, fenced)| fenced[lane as usize]);
         let clock = self.clock_of(lane).in_proxy(proxy);
-        View { proxied: Some(Rc::new(Proxied { clock, own, fence_reads })), ..self.view(lane) }
+        View { proxied: Some(Rc::new(Proxied { clock, own, fence_reads, by_part: false })), ..self.view(lane) }
     }
 
     /// What every lane that is `live` knows, in the generic proxy and in another.
@@ -238,6 +272,7 @@ impl Views {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::isa::Scope;
     use crate::shadow::{ASYNC, ATOMIC, Clusters, Shadow, WRITE};
 
     /// Thread `t` is lane `t % 3` of warp `t / 3 % 2` of CTA `t / 6`.
@@ -251,26 +286,39 @@ mod tests {
         /// By warp.
         views: Vec<Views>,
         past: Vec<(usize, u32, u64, u8)>,
-        clocks: [[u32; THREADS]; THREADS],
-        /// What is ordered in another proxy.
-        proxied: [[u32; THREADS]; THREADS],
+        known: [Known; THREADS],
+        /// What came before each `fence.sc` before the thread's next step, and before its next `fence.sc`.
+        fenced: [Known; THREADS],
+        heard: [Known; THREADS],
         /// Operations of that proxy, none of which is ever waited for.
         operations: u32,
+    }
+
+    /// What comes before, by thread: in the generic proxy, and in another one.
+    #[derive(Clone, Copy, Default)]
+    struct Known {
+        clock: [u32; THREADS],
+        proxied: [u32; THREADS],
+    }
+
+    impl Known {
+        fn join(&mut self, other: &Known) {
+            raise(&mut self.clock, &other.clock);
+            raise(&mut self.proxied, &other.proxied);
+        }
     }
 
     impl Both {
         fn new() -> Both {
             let views = (0..4).map(|warp| Views::new(warp / 2, warp % 2, 4)).collect();
-            let mut clocks = [[0; THREADS]; THREADS];
-            (0..THREADS).for_each(|thread| clocks[thread][thread] = 1);
-            Both {
-                shadow: Shadow::default(),
-                views,
-                past: Vec::new(),
-                clocks,
-                proxied: [[0; THREADS]; THREADS],
-                operations: 0,
-            }
+            let mut known = [Known::default(); THREADS];
+            (0..THREADS).for_each(|thread| known[thread].clock[thread] = 1);
+            let (fenced, heard) = Default::default();
+            Both { shadow: Shadow::default(), views, past: Vec::new(), known, fenced, heard, operations: 0 }
+        }
+
+        fn tick(&mut self, thread: usize) {
+            self.known[thread].clock[thread] += 1;
         }
 
         /// Whether each of the two sees a race.
@@ -283,12 +331,12 @@ mod tests {
             let races = |past: &(usize, u32, u64, u8)| {
                 past.2 & mask != 0
                     && (past.3 | kind) & WRITE != 0
-                    && (past.0 == THREADS || past.1 > self.clocks[thread][past.0])
+                    && (past.0 == THREADS || past.1 > self.known[thread].clock[past.0])
                     && past.0 != thread
                     && (past.3 & kind & ATOMIC == 0 || past.2 != mask)
             };
             let truly = self.past.iter().any(races);
-            self.past.push((thread, self.clocks[thread][thread], mask, kind));
+            self.past.push((thread, self.known[thread].clock[thread], mask, kind));
             (seen, truly)
         }
 
@@ -303,14 +351,14 @@ mod tests {
             let mask = ((1u64 << bytes) - 1) << at;
             let ordered = |past: &(usize, u32, u64, u8)| match past.3 {
                 _ if past.0 == THREADS => false,
-                kind if kind & WRITE != 0 => past.1 <= self.proxied[thread][past.0],
-                _ => past.0 == thread || past.1 <= self.clocks[thread][past.0],
+                kind if kind & WRITE != 0 => past.1 <= self.known[thread].proxied[past.0],
+                _ => past.0 == thread || past.1 <= self.known[thread].clock[past.0],
             };
             let races =
                 |past: &(usize, u32, u64, u8)| past.2 & mask != 0 && (past.3 | kind) & WRITE != 0 && !ordered(past);
             let truly = self.past.iter().any(races);
             self.past.push((THREADS, self.operations, mask, kind));
-            self.clocks[thread][thread] += 1;
+            self.tick(thread);
             (seen, truly)
         }
 
@@ -318,10 +366,32 @@ mod tests {
         fn fence(&mut self, warp: usize, lanes: u32) {
             self.views[warp].fence_proxy(lanes, LANES, &[Proxy::Shared]);
             for thread in (0..3).filter(|lane| lanes >> lane & 1 != 0).map(|lane| 3 * warp + lane) {
-                let known = self.clocks[thread];
-                raise(&mut self.proxied[thread], &known);
-                self.clocks[thread][thread] += 1;
+                let known = self.known[thread].clock;
+                raise(&mut self.known[thread].proxied, &known);
+                self.tick(thread);
             }
+        }
+
+        /// Lanes of a warp execute `fence.sc`, each for itself.
+        fn fence_sc(&mut self, warp: usize, lanes: u32) {
+            self.views[warp].fence((lanes, LANES), (Scope::Gpu, true), |_| true);
+            for thread in (0..3).filter(|lane| lanes >> lane & 1 != 0).map(|lane| 3 * warp + lane) {
+                let heard = std::mem::take(&mut self.heard[thread]);
+                self.known[thread].join(&heard);
+                self.fenced[thread] = self.known[thread];
+                self.tick(thread);
+            }
+        }
+
+        /// A relaxed write by one thread is read by another.
+        fn observe(&mut self, from: usize, to: usize) {
+            if let Some(fenced) = self.views[from / 3].before_fences_sc(from as u32 % 3) {
+                self.views[to / 3].hear(to as u32 % 3, LANES, &fenced);
+            }
+            self.views[from / 3].next_epoch();
+            let fenced = self.fenced[from];
+            self.heard[to].join(&fenced);
+            self.tick(from);
         }
 
         /// One thread's release is acquired by another.
@@ -329,9 +399,9 @@ mod tests {
             let published = self.views[from / 3].published(1 << (from % 3), u32::MAX);
             self.views[to / 3].learn(1 << (to % 3), LANES, &published);
             self.views[from / 3].next_epoch();
-            let theirs = (self.clocks[from], self.proxied[from]);
+            let theirs = self.all(from);
             self.learn(to, &theirs);
-            self.clocks[from][from] += 1;
+            self.tick(from);
         }
 
         /// Lanes of a warp synchronise.
@@ -339,11 +409,7 @@ mod tests {
             self.views[warp].sync(lanes, LANES);
             let threads: Vec<usize> =
                 (0..3).filter(|lane| lanes >> lane & 1 != 0).map(|lane| 3 * warp + lane).collect();
-            let before = (self.clocks, self.proxied);
-            for &to in &threads {
-                threads.iter().for_each(|&from| self.learn(to, &(before.0[from], before.1[from])));
-            }
-            threads.iter().for_each(|&thread| self.clocks[thread][thread] += 1);
+            self.meet(&threads);
         }
 
         /// The warps of a CTA meet at a barrier.
@@ -352,21 +418,30 @@ mod tests {
             let mut joined = first;
             joined.join(&second);
             let joined = Rc::new(joined);
-            let threads = 6 * cta..6 * cta + 6;
-            let before = (self.clocks, self.proxied);
             for views in &mut self.views[2 * cta..2 * cta + 2] {
                 views.next_epoch();
                 views.replace(&joined);
             }
-            for to in threads.clone() {
-                threads.clone().for_each(|from| self.learn(to, &(before.0[from], before.1[from])));
-            }
-            threads.for_each(|thread| self.clocks[thread][thread] += 1);
+            let threads: Vec<usize> = (6 * cta..6 * cta + 6).collect();
+            self.meet(&threads);
         }
 
-        fn learn(&mut self, to: usize, theirs: &([u32; THREADS], [u32; THREADS])) {
-            raise(&mut self.clocks[to], &theirs.0);
-            raise(&mut self.proxied[to], &theirs.1);
+        fn meet(&mut self, threads: &[usize]) {
+            let before: Vec<[Known; 3]> = threads.iter().map(|&thread| self.all(thread)).collect();
+            for &to in threads {
+                before.iter().for_each(|theirs| self.learn(to, theirs));
+            }
+            threads.iter().for_each(|&thread| self.tick(thread));
+        }
+
+        fn all(&self, thread: usize) -> [Known; 3] {
+            [self.known[thread], self.fenced[thread], self.heard[thread]]
+        }
+
+        fn learn(&mut self, to: usize, [known, fenced, heard]: &[Known; 3]) {
+            self.known[to].join(known);
+            self.fenced[to].join(fenced);
+            self.heard[to].join(heard);
         }
     }
 
@@ -391,6 +466,15 @@ mod tests {
                     9 => both.barrier(random(2)),
                     10..12 => both.fence(random(4), 1 + random(7) as u32),
                     _ => {}
+                }
+                // Between accesses enough for the order of `fence.sc` to matter.
+                for _ in 0..if round % 5 == 4 { random(24) } else { 0 } {
+                    match random(8) {
+                        0..3 => both.fence_sc(random(4), 1 + random(7) as u32),
+                        3..6 => both.observe(random(THREADS), random(THREADS)),
+                        6 => both.barrier(random(2)),
+                        _ => both.fence(random(4), 1 + random(7) as u32),
+                    }
                 }
                 let bytes = 1 << random(5);
                 let at = random(32 / bytes) * bytes;

@@ -1,23 +1,24 @@
 //! `wgmma`: operations of four warps together, that take place some time between being issued and being waited for.
 //!
 //! PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions". A warpgroup's operations are an agent of their own, whose
-//! epochs count them. They read shared memory in the async proxy, on behalf of all four warps: what they read must be ordered
-//! before each warp's issue. The warps meet at the instruction; that orders no memory.
+//! epochs count them. They read shared memory in the async proxy: B on behalf of all four warps, so that it must be ordered
+//! before each warp's issue, and of A for each warp the rows whose sums it holds. The ISA does not say so of A;
+//! kernels whose warps write a factor each for itself rely on the hardware for it. The warps meet at the instruction; that
+//! orders no memory.
 
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use super::operand::major;
 use super::warp::Stall;
-use super::{Context, Cta, Fault, Outcome, Shared};
+use super::{Clock, Context, Cta, Fault, Outcome};
 use crate::alu::{self, Lanes};
 use crate::clock::{Proxied, Proxy, View};
-use crate::decode::SHARED_BASE;
 use crate::isa::{OperandA, ScaleD, Wgmma};
 use crate::launch::Timing;
-use crate::layout::{Descriptor, Major};
+use crate::layout::Descriptor;
 use crate::report::Rule;
-use crate::shadow::{ASYNC, Access, WGMMA};
 
 /// A in registers is read when the operation is issued.
 #[derive(Debug)]
@@ -28,15 +29,33 @@ enum SourceA {
 
 /// An operation that has not taken place.
 #[derive(Debug)]
-struct Issued {
-    serial: u32,
-    pc: u32,
-    op: Arc<Wgmma>,
+pub(super) struct Issued {
+    pub serial: u32,
+    pub pc: u32,
+    pub op: Arc<Wgmma>,
     a: SourceA,
-    b: Descriptor,
+    pub b: Descriptor,
     accumulate: bool,
     /// What all four warps know, in the async proxy and in the generic one.
-    known: View,
+    pub known: View,
+    /// What each of them knows, in the generic proxy and in the async one, when A is in shared memory.
+    each: Option<Box<[Knowledge; 4]>>,
+}
+
+impl Issued {
+    /// What the rows of A that a warp reads for itself are held against.
+    pub fn known_by(&self, warp: usize) -> Option<View> {
+        self.each.as_ref().map(|each| view(each[warp].clone(), self.known.agent, true))
+    }
+}
+
+/// Clocks of the generic and of the async proxy.
+type Knowledge = (Rc<Clock>, Rc<Clock>);
+
+/// What the operations of a warpgroup's agent are held against.
+fn view((generic, shared): Knowledge, agent: u16, by_part: bool) -> View {
+    let proxied = Some(Rc::new(Proxied { clock: shared, own: (0, 0), fence_reads: false, by_part }));
+    View { clock: generic, agent, lane: None, own: 0, waited: 0, proxied }
 }
 
 /// An accumulator in flight: its registers hold it again when they have been waited for.
@@ -187,15 +206,14 @@ impl Cta {
         let first = 4 * warpgroup;
         let warps = &self.warps[first..first + 4];
         let serial = self.warpgroups[warpgroup].issued + 1;
-        let (mut known_generic, mut known) = warps[0].views.known(warps[0].live, Proxy::Shared);
-        for warp in &warps[1..] {
-            let (generic, shared) = warp.views.known(warp.live, Proxy::Shared);
-            Rc::make_mut(&mut known_generic).meet(&generic);
-            Rc::make_mut(&mut known).meet(&shared);
+        let each: [Knowledge; 4] = std::array::from_fn(|warp| warps[warp].views.known(warps[warp].live, Proxy::Shared));
+        let (mut generic, mut shared) = each[0].clone();
+        for (theirs_generic, theirs_shared) in &each[1..] {
+            Rc::make_mut(&mut generic).meet(theirs_generic);
+            Rc::make_mut(&mut shared).meet(theirs_shared);
         }
-        let agent = self.wgmma_agent(warpgroup);
-        let proxied = Some(Rc::new(Proxied { clock: known, own: (0, 0), fence_reads: false }));
-        let known = View { clock: known_generic, agent, lane: None, own: 0, waited: 0, proxied };
+        let known = view((generic, shared), self.wgmma_agent(warpgroup), false);
+        let each = operands.a.map(|_| Box::new(each));
         let a = match (op.a, operands.a) {
             (OperandA::Registers(slots), _) => SourceA::Rows(rows_of(warps, slots, op)),
             (_, bits) => SourceA::Shared(Descriptor::new(bits.unwrap_or_default())),
@@ -223,7 +241,7 @@ impl Cta {
             warp.views.next_epoch();
         }
         let accumulate = operands.accumulate;
-        group.queue.push_back(Issued { serial, pc, op, a, b, accumulate, known });
+        group.queue.push_back(Issued { serial, pc, op, a, b, accumulate, known, each });
         context.idle = 0;
         let eager = match context.options.copies {
             Timing::Eager => true,
@@ -299,12 +317,12 @@ impl Cta {
             let a = match &issued.a {
                 SourceA::Rows(rows) => &**rows,
                 SourceA::Shared(descriptor) => {
-                    shared = self.read_a(context, warpgroup, &issued, descriptor).map_err(place)?;
+                    shared = self.read_a(context, &issued, descriptor).map_err(place)?;
                     &shared
                 }
             };
             for (panel, sums) in sums.iter_mut().enumerate() {
-                let b = self.read_b(context, warpgroup, &issued, panel as u32).map_err(place)?;
+                let b = self.read_b(context, &issued, panel as u32).map_err(place)?;
                 alu::accumulate(sums, a, &b, op.d_f16);
             }
             self.warpgroups[warpgroup].chains[chain].sums = sums;
@@ -314,121 +332,6 @@ impl Cta {
         }
         Ok(())
     }
-
-    /// Sixteen bytes of an operand, when no rule forbids it.
-    fn try_unit(&mut self, context: &mut Context<'_>, address: u32, access: Access, known: &View) -> Option<[u8; 16]> {
-        let at = address.checked_sub(SHARED_BASE)? as usize;
-        let Shared { data, written, shadow } = &mut self.shared;
-        if written.get(at..at + 16)? != [1; 16] {
-            return None;
-        }
-        if context.options.checks.races {
-            shadow.access((at, 16), access, known, false, context.clusters).ok()?;
-        }
-        data[at..at + 16].try_into().ok()
-    }
-
-    /// What the rule is, and which operand.
-    fn unit_fault(
-        &mut self,
-        context: &mut Context<'_>,
-        issued: &Issued,
-        what: &str,
-        (address, access): (u32, Access),
-    ) -> Fault {
-        match self.read_shared(context, u64::from(address), 16, access, &issued.known) {
-            Err(fault) => {
-                let only_generic = fault.other.as_ref().is_some_and(|other| issued.known.covers_generically(other));
-                let hint = if only_generic { ": fence.proxy.async is missing" } else { "" };
-                Fault { message: format!("operand {what} of wgmma: {}{hint}", fault.message), ..fault }
-            }
-            Ok(_) => Fault::new(Rule::Race, format!("operand {what} of wgmma at {address:#x} is being written")),
-        }
-    }
-
-    /// Rows `8 part..8 part + 8` of an operand, in the order of memory: for K-major ones two units of each row, for MN-major
-    /// ones a unit for each k.
-    fn read_part(
-        &mut self,
-        context: &mut Context<'_>,
-        warpgroup: usize,
-        issued: &Issued,
-        (what, descriptor, trans): (&str, &Descriptor, bool),
-        part: u32,
-    ) -> Outcome<[[u8; 16]; 16]> {
-        let agent = self.wgmma_agent(warpgroup);
-        let access = Access {
-            cta: self.serial,
-            agent,
-            kind: ASYNC | WGMMA,
-            clock: issued.serial,
-            pc: issued.pc,
-            lanes: 1,
-            ..Access::default()
-        };
-        let mut units = [[0; 16]; 16];
-        for (i, unit) in units.iter_mut().enumerate() {
-            let i = i as u32;
-            let address = match major(trans) {
-                Major::K => descriptor.unit(Major::K, 8 * part + i / 2, i % 2),
-                Major::Mn => descriptor.unit(Major::Mn, part, i),
-            };
-            *unit = match self.try_unit(context, address, access, &issued.known) {
-                Some(unit) => unit,
-                None => return Err(self.unit_fault(context, issued, what, (address, access))),
-            };
-        }
-        Ok(units)
-    }
-
-    fn read_a(
-        &mut self,
-        context: &mut Context<'_>,
-        warpgroup: usize,
-        issued: &Issued,
-        descriptor: &Descriptor,
-    ) -> Outcome<alu::Rows> {
-        let op = &issued.op;
-        let mut rows = [[0.0; 16]; 64];
-        for (part, rows) in rows.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-            let units = self.read_part(context, warpgroup, issued, ("A", descriptor, op.trans_a), part as u32)?;
-            for (i, unit) in units.into_iter().enumerate() {
-                let values = alu::widen8(op.ab, unit, op.negate_a);
-                if op.trans_a {
-                    rows.iter_mut().zip(values).for_each(|(row, value)| row[i] = value);
-                } else {
-                    rows[i / 2][i % 2 * 8..][..8].copy_from_slice(&values);
-                }
-            }
-        }
-        Ok(rows)
-    }
-
-    /// Eight columns of B.
-    fn read_b(
-        &mut self,
-        context: &mut Context<'_>,
-        warpgroup: usize,
-        issued: &Issued,
-        panel: u32,
-    ) -> Outcome<alu::Panel> {
-        let op = &issued.op;
-        let units = self.read_part(context, warpgroup, issued, ("B", &issued.b, op.trans_b), panel)?;
-        let mut rows = [[0.0; 8]; 16];
-        for (i, unit) in units.into_iter().enumerate() {
-            let values = alu::widen8(op.ab, unit, op.negate_b);
-            if op.trans_b {
-                rows[i] = values;
-            } else {
-                rows[i % 2 * 8..].iter_mut().zip(values).for_each(|(row, value)| row[i / 2] = value);
-            }
-        }
-        Ok(rows)
-    }
-}
-
-fn major(trans: bool) -> Major {
-    if trans { Major::Mn } else { Major::K }
 }
 
 /// The operands of all warps of the warpgroup must be the same.

@@ -69,7 +69,7 @@ pub struct Run {
 }
 
 /// Largest buffer: a typing error should not take the machine down.
-const MOST_BYTES: usize = 4 << 30;
+pub const MOST_BYTES: usize = 4 << 30;
 
 fn extent(text: &str) -> Result<[u32; 3], String> {
     let mut extent = [1; 3];

@@ -5,10 +5,11 @@ mod output;
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
-use std::io::Write;
+use std::fs::File;
+use std::io::{Read, Write};
 use std::path::Path;
 
-use arguments::{Command, Content, Run, Value};
+use arguments::{Command, Content, MOST_BYTES, Run, Value};
 use output::{json_string, outcome};
 use ptx_emulator::{KernelInfo, Launch, Memory, MemoryError, Module};
 
@@ -42,6 +43,19 @@ pub fn main(args: impl IntoIterator<Item = OsString>, out: &mut dyn Write, err: 
 
 fn read(path: &Path) -> Result<Vec<u8>, String> {
     std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+/// A file that may be as large as other buffers.
+fn read_buffer(path: &Path) -> Result<Vec<u8>, String> {
+    let say = |error: std::io::Error| format!("{}: {error}", path.display());
+    let too_large = || Err(format!("{}: more than {MOST_BYTES} bytes", path.display()));
+    let (file, mut data) = (File::open(path).map_err(say)?, Vec::new());
+    if file.metadata().map_err(say)?.len() > MOST_BYTES as u64 {
+        return too_large();
+    }
+    // Devices and pipes do not say how much there is.
+    file.take(MOST_BYTES as u64 + 1).read_to_end(&mut data).map_err(say)?;
+    if data.len() > MOST_BYTES { too_large() } else { Ok(data) }
 }
 
 fn load(path: &Path) -> Result<Module, String> {
@@ -111,14 +125,14 @@ fn prepare(run: &Run, info: &KernelInfo<'_>) -> Result<(Memory, Vec<Buffer>, Vec
             Value::Buffer { name, content } => {
                 let (data, size) = match content {
                     Content::File(path) => {
-                        let data = read(path)?;
+                        let data = read_buffer(path)?;
                         let size = data.len();
                         (data, size)
                     }
                     Content::Zero(size) => (vec![0; *size], *size),
                     Content::Unwritten(size) => (Vec::new(), *size),
                 };
-                let address = memory.alloc(name, size);
+                let address = memory.try_alloc(name, size).map_err(|error| error.to_string())?;
                 memory.write(address, &data).map_err(|error| error.to_string())?;
                 buffers.push((name.clone(), address, size));
                 address.to_le_bytes().to_vec()
