@@ -102,10 +102,9 @@ class Backward {
 
   template <class Visit>
   __device__ __forceinline__ void for_each_dh(uint32_t ticket, const Visit& visit) const {
-    const uint32_t first = ticket * p_.dh_bundle;
-    const uint32_t end = min(first + p_.dh_bundle, p_.dh_units);
+    // Not neighbours: what the first main tiles read is the first unit of somebody's bundle.
 #pragma unroll 1
-    for (uint32_t unit = first; unit < end; ++unit) {
+    for (uint32_t unit = ticket; unit < p_.dh_units; unit += p_.dh_tickets) {
       visit(row_of(unit % p_.m_groups), unit / p_.m_groups * kNarrowN);
     }
   }

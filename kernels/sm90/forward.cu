@@ -68,10 +68,9 @@ class Forward {
 
   template <class Visit>
   __device__ __forceinline__ void for_each_h(uint32_t ticket, const Visit& visit) const {
-    const uint32_t first = ticket * p_.h_bundle;
-    const uint32_t end = min(first + p_.h_bundle, p_.h_units);
+    // Not neighbours: what the first main tiles read is the first unit of somebody's bundle.
 #pragma unroll 1
-    for (uint32_t unit = first; unit < end; ++unit) {
+    for (uint32_t unit = ticket; unit < p_.h_units; unit += p_.h_tickets) {
       visit(row_of(unit % p_.m_groups), unit / p_.m_groups * kNarrowN);
     }
   }

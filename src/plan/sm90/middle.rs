@@ -63,33 +63,38 @@ impl Middle {
     pub(super) fn run(&self, machine: &Machine, bundle: u64) -> Ran {
         let mut timeline = Timeline::new(machine.clusters);
         let (tickets, unit) = (self.tickets(bundle), self.unit(machine, bundle));
-        let ticket = unit * bundle as f64;
-        if self.units > 0 {
-            timeline.draw(tickets - 1, ticket);
-            // The last bundle may be smaller.
-            timeline.draw(1, unit * (self.units - (tickets - 1) * bundle) as f64);
+        if tickets > 0 {
+            // The first tickets have a unit more where they do not come out even.
+            let (each, more) = (self.units / tickets, self.units % tickets);
+            timeline.draw(more, unit * (each + 1) as f64);
+            timeline.draw(tickets - more, unit * each as f64);
         }
         let ready = timeline.end();
-        let stall = if self.tiles() == 0 { 0.0 } else { self.stall(machine, bundle, ticket, &timeline) };
+        let stall = if self.tiles() == 0 { 0.0 } else { self.stall(machine, tickets, unit, &timeline) };
         timeline.draw(self.tiles(), self.main.clocks);
         Ran { timeline, ready, stall }
     }
 
     /// The longest that a main tile waits. Tiles come in passes of [`GROUP_M`] groups of rows over all columns, so each
     /// pass wants the next few units of h; looked at are passes 0, 1, 3, 7 and so on.
-    fn stall(&self, machine: &Machine, bundle: u64, ticket: f64, after_h: &Timeline) -> f64 {
+    fn stall(&self, machine: &Machine, tickets: u64, unit: f64, after_h: &Timeline) -> f64 {
         if self.units == 0 {
             return 0.0;
         }
-        let clusters = u64::from(machine.clusters);
+        let rounds = tickets.div_ceil(u64::from(machine.clusters));
         let last_of_pass = |pass: u64| {
             let group = ((pass + 1) * u64::from(GROUP_M)).min(self.groups) - 1;
             // The last narrow tile of that group.
             self.units - self.groups + group
         };
-        let ready = |unit: u64| ((unit / bundle / clusters) + 1) as f64 * ticket;
+        // A ticket t hands out units t, t + tickets, t + 2 tickets, ...; whole tickets of other rounds come before.
+        let bundle = self.units.div_ceil(tickets);
+        let ready = |index: u64| {
+            let round = index % tickets / u64::from(machine.clusters);
+            (round * bundle + index / tickets + 1) as f64 * unit
+        };
+        let all_ready = (rounds * bundle) as f64 * unit;
         let passes = self.groups.div_ceil(u64::from(GROUP_M));
-        let all_ready = ready(self.units - 1);
         let (mut timeline, mut stall, mut pass) = (after_h.clone(), 0.0_f64, 0);
         let mut drawn = 0;
         while pass < passes {

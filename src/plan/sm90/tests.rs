@@ -104,8 +104,9 @@ fn simulate(plan: &Plan) -> (f64, f64) {
     };
     let mut ready = vec![0.0_f64; t.groups as usize];
     for ticket in 0..t.tickets {
-        let units = ticket * t.bundle..((ticket + 1) * t.bundle).min(t.units);
+        let units = (ticket..t.units).step_by(t.tickets as usize);
         let (start, _) = draw(&|_| unit * units.len() as f64);
+        assert!(units.len() <= t.bundle as usize);
         for (done, index) in units.enumerate() {
             let group = &mut ready[(index % t.groups) as usize];
             *group = group.max(start + unit * (done + 1) as f64);
@@ -167,7 +168,7 @@ fn h_costs_nothing_beside_its_tail_where_a_wave_has_room() {
         let shape = LoraShape { m: 8192, n: 4096, k: 4096, r };
         Plan::forward(&forward(shape), &device).expect("a plan").predicted_microseconds().expect("it predicts")
     };
-    for (r, most) in [(16, 0.005), (64, 0.02), (128, 0.07)] {
+    for (r, most) in [(16, 0.005), (64, 0.02), (128, 0.045)] {
         let tax = time(r) / time(0) - 1.0;
         assert!((0.0..most).contains(&tax), "rank {r}: {tax}");
     }
