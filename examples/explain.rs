@@ -8,12 +8,13 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
-use fused_lora::plan::{Device, Plan};
+use fused_lora::plan::{Device, Family, Options, Params, Plan, TileSize};
 use fused_lora::{Accumulate, Dtype, raw};
 use serde_json::json;
 
 const HELP: &str = "\
-Usage: explain --m M --n N --k K --r R --gpu GPU [--dtype bf16|f16] [--op forward|backward] [--json]
+Usage: explain --m M --n N --k K --r R --gpu GPU [--dtype bf16|f16] [--op forward|backward]
+               [--family F] [--tile T] [--cluster C] [--bundle U] [--chunks C] [--json]
 
 Prints the plan of one call for contiguous, aligned matrices: x is M x K, w is N x K, a is R x K, b is N x R.
 
@@ -22,6 +23,11 @@ Prints the plan of one call for contiguous, aligned matrices: x is M x K, w is N
   --gpu GPU      one of the GPUs below
   --dtype DTYPE  storage type, default bf16
   --op OP        default forward; backward computes dx, da and db, the last two in f32
+  --family F     portable or sm90, instead of the faster one by the planner's model
+  --tile T       large or small (portable); 256, 192 or 128 columns (sm90)
+  --cluster C    CTAs per cluster: 1 or 2 (sm90)
+  --bundle U     units of h or dh that a ticket hands out at most (sm90)
+  --chunks C     most chunks in which da and db reduce over tokens (sm90)
   --json         the plan as one JSON object
   -h, --help     this text
 
@@ -38,6 +44,7 @@ struct Arguments {
     dtype: Dtype,
     backward: bool,
     json: bool,
+    options: Options,
 }
 
 /// Why there is no plan.
@@ -72,6 +79,7 @@ fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>, Failure> {
     use lexopt::prelude::{Long, Short, ValueExt};
     let (mut m, mut n, mut k, mut r, mut gpu) = (None, None, None, None, None);
     let (mut dtype, mut backward, mut json) = (Dtype::Bf16, false, false);
+    let mut options = Options::default();
     let mut parser = lexopt::Parser::from_args(arguments);
     while let Some(argument) = parser.next()? {
         match argument {
@@ -95,6 +103,11 @@ fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>, Failure> {
                     _ => Err("expected forward or backward"),
                 })?;
             }
+            Long("family") => options.family = Some(parser.value()?.parse_with(family)?),
+            Long("tile") => options.tile = Some(parser.value()?.parse_with(tile)?),
+            Long("cluster") => options.cluster = Some(parser.value()?.parse()?),
+            Long("bundle") => options.bundle = Some(parser.value()?.parse()?),
+            Long("chunks") => options.chunks = Some(parser.value()?.parse()?),
             Long("json") => json = true,
             Long("help") | Short('h') => return Ok(None),
             other => return Err(other.unexpected().into()),
@@ -110,7 +123,27 @@ fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>, Failure> {
         dtype,
         backward,
         json,
+        options,
     }))
+}
+
+fn family(name: &str) -> Result<Family, &'static str> {
+    match name {
+        "portable" => Ok(Family::Portable),
+        "sm90" => Ok(Family::Sm90),
+        _ => Err("expected portable or sm90"),
+    }
+}
+
+fn tile(name: &str) -> Result<TileSize, &'static str> {
+    match name {
+        "large" => Ok(TileSize::Large),
+        "small" => Ok(TileSize::Small),
+        "256" => Ok(TileSize::Sm90N256),
+        "192" => Ok(TileSize::Sm90N192),
+        "128" => Ok(TileSize::Sm90N128),
+        _ => Err("expected large, small, 256, 192 or 128"),
+    }
 }
 
 /// Hands out made-up addresses: aligned as an allocator would, one matrix after the other. The planner never follows them.
@@ -130,13 +163,13 @@ impl Addresses {
 }
 
 fn plan(arguments: &Arguments) -> Result<Plan, fused_lora::Error> {
-    let &Arguments { m, n, k, r, ref device, dtype, backward, .. } = arguments;
+    let &Arguments { m, n, k, r, ref device, dtype, backward, options, .. } = arguments;
     let mut addresses = Addresses { next: 256 };
     let mut matrix = |rows, cols| addresses.matrix(rows, cols, dtype.size());
     let (x, w, a, b) = (matrix(m, k), matrix(n, k), matrix(r, k), matrix(n, r));
     if !backward {
         let op = raw::Forward { dtype, x, w, a, b, scale: 1.0, bias: None, h: None, y: matrix(m, n) };
-        return Plan::forward(&op, device);
+        return Plan::forward_with(&op, device, options);
     }
     let (dy, h, dx) = (matrix(m, n), matrix(m, r), matrix(m, k));
     let mut gradient = |rows, cols| raw::Gradient { matrix: addresses.matrix(rows, cols, 4), f32: true };
@@ -155,7 +188,7 @@ fn plan(arguments: &Arguments) -> Result<Plan, fused_lora::Error> {
         dbias: None,
         accumulate: Accumulate::default(),
     };
-    Plan::backward(&op, device)
+    Plan::backward_with(&op, device, options)
 }
 
 fn print(arguments: &Arguments, out: &mut dyn Write) -> Result<(), Failure> {
@@ -167,6 +200,14 @@ fn print(arguments: &Arguments, out: &mut dyn Write) -> Result<(), Failure> {
     let Arguments { m, n, k, r, device, dtype, backward, .. } = arguments;
     // Past every matrix: a workspace lies on no argument.
     let launch = plan.launch(1 << 63, plan.workspace_bytes())?;
+    let floor = plan.floor();
+    // (units of h or dh per ticket, chunks), which the portable kernels have or not.
+    let (bundle, chunks) = match &launch.params {
+        Params::Forward(_) => (None, None),
+        Params::Backward(p) => (None, Some(p.chunks)),
+        Params::Sm90Forward(p) => (Some(p.h_bundle), None),
+        Params::Sm90Backward(p) => (Some(p.dh_bundle), Some(p.chunks)),
+    };
     let object = json!({
         "op": if *backward { "backward" } else { "forward" },
         "dtype": dtype.name(),
@@ -177,6 +218,17 @@ fn print(arguments: &Arguments, out: &mut dyn Write) -> Result<(), Failure> {
         "gpu": device.name,
         "arch": device.arch,
         "sms": device.sms,
+        "family": match plan.family() {
+            Family::Portable => "portable",
+            Family::Sm90 => "sm90",
+        },
+        "bundle": bundle,
+        "chunks": chunks,
+        "predicted_us": plan.predicted_microseconds(),
+        "flops": floor.flops,
+        "bytes": floor.bytes,
+        "floor_arithmetic_us": floor.arithmetic_microseconds(),
+        "floor_memory_us": floor.memory_microseconds(),
         "image": launch.image,
         "kernel": launch.kernel,
         "grid": launch.grid,

@@ -163,7 +163,7 @@ typedef struct LoraSm90ForwardParams {
   uint32_t n_blocks;   /* blocks of BN columns */
   uint32_t r_blocks;   /* narrow tiles along R */
   uint32_t h_units;    /* m_groups x r_blocks */
-  uint32_t h_bundle;   /* h units per ticket */
+  uint32_t h_bundle;   /* most h units per ticket: t, t + h_tickets, ... */
   uint32_t h_tickets;  /* ceil(h_units / h_bundle) */
   uint32_t tickets;    /* h_tickets + m_groups x n_blocks */
   uint32_t group_m;    /* m_groups that share a pass over w */
@@ -197,7 +197,7 @@ typedef struct LoraSm90BackwardParams {
   uint32_t k_blocks; /* blocks of BN columns of dx */
   uint32_t r_blocks;
   uint32_t dh_units;   /* m_groups x r_blocks */
-  uint32_t dh_bundle;  /* dh units per ticket */
+  uint32_t dh_bundle;  /* most dh units per ticket: t, t + dh_tickets, ... */
   uint32_t dh_tickets; /* ceil(dh_units / dh_bundle) */
   uint32_t dx_end;     /* first ticket past dx: dh_tickets + m_groups x k_blocks */
   uint32_t db_end;     /* first ticket past db: dx_end + n_groups x r_blocks x chunks (r_blocks: 1 for dbias alone) */

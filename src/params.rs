@@ -159,7 +159,7 @@ pub struct LoraSm90ForwardParams {
     pub r_blocks: u32,
     /// Units of h: `m_groups` × `r_blocks`.
     pub h_units: u32,
-    /// Units of h that one ticket hands out.
+    /// Units of h that one ticket hands out, at most: t, t + `h_tickets` and so on.
     pub h_bundle: u32,
     /// Tickets of h: `h_units` over `h_bundle`.
     pub h_tickets: u32,
@@ -216,7 +216,7 @@ pub struct LoraSm90BackwardParams {
     pub r_blocks: u32,
     /// Units of dh: `m_groups` × `r_blocks`.
     pub dh_units: u32,
-    /// Units of dh that one ticket hands out.
+    /// Units of dh that one ticket hands out, at most: t, t + `dh_tickets` and so on.
     pub dh_bundle: u32,
     /// Tickets of dh: `dh_units` over `dh_bundle`.
     pub dh_tickets: u32,

@@ -5,6 +5,7 @@
 
 mod device;
 mod explain;
+mod floor;
 mod launch;
 mod options;
 mod portable;
@@ -13,7 +14,8 @@ mod sm90;
 pub use crate::params::{
     LoraBackwardParams, LoraForwardParams, LoraMatrix, LoraSm90BackwardParams, LoraSm90ForwardParams, Params,
 };
-pub use device::Device;
+pub use device::{Device, Peak};
+pub use floor::Floor;
 pub use launch::{Launch, Swizzle, TensorMap};
 pub use options::{Family, Options, TileSize};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
@@ -49,6 +51,7 @@ pub struct Plan {
     notes: Vec<String>,
     /// Where the arguments lie.
     ranges: Ranges,
+    floor: Floor,
 }
 
 /// What was chosen to run.
@@ -64,6 +67,8 @@ struct Draft {
     launch: Launch,
     scratch: Scratch,
     notes: Vec<String>,
+    /// Predicted by the family's model.
+    microseconds: f64,
 }
 
 /// Byte offsets into the workspace of what the call did not bring along.
@@ -143,28 +148,44 @@ fn check(dtype: Dtype, device: &Device, options: &Options) -> Result<()> {
     options.check()
 }
 
-/// A family, with what there is to say about it.
-enum Chosen {
-    Portable(Vec<String>),
-    Sm90,
-}
-
-/// The Hopper family where nothing stands against it, unless the caller decided otherwise.
-fn choose_family(device: &Device, options: &Options, obstacles: Vec<String>) -> Result<Chosen> {
+/// The Hopper family where nothing stands against it and it is predicted to be faster, unless the caller decided otherwise.
+fn draft(
+    device: &Device,
+    options: &Options,
+    obstacles: Vec<String>,
+    sm90: impl FnOnce() -> Result<Draft>,
+    portable: impl FnOnce() -> Result<Draft>,
+) -> Result<Draft> {
     let absent = options.without_sm90.then(|| "this build holds no kernels of the Hopper family".to_owned());
     let mut obstacles: Vec<String> = absent.into_iter().chain(obstacles).collect();
     match (options.decided(), obstacles.is_empty()) {
-        (Some((_, Family::Portable, _)), _) => Ok(Chosen::Portable(Vec::new())),
-        (_, true) => Ok(Chosen::Sm90),
+        (Some((_, Family::Portable, _)), _) => portable(),
+        (Some(_), true) => sm90(),
         (Some((option, Family::Sm90, got)), false) => {
             let expected = format!("a choice of the portable family: {}", obstacles.swap_remove(0));
             Err(Error::PlanOption { option, got, expected })
         }
-        // On other architectures there is nothing that the caller could change.
-        (None, false) if device.arch != sm90::ARCH => Ok(Chosen::Portable(Vec::new())),
+        (None, true) => {
+            let (sm90, mut portable) = (sm90()?, portable());
+            match &mut portable {
+                Ok(other) if other.microseconds < sm90.microseconds => {
+                    other.notes.push(format!(
+                        "not the Hopper family: {:.1} us are predicted for it, {:.1} us for the portable one",
+                        sm90.microseconds, other.microseconds
+                    ));
+                    portable
+                }
+                _ => Ok(sm90),
+            }
+        }
         (None, false) => {
-            let notes = obstacles.iter().map(|obstacle| format!("not the Hopper family: {obstacle}"));
-            Ok(Chosen::Portable(notes.collect()))
+            let mut draft = portable()?;
+            // On other architectures there is nothing that the caller could change.
+            if device.arch == sm90::ARCH {
+                let notes = obstacles.iter().map(|obstacle| format!("not the Hopper family: {obstacle}"));
+                draft.notes.extend(notes);
+            }
+            Ok(draft)
         }
     }
 }
@@ -188,15 +209,15 @@ impl Plan {
         let (shape, ranges) = op.judge()?;
         check(op.dtype, device, &options)?;
         let obstacles = sm90::obstacles(device, shape, &sm90::forward_operands(op));
-        let draft = match choose_family(device, &options, obstacles)? {
-            Chosen::Sm90 => sm90::forward(op, shape, device, &options)?,
-            Chosen::Portable(mut notes) => {
-                let mut draft = portable::forward(op, shape, device, &options)?;
-                draft.notes.append(&mut notes);
-                draft
-            }
-        };
-        Ok(Plan::new(shape, op.dtype, device, options, ranges, draft))
+        let draft = draft(
+            device,
+            &options,
+            obstacles,
+            || sm90::forward(op, shape, device, &options),
+            || portable::forward(op, shape, device, &options),
+        )?;
+        let floor = Floor::forward(op, shape, device.peak);
+        Ok(Plan::new(shape, op.dtype, device, options, ranges, floor, draft))
     }
 
     /// Plans the requested outputs of backward after checking the arguments.
@@ -217,20 +238,28 @@ impl Plan {
         let (shape, ranges) = op.judge()?;
         check(op.dtype, device, &options)?;
         let obstacles = sm90::obstacles(device, shape, &sm90::backward_operands(op));
-        let draft = match choose_family(device, &options, obstacles)? {
-            Chosen::Sm90 => sm90::backward(op, shape, device, &options)?,
-            Chosen::Portable(mut notes) => {
-                let mut draft = portable::backward(op, shape, device, &options)?;
-                draft.notes.append(&mut notes);
-                draft
-            }
-        };
-        Ok(Plan::new(shape, op.dtype, device, options, ranges, draft))
+        let draft = draft(
+            device,
+            &options,
+            obstacles,
+            || sm90::backward(op, shape, device, &options),
+            || portable::backward(op, shape, device, &options),
+        )?;
+        let floor = Floor::backward(op, shape, device.peak);
+        Ok(Plan::new(shape, op.dtype, device, options, ranges, floor, draft))
     }
 
-    fn new(shape: LoraShape, dtype: Dtype, device: &Device, options: Options, ranges: Ranges, draft: Draft) -> Plan {
-        let Draft { choice, launch, scratch, notes } = draft;
-        Plan { shape, dtype, device: device.clone(), options, choice, launch, scratch, notes, ranges }
+    fn new(
+        shape: LoraShape,
+        dtype: Dtype,
+        device: &Device,
+        options: Options,
+        ranges: Ranges,
+        floor: Floor,
+        draft: Draft,
+    ) -> Plan {
+        let Draft { choice, launch, scratch, notes, .. } = draft;
+        Plan { shape, dtype, device: device.clone(), options, choice, launch, scratch, notes, ranges, floor }
     }
 
     /// The family that was chosen.
@@ -239,6 +268,20 @@ impl Plan {
             Choice::Portable(_) => Family::Portable,
             Choice::Sm90(_) => Family::Sm90,
         }
+    }
+
+    /// How long the launch takes by the planner's model, in microseconds; `None` for the portable family, whose model only
+    /// compares tile shapes. The model's constants are not measured: this is for choosing between plans.
+    pub fn predicted_microseconds(&self) -> Option<f64> {
+        match &self.choice {
+            Choice::Portable(_) => None,
+            Choice::Sm90(choice) => Some(choice.microseconds),
+        }
+    }
+
+    /// What no kernel can be faster than.
+    pub fn floor(&self) -> Floor {
+        self.floor
     }
 
     /// Workspace the launch needs, in bytes: the synchronisation area, h or dh, and partial sums.

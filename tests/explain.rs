@@ -17,8 +17,35 @@ fn a_plan_in_words() {
     assert_eq!((status, err.as_str()), (0, ""));
     assert!(out.starts_with("forward Bf16, M=8192 N=4096 K=4096 R=16, on NVIDIA H200\n"), "{out}");
     assert!(!out.contains("note"), "aligned operands need no note: {out}");
+    for part in
+        ["family sm90", "128 x 256 x 64", "in clusters of 2", "constants are not measured", "arithmetic is the bound"]
+    {
+        assert!(out.contains(part), "`{part}` is missing from\n{out}");
+    }
     let (_, ragged, _) = run("--m 8192 --n 4096 --k 4095 --r 16 --gpu h200");
     assert!(ragged.contains("x is read element by element"), "{ragged}");
+    assert!(ragged.contains("not the Hopper family: K is 4095, not a multiple of 8"), "{ragged}");
+    let (_, unknown, _) = run("--m 64 --n 64 --k 64 --r 16 --gpu b200");
+    assert!(unknown.contains("rates of the device are not in the table"), "{unknown}");
+}
+
+#[test]
+fn choices_instead_of_the_planner() {
+    let call = "--m 8192 --n 4096 --k 4096 --r 16 --gpu h100 --op backward --json";
+    let plan = |options: &str| -> serde_json::Value {
+        let (status, out, err) = run(&format!("{call} {options}"));
+        assert_eq!(status, 0, "{err}");
+        serde_json::from_str(&out).unwrap()
+    };
+    let chosen = plan("--tile 192 --cluster 1 --bundle 3 --chunks 2");
+    assert_eq!((&chosen["family"], &chosen["bundle"], &chosen["chunks"]), (&"sm90".into(), &3.into(), &2.into()));
+    assert_eq!(chosen["kernel"], "lora_sm90_backward_bf16_192");
+    assert_eq!(chosen["cluster"], serde_json::json!([1, 1, 1]));
+    assert!(chosen["predicted_us"].as_f64().unwrap() > chosen["floor_arithmetic_us"].as_f64().unwrap());
+    assert!(chosen["floor_memory_us"].as_f64().unwrap() > 0.0);
+    let portable = plan("--family portable --tile small");
+    assert_eq!((&portable["family"], &portable["predicted_us"]), (&"portable".into(), &serde_json::Value::Null));
+    assert_eq!(portable["kernel"], "lora_backward_bf16_small");
 }
 
 #[test]
@@ -39,6 +66,11 @@ fn what_the_planner_refuses_is_status_1() {
         ("--m 1 --n 1 --k 0 --r 1 --gpu a100", "`x` has zero columns"),
         ("--m 1 --n 1 --k 1 --r 1 --gpu a100 --dtype f32", "dtype F32 is not computed"),
         ("--m 2147483648 --n 1 --k 1 --r 1 --gpu a100", "the limit is 2147483647"),
+        (
+            "--m 8 --n 8 --k 8 --r 8 --gpu a100 --tile 256",
+            "the plan option `tile` is Sm90N256, expected a choice of the portable",
+        ),
+        ("--m 8 --n 8 --k 8 --r 8 --gpu h100 --cluster 4", "the plan option `cluster` is 4, expected 1 or 2"),
         ("--m 18446744073709551615 --n 3 --k 9 --r 1 --gpu a100 --op backward", "the limit is"),
     ] {
         let (status, out, err) = run(line);
@@ -56,6 +88,8 @@ fn wrong_usage_is_status_3() {
         ("--m -1", "invalid digit"),
         ("--op sideways", "expected forward or backward"),
         ("--dtype f64", "expected bf16 or f16"),
+        ("--family sm100", "expected portable or sm90"),
+        ("--tile 64", "expected large, small, 256, 192 or 128"),
         ("extra", "unexpected argument"),
     ] {
         let (status, out, err) = run(line);

@@ -57,13 +57,25 @@ fn sweep() {
         for tile in TILES {
             for cluster in [1, 2] {
                 for seed in 0..2u64 {
-                    let spec = Spec { placement: Placement::Aligned, accumulate: seed == 1, f32_gradients: seed == 0, ..Spec::new(m, n, k, r) };
+                    let spec = Spec {
+                        placement: Placement::Aligned,
+                        accumulate: seed == 1,
+                        f32_gradients: seed == 0,
+                        ..Spec::new(m, n, k, r)
+                    };
                     let timing = [Timing::Eager, Timing::Lazy, Timing::Mixed][(seed as usize + i) % 3];
-                    let mut options = Options::default().with_tile(tile).with_cluster(cluster).with_bundle(1 + seed as u32 * 2);
-                    if seed == 1 { options = options.with_chunks(3); }
+                    let mut options =
+                        Options::default().with_tile(tile).with_cluster(cluster).with_bundle(1 + seed as u32 * 2);
+                    if seed == 1 {
+                        options = options.with_chunks(3);
+                    }
                     let sms = [2, 4, 6, 33][(seed as usize + i) % 4];
                     let backend = Emulated(
-                        Emulator::new(Device::of_arch("emulated", 90, sms)).with_seed(seed).with_copies(timing).with_plan_options(options).with_replays(1 - seed as u32),
+                        Emulator::new(Device::of_arch("emulated", 90, sms))
+                            .with_seed(seed)
+                            .with_copies(timing)
+                            .with_plan_options(options)
+                            .with_replays(1 - seed as u32),
                     );
                     eprintln!("{m} {n} {k} {r} {tile:?} {cluster} {seed}");
                     check::forward::<bf16>(&backend, &spec);

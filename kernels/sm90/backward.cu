@@ -16,7 +16,7 @@ class Backward : Operation<LoraSm90Backward> {
 
   __device__ __forceinline__ void produce(Producer<Shape>& producer, uint32_t ticket) const {
     if (ticket < p_.dh_tickets) {
-      for_each_narrow(ticket, p_.dh_bundle, p_.dh_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
+      for_each_narrow(ticket, p_.dh_tickets, p_.dh_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
         producer.template narrow<Major::kMn>(map(LORA_SM90_BACKWARD_DY), map(LORA_SM90_BACKWARD_B), m, n, width(),
                                              n_steps());
       });
@@ -42,7 +42,7 @@ class Backward : Operation<LoraSm90Backward> {
 
   __device__ __forceinline__ void consume(Consumer<Shape>& consumer, uint32_t ticket) const {
     if (ticket < p_.dh_tickets) {
-      for_each_narrow(ticket, p_.dh_bundle, p_.dh_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
+      for_each_narrow(ticket, p_.dh_tickets, p_.dh_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
         for_narrow_width(width(), [&](auto width) LORA_INLINE { dh<decltype(width)::kN>(consumer, m, n); });
       });
     } else if (ticket < p_.dx_end) {

@@ -15,7 +15,7 @@ class Forward : Operation<LoraSm90Forward> {
 
   __device__ __forceinline__ void produce(Producer<Shape>& producer, uint32_t ticket) const {
     if (ticket < p_.h_tickets) {
-      for_each_narrow(ticket, p_.h_bundle, p_.h_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
+      for_each_narrow(ticket, p_.h_tickets, p_.h_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
         producer.template narrow<Major::kK>(map(LORA_SM90_FORWARD_X), map(LORA_SM90_FORWARD_A), m, n, width(),
                                             k_steps());
       });
@@ -33,7 +33,7 @@ class Forward : Operation<LoraSm90Forward> {
 
   __device__ __forceinline__ void consume(Consumer<Shape>& consumer, uint32_t ticket) const {
     if (ticket < p_.h_tickets) {
-      for_each_narrow(ticket, p_.h_bundle, p_.h_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
+      for_each_narrow(ticket, p_.h_tickets, p_.h_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
         for_narrow_width(width(), [&](auto width) LORA_INLINE { h<decltype(width)::kN>(consumer, m, n); });
       });
       return;

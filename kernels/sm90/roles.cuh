@@ -58,14 +58,13 @@ class Operation {
     return grouped(index, p_.m_groups, columns, p_.group_m);
   }
 
-  // Calls `visit` with the first row and rank of each of the narrow units in a bundle.
+  // Calls `visit` with the first row and rank of each of the narrow units of a ticket. Not neighbours: what the first main
+  // tiles read is the first unit of somebody's ticket.
   template <class Visit>
-  __device__ __forceinline__ void for_each_narrow(uint32_t ticket, uint32_t bundle, uint32_t units,
+  __device__ __forceinline__ void for_each_narrow(uint32_t ticket, uint32_t tickets, uint32_t units,
                                                   const Visit& visit) const {
-    const uint32_t first = ticket * bundle;
-    const uint32_t end = min(first + bundle, units);
 #pragma unroll 1
-    for (uint32_t unit = first; unit < end; ++unit) {
+    for (uint32_t unit = ticket; unit < units; unit += tickets) {
       visit(row_of(unit % p_.m_groups), unit / p_.m_groups * kNarrowN);
     }
   }

@@ -9,7 +9,7 @@ use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUresult, CUstreamCap
 use cudarc::driver::{CudaContext, CudaStream};
 
 use crate::error::{Error, Result};
-use crate::plan::Device;
+use crate::plan::{Device, Peak};
 
 /// The driver's library, by the names cudarc looks for as well.
 const LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] };
@@ -75,8 +75,10 @@ pub(super) fn properties(context: &CudaContext) -> Result<Device> {
     };
     let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
     let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    let name = context.name().map_err(failed("cuDeviceGetName"))?;
     Ok(Device {
-        name: context.name().map_err(failed("cuDeviceGetName"))?,
+        peak: Peak::of(&name),
+        name,
         arch: major * 10 + minor,
         sms: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         shared_per_block: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,

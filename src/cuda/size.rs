@@ -1,7 +1,7 @@
 //! The workspace that suffices for a shape, before there are any buffers.
 
 use crate::error::{Error, Result};
-use crate::plan::{Device, Options, Plan};
+use crate::plan::{Device, Family, Options, Plan};
 use crate::{Accumulate, Dtype, LoraShape, raw};
 
 /// Hands out disjoint stretches of an address space that no one looks into: what a plan needs depends on shapes alone.
@@ -16,6 +16,15 @@ impl Addresses {
         let end = bytes.and_then(|bytes| ptr.checked_add(bytes)).and_then(|end| end.checked_next_multiple_of(256));
         self.0 = end.filter(|&end| end <= i64::MAX as u64).ok_or(too_large)?;
         Ok(raw::Matrix::new(ptr, rows, cols))
+    }
+}
+
+/// The options under which to plan for a call whose strides and addresses are not known yet: they decide between families,
+/// unless the caller did.
+fn possibilities(options: Options) -> Vec<Options> {
+    match options.decided() {
+        Some(_) => vec![options],
+        None => vec![options, options.with_family(Family::Portable)],
     }
 }
 
@@ -34,7 +43,11 @@ pub(super) fn forward(dtype: Dtype, shape: LoraShape, device: &Device, options: 
         h: None,
         y: at.matrix(m, n)?,
     };
-    Ok(Plan::forward_with(&op, device, options)?.workspace_bytes())
+    let mut most = 0;
+    for options in possibilities(options) {
+        most = most.max(Plan::forward_with(&op, device, options)?.workspace_bytes());
+    }
+    Ok(most)
 }
 
 /// What suffices for backward with any choice of outputs. All outputs together need not be the worst: with fewer tiles the
@@ -64,7 +77,9 @@ pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device, options:
             dbias: gradient(wants(3), dbias),
             accumulate: Accumulate::default(),
         };
-        most = most.max(Plan::backward_with(&op, device, options)?.workspace_bytes());
+        for options in possibilities(options) {
+            most = most.max(Plan::backward_with(&op, device, options)?.workspace_bytes());
+        }
     }
     Ok(most)
 }
@@ -73,8 +88,8 @@ pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device, options:
 mod tests {
     use super::{backward, forward};
     use crate::error::Error;
-    use crate::plan::{Device, Options, SYNC_BYTES};
-    use crate::{Dtype, LoraShape};
+    use crate::plan::{Device, Options, Plan, SYNC_BYTES};
+    use crate::{Accumulate, Dtype, LoraShape, raw};
 
     #[test]
     fn a_workspace_holds_the_middle() {
@@ -86,6 +101,51 @@ mod tests {
         assert!(
             backward(Dtype::F16, shape, &device, Options::default()).expect("a plan") >= SYNC_BYTES + 1000 * 16 * 2
         );
+    }
+
+    /// Whatever is asked of a shape, wherever its matrices lie.
+    #[test]
+    fn no_call_needs_more() {
+        let device = Device::of_arch("test", 90, 132);
+        let gradient =
+            |index: u64, rows, cols| raw::Gradient { matrix: raw::Matrix::new(index << 40, rows, cols), f32: false };
+        for (m, n, k, r) in
+            [(8192, 4096, 4096, 16), (8192, 512, 256, 128), (20000, 64, 8, 256), (77, 40, 24, 8), (1, 64, 64, 8)]
+        {
+            let shape = LoraShape { m, n, k, r };
+            let forward_bound = forward(Dtype::F16, shape, &device, Options::default()).expect("a bound");
+            let backward_bound = backward(Dtype::F16, shape, &device, Options::default()).expect("a bound");
+            for case in 0..64_u64 {
+                // An address that the Hopper kernels take, or one that they do not; and every choice of outputs.
+                let at = |index: u64, rows, cols| raw::Matrix::new((index << 40) + case % 2 * 2, rows, cols);
+                let (x, w, a, b) = (at(1, m, k), at(2, n, k), at(3, r, k), at(4, n, r));
+                let h = (case & 2 != 0).then_some(at(5, m, r));
+                let op = raw::Forward { dtype: Dtype::F16, x, w, a, b, scale: 1.0, bias: None, h, y: at(6, m, n) };
+                let plan = Plan::forward(&op, &device).expect("a plan");
+                assert!(plan.workspace_bytes() <= forward_bound, "{}", plan.explain());
+                if case / 2 % 16 == 0 {
+                    continue;
+                }
+                let wants = |bit: u32| case / 2 >> bit & 1 == 1;
+                let op = raw::Backward {
+                    dtype: Dtype::F16,
+                    dy: at(7, m, n),
+                    w,
+                    a,
+                    b,
+                    scale: 1.0,
+                    x: Some(x),
+                    h: Some(at(5, m, r)),
+                    dx: wants(0).then_some(at(8, m, k)),
+                    da: wants(1).then_some(gradient(9, r, k)),
+                    db: wants(2).then_some(gradient(10, n, r)),
+                    dbias: wants(3).then_some(gradient(11, 1, n)),
+                    accumulate: Accumulate { da: case & 32 != 0, ..Accumulate::default() },
+                };
+                let plan = Plan::backward(&op, &device).expect("a plan");
+                assert!(plan.workspace_bytes() <= backward_bound, "{}", plan.explain());
+            }
+        }
     }
 
     #[test]

@@ -1,25 +1,49 @@
 //! The properties of a GPU that planning looks at.
 
-/// `(key, name, compute capability, SMs)` of GPUs to plan for without one. SMs are the CUDA cores of NVIDIA's data sheet or
-/// architecture white paper over the cores of an SM (64 in sm_75 and sm_80, 128 in the others); for the B200, whose data
-/// sheet gives no cores, they are what the driver reports. SXM modules where a name is also sold as a PCIe card.
+/// `(key, name, compute capability, SMs, TFLOP/s, GB/s)` of GPUs to plan for without one. SMs are the CUDA cores of NVIDIA's
+/// data sheet or architecture white paper over the cores of an SM (64 in sm_75 and sm_80, 128 in the others); for the B200,
+/// whose data sheet gives no cores, they are what the driver reports. SXM modules where a name is also sold as a PCIe card.
+/// Rates as published there: 16-bit tensor products added in f32, without sparsity, at boost clock; 0 where the
+/// publications are not clear about that.
 #[rustfmt::skip]
-const NAMED: &[(&str, &str, u32, u32)] = &[
-    ("t4",         "NVIDIA T4",                    75,  40), // 2560 cores
-    ("rtx2080ti",  "NVIDIA GeForce RTX 2080 Ti",   75,  68), // 4352
-    ("a100",       "NVIDIA A100",                  80, 108), // 6912
-    ("a10",        "NVIDIA A10",                   86,  72), // 9216
-    ("a40",        "NVIDIA A40",                   86,  84), // 10752
-    ("rtx3090",    "NVIDIA GeForce RTX 3090",      86,  82), // 10496
-    ("l4",         "NVIDIA L4",                    89,  58), // 7424
-    ("l40s",       "NVIDIA L40S",                  89, 142), // 18176
-    ("rtx4090",    "NVIDIA GeForce RTX 4090",      89, 128), // 16384
-    ("h100",       "NVIDIA H100 SXM",              90, 132), // 16896
-    ("h200",       "NVIDIA H200",                  90, 132), // 16896
-    ("b200",       "NVIDIA B200",                 100, 148),
-    ("rtx5090",    "NVIDIA GeForce RTX 5090",     120, 170), // 21760
-    ("rtxpro6000", "NVIDIA RTX PRO 6000 Blackwell", 120, 188), // 24064
+const NAMED: &[(&str, &str, u32, u32, u32, u32)] = &[
+    ("t4",         "NVIDIA T4",                    75,  40,   65,  300), // 2560 cores
+    ("rtx2080ti",  "NVIDIA GeForce RTX 2080 Ti",   75,  68,    0,    0), // 4352
+    ("a100",       "NVIDIA A100",                  80, 108,  312, 2039), // 6912; the 80 GB module
+    ("a10",        "NVIDIA A10",                   86,  72,  125,  600), // 9216
+    ("a40",        "NVIDIA A40",                   86,  84,  149,  696), // 10752
+    ("rtx3090",    "NVIDIA GeForce RTX 3090",      86,  82,   71,  936), // 10496
+    ("l4",         "NVIDIA L4",                    89,  58,  121,  300), // 7424
+    ("l40s",       "NVIDIA L40S",                  89, 142,  362,  864), // 18176
+    ("rtx4090",    "NVIDIA GeForce RTX 4090",      89, 128,  165, 1008), // 16384
+    ("h100",       "NVIDIA H100 SXM",              90, 132,  989, 3350), // 16896
+    ("h200",       "NVIDIA H200",                  90, 132,  989, 4800), // 16896
+    ("b200",       "NVIDIA B200",                 100, 148,    0,    0),
+    ("rtx5090",    "NVIDIA GeForce RTX 5090",     120, 170,    0,    0), // 21760
+    ("rtxpro6000", "NVIDIA RTX PRO 6000 Blackwell", 120, 188,   0,    0), // 24064
 ];
+
+/// What drivers call some of these, where it is not the name above.
+const ALIASES: &[(&str, &str)] =
+    &[("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("Tesla T4", "t4")];
+
+/// What a data sheet promises: the two rates that bound how fast an operation can be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peak {
+    /// 10^12 floating-point operations per second: 16-bit tensor products added in f32, without sparsity.
+    pub teraflops: u32,
+    /// 10^9 bytes per second from memory.
+    pub gigabytes_per_second: u32,
+}
+
+impl Peak {
+    /// The published rates of the GPU that a driver calls `name`; `None` when they are not known here.
+    pub fn of(name: &str) -> Option<Peak> {
+        let key = ALIASES.iter().find(|alias| alias.0 == name).map(|alias| alias.1);
+        let row = NAMED.iter().find(|row| Some(row.0) == key || row.1 == name)?;
+        Some(Peak { teraflops: row.4, gigabytes_per_second: row.5 }).filter(|peak| peak.teraflops != 0)
+    }
+}
 
 /// A GPU as the planner sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +58,8 @@ pub struct Device {
     pub shared_per_block: u32,
     /// Shared memory of an SM, in bytes.
     pub shared_per_sm: u32,
+    /// What the data sheet promises, where it is known: for the model and for [`explain`](super::Plan::explain) alone.
+    pub peak: Option<Peak>,
 }
 
 impl Device {
@@ -52,6 +78,7 @@ impl Device {
             sms,
             shared_per_block: shared_per_block << 10,
             shared_per_sm: shared_per_sm << 10,
+            peak: Peak::of(name),
         }
     }
 
@@ -68,7 +95,7 @@ impl Device {
     /// ```
     pub fn named(name: &str) -> Option<Device> {
         let key: String = name.chars().filter(|c| !matches!(c, ' ' | '-')).flat_map(char::to_lowercase).collect();
-        let &(_, name, arch, sms) = NAMED.iter().find(|row| row.0 == key)?;
+        let &(_, name, arch, sms, ..) = NAMED.iter().find(|row| row.0 == key)?;
         Some(Self::of_arch(name, arch, sms))
     }
 
@@ -80,7 +107,7 @@ impl Device {
 
 #[cfg(test)]
 mod tests {
-    use super::Device;
+    use super::{Device, Peak};
     use crate::plan::Plan;
     use crate::raw::{Forward, Matrix};
     use crate::{Dtype, Error};
@@ -111,6 +138,18 @@ mod tests {
             let ctas_per_sm = launch.grid[0].div_ceil(device.sms);
             assert!(ctas_per_sm * launch.shared_bytes <= device.shared_per_sm, "{name}");
             assert!(plan.explain().contains(&device.name), "{name}");
+        }
+    }
+
+    #[test]
+    fn rates_are_found_by_the_name_that_the_driver_gives() {
+        let h200 = Peak { teraflops: 989, gigabytes_per_second: 4800 };
+        assert_eq!(Device::named("h200").unwrap().peak, Some(h200));
+        assert_eq!(Peak::of("NVIDIA H200"), Some(h200));
+        assert_eq!(Peak::of("NVIDIA H100 80GB HBM3"), Device::named("h100").unwrap().peak);
+        assert_eq!((Peak::of("NVIDIA B200"), Peak::of("")), (None, None));
+        for (_, key) in super::ALIASES {
+            assert!(Device::named(key).is_some(), "{key}");
         }
     }
 

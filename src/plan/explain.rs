@@ -47,6 +47,7 @@ impl Plan {
             self.workspace_bytes(),
             self.workspace_bytes() - SYNC_BYTES
         );
+        self.explain_time(&mut out);
         for note in &self.notes {
             line!(out, "  note       {note}");
         }
@@ -58,6 +59,31 @@ impl Plan {
 
     fn reason(&self) -> &'static str {
         if self.options.tile.is_some() { "the shape asked for" } else { "the shape with the shortest predicted time" }
+    }
+
+    /// What the model predicts, and what bounds any kernel.
+    fn explain_time(&self, out: &mut String) {
+        if let Some(predicted) = self.predicted_microseconds() {
+            line!(out, "  predicted  {predicted:.1} us by the planner's model, whose constants are not measured");
+        }
+        let floor = self.floor;
+        let (giga, mega) = (floor.flops / 1e9, floor.bytes / 1e6);
+        let times = floor.arithmetic_microseconds().zip(floor.memory_microseconds()).zip(floor.peak);
+        let Some(((arithmetic, memory), peak)) = times else {
+            line!(
+                out,
+                "  floor      {giga:.1} GFLOP and {mega:.1} MB; the rates of the device are not in the table of data sheets"
+            );
+            return;
+        };
+        line!(
+            out,
+            "  floor      {arithmetic:.1} us for {giga:.1} GFLOP at {} TFLOP/s, {memory:.1} us for {mega:.1} MB at {} GB/s: {} \
+             the bound (rates of the data sheet)",
+            peak.teraflops,
+            peak.gigabytes_per_second,
+            if arithmetic >= memory { "arithmetic is" } else { "memory is" },
+        );
     }
 
     fn explain_portable(&self, out: &mut String, tile: &super::portable::Tile) {

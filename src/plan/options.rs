@@ -100,7 +100,7 @@ impl Options {
     }
 
     /// The option that decides the family, the family, and the option's value in words.
-    pub(super) fn decided(&self) -> Option<(&'static str, Family, String)> {
+    pub(crate) fn decided(&self) -> Option<(&'static str, Family, String)> {
         let sm90 = |option, value: Option<u32>| value.map(|value| (option, Family::Sm90, value.to_string()));
         let family = self.family.map(|family| ("family", family, format!("{family:?}")));
         family

@@ -20,7 +20,8 @@ const MIN_CHUNK_ROWS: u64 = 512;
 /// Plans forward.
 pub(super) fn forward(op: &raw::Forward, shape: LoraShape, device: &Device, options: &Options) -> Result<Draft> {
     let LoraShape { m, n, k, r } = shape;
-    let tile = Tile::choose(device, options.tile, &[(m, n, k + r)]);
+    let products = [(m, n, k + r)];
+    let tile = Tile::choose(device, options.tile, &products);
     let (m_blocks, n_blocks) = (blocks(m, tile.block), blocks(n, tile.block));
     let h_units = m_blocks * blocks(r, LORA_NARROW_N);
     let units = check_units(h_units + m_blocks * n_blocks)?;
@@ -69,7 +70,8 @@ pub(super) fn forward(op: &raw::Forward, shape: LoraShape, device: &Device, opti
         (_, false) => "lora_forward_f16_small",
     };
     let launch = tile.launch("portable_forward", kernel, units, device, Params::Forward(params));
-    Ok(Draft { choice: Choice::Portable(tile), launch, scratch, notes })
+    let microseconds = tile.microseconds(device, &products);
+    Ok(Draft { choice: Choice::Portable(tile), launch, scratch, notes, microseconds })
 }
 
 /// Plans backward.
@@ -81,6 +83,7 @@ pub(super) fn backward(op: &raw::Backward, shape: LoraShape, device: &Device, op
     let wants_dh = has_adapter && (op.dx.is_some() || wants_da);
     let main = if op.dx.is_some() { vec![(m, k, n + r)] } else { vec![(m, r.max(1), n), (n, r.max(1), m)] };
     let tile = Tile::choose(device, options.tile, &main);
+    let microseconds = tile.microseconds(device, &main);
 
     let r_blocks = blocks(r, LORA_NARROW_N);
     let (m_blocks, n_blocks, k_blocks) = (blocks(m, tile.block), blocks(n, tile.block), blocks(k, tile.block));
@@ -165,7 +168,7 @@ pub(super) fn backward(op: &raw::Backward, shape: LoraShape, device: &Device, op
         (_, false) => "lora_backward_f16_small",
     };
     let launch = tile.launch("portable_backward", kernel, units, device, Params::Backward(params));
-    Ok(Draft { choice: Choice::Portable(tile), launch, scratch, notes })
+    Ok(Draft { choice: Choice::Portable(tile), launch, scratch, notes, microseconds })
 }
 
 /// How the tokens are cut for the reductions of da and db.

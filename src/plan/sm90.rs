@@ -1,8 +1,14 @@
 //! Plans of the Hopper family: tensor maps, clusters, and tickets that clusters draw.
 
 mod backward;
+mod chunks;
 mod forward;
 mod maps;
+mod middle;
+mod model;
+mod schedule;
+#[cfg(test)]
+mod tests;
 
 pub(super) use backward::{backward, operands as backward_operands};
 pub(super) use forward::{forward, operands as forward_operands};
@@ -15,6 +21,10 @@ use crate::plan::Options;
 
 /// The one compute capability these kernels run on: their target is specific to it.
 pub(super) const ARCH: u32 = 90;
+
+/// SMs that a launch makes use of: more than any GPU of that capability has (144 in the full chip). The workspace keeps partial
+/// sums for each.
+const MAX_SMS: u32 = 256;
 
 /// The images of the family, forward and backward.
 pub(crate) const IMAGES: [&str; 2] = ["sm90_forward", "sm90_backward"];
@@ -73,6 +83,8 @@ pub(super) struct Choice {
     pub tile: Tile,
     /// CTAs per cluster.
     pub cluster: u32,
+    /// Predicted by the model.
+    pub microseconds: f64,
 }
 
 /// Columns of a narrow tile: the first of the compiled widths that holds `r`, or the widest.
@@ -86,10 +98,13 @@ fn groups(extent: usize, cluster: u32) -> u64 {
 }
 
 impl Tile {
+    fn stage_bytes(&self) -> u32 {
+        2 * LORA_SM90_BLOCK_K * (LORA_SM90_BLOCK_M + self.columns)
+    }
+
     pub(super) fn shared_bytes(&self) -> u32 {
-        let stage = 2 * LORA_SM90_BLOCK_K * (LORA_SM90_BLOCK_M + self.columns);
         let outgoing = 2 * LORA_SM90_SLABS * LORA_SM90_STORE_BOXES * LORA_SM90_SLAB_M * LORA_SM90_STORE_N;
-        self.stages * stage + outgoing + LORA_SM90_TAIL_BYTES
+        self.stages * self.stage_bytes() + outgoing + LORA_SM90_TAIL_BYTES
     }
 
     fn launch(
@@ -117,25 +132,44 @@ impl Tile {
 
 /// CTAs of a launch: as many clusters as are there at once, or fewer where there are fewer tickets.
 fn ctas(tickets: u32, cluster: u32, device: &Device) -> u32 {
-    tickets.clamp(1, (device.sms / cluster).max(1)) * cluster
+    tickets.clamp(1, (device.sms.min(MAX_SMS) / cluster).max(1)) * cluster
 }
 
-/// The cluster sizes to choose from: that of the options, or those that the device and the number of blocks leave.
-fn clusters(options: &Options, device: &Device) -> Result<Vec<u32>> {
-    match options.cluster {
-        Some(cluster) if cluster > device.sms => Err(Error::PlanOption {
+/// The tiles and cluster sizes that options, device and tokens leave, never none; the first of those that take equally long
+/// is chosen.
+fn candidates(options: &Options, device: &Device, m: usize) -> Result<Vec<(Tile, u32)>> {
+    if let Some(cluster) = options.cluster.filter(|&cluster| cluster > device.sms) {
+        return Err(Error::PlanOption {
             option: "cluster",
             got: cluster.to_string(),
             expected: format!("at most the {} SM(s) of the device", device.sms),
-        }),
-        Some(cluster) => Ok(vec![cluster]),
-        None => Ok([2, 1].into_iter().filter(|&cluster| cluster <= device.sms).collect()),
+        });
     }
+    let clusters = match options.cluster {
+        Some(decided) => vec![decided],
+        // With one block of rows the second CTA would have nothing to do.
+        None if device.sms == 1 || groups(m, 1) == 1 => vec![1],
+        None => vec![2, 1],
+    };
+    let tiles = TILES.into_iter().filter(|tile| options.tile.is_none_or(|size| size == tile.size));
+    Ok(tiles.flat_map(|tile| clusters.iter().map(move |&cluster| (tile, cluster))).collect())
 }
 
-/// The tiles to choose from.
-fn tiles(options: &Options) -> Vec<Tile> {
-    TILES.into_iter().filter(|tile| options.tile.is_none_or(|size| size == tile.size)).collect()
+/// What `evaluate` makes of the candidate with the fewest clocks; its error when all have one.
+fn shortest<S>(
+    candidates: Vec<(Tile, u32)>,
+    evaluate: impl Fn(Tile, u32) -> Result<S>,
+    clocks: impl Fn(&S) -> f64,
+) -> Result<S> {
+    let mut best = check_tickets(u64::MAX).and_then(|_| Err(Error::NoOutput));
+    for (tile, cluster) in candidates {
+        match (&best, evaluate(tile, cluster)) {
+            (Ok(best), Ok(found)) if clocks(&found) >= clocks(best) => {}
+            (Ok(_), Err(_)) => {}
+            (_, found) => best = found,
+        }
+    }
+    best
 }
 
 /// As [`super::check_units`], for tickets: a cluster draws one past the last.

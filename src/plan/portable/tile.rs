@@ -33,6 +33,14 @@ const SMALL: Tile = Tile {
     rate: 0.7,
 };
 
+/// 10^6 floating-point operations per second of an SM of compute capability 9.0 that is full of large tiles. Not measured:
+/// half of what the same SM does with wgmma, as others' kernels of this kind reach.
+const HOPPER_SM_FLOPS_PER_US: f64 = 3.1e6;
+/// What one CTA alone gets of an SM that several would fill. Not measured.
+const ALONE: f64 = 0.5;
+/// Microseconds of a launch before the first and after the last step. Not measured.
+const LAUNCH_US: f64 = 4.0;
+
 /// Static shared memory of a kernel and what the system reserves per CTA.
 const SHARED_OVERHEAD: u32 = 1024 + 128;
 
@@ -85,6 +93,21 @@ impl Tile {
                 tiles.div_ceil(slots) as f64 * per_wave * depth as f64
             })
             .sum()
+    }
+
+    /// Predicted time on a GPU of compute capability 9.0, to weigh the families there.
+    pub(in crate::plan) fn microseconds(&self, device: &Device, products: &[(usize, usize, usize)]) -> f64 {
+        let (sms, most) = (u64::from(device.sms), u64::from(self.ctas_per_sm(device)));
+        let flops_per_us = HOPPER_SM_FLOPS_PER_US * self.rate;
+        let time = |&(rows, cols, depth): &(usize, usize, usize)| {
+            let tiles = blocks(rows, self.block).saturating_mul(blocks(cols, self.block));
+            // Of the SM with the most tiles: whole waves, and one that may not fill it.
+            let per_sm = tiles.div_ceil(sms);
+            let flops = 2.0 * f64::from(self.block) * f64::from(self.block) * depth as f64;
+            let shared = per_sm.min(most) as f64 / most as f64;
+            per_sm as f64 * flops / (flops_per_us * shared.max(ALONE))
+        };
+        LAUNCH_US + products.iter().map(time).sum::<f64>()
     }
 
     /// The tile shape asked for, or the one with the shortest predicted time; the large one when they tie.

@@ -1,19 +1,17 @@
 //! Plans of backward.
 
+use super::chunks::{self, Chunks};
 use super::maps::Maps;
-use super::{Choice, Tile, check_tickets, clusters, ctas, groups, narrow_columns, tiles};
-use crate::error::Result;
+use super::middle::{Middle, Ran};
+use super::model::{Machine, microseconds};
+use super::{Choice, Tile, candidates, check_tickets, ctas, groups, narrow_columns, shortest};
+use crate::error::{Error, Result};
 use crate::params::*;
 use crate::plan::{
-    Device, Draft, GROUP_M, MAX_COUNTERS, Options, SYNC_BYTES, Scratch, TensorMap, blocks, flags, gradient_flags,
-    matrix, scratch_stride,
+    Device, Draft, GROUP_M, Options, SYNC_BYTES, Scratch, TensorMap, blocks, flags, gradient_flags, matrix,
+    scratch_stride,
 };
 use crate::{Dtype, LoraShape, raw};
-
-/// f32 partial sums of da and db may take this much of the workspace.
-const MAX_PARTIAL_BYTES: u64 = 30 << 20;
-/// Tokens per chunk are not worth less than this: each chunk costs a round trip of partial sums.
-const MIN_CHUNK_ROWS: u64 = 512;
 
 /// What a call computes.
 #[derive(Clone, Copy)]
@@ -56,26 +54,16 @@ pub(in crate::plan) fn backward(
 ) -> Result<Draft> {
     let LoraShape { m, n, k, r } = shape;
     let wanted = Wanted::of(op);
-    let tile = tiles(options)[0];
-    let cluster = clusters(options, device)?[0];
-    let bundle = u64::from(options.bundle.unwrap_or(1));
-
-    let r_blocks = blocks(r, LORA_SM90_NARROW_N);
-    let [m_groups, n_groups, k_groups] = [m, n, k].map(|extent| groups(extent, cluster));
-    let k_blocks = blocks(k, tile.columns);
-    let dh_units = if wanted.dh { m_groups * r_blocks } else { 0 };
-    let bundle = bundle.clamp(1, dh_units.max(1));
+    let Setup { tile, cluster, bundle, chunks, clocks } = choose(wanted, shape, device, options)?;
+    let counts = Counts::of(wanted, shape, &tile, cluster);
+    let Counts { m_groups, n_groups, k_groups, k_blocks, r_blocks, dh_units, db_tiles, da_tiles } = counts;
+    let slabs = counts.slabs(cluster);
     let dh_tickets = dh_units.div_ceil(bundle);
-    let dx_tickets = if wanted.dx { m_groups * k_blocks } else { 0 };
-    // dbias rides on the db tiles of the first block of ranks, which therefore exist even without db.
-    let db_tiles = n_groups * if wanted.db { r_blocks } else { u64::from(wanted.dbias) };
-    let da_tiles = if wanted.da { k_groups * r_blocks } else { 0 };
-    let slabs = (db_tiles + da_tiles) * u64::from(cluster * LORA_SM90_SLABS);
-    let (flag_shift, flag_count) = flags(m_groups * u64::from(cluster));
-    let chunks = Chunks::choose(device, options, m, r, db_tiles + da_tiles, slabs);
-    let dx_end = dh_tickets + dx_tickets;
+    let dx_end = dh_tickets + counts.dx_tiles(wanted);
     let db_end = dx_end + db_tiles * chunks.count;
     let tickets = check_tickets(db_end + da_tiles * chunks.count)?;
+    let ctas = ctas(tickets, cluster, device);
+    let (flag_shift, flag_count) = flags(m_groups * u64::from(cluster));
 
     let mut scratch = Scratch { end: SYNC_BYTES as u64, ..Scratch::default() };
     let dh = raw::Matrix { ptr: 0, rows: m, cols: r, row_stride: scratch_stride(r) };
@@ -83,10 +71,7 @@ pub(in crate::plan) fn backward(
         scratch.h = Some(scratch.reserve((m * dh.row_stride * op.dtype.size()) as u64));
     }
     if slabs > 0 {
-        // A slab that is not cut into chunks needs nobody else's sums: its warpgroup uses a place of its own.
-        let ctas = u64::from(ctas(tickets, cluster, device));
-        let places = if chunks.count > 1 { slabs * chunks.count } else { ctas * u64::from(LORA_SM90_SLABS) };
-        scratch.partials = Some(scratch.reserve(4 * chunks.partial_stride * places));
+        scratch.partials = Some(scratch.reserve(chunks::partial_bytes(chunks, r, slabs, ctas)));
     }
     let gradient = |wanted: bool, argument: Option<raw::Gradient>| {
         argument.filter(|_| wanted).map(|gradient| matrix(gradient.matrix)).unwrap_or_default()
@@ -118,21 +103,141 @@ pub(in crate::plan) fn backward(
         tickets,
         chunks: chunks.count as u32,
         chunk_rows: chunks.rows as u32,
-        partial_stride: chunks.partial_stride as u32,
+        partial_stride: chunks::partial_stride(r) as u32,
         counters,
         group_m: GROUP_M,
         flag_shift,
         sync_words: counters + if chunks.count > 1 { slabs as u32 } else { 0 },
         flags: gradient_flags(op),
     };
-    let maps = maps(op, dh, wanted, &tile);
+    let maps = maps(op, dh, wanted);
     let is_bf16 = op.dtype == Dtype::Bf16;
     let launch = tile.launch(cluster, tickets, device, maps, Params::Sm90Backward(params), is_bf16);
-    let choice = crate::plan::Choice::Sm90(Choice { tile, cluster });
-    Ok(Draft { choice, launch, scratch, notes: Vec::new() })
+    let microseconds = microseconds(clocks);
+    let choice = crate::plan::Choice::Sm90(Choice { tile, cluster, microseconds });
+    Ok(Draft { choice, launch, scratch, notes: Vec::new(), microseconds })
 }
 
-fn maps(op: &raw::Backward, dh: raw::Matrix, wanted: Wanted, _tile: &Tile) -> Vec<Option<TensorMap>> {
+/// Units and tiles of a call, for one tile shape and cluster size.
+#[derive(Clone, Copy)]
+struct Counts {
+    m_groups: u64,
+    n_groups: u64,
+    k_groups: u64,
+    k_blocks: u64,
+    r_blocks: u64,
+    dh_units: u64,
+    db_tiles: u64,
+    da_tiles: u64,
+}
+
+impl Counts {
+    fn of(wanted: Wanted, shape: LoraShape, tile: &Tile, cluster: u32) -> Counts {
+        let LoraShape { m, n, k, r } = shape;
+        let r_blocks = blocks(r, LORA_SM90_NARROW_N);
+        let [m_groups, n_groups, k_groups] = [m, n, k].map(|extent| groups(extent, cluster));
+        Counts {
+            m_groups,
+            n_groups,
+            k_groups,
+            k_blocks: blocks(k, tile.columns),
+            r_blocks,
+            dh_units: if wanted.dh { m_groups * r_blocks } else { 0 },
+            // dbias rides on the db tiles of the first block of ranks, which therefore exist even without db.
+            db_tiles: n_groups * if wanted.db { r_blocks } else { u64::from(wanted.dbias) },
+            da_tiles: if wanted.da { k_groups * r_blocks } else { 0 },
+        }
+    }
+
+    fn dx_tiles(&self, wanted: Wanted) -> u64 {
+        if wanted.dx { self.m_groups * self.k_blocks } else { 0 }
+    }
+
+    /// Of all tiles of db and da.
+    fn slabs(&self, cluster: u32) -> u64 {
+        (self.db_tiles + self.da_tiles) * u64::from(cluster * LORA_SM90_SLABS)
+    }
+}
+
+/// One way to run a call, and how long it takes by the model.
+#[derive(Clone, Copy)]
+struct Setup {
+    tile: Tile,
+    cluster: u32,
+    bundle: u64,
+    chunks: Chunks,
+    clocks: f64,
+}
+
+/// The way with the shortest predicted time among those that the options leave.
+fn choose(wanted: Wanted, shape: LoraShape, device: &Device, options: &Options) -> Result<Setup> {
+    let mut candidates = candidates(options, device, shape.m)?;
+    if !wanted.dx {
+        // No main tile: the shapes differ in nothing.
+        let size = candidates.first().map(|(tile, _)| tile.size);
+        candidates.retain(|(tile, _)| Some(tile.size) == size);
+    }
+    shortest(
+        candidates,
+        |tile, cluster| choose_for(wanted, shape, device, options, tile, cluster),
+        |setup| setup.clocks,
+    )
+}
+
+/// Bundle and chunks for one tile shape and cluster size.
+fn choose_for(
+    wanted: Wanted,
+    shape: LoraShape,
+    device: &Device,
+    options: &Options,
+    tile: Tile,
+    cluster: u32,
+) -> Result<Setup> {
+    let LoraShape { m, n, r, .. } = shape;
+    let counts = Counts::of(wanted, shape, &tile, cluster);
+    let dx_tiles = counts.dx_tiles(wanted);
+    let gradient_tiles = counts.db_tiles + counts.da_tiles;
+    // Chunks are counted further down; they do not make fewer clusters.
+    let tickets = check_tickets(counts.dh_units + dx_tiles + gradient_tiles)?;
+    let clusters = ctas(tickets, cluster, device) / cluster;
+    let cuts = Chunks::candidates(options, (m, r), gradient_tiles, cluster, device.sms / cluster);
+    let middle = |machine: &Machine| Middle {
+        groups: counts.m_groups,
+        columns: dx_tiles / counts.m_groups,
+        units: counts.dh_units,
+        depth: n,
+        rank: r,
+        main: machine.main(&tile, n, r),
+    };
+    let mut best: Option<Setup> = None;
+    let machine = Machine::new(device, cluster, clusters);
+    for bundle in middle(&machine).bundles(&machine, options.bundle) {
+        for &chunks in &cuts {
+            let total = counts.dh_units.div_ceil(bundle) + dx_tiles + gradient_tiles * chunks.count;
+            if best.is_some() && check_tickets(total).is_err() {
+                continue;
+            }
+            let clusters = ctas(check_tickets(total)?, cluster, device) / cluster;
+            let machine = Machine::new(device, cluster, clusters);
+            let Ran { mut timeline, ready, stall } = middle(&machine).run(&machine, bundle);
+            let left = 4.0 * (u64::from(LORA_SM90_SLABS) * chunks::partial_stride(r)) as f64;
+            let unit = machine.gradient(chunks.rows.min(m as u64), r, gradient_tiles * chunks.count, left);
+            timeline.draw(counts.db_tiles * chunks.count, unit);
+            if counts.da_tiles > 0 {
+                timeline.wait(ready);
+            }
+            timeline.draw(counts.da_tiles * chunks.count, unit);
+            let clocks = timeline.end() + stall;
+            if best.is_none_or(|best| clocks < best.clocks) {
+                best = Some(Setup { tile, cluster, bundle, chunks, clocks });
+            }
+        }
+    }
+    // There is always a bundle, and a cut.
+    best.ok_or(Error::NoOutput)
+}
+
+fn maps(op: &raw::Backward, dh: raw::Matrix, wanted: Wanted) -> Vec<Option<TensorMap>> {
     let maps = Maps { dtype: op.dtype };
     let rows = [LORA_SM90_BLOCK_K, LORA_SM90_BLOCK_M];
     // A matrix that is read across its rows: blocks of 64 columns.
@@ -155,31 +260,4 @@ fn maps(op: &raw::Backward, dh: raw::Matrix, wanted: Wanted, _tile: &Tile) -> Ve
         all[index as usize] = map;
     }
     all
-}
-
-/// How the tokens are cut for the reductions of da and db.
-struct Chunks {
-    count: u64,
-    rows: u64,
-    partial_stride: u64,
-}
-
-impl Chunks {
-    /// Enough chunks for two tiles of db and da per cluster, within the memory for partial sums and the counters.
-    fn choose(device: &Device, options: &Options, m: usize, r: usize, tiles: u64, slabs: u64) -> Chunks {
-        let block = u64::from(LORA_SM90_BLOCK_M);
-        // One f32 per thread and accumulator register: half a narrow tile's columns, and two of the column sums.
-        let partial_stride = 128 * (u64::from(narrow_columns(r)) / 2 + 2);
-        let affordable = MAX_PARTIAL_BYTES / (4 * partial_stride).saturating_mul(slabs.max(1));
-        let wanted = match options.chunks {
-            Some(chunks) => u64::from(chunks).min((m as u64).div_ceil(block)),
-            None => u64::from(device.sms).div_ceil(tiles.max(1)).min(m as u64 / MIN_CHUNK_ROWS),
-        };
-        let most = wanted.min(affordable);
-        if most <= 1 || tiles == 0 || slabs > MAX_COUNTERS {
-            return Chunks { count: 1, rows: (m as u64).next_multiple_of(block), partial_stride };
-        }
-        let rows = (m as u64).div_ceil(most).next_multiple_of(block);
-        Chunks { count: (m as u64).div_ceil(rows), rows, partial_stride }
-    }
 }

@@ -1,7 +1,9 @@
 //! Plans of forward.
 
 use super::maps::Maps;
-use super::{Choice, Tile, check_tickets, clusters, groups, narrow_columns, tiles};
+use super::middle::Middle;
+use super::model::{Machine, microseconds};
+use super::{Choice, Tile, candidates, check_tickets, ctas, groups, narrow_columns, shortest};
 use crate::error::Result;
 use crate::params::*;
 use crate::plan::{Device, Draft, GROUP_M, Options, SYNC_BYTES, Scratch, blocks, flags, matrix, scratch_stride};
@@ -21,15 +23,11 @@ pub(in crate::plan) fn forward(
     options: &Options,
 ) -> Result<Draft> {
     let LoraShape { m, n, k, r } = shape;
-    let tile = tiles(options)[0];
-    let cluster = clusters(options, device)?[0];
-    let bundle = u64::from(options.bundle.unwrap_or(1));
-
+    let Setup { tile, cluster, bundle, clocks } = choose(shape, device, options)?;
     let m_groups = groups(m, cluster);
     let r_blocks = blocks(r, LORA_SM90_NARROW_N);
     let n_blocks = blocks(n, tile.columns);
     let h_units = m_groups * r_blocks;
-    let bundle = bundle.clamp(1, h_units.max(1));
     let h_tickets = h_units.div_ceil(bundle);
     let tickets = check_tickets(h_tickets + m_groups * n_blocks)?;
     let (flag_shift, flag_count) = flags(m_groups * u64::from(cluster));
@@ -65,8 +63,49 @@ pub(in crate::plan) fn forward(
     let maps = maps(op, h, &tile);
     let is_bf16 = op.dtype == Dtype::Bf16;
     let launch = tile.launch(cluster, tickets, device, maps, Params::Sm90Forward(params), is_bf16);
-    let choice = crate::plan::Choice::Sm90(Choice { tile, cluster });
-    Ok(Draft { choice, launch, scratch, notes: Vec::new() })
+    let microseconds = microseconds(clocks);
+    let choice = crate::plan::Choice::Sm90(Choice { tile, cluster, microseconds });
+    Ok(Draft { choice, launch, scratch, notes: Vec::new(), microseconds })
+}
+
+/// One way to run a call, and how long it takes by the model.
+#[derive(Clone, Copy)]
+struct Setup {
+    tile: Tile,
+    cluster: u32,
+    bundle: u64,
+    clocks: f64,
+}
+
+/// The way with the shortest predicted time among those that the options leave.
+fn choose(shape: LoraShape, device: &Device, options: &Options) -> Result<Setup> {
+    let candidates = candidates(options, device, shape.m)?;
+    shortest(candidates, |tile, cluster| choose_for(shape, device, options, tile, cluster), |setup| setup.clocks)
+}
+
+/// The bundle for one tile shape and cluster size.
+fn choose_for(shape: LoraShape, device: &Device, options: &Options, tile: Tile, cluster: u32) -> Result<Setup> {
+    let LoraShape { m, n, k, r } = shape;
+    let (m_groups, n_blocks) = (groups(m, cluster), blocks(n, tile.columns));
+    let units = m_groups * blocks(r, LORA_SM90_NARROW_N);
+    let most = ctas(check_tickets(units + m_groups * n_blocks)?, cluster, device) / cluster;
+    let setup = |bundle: u64, clusters: u32| {
+        let machine = Machine::new(device, cluster, clusters);
+        let main = machine.main(&tile, k, r);
+        let middle = Middle { groups: m_groups, columns: n_blocks, units, depth: k, rank: r, main };
+        (middle, machine, Setup { tile, cluster, bundle, clocks: f64::INFINITY })
+    };
+    let (middle, machine, mut best) = setup(1, most);
+    for bundle in middle.bundles(&machine, options.bundle) {
+        let tickets = check_tickets(middle.tickets(bundle) + m_groups * n_blocks)?;
+        let (middle, machine, mut found) = setup(bundle, ctas(tickets, cluster, device) / cluster);
+        let ran = middle.run(&machine, bundle);
+        found.clocks = ran.timeline.end() + ran.stall;
+        if found.clocks < best.clocks {
+            best = found;
+        }
+    }
+    Ok(best)
 }
 
 fn maps(op: &raw::Forward, h: raw::Matrix, tile: &Tile) -> Vec<Option<crate::plan::TensorMap>> {

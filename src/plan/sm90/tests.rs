@@ -1,0 +1,201 @@
+//! The planner's choices, ticket by ticket.
+#![allow(clippy::panic)] // helpers of tests fail as tests do
+
+use super::model::{Machine, MainTile};
+use super::{TILES, Tile};
+use crate::params::*;
+use crate::plan::{Choice, Device, Plan};
+use crate::{Accumulate, Dtype, LoraShape, raw};
+
+/// Layers of models with 8 to 70 billion parameters, as (N, K).
+const LAYERS: [(usize, usize); 5] = [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (8192, 8192)];
+
+fn at(index: u64, rows: usize, cols: usize) -> raw::Matrix {
+    raw::Matrix::new(index << 40, rows, cols)
+}
+
+fn forward(LoraShape { m, n, k, r }: LoraShape) -> raw::Forward {
+    raw::Forward {
+        dtype: Dtype::Bf16,
+        x: at(1, m, k),
+        w: at(2, n, k),
+        a: at(3, r, k),
+        b: at(4, n, r),
+        scale: 2.0,
+        bias: None,
+        h: Some(at(5, m, r)),
+        y: at(6, m, n),
+    }
+}
+
+fn backward(LoraShape { m, n, k, r }: LoraShape) -> raw::Backward {
+    let gradient = |matrix| Some(raw::Gradient { matrix, f32: true });
+    raw::Backward {
+        dtype: Dtype::Bf16,
+        dy: at(1, m, n),
+        w: at(2, n, k),
+        a: at(3, r, k),
+        b: at(4, n, r),
+        scale: 2.0,
+        x: Some(at(5, m, k)),
+        h: Some(at(6, m, r)),
+        dx: Some(at(7, m, k)),
+        da: gradient(at(8, r, k)),
+        db: gradient(at(9, n, r)),
+        dbias: gradient(at(10, 1, n)),
+        accumulate: Accumulate::default(),
+    }
+}
+
+/// What a simulation needs to know about a plan.
+struct Tickets {
+    groups: u32,
+    columns: u32,
+    units: u32,
+    bundle: u32,
+    tickets: u32,
+    group_m: u32,
+    depth: u32,
+    rank: u32,
+}
+
+fn tickets(plan: &Plan) -> (Tickets, Tile, Machine, MainTile) {
+    let Choice::Sm90(choice) = plan.choice else { panic!("not the Hopper family:\n{}", plan.explain()) };
+    let tickets = match plan.launch.params {
+        Params::Sm90Forward(p) => Tickets {
+            groups: p.m_groups,
+            columns: p.n_blocks,
+            units: p.h_units,
+            bundle: p.h_bundle,
+            tickets: p.h_tickets,
+            group_m: p.group_m,
+            depth: p.k,
+            rank: p.r,
+        },
+        Params::Sm90Backward(p) => Tickets {
+            groups: p.m_groups,
+            columns: p.k_blocks,
+            units: p.dh_units,
+            bundle: p.dh_bundle,
+            tickets: p.dh_tickets,
+            group_m: p.group_m,
+            depth: p.n,
+            rank: p.r,
+        },
+        other => panic!("{other:?}"),
+    };
+    let machine = Machine::new(&plan.device, choice.cluster, plan.launch.grid[0] / choice.cluster);
+    let main = machine.main(&choice.tile, tickets.depth as usize, tickets.rank as usize);
+    (tickets, choice.tile, machine, main)
+}
+
+/// Every ticket in turn to the cluster that is free first, as the kernels do it: the clocks that main tiles wait for h in
+/// all, and the time when the last of them is done.
+fn simulate(plan: &Plan) -> (f64, f64) {
+    let (t, _, machine, main) = tickets(plan);
+    let unit = machine.narrow(t.depth as usize, t.rank as usize, u64::from(t.tickets));
+    let mut free = vec![0.0_f64; machine.clusters as usize];
+    // The cluster that is free first, which is then busy for as long as `clocks` says of its start.
+    let mut draw = |clocks: &dyn Fn(f64) -> f64| {
+        let first = (0..free.len()).min_by(|&a, &b| free[a].total_cmp(&free[b])).unwrap_or(0);
+        let start = free[first];
+        free[first] += clocks(start);
+        (start, free[first])
+    };
+    let mut ready = vec![0.0_f64; t.groups as usize];
+    for ticket in 0..t.tickets {
+        let units = (ticket..t.units).step_by(t.tickets as usize);
+        let (start, _) = draw(&|_| unit * units.len() as f64);
+        assert!(units.len() <= t.bundle as usize);
+        for (done, index) in units.enumerate() {
+            let group = &mut ready[(index % t.groups) as usize];
+            *group = group.max(start + unit * (done + 1) as f64);
+        }
+    }
+    let (mut waited, mut end) = (0.0, 0.0_f64);
+    for index in 0..t.groups * t.columns {
+        // `grouped` of kernels/blocks.cuh.
+        let pass = index / (t.group_m * t.columns);
+        let rows = (t.groups - pass * t.group_m).min(t.group_m);
+        let group = pass * t.group_m + index % (t.group_m * t.columns) % rows;
+        let wait = |start: f64| (ready[group as usize] - start - main.until_tail).max(0.0);
+        let (start, done) = draw(&|start| main.clocks + wait(start));
+        waited += wait(start);
+        end = end.max(done);
+    }
+    (waited, end)
+}
+
+#[test]
+fn no_main_tile_waits_for_h_or_dh() {
+    for device in ["h100", "h200"].map(|name| Device::named(name).expect("it is in the table")) {
+        for (n, k) in LAYERS {
+            for r in [16, 64, 128] {
+                let shape = LoraShape { m: 8192, n, k, r };
+                for plan in [Plan::forward(&forward(shape), &device), Plan::backward(&backward(shape), &device)] {
+                    let plan = plan.expect("a plan");
+                    let (waited, _) = simulate(&plan);
+                    assert_eq!(waited, 0.0, "{}", plan.explain());
+                }
+            }
+        }
+    }
+}
+
+/// The time by which forward was chosen is that of the simulation, or more where main tiles wait: then the longest wait is
+/// taken to be everybody's.
+#[test]
+fn predictions_are_those_of_a_simulation() {
+    for (m, n, k, r) in [(8192, 4096, 4096, 16), (4096, 14336, 4096, 64), (1000, 4096, 1024, 256), (130, 64, 64, 8)] {
+        let device = Device::named("h200").expect("it is in the table");
+        let shape = LoraShape { m, n, k, r };
+        let options = crate::plan::Options::default().with_family(crate::plan::Family::Sm90);
+        let plan = Plan::forward_with(&forward(shape), &device, options).expect("a plan");
+        let (waited, end) = simulate(&plan);
+        let simulated = super::model::microseconds(end);
+        let predicted = plan.predicted_microseconds().expect("the family predicts");
+        let most = if waited > 0.0 { 1.1 } else { 1.0 + 1e-9 };
+        let ratio = predicted / simulated;
+        assert!((1.0 - 1e-9..most).contains(&ratio), "{predicted} {simulated} {waited}\n{}", plan.explain());
+    }
+}
+
+/// Free slots in the last wave take h along: it costs no more than its tail.
+#[test]
+fn h_costs_nothing_beside_its_tail_where_a_wave_has_room() {
+    let device = Device::named("h200").expect("it is in the table");
+    let time = |r| {
+        let shape = LoraShape { m: 8192, n: 4096, k: 4096, r };
+        Plan::forward(&forward(shape), &device).expect("a plan").predicted_microseconds().expect("it predicts")
+    };
+    for (r, most) in [(16, 0.005), (64, 0.02), (128, 0.045)] {
+        let tax = time(r) / time(0) - 1.0;
+        assert!((0.0..most).contains(&tax), "rank {r}: {tax}");
+    }
+}
+
+#[test]
+fn shared_memory_suffices_for_every_tile() {
+    let device = Device::of_arch("a device", 90, 132);
+    for tile in TILES {
+        assert!(tile.shared_bytes() <= device.shared_per_block, "{tile:?}");
+    }
+}
+
+/// Far more plans than a training step has layers, in less than a blink: planning is on the path of every launch.
+#[test]
+fn planning_is_quick() {
+    let device = Device::named("h200").expect("it is in the table");
+    let start = std::time::Instant::now();
+    let rounds = 20;
+    for _ in 0..rounds {
+        for (n, k) in LAYERS {
+            let shape = LoraShape { m: 8192, n, k, r: 16 };
+            Plan::forward(&forward(shape), &device).expect("a plan");
+            Plan::backward(&backward(shape), &device).expect("a plan");
+        }
+    }
+    let each = start.elapsed() / (2 * rounds * LAYERS.len() as u32);
+    eprintln!("{each:?} per plan");
+    assert!(each.as_micros() < 2000, "{each:?} per plan");
+}
