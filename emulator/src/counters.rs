@@ -19,7 +19,7 @@ pub enum Class {
     Atomic,
     /// `cp.async` with commits and waits.
     Copy,
-    /// `ldmatrix`.
+    /// `ldmatrix` and `stmatrix`.
     Matrix,
     /// `mma`.
     Tensor,
@@ -35,7 +35,7 @@ pub enum Class {
 ///
 /// **Shared memory** is modelled as 32 banks, each four bytes wide: a *wavefront* serves one word of each bank. Lanes are served
 /// together in groups that together ask for 128 bytes: 32 lanes of up to 4 bytes, 16 of 8, 8 of 16, the eight rows of a
-/// matrix of `ldmatrix`; lanes with the same word share it. Without conflicts each group takes one wavefront.
+/// matrix of `ldmatrix` or `stmatrix`; lanes with the same word share it. Without conflicts each group takes one wavefront.
 ///
 /// **Global memory** is fetched in sectors of 32 bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -39,7 +39,7 @@ fn bank_conflicts() {
     assert_eq!(load.ptx_line, 22);
 }
 
-/// Rows of 64 bytes: `ldmatrix` meets half of the banks, unless the 16-byte columns are swizzled.
+/// Rows of 64 bytes: `ldmatrix` and `stmatrix` meet half of the banks, unless the 16-byte columns are swizzled.
 #[test]
 fn bank_conflicts_of_matrices() {
     let rows = |swizzle: &str| {
@@ -58,17 +58,21 @@ fn bank_conflicts_of_matrices() {
     {swizzle}
     add.s32 %r5, %r5, %r2;
     ldmatrix.sync.aligned.m8n8.x1.shared.b16 {{%r6}}, [%r5];
+    stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r5], {{%r6}};
     ret;"
         ))
     };
     let plain = rows("");
     let ldmatrix = line(&plain, "ldmatrix");
     assert_eq!((ldmatrix.wavefronts, ldmatrix.conflicts, ldmatrix.class), (4, 3, Class::Matrix));
+    let stmatrix = line(&plain, "stmatrix");
+    assert_eq!((stmatrix.wavefronts, stmatrix.conflicts, stmatrix.class), (4, 3, Class::Matrix));
     let copy = line(&plain, "cp.async.cg");
     assert_eq!((copy.wavefronts, copy.conflicts, copy.sectors, copy.least_sectors), (4, 0, 16, 16));
     assert_eq!(plain.copied, 512);
     let swizzled = rows("shr.u32 %r6, %r4, 1;\n and.b32 %r6, %r6, 3;\n shl.b32 %r6, %r6, 4;\n xor.b32 %r5, %r5, %r6;");
     assert_eq!(line(&swizzled, "ldmatrix").conflicts, 0);
+    assert_eq!(line(&swizzled, "stmatrix").conflicts, 0);
 }
 
 #[test]

@@ -35,7 +35,8 @@ class Backward : Operation<LoraSm90Backward> {
       if (!is_db) wait_for_narrow(unit.token / kBlockM, (unit.tokens + kBlockM - 1) / kBlockM);
       const LoraTensorMap& wide = map(is_db ? LORA_SM90_BACKWARD_DY_TOKENS : LORA_SM90_BACKWARD_X_TOKENS);
       const LoraTensorMap& narrow = map(is_db ? LORA_SM90_BACKWARD_H_TOKENS : LORA_SM90_BACKWARD_DH_TOKENS);
-      producer.gradient(wide, narrow, unit.m, unit.n, width(), !is_db || p_.db.ptr != 0, unit.token,
+      const bool product = has_product(is_db);
+      producer.gradient(wide, narrow, unit.m, unit.n, product ? width() : kSumsN, product, unit.token,
                         unit.token_blocks());
     }
   }
@@ -57,6 +58,8 @@ class Backward : Operation<LoraSm90Backward> {
  private:
   // Registers of a gradient that are added up and stored together: enough loads in flight, few instructions.
   static constexpr uint32_t kAtOnce = 16;
+  // Columns of a narrow tile that has no product, only sums: nothing is there, but both roles lay out stages by it.
+  static constexpr int kSumsN = 16;
 
   // One chunk of a tile of db or daᵀ: kBlockM rows from m on, ranks from n on.
   struct GradientUnit {
@@ -70,6 +73,9 @@ class Backward : Operation<LoraSm90Backward> {
   };
 
   __device__ __forceinline__ uint32_t n_steps() const { return (p_.n + kBlockK - 1) / kBlockK; }
+
+  // Without db its tiles only sum up dbias.
+  __device__ __forceinline__ bool has_product(bool is_db) const { return !is_db || p_.db.ptr != 0; }
 
   __device__ __forceinline__ GradientUnit gradient_unit(uint32_t ticket, bool is_db) const {
     const uint32_t index = ticket - (is_db ? p_.dx_end : p_.db_end);
@@ -117,12 +123,12 @@ class Backward : Operation<LoraSm90Backward> {
   }
 
   __device__ __forceinline__ void gradient(Consumer<Shape>& consumer, const GradientUnit& unit, bool is_db) const {
-    const bool product = !is_db || p_.db.ptr != 0;
+    const bool product = has_product(is_db);
     const bool with_sums = is_db && p_.dbias != 0 && unit.n == 0;
     const uint32_t slab = p_.chunks == 1 ? blockIdx.x * kSlabs + consumer.slab() : unit.slab + consumer.slab();
     float* const mine = partial(slab, unit.chunk);
     if (!product) {
-      multiply<Narrow<16, 1, 1, false, true>>(consumer, unit, mine);
+      multiply<Narrow<kSumsN, 1, 1, false, true>>(consumer, unit, mine);
     } else if (with_sums) {
       for_narrow_width(width(), [&](auto width) LORA_INLINE {
         multiply<Narrow<decltype(width)::kN, 1, 1, true, true>>(consumer, unit, mine);
@@ -134,7 +140,7 @@ class Backward : Operation<LoraSm90Backward> {
     }
     if (p_.chunks > 1 && !arrive_last(consumer, place_, p_.sync, p_.counters + slab, p_.chunks)) return;
     const float* const first = partial(slab, 0);
-    const uint32_t registers = (product ? width() : 16) / 2;
+    const uint32_t registers = (product ? width() : kSumsN) / 2;
     const uint32_t m = unit.m + consumer.slab() * kSlabM;
     if (product) {
       const GradientOut out = gradient_out(is_db);

@@ -54,8 +54,8 @@ class Producer {
         width, 0);
   }
 
-  // A tile of db or daᵀ: kBlockM columns of `a` from m on, `width` columns of `b` from n on (none: width 0), over
-  // `blocks` blocks of 64 tokens from `token` on.
+  // A tile of db or daᵀ: kBlockM columns of `a` from m on, `width` columns of `b` from n on (room for them
+  // without `with_b`), over `blocks` blocks of 64 tokens from `token` on.
   __device__ __forceinline__ void gradient(const LoraTensorMap& a, const LoraTensorMap& b, uint32_t m, uint32_t n,
                                            uint32_t width, bool with_b, uint32_t token, uint32_t blocks) {
     for_each_block(

@@ -4,12 +4,15 @@
 //! `check::forward(&backend, &Spec { … })` makes the data, runs it and holds every output to the oracle.
 #![allow(dead_code)] // each test binary uses its part
 
+#[cfg(feature = "cuda")]
+pub mod altered;
 pub mod check;
 pub mod data;
 #[cfg(all(feature = "emulator", feature = "cuda"))]
 pub mod emulated;
 #[cfg(feature = "cuda")]
 pub mod gpu;
+pub mod hopper;
 pub mod raw;
 
 use std::io::Write;

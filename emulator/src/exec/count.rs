@@ -5,7 +5,7 @@ use super::Context;
 use super::space::resolve;
 use crate::alu::Lanes;
 use crate::counters::{Class, Line};
-use crate::isa::{Hopper, Op, Space};
+use crate::isa::{Hopper, Op, Space, WarpOp};
 use crate::module::Module;
 
 const BANKS: u64 = 32;
@@ -87,7 +87,7 @@ fn class(op: &Op) -> Class {
         Op::St { .. } => Class::Store,
         Op::Atom { .. } => Class::Atomic,
         Op::CpAsync { .. } | Op::CpAsyncCommit | Op::CpAsyncWait { .. } => Class::Copy,
-        Op::Ldmatrix { .. } => Class::Matrix,
+        Op::Ldmatrix { .. } | Op::Warp(WarpOp::Stmatrix { .. }) => Class::Matrix,
         Op::Mma { .. } => Class::Tensor,
         Op::Bar { .. } | Op::WarpSync { .. } | Op::Fence { .. } => Class::Barrier,
         Op::Shfl { .. } | Op::VoteSync { .. } | Op::ActiveMask { .. } => Class::Warp,
@@ -157,7 +157,7 @@ impl Context<'_> {
         line.global(from, read, total);
     }
 
-    /// The rows of an `ldmatrix`.
+    /// The rows of an `ldmatrix` or `stmatrix`.
     #[inline]
     pub(super) fn count_rows(&mut self, pc: u32, rows: &[u64]) {
         if let Some(lines) = &mut self.lines {

@@ -83,10 +83,12 @@ impl Cta {
     ) -> Outcome<()> {
         let addresses = self.warps[warp].addresses(context, self, address);
         let access = self.warps[warp].views.access(self.serial, pc, WRITE);
+        let mut rows = Vec::with_capacity(32);
         for (matrix, register) in a.iter().enumerate() {
             for (row, elements) in tile(register, trans).iter().enumerate() {
                 let lane = matrix * 8 + row;
                 let at = self.row_address("stmatrix", space, addresses[lane], lane)?;
+                rows.push(at);
                 let mut data = [0; 16];
                 for (place, element) in data.as_chunks_mut::<2>().0.iter_mut().zip(elements) {
                     *place = element.to_le_bytes();
@@ -97,6 +99,7 @@ impl Cta {
             }
             context.counters.shared_stored += 128;
         }
+        context.count_rows(pc, &rows);
         context.idle = 0;
         Ok(())
     }
