@@ -8,11 +8,10 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 
+use common::altered::{self, Edit, Site};
 use common::check;
 use common::data::{Placement, Spec};
 use fused_lora::bf16;
@@ -25,13 +24,11 @@ use rayon::prelude::*;
 const FORWARD: &str = "portable_forward";
 const BACKWARD: &str = "portable_backward";
 
-/// One edit of a source file: `old` must be there, once.
+/// One edit of a source file of an image.
 struct Defect {
     what: &'static str,
     image: &'static str,
-    file: &'static str,
-    old: &'static str,
-    new: &'static str,
+    edit: Edit,
 }
 
 const fn defect(
@@ -41,7 +38,7 @@ const fn defect(
     old: &'static str,
     new: &'static str,
 ) -> Defect {
-    Defect { what, image, file, old, new }
+    Defect { what, image, edit: Edit { file, old, new } }
 }
 
 const TILE: &str = "portable/tile.cuh";
@@ -214,28 +211,13 @@ fn verdict(image: &'static str, tile: TileSize, module: &Arc<Module>, seeds: u64
 
 /// PTX of the kernels with a defect; `None` is the kernels as they are.
 fn compile(image: &str, defect: Option<&Defect>, folder: &Path) -> String {
-    common::copy_folder(&common::project().join("kernels"), folder);
-    if let Some(Defect { file, old, new, what, .. }) = defect {
-        let path = folder.join(file);
-        let text = fs::read_to_string(&path).expect("a source file");
-        assert_eq!(text.matches(old).count(), 1, "{what}: `{old}` is not once in {file}");
-        fs::write(&path, text.replace(old, new)).expect("a written file");
-    }
-    let source = folder.join("portable").join(format!("{}.cu", image.trim_start_matches("portable_")));
-    let ptx = folder.join("out.ptx");
-    let output = Command::new(env!("FUSED_LORA_NVCC"))
-        .args(["-std=c++17", "-O3", "-lineinfo", "-ptx", "-arch=compute_80", "-o"])
-        .args([&ptx, &source])
-        .output()
-        .expect("nvcc runs");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    fs::read_to_string(ptx).expect("PTX")
+    let source = format!("portable/{}.cu", image.trim_start_matches("portable_"));
+    altered::compile(&source, "compute_80", defect.map(|defect| defect.edit).as_slice(), folder)
 }
 
 #[test]
 fn every_defect_of_the_sources_is_noticed() {
-    if !Path::new(env!("FUSED_LORA_NVCC")).is_file() || !common::project().join("kernels").is_dir() {
-        common::skipped("every_defect", "nvcc or the kernels are not where they were when this test was built");
+    if !altered::can_compile("every_defect") {
         return;
     }
     let folder = common::scratch().join("defects");
@@ -260,14 +242,6 @@ fn every_defect_of_the_sources_is_noticed() {
     assert!(missed.is_empty(), "{missed:#?}");
 }
 
-/// One instruction of a kernel, by its line in the PTX, with what stands in its place.
-struct Site {
-    line: usize,
-    text: String,
-    replacement: String,
-    source: String,
-}
-
 /// What becomes of a synchronising instruction: gone, or of no effect on order.
 fn weakened(instruction: &str) -> Option<String> {
     let deleted = ["bar.sync", "cp.async.wait_group", "cp.async.commit_group"];
@@ -281,37 +255,6 @@ fn weakened(instruction: &str) -> Option<String> {
         .map(|(strong, weak)| instruction.replace(strong, weak))
 }
 
-/// The lines of a PTX file, and the synchronising instructions of one of its kernels.
-fn sites(ptx: &str, kernel: &str) -> (Vec<String>, Vec<Site>) {
-    let files: BTreeMap<&str, &str> = ptx
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix(".file")?.trim().split_once(char::is_whitespace))
-        .map(|(index, name)| (index, name.trim().trim_matches('"')))
-        .collect();
-    let (mut lines, mut sites, mut source, mut inside) = (Vec::new(), Vec::new(), String::new(), false);
-    for line in ptx.lines() {
-        let trimmed = line.trim();
-        if trimmed.starts_with(".visible .entry") {
-            inside = trimmed.contains(&format!("{kernel}("));
-        }
-        if trimmed.starts_with(".loc") {
-            // The place the instruction's wrapper is called from says more than the wrapper.
-            let place = trimmed.rsplit_once("inlined_at ").map_or(trimmed, |(_, place)| place);
-            let mut numbers = place.trim_start_matches(".loc").split_whitespace();
-            let (file, number) = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
-            let path = files.get(file).copied().unwrap_or_default();
-            let number: usize = number.parse().unwrap_or(0);
-            let text = fs::read_to_string(path).unwrap_or_default();
-            source = text.lines().nth(number.saturating_sub(1)).unwrap_or_default().trim().to_owned();
-        }
-        if inside && let Some(replacement) = weakened(trimmed) {
-            sites.push(Site { line: lines.len(), text: trimmed.to_owned(), replacement, source: source.clone() });
-        }
-        lines.push(line.to_owned());
-    }
-    (lines, sites)
-}
-
 #[test]
 fn every_synchronising_instruction_is_needed() {
     let kernels = [
@@ -323,7 +266,7 @@ fn every_synchronising_instruction_is_needed() {
     let mut work = Vec::new();
     for (image, tile, kernel) in kernels {
         let ptx = Image::find(image).and_then(|image| image.ptx.iter().find(|ptx| ptx.0 == 80)).expect("PTX").1;
-        let (lines, found) = sites(ptx, kernel);
+        let (lines, found) = altered::sites(ptx, kernel, weakened);
         assert!(found.len() > 10, "{kernel} has {} synchronising instructions", found.len());
         let lines = Arc::new(lines);
         work.extend(found.into_iter().map(|site| (image, tile, kernel, Arc::clone(&lines), site)));

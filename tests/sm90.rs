@@ -128,8 +128,13 @@ fn what_the_family_cannot_do_the_portable_one_does() {
         (Spec { r: 4, ..aligned }, Family::Portable),
     ];
     for (spec, family) in cases {
-        let emulator = hopper(4, Options::default());
+        // What is possible can be asked for; of what is not, asking is an error and the planner's own choice another.
+        let asked = Options::default().with_family(Family::Sm90);
+        let emulator = hopper(4, if family == Family::Sm90 { asked } else { Options::default() });
         let (mut forward, mut backward) = (spec.forward::<bf16>(), spec.backward::<bf16>());
+        if family != Family::Sm90 {
+            assert!(hopper(4, asked).forward(forward.views()).is_err(), "{spec:?}");
+        }
         let runs = [emulator.forward(forward.views()), emulator.backward(backward.views())];
         for run in runs {
             assert_eq!(run.expect("the kernel runs").plan.family(), family, "{spec:?}");

@@ -126,7 +126,7 @@ mod tests {
                 if case / 2 % 16 == 0 {
                     continue;
                 }
-                let wants = |bit: u32| case / 2 >> bit & 1 == 1;
+                let wants = |bit: u32| ((case / 2) >> bit) & 1 == 1;
                 let op = raw::Backward {
                     dtype: Dtype::F16,
                     dy: at(7, m, n),

@@ -13,6 +13,8 @@ pub mod emulated;
 #[cfg(feature = "cuda")]
 pub mod gpu;
 pub mod hopper;
+#[cfg(feature = "cuda")]
+pub mod hopper_defects;
 pub mod raw;
 
 use std::io::Write;

@@ -63,9 +63,9 @@ impl Middle {
     pub(super) fn run(&self, machine: &Machine, bundle: u64) -> Ran {
         let mut timeline = Timeline::new(machine.clusters);
         let (tickets, unit) = (self.tickets(bundle), self.unit(machine, bundle));
-        if tickets > 0 {
+        if let Some(each) = self.units.checked_div(tickets) {
             // The first tickets have a unit more where they do not come out even.
-            let (each, more) = (self.units / tickets, self.units % tickets);
+            let more = self.units - each * tickets;
             timeline.draw(more, unit * (each + 1) as f64);
             timeline.draw(tickets - more, unit * each as f64);
         }

@@ -1,0 +1,218 @@
+//! What can be wrong with the Hopper kernels: edits of their sources.
+
+use fused_lora::plan::TileSize;
+
+use super::altered::Edit;
+
+pub const FORWARD: &str = "sm90_forward";
+pub const BACKWARD: &str = "sm90_backward";
+
+pub struct Defect {
+    pub what: &'static str,
+    pub image: &'static str,
+    pub tile: TileSize,
+    pub edits: &'static [Edit],
+}
+
+/// `image "what": (file "old" => "new") ..;` for each defect.
+macro_rules! defects {
+    ($($image:ident $tile:ident $what:literal: $(($file:ident $old:literal => $new:literal))+;)*) => {
+        &[$(Defect {
+            what: $what,
+            image: $image,
+            tile: TileSize::$tile,
+            edits: &[$(Edit { file: $file, old: $old, new: $new }),+],
+        }),*]
+    };
+}
+
+const SYNC: &str = "ptx/sync.cuh";
+const MBARRIER: &str = "ptx/mbarrier.cuh";
+const ELEMENT: &str = "element.cuh";
+const RING: &str = "sm90/ring.cuh";
+const SCHEDULE: &str = "sm90/schedule.cuh";
+const PRODUCER: &str = "sm90/producer.cuh";
+const CONSUMER: &str = "sm90/consumer.cuh";
+const EPILOGUE: &str = "sm90/epilogue.cuh";
+const ROLES: &str = "sm90/roles.cuh";
+const FORWARD_CU: &str = "sm90/forward.cu";
+const BACKWARD_CU: &str = "sm90/backward.cu";
+
+#[rustfmt::skip]
+pub const DEFECTS: &[Defect] = defects! {
+    // Stages of the ring.
+    FORWARD Sm90N128 "a stage let go before its products are done":
+        (CONSUMER "ptx::wgmma_wait<1>();\n    release();" => "release();\n    ptx::wgmma_wait<1>();");
+    FORWARD Sm90N128 "products waited for a step late":
+        (CONSUMER "ptx::wgmma_wait<1>();" => "ptx::wgmma_wait<2>();");
+    FORWARD Sm90N128 "accumulators read before the products are done":
+        (CONSUMER "ptx::wgmma_wait<0>();" => "ptx::wgmma_wait<1>();");
+    FORWARD Sm90N128 "the stage at hand let go, not the one before":
+        (CONSUMER "release();\n    held_ = ring_.empty();" => "held_ = ring_.empty();\n    release();");
+    FORWARD Sm90N128 "the last stage of a tile not let go":
+        (CONSUMER "release();\n    held_ = 0;" => "held_ = 0;");
+    FORWARD Sm90N128 "no fence of the accumulators":
+        (CONSUMER "ptx::wgmma_fence();\n    Mma" => "Mma");
+    FORWARD Sm90N128 "the producer waits for the other parity":
+        (PRODUCER "ring_.parity ^ 1" => "ring_.parity");
+    FORWARD Sm90N128 "the producer does not wait":
+        (PRODUCER "ptx::mbarrier_wait(ring_.empty(), ring_.parity ^ 1);" => "");
+    FORWARD Sm90N128 "the consumers wait for the other parity":
+        (CONSUMER "ptx::mbarrier_wait(ring_.full(), ring_.parity);" => "ptx::mbarrier_wait(ring_.full(), ring_.parity ^ 1);");
+    FORWARD Sm90N128 "the consumers do not wait":
+        (CONSUMER "ptx::mbarrier_wait(ring_.full(), ring_.parity);" => "");
+    FORWARD Sm90N128 "less expected than is copied":
+        (PRODUCER "ptx::mbarrier_expect(ring_.full(), bytes);" => "ptx::mbarrier_expect(ring_.full(), bytes - 128);");
+    FORWARD Sm90N128 "more expected than is copied":
+        (PRODUCER "ptx::mbarrier_expect(ring_.full(), bytes);" => "ptx::mbarrier_expect(ring_.full(), bytes + 128);");
+    FORWARD Sm90N128 "a stage expected before it is free":
+        (PRODUCER "ptx::mbarrier_wait(ring_.empty(), ring_.parity ^ 1);\n    ptx::mbarrier_expect(ring_.full(), bytes);"
+            => "ptx::mbarrier_expect(ring_.full(), bytes);\n    ptx::mbarrier_wait(ring_.empty(), ring_.parity ^ 1);");
+    FORWARD Sm90N128 "empty barriers that count too few warps":
+        (RING "kEmpty + i * 8, kConsumerWarps * cluster);" => "kEmpty + i * 8, kConsumerWarps);");
+    FORWARD Sm90N128 "a multicast that does not wait for the other CTA":
+        (RING "kEmpty + i * 8, kConsumerWarps * cluster);" => "kEmpty + i * 8, kConsumerWarps);")
+        (CONSUMER "lane < place_.size) ptx::mbarrier_arrive(ptx::map_shared(held_, lane));"
+            => "lane == 0) ptx::mbarrier_arrive(ptx::map_shared(held_, place_.rank));");
+    FORWARD Sm90N128 "one warp lets go for all":
+        (RING "kEmpty + i * 8, kConsumerWarps * cluster);" => "kEmpty + i * 8, kSlabs * cluster);")
+        (CONSUMER "if (held_ != 0 && lane" => "if (held_ != 0 && threadIdx.x % kWarpgroup / 32 == 0 && lane");
+    // Tickets.
+    FORWARD Sm90N128 "a ticket expected before its slot is free":
+        (SCHEDULE "ptx::mbarrier_wait(barrier(Shape::kTicketEmpty), parity() ^ 1);\n    expect();"
+            => "expect();\n    ptx::mbarrier_wait(barrier(Shape::kTicketEmpty), parity() ^ 1);");
+    FORWARD Sm90N128 "a slot filled before it is free":
+        (SCHEDULE "ptx::mbarrier_wait(barrier(Shape::kTicketEmpty), parity() ^ 1);" => "");
+    FORWARD Sm90N128 "a slot let go before its ticket is read":
+        (SCHEDULE "const uint32_t ticket = __shfl_sync(0xffffffffu, tickets.receive(), 0);\n    __syncwarp();\n    if (threadIdx.x % 32 == 0) tickets.release();"
+            => "if (threadIdx.x % 32 == 0) tickets.release();\n    const uint32_t ticket = __shfl_sync(0xffffffffu, tickets.receive(), 0);\n    __syncwarp();");
+    FORWARD Sm90N128 "the producer lets a slot go before its ticket is read":
+        (SCHEDULE "ticket = tickets.receive();\n      tickets.release();" => "tickets.release();\n      ticket = tickets.receive();");
+    FORWARD Sm90N128 "a ticket read before it is there":
+        (SCHEDULE "ptx::mbarrier_wait(barrier(Shape::kTicketFull), parity());" => "");
+    FORWARD Sm90N128 "slots that do not wait for the other producer":
+        (RING "kConsumerWarps * cluster + cluster - 1);" => "kConsumerWarps * cluster);");
+    FORWARD Sm90N128 "one slot's barriers for both":
+        (SCHEDULE "return place_.smem + first + slot() * 8;" => "return place_.smem + first;");
+    // Start and end.
+    FORWARD Sm90N128 "barriers not fenced":
+        (RING "    ptx::fence_mbarrier_init();\n" => "");
+    FORWARD Sm90N128 "no barrier of the cluster at the start":
+        (RING "\n  ptx::cluster_barrier_relaxed();" => "");
+    FORWARD Sm90N128 "no barrier of the cluster at the end":
+        (SCHEDULE "ptx::cluster_barrier();  // nobody" => "__syncthreads();  // nobody");
+    FORWARD Sm90N128 "shared memory left to stores at the end":
+        (ROLES "if (consumer.is_first_thread()) ptx::store_wait_read<0>();" => "");
+    FORWARD Sm90N128 "words not cleared":
+        (SCHEDULE "*sync_word(sync, i) = 0;" => "(void)i;");
+    FORWARD Sm90N128 "words cleared by whoever is first":
+        (SCHEDULE "if (before != gridDim.x - 1) return;" => "if (before != 0) return;");
+    FORWARD Sm90N128 "the last CTA does not acquire":
+        (SYNC "atom.acq_rel.gpu" => "atom.release.gpu");
+    // h on its way to those who read it.
+    FORWARD Sm90N128 "a flag read without acquire":
+        (SYNC "ld.acquire.gpu" => "ld.relaxed.gpu");
+    FORWARD Sm90N128 "a flag raised without release":
+        (SYNC "red.release.gpu" => "red.relaxed.gpu");
+    FORWARD Sm90N128 "a flag waited for one slab short":
+        (SCHEDULE "< target) __nanosleep" => "< target - 1) __nanosleep");
+    FORWARD Sm90N128 "a flag waited for without end":
+        (SCHEDULE "< target) __nanosleep" => "<= target) __nanosleep");
+    FORWARD Sm90N128 "another block's flag":
+        (FORWARD_CU "wait_for_narrow(m / kBlockM, 1);" => "wait_for_narrow((m / kBlockM) ^ 1, 1);");
+    FORWARD Sm90N128 "copies of h not fenced":
+        (SCHEDULE "  ptx::fence_async_global();\n" => "");
+    FORWARD Sm90N128 "h published before it is written":
+        (EPILOGUE "uint32_t flag) {\n  consumer.barrier();" => "uint32_t flag) {");
+    // Boxes on their way out.
+    FORWARD Sm90N128 "boxes stored without a fence":
+        (EPILOGUE "    ptx::fence_async_shared();\n" => "");
+    FORWARD Sm90N128 "boxes written again a store too early":
+        (EPILOGUE "ptx::store_wait_read<kStoreBoxes - 1>();" => "ptx::store_wait_read<kStoreBoxes>();");
+    FORWARD Sm90N128 "boxes written again at once":
+        (EPILOGUE "if (consumer.is_first_thread()) ptx::store_wait_read<kStoreBoxes - 1>();" => "");
+    FORWARD Sm90N128 "boxes written before the wait for their store":
+        (EPILOGUE "ptx::store_wait_read<kStoreBoxes - 1>();\n    consumer.barrier();" => "ptx::store_wait_read<kStoreBoxes - 1>();");
+    FORWARD Sm90N128 "boxes stored before they are complete":
+        (EPILOGUE "ptx::fence_async_shared();\n    consumer.barrier();" => "ptx::fence_async_shared();");
+    FORWARD Sm90N128 "one barrier for both slabs":
+        (CONSUMER "ptx::named_barrier(1 + slab_, kWarpgroup)" => "ptx::named_barrier(1, kWarpgroup)");
+    FORWARD Sm90N128 "boxes never committed":
+        (EPILOGUE "      ptx::store_commit();  // an empty group keeps the count of boxes\n" => "");
+    FORWARD Sm90N128 "no empty groups":
+        (EPILOGUE "if (m < rows && col < cols) ptx::store_box(map, box, col, m);\n      ptx::store_commit();"
+            => "if (m < rows && col < cols) { ptx::store_box(map, box, col, m); ptx::store_commit(); }");
+    FORWARD Sm90N192 "the turn of boxes not continued across tiles":
+        (CONSUMER "    drain();\n    ptx::pin(acc);" => "    drain();\n    box_ = 0;\n    ptx::pin(acc);");
+    FORWARD Sm90N128 "another swizzle in stmatrix":
+        (EPILOGUE "(chunk ^ box_row % 8)" => "(chunk ^ box_row % 4)");
+    FORWARD Sm90N128 "bias of the wrong column":
+        (FORWARD_CU "widen(bias[col + 1])" => "widen(bias[col])");
+    FORWARD Sm90N128 "bias past the end":
+        (FORWARD_CU "bias == nullptr || col >= p_.n" => "bias == nullptr");
+    // Operands of the products.
+    FORWARD Sm90N128 "stride and leading dimension swapped, K-major":
+        (CONSUMER "kSlabBytes, 8 * kRowBytes" => "8 * kRowBytes, kSlabBytes");
+    BACKWARD Sm90N128 "stride and leading dimension swapped, MN-major":
+        (CONSUMER "kSlabBytes, 8 * kRow, kSwizzle" => "8 * kRow, kSlabBytes, kSwizzle");
+    BACKWARD Sm90N128 "the widest swizzle for all":
+        (CONSUMER "kRow == 64 ? ptx::Swizzle::k64" => "kRow == 64 ? ptx::Swizzle::k128");
+    FORWARD Sm90N128 "steps of k too long, K-major":
+        (CONSUMER "kStepK = 32;" => "kStepK = 64;");
+    BACKWARD Sm90N128 "steps of k too short, MN-major":
+        (CONSUMER "kStepMn = 16 *" => "kStepMn = 8 *");
+    FORWARD Sm90N128 "the other slab's rows":
+        (CONSUMER "k_major(stage + slab_ * kSlabBytes)" => "k_major(stage + (slab_ ^ 1) * kSlabBytes)");
+    FORWARD Sm90N192 "the second block of a stage misplaced":
+        (CONSUMER "stage + kBytesA + Kind::kN * kRowBytes);" => "stage + kBytesA + kRowBytes);");
+    FORWARD Sm90N128 "both halves of w the same":
+        (PRODUCER "b, k, n + half * kHalf);" => "b, k, n);");
+    FORWARD Sm90N128 "the last step that reads h left out by the consumers":
+        (FORWARD_CU "k_steps() + tail / 4, tail % 4" => "k_steps() + tail / 4, 0");
+    FORWARD Sm90N128 "the last step that reads h left out":
+        (FORWARD_CU "k_steps() + tail / 4, tail % 4" => "k_steps() + tail / 4, 0")
+        (FORWARD_CU "(p_.r + kBlockK - 1) / kBlockK" => "p_.r / kBlockK");
+    FORWARD Sm90N128 "the last ranks left out":
+        (FORWARD_CU "tail = (p_.r + 15) / 16;" => "tail = p_.r / 16;");
+    FORWARD Sm90N128 "a step of k left out":
+        (FORWARD_CU "(p_.k + kBlockK - 1) / kBlockK" => "p_.k / kBlockK");
+    // h as it is stored.
+    FORWARD Sm90N128 "h not scaled":
+        (EPILOGUE "acc[4 * j + 2 * half] * scale" => "acc[4 * j + 2 * half]");
+    FORWARD Sm90N128 "ranks past the end stored":
+        (EPILOGUE "if (col >= cols) continue;" => "");
+    FORWARD Sm90N128 "rows past the end stored":
+        (EPILOGUE "if (row >= rows) continue;" => "");
+    // Gradients.
+    BACKWARD Sm90N128 "the constants of the sums not fenced":
+        (RING "\n    ptx::fence_async_shared();" => "");
+    BACKWARD Sm90N128 "sums of not quite the tokens":
+        (ROLES "0x3f803f80u" => "0x3f803f81u");
+    BACKWARD Sm90N128 "dbias written by all lanes":
+        (BACKWARD_CU "if (threadIdx.x % 4 == 0) store_gradient" => "store_gradient");
+    BACKWARD Sm90N128 "partial sums counted before they are written":
+        (EPILOGUE "  consumer.barrier();  // and all have read the slot of the time before\n" => "");
+    BACKWARD Sm90N128 "the count read before it is there":
+        (EPILOGUE "1));\n  consumer.barrier();\n  return" => "1));\n  return");
+    BACKWARD Sm90N128 "arrivals do not release":
+        (SYNC "atom.acq_rel.gpu" => "atom.acquire.gpu");
+    BACKWARD Sm90N128 "the last to arrive does not acquire":
+        (SYNC "atom.acq_rel.gpu" => "atom.release.gpu");
+    BACKWARD Sm90N128 "both slabs leave their sums in one place":
+        (BACKWARD_CU "unit.slab + consumer.slab();" => "unit.slab;");
+    BACKWARD Sm90N128 "a chunk's last tokens left out":
+        (BACKWARD_CU "(tokens + kBlockK - 1) / kBlockK" => "tokens / kBlockK");
+    BACKWARD Sm90N128 "da waits for the first block of dh alone":
+        (BACKWARD_CU "(unit.tokens + kBlockM - 1) / kBlockM);" => "1);");
+    BACKWARD Sm90N128 "copies of dh not fenced":
+        (SCHEDULE "  ptx::fence_async_global();\n" => "");
+    BACKWARD Sm90N128 "dx overwritten, not accumulated":
+        (BACKWARD_CU "widen(old[0]) + low" => "low");
+    BACKWARD Sm90N128 "gradients overwritten, not accumulated":
+        (ELEMENT "accumulate ? widen(*gmem) + value : value" => "value");
+    BACKWARD Sm90N128 "a stage let go before its products are done, backward":
+        (CONSUMER "ptx::wgmma_wait<1>();\n    release();" => "release();\n    ptx::wgmma_wait<1>();");
+    // Instructions that have a stronger relative.
+    FORWARD Sm90N128 "the cluster does not release at the end":
+        (MBARRIER "barrier.cluster.arrive.release.aligned" => "barrier.cluster.arrive.relaxed.aligned");
+};
