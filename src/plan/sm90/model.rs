@@ -77,6 +77,11 @@ fn bytes(rows: u32) -> f64 {
     f64::from(rows * LORA_SM90_BLOCK_K * 2)
 }
 
+/// Whole clocks, which add up exactly: clusters that are done at the same time are seen to be.
+fn whole(clocks: f64) -> f64 {
+    clocks.round()
+}
+
 /// Microseconds of a launch whose clusters are done after `clocks`.
 pub(super) fn microseconds(clocks: f64) -> f64 {
     clocks / CALIBRATION.clocks_per_us + CALIBRATION.launch
@@ -116,7 +121,7 @@ impl Machine {
         let tail = rank.div_ceil(16) as f64 / 4.0;
         let pair = if self.cluster > 1 { c.pair } else { 0.0 };
         MainTile {
-            clocks: (steps + tail) * step + c.tile + f64::from(tile.columns) * c.column + pair,
+            clocks: whole((steps + tail) * step + c.tile + f64::from(tile.columns) * c.column + pair),
             // Copies run ahead by the depth of the ring.
             until_tail: (steps - f64::from(tile.stages)).max(0.0) * step,
         }
@@ -137,7 +142,7 @@ impl Machine {
     /// A unit of h or dh over `depth`, of which `tickets` can run at once.
     pub(super) fn narrow(&self, depth: usize, rank: usize, tickets: u64) -> f64 {
         let steps = depth.div_ceil(LORA_SM90_BLOCK_K as usize) as f64;
-        steps * self.narrow_step(narrow_columns(rank), self.streaming(tickets)) + CALIBRATION.unit
+        whole(steps * self.narrow_step(narrow_columns(rank), self.streaming(tickets)) + CALIBRATION.unit)
     }
 
     /// A unit of db or da over `tokens`, of which `tickets` can run at once; `partial_bytes` is what a CTA leaves, and reads
@@ -145,7 +150,7 @@ impl Machine {
     pub(super) fn gradient(&self, tokens: u64, rank: usize, tickets: u64, partial_bytes: f64) -> f64 {
         let steps = tokens.div_ceil(u64::from(LORA_SM90_BLOCK_K)) as f64;
         let step = self.narrow_step(narrow_columns(rank), self.streaming(tickets));
-        steps * step + CALIBRATION.unit + 2.0 * partial_bytes / CALIBRATION.stream
+        whole(steps * step + CALIBRATION.unit + 2.0 * partial_bytes / CALIBRATION.stream)
     }
 }
 

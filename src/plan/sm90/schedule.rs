@@ -5,14 +5,12 @@
 pub(super) struct Timeline {
     /// (time, workers), by ascending time, each time once.
     free: Vec<(f64, u64)>,
-    workers: u64,
 }
 
 impl Timeline {
     /// So many workers (at least one), all free.
     pub(super) fn new(workers: u32) -> Timeline {
-        let workers = u64::from(workers.max(1));
-        Timeline { free: vec![(0.0, workers)], workers }
+        Timeline { free: vec![(0.0, u64::from(workers.max(1)))] }
     }
 
     /// When the next ticket is drawn.
@@ -39,29 +37,49 @@ impl Timeline {
         if clocks <= 0.0 {
             return;
         }
-        // One worker gets at most this many more than another, so the rounds before come to all alike.
-        let lead = ((self.end() - self.next()) / clocks).ceil() as u64 + 1;
-        let rounds = (tickets / self.workers).saturating_sub(lead);
-        self.free.iter_mut().for_each(|(time, _)| *time += rounds as f64 * clocks);
-        tickets -= rounds * self.workers;
         while tickets > 0 {
-            tickets -= self.advance(tickets, clocks);
+            tickets -= match self.rounds(tickets, clocks) {
+                0 => self.step(tickets, clocks),
+                drawn => drawn,
+            };
         }
     }
 
-    /// Lets the workers that are free first draw until they have caught up with the next ones; tickets drawn.
-    fn advance(&mut self, tickets: u64, clocks: f64) -> u64 {
-        let (time, count) = self.free.remove(0);
-        let ahead = self.free.first().map_or(1, |next| (((next.0 - time) / clocks).ceil() as u64).max(1));
-        let each = ahead.min(tickets / count);
-        if each == 0 {
-            // Not enough for all of them.
-            self.insert(time, count - tickets);
-            self.insert(time + clocks, tickets);
+    /// Whole rounds at once: the workers that are free within one ticket of the first draw in turn until the next worker
+    /// is free. Returns the tickets drawn.
+    fn rounds(&mut self, tickets: u64, clocks: f64) -> u64 {
+        let first = self.next();
+        if first + clocks <= first {
+            // Nothing beside what was drawn before.
             return tickets;
         }
-        self.insert(time + each as f64 * clocks, count);
-        each * count
+        let near = self.free.partition_point(|entry| entry.0 < first + clocks);
+        let (in_turn, later) = self.free.split_at_mut(near);
+        let (Some(last), workers) = (in_turn.last(), in_turn.iter().map(|entry| entry.1).sum::<u64>()) else {
+            return 0;
+        };
+        let until = later.first().map_or(u64::MAX, |next| ((next.0 - last.0) / clocks) as u64);
+        let rounds = until.min(tickets / workers.max(1));
+        in_turn.iter_mut().for_each(|entry| entry.0 += rounds as f64 * clocks);
+        // The last of them may be free at the same time as the next now.
+        if let (Some(last), Some(next)) = (in_turn.last(), later.first_mut())
+            && last.0 == next.0
+        {
+            next.1 += last.1;
+            self.free.remove(near - 1);
+        }
+        rounds * workers
+    }
+
+    /// One ticket for each worker that is free first, or for fewer. Returns the tickets drawn.
+    fn step(&mut self, tickets: u64, clocks: f64) -> u64 {
+        let (time, count) = self.free.remove(0);
+        let drawn = count.min(tickets);
+        if drawn < count {
+            self.free.insert(0, (time, count - drawn));
+        }
+        self.insert(time + clocks, drawn);
+        drawn
     }
 
     fn insert(&mut self, time: f64, count: u64) {
@@ -114,10 +132,10 @@ mod tests {
         let mut timeline = Timeline::new(3);
         timeline.draw(1, 5.0);
         timeline.wait(2.0);
-        assert_eq!(timeline, Timeline { free: vec![(2.0, 2), (5.0, 1)], workers: 3 });
+        assert_eq!(timeline, Timeline { free: vec![(2.0, 2), (5.0, 1)] });
         timeline.wait(7.0);
         timeline.wait(1.0);
-        assert_eq!(timeline, Timeline { free: vec![(7.0, 3)], workers: 3 });
+        assert_eq!(timeline, Timeline { free: vec![(7.0, 3)] });
     }
 
     #[test]
@@ -126,6 +144,12 @@ mod tests {
         timeline.draw(3, 1e9);
         timeline.draw(u64::from(u32::MAX), 3.0);
         timeline.draw(u64::from(u32::MAX), 1e12);
+        // A ticket that outlasts billions of others.
+        timeline.draw(1, 1e15);
+        timeline.draw(u64::from(u32::MAX), 7.0);
+        // Tickets that vanish beside the time so far.
+        timeline.draw(u64::from(u32::MAX), 1e20);
+        timeline.draw(u64::from(u32::MAX), 1.0);
         assert!(timeline.end().is_finite() && timeline.next() > 0.0);
     }
 }
