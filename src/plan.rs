@@ -19,6 +19,7 @@ pub use floor::Floor;
 pub use launch::{Launch, Swizzle, TensorMap};
 pub use options::{Family, Options, TileSize};
 #[cfg(any(feature = "cuda", feature = "emulator"))]
+#[cfg(feature = "cuda")]
 pub(crate) use sm90::IMAGES as SM90_IMAGES;
 
 use crate::error::{Error, Result};
