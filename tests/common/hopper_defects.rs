@@ -74,9 +74,6 @@ pub const DEFECTS: &[Defect] = defects! {
         (RING "kEmpty + i * 8, kConsumerWarps * cluster);" => "kEmpty + i * 8, kConsumerWarps);")
         (CONSUMER "lane < place_.size) ptx::mbarrier_arrive(ptx::map_shared(held_, lane));"
             => "lane == 0) ptx::mbarrier_arrive(ptx::map_shared(held_, place_.rank));");
-    FORWARD Sm90N128 "one warp lets go for all":
-        (RING "kEmpty + i * 8, kConsumerWarps * cluster);" => "kEmpty + i * 8, kSlabs * cluster);")
-        (CONSUMER "if (held_ != 0 && lane" => "if (held_ != 0 && threadIdx.x % kWarpgroup / 32 == 0 && lane");
     // Tickets.
     FORWARD Sm90N128 "a ticket expected before its slot is free":
         (SCHEDULE "ptx::mbarrier_wait(barrier(Shape::kTicketEmpty), parity() ^ 1);\n    expect();"
