@@ -58,6 +58,7 @@ fn bank_conflicts_of_matrices() {
     {swizzle}
     add.s32 %r5, %r5, %r2;
     ldmatrix.sync.aligned.m8n8.x1.shared.b16 {{%r6}}, [%r5];
+    bar.warp.sync -1;
     stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r5], {{%r6}};
     ret;"
         ))
