@@ -28,7 +28,7 @@ const BACKWARD: &str = "portable_backward";
 struct Defect {
     what: &'static str,
     image: &'static str,
-    edit: Edit,
+    edit: Edit<'static>,
 }
 
 const fn defect(

@@ -1,5 +1,4 @@
-//! Hopper kernels with a defect, on the emulator: each must be noticed by at least one of four orders of
-//! events.
+//! Hopper kernels with a defect, on the emulator: each must be noticed, whatever the order of events.
 //!
 //! The first test edits the CUDA sources and compiles them; the second deletes or weakens each synchronising instruction
 //! of the PTX in turn.
@@ -15,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use common::altered::{self, Edit, Site};
 use common::check;
 use common::data::{Placement, Spec};
-use common::hopper_defects::{BACKWARD, DEFECTS, Defect, FORWARD};
+use common::hopper_defects::{BACKWARD, BY_CHANCE, DEFECTS, Defect, FORWARD};
 use fused_lora::bf16;
 use fused_lora::emulator::{Checks, Emulator, Timing};
 use fused_lora::kernels::Image;
@@ -30,28 +29,36 @@ struct Case {
     options: Options,
 }
 
+/// Orders of events: copies and products are done late, now and then, and at once.
+const SEEDS: u64 = 3;
+
 /// Cases that reach every part of a kernel: each width of narrow tile and length of the last step, rings and slots that
 /// are used again, several clusters, ragged edges, a block of rows without a neighbour, reductions in chunks, accumulation.
 fn cases(image: &str, tile: TileSize) -> Vec<Case> {
     let options = Options::default().with_tile(tile).with_cluster(2);
     let spec = |m, n, k, r| Spec { placement: Placement::Aligned, ..Spec::new(m, n, k, r) };
     let case = |sms, spec| Case { spec, sms, options };
+    let chunks = |chunks, case: Case| Case { options: case.options.with_chunks(chunks), ..case };
     if image == FORWARD {
         return vec![
             case(4, spec(300, 200, 136, 24)),
             case(2, Spec { keep_h: false, ..spec(200, 456, 456, 72) }),
             case(4, Spec { placement: Placement::Strided, ..spec(300, 72, 72, 136) }),
             case(8, Spec { bias: false, ..spec(390, 136, 264, 16) }),
-            case(4, spec(70, 136, 136, 40)),
+            case(2, spec(300, 264, 136, 24)),
+            case(2, spec(70, 520, 136, 40)),
         ];
     }
-    let chunks = |chunks, case: Case| Case { options: case.options.with_chunks(chunks), ..case };
+    let strided = Spec { accumulate: true, placement: Placement::Strided, ..spec(390, 72, 264, 16) };
     vec![
-        chunks(3, case(4, Spec { f32_gradients: false, ..spec(300, 200, 136, 24) })),
-        chunks(1, case(2, Spec { accumulate: true, ..spec(200, 456, 264, 72) })),
-        case(8, Spec { accumulate: true, placement: Placement::Strided, ..spec(390, 72, 136, 16) }),
-        chunks(2, case(4, spec(260, 136, 72, 136))),
-        case(4, Spec { outputs: [true, true, false, true], ..spec(300, 72, 136, 40) }),
+        chunks(3, case(4, spec(300, 200, 136, 24))),
+        chunks(1, case(2, Spec { accumulate: true, f32_gradients: false, ..spec(200, 456, 264, 72) })),
+        case(8, Spec { outputs: [false, true, true, true], ..strided }),
+        chunks(3, case(2, strided)),
+        chunks(3, case(2, Spec { outputs: [false, true, true, true], ..spec(390, 72, 264, 24) })),
+        chunks(2, case(4, Spec { accumulate: true, ..spec(260, 136, 72, 136) })),
+        chunks(3, case(2, spec(300, 136, 264, 40))),
+        chunks(3, case(2, Spec { outputs: [true, false, false, true], ..spec(300, 520, 72, 24) })),
     ]
 }
 
@@ -110,28 +117,23 @@ fn complaint(
     None
 }
 
+fn columns(tile: TileSize) -> u32 {
+    match tile {
+        TileSize::Sm90N192 => 192,
+        _ => 128,
+    }
+}
+
 /// PTX of one kernel, with edits to the sources.
-fn compile(image: &str, tile: TileSize, edits: &[Edit], folder: &Path) -> String {
-    let operation = image.trim_start_matches("sm90_");
-    let (file, old, new) = match (operation, tile) {
-        ("forward", TileSize::Sm90N192) => (
-            "sm90/forward.cu",
-            "LORA_SM90_KERNELS(forward, LoraSm90Forward)",
-            "LORA_SM90_KERNEL(forward, LoraSm90Forward, bf16, __nv_bfloat16, 192)",
-        ),
-        ("forward", _) => (
-            "sm90/forward.cu",
-            "LORA_SM90_KERNELS(forward, LoraSm90Forward)",
-            "LORA_SM90_KERNEL(forward, LoraSm90Forward, bf16, __nv_bfloat16, 128)",
-        ),
-        _ => (
-            "sm90/backward.cu",
-            "LORA_SM90_KERNELS(backward, LoraSm90Backward)",
-            "LORA_SM90_KERNEL(backward, LoraSm90Backward, bf16, __nv_bfloat16, 128)",
-        ),
-    };
-    let edits: Vec<Edit> = edits.iter().copied().chain([Edit { file, old, new }]).collect();
-    altered::compile(&format!("sm90/{operation}.cu"), "compute_90a", &edits, folder)
+fn compile(image: &str, tile: TileSize, edits: &[Edit<'_>], folder: &Path) -> String {
+    let (operation, launch) =
+        if image == FORWARD { ("forward", "LoraSm90Forward") } else { ("backward", "LoraSm90Backward") };
+    let source = format!("sm90/{operation}.cu");
+    let old = format!("LORA_SM90_KERNELS({operation}, {launch})");
+    let new = format!("LORA_SM90_KERNEL({operation}, {launch}, bf16, __nv_bfloat16, {})", columns(tile));
+    let only = Edit { file: &source, old: &old, new: &new };
+    let edits: Vec<Edit<'_>> = edits.iter().copied().chain([only]).collect();
+    altered::compile(&source, "compute_90a", &edits, folder)
 }
 
 fn parse(ptx: &str) -> Arc<Module> {
@@ -147,8 +149,13 @@ fn can_run(test: &str) -> bool {
     built && altered::can_compile(test)
 }
 
-const KERNELS: [(&str, TileSize); 3] =
-    [(FORWARD, TileSize::Sm90N128), (FORWARD, TileSize::Sm90N192), (BACKWARD, TileSize::Sm90N128)];
+/// The kernels that defects are put into.
+const KERNELS: [(&str, TileSize); 4] = [
+    (FORWARD, TileSize::Sm90N128),
+    (FORWARD, TileSize::Sm90N192),
+    (BACKWARD, TileSize::Sm90N128),
+    (BACKWARD, TileSize::Sm90N192),
+];
 
 #[test]
 fn every_defect_of_the_sources_is_noticed() {
@@ -168,12 +175,12 @@ fn every_defect_of_the_sources_is_noticed() {
         let kernel = (*image, *tile);
         let module = parse(&compile(image, *tile, edits, &folder.join(at.to_string())));
         let right = KERNELS.iter().zip(&rights).find(|(of, _)| **of == kernel).expect("a kernel of the list").1;
-        let found: Vec<_> = (1..=4).map(|seed| complaint(kernel, &module, right, None, seed)).collect();
+        let found: Vec<_> = (1..=SEEDS).map(|seed| complaint(kernel, &module, right, None, seed)).collect();
         let line =
             format!("{what}: {}", found.iter().flatten().next().and_then(|text| text.lines().next()).unwrap_or(""));
         println!("{line}");
-        let unnoticed: Vec<usize> = (0..4).filter(|&seed| found[seed].is_none()).map(|seed| seed + 1).collect();
-        if unnoticed.len() == found.len() {
+        let unnoticed: Vec<u64> = (1..=SEEDS).filter(|seed| found[*seed as usize - 1].is_none()).collect();
+        if unnoticed.len() > if BY_CHANCE.contains(what) { found.len() - 1 } else { 0 } {
             missed.lock().expect("a lock").push(format!("not noticed with seeds {unnoticed:?}: {line}"));
         }
     });
@@ -208,11 +215,35 @@ fn weakened(text: &str) -> Option<String> {
     found.map(|(strong, weak)| text.replace(strong, weak))
 }
 
-/// Instructions that nothing depends on, by how they begin and what the line of their source holds; each with the reason.
-const REDUNDANT: &[(&str, &str, &str)] = &[];
+/// Why nothing is to be noticed without an instruction, when nothing is.
+fn redundant(image: &str, lines: &[String], Site { line, text, .. }: &Site) -> Option<&'static str> {
+    let starts = |start: &'static str| move |line: &String| line.trim().starts_with(start);
+    // Whether the step around here begins new accumulators: its first product does not read them.
+    let is_first = || {
+        let fence = lines[..=*line].iter().rposition(starts("wgmma.fence"))?;
+        lines[fence..]
+            .iter()
+            .find(|line| starts("setp.ne.b32 p,")(line))
+            .map(|line| line.trim() == "setp.ne.b32 p, 0, 0;")
+    };
+    let start = lines.iter().position(starts("barrier.cluster"))?;
+    if text.starts_with("wgmma.fence") && is_first() == Some(false) {
+        // PTX ISA, "wgmma.fence": in order among themselves.
+        return Some("the accumulators are those of products of the same shape that are in flight");
+    }
+    if text.starts_with("wgmma.wait_group.sync.aligned 1;") && is_first() == Some(true) {
+        return Some("there is no step before, whose stage it could let go");
+    }
+    if image == FORWARD && *line < start && (text.starts_with("bar.sync") || text.starts_with("fence.proxy.async")) {
+        return Some("only backward reads the constants that it guards");
+    }
+    if text.starts_with("bar.warp.sync") && lines[*line..].iter().take(10).any(starts("barrier.cluster")) {
+        return Some("on the emulator the lanes of a warp wait for each other at what they must execute together");
+    }
+    None
+}
 
 #[test]
-#[ignore = "has not been seen to end: its time and what it finds are to be looked at"]
 fn every_synchronising_instruction_is_needed() {
     if !can_run("every_synchronising_instruction_is_needed") {
         return;
@@ -226,22 +257,22 @@ fn every_synchronising_instruction_is_needed() {
         assert!(sites.len() > 100, "{name} has {} synchronising instructions", sites.len());
         let right = right(image, tile, &parse(&ptx));
         let found = Mutex::new(String::new());
-        sites.par_iter().for_each(|Site { line, text, replacement, source }| {
-            let mut lines = lines.clone();
-            lines[*line].clone_from(replacement);
-            let module = parse(&lines.join("\n"));
+        let (unneeded, needed): (Vec<_>, Vec<_>) =
+            sites.iter().partition(|site| redundant(image, &lines, site).is_some());
+        needed.par_iter().for_each(|Site { line, text, replacement, source }| {
+            let mut altered = lines.clone();
+            altered[*line].clone_from(replacement);
+            let module = parse(&altered.join("\n"));
             let number = *line as u32 + 1;
-            let reached = right.iter().any(|(_, lines)| lines.contains(&number));
-            let seen = (1..=4).find_map(|seed| complaint((image, tile), &module, &right, Some(number), seed));
-            let known = REDUNDANT.iter().any(|(start, of, _)| text.contains(start) && source.contains(of));
-            if seen.is_none() && !known {
-                let why = if reached { "not noticed" } else { "not reached" };
-                // Writing to a String cannot fail.
-                let _ =
-                    writeln!(found.lock().expect("a lock"), "{name} {why}: `{text}` (line {number}) from `{source}`");
+            if (1..=SEEDS).any(|seed| complaint((image, tile), &module, &right, Some(number), seed).is_some()) {
+                return;
             }
+            let reached = right.iter().any(|(_, lines)| lines.contains(&number));
+            let why = if reached { "not noticed" } else { "not reached" };
+            // Writing to a String cannot fail.
+            let _ = writeln!(found.lock().expect("a lock"), "{name} {why}: `{text}` (line {number}) from `{source}`");
         });
-        println!("{}: {} instructions", name, sites.len());
+        println!("{name}: {} instructions, {} more without need", needed.len(), unneeded.len());
         missed += &found.into_inner().expect("a lock");
     }
     assert!(missed.is_empty(), "\n{missed}");

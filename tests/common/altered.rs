@@ -7,10 +7,10 @@ use std::process::Command;
 
 /// One edit of a source file: `old` must be there, once.
 #[derive(Clone, Copy, Debug)]
-pub struct Edit {
-    pub file: &'static str,
-    pub old: &'static str,
-    pub new: &'static str,
+pub struct Edit<'a> {
+    pub file: &'a str,
+    pub old: &'a str,
+    pub new: &'a str,
 }
 
 /// Whether there is what [`compile`] needs; else the test is over.
@@ -23,7 +23,7 @@ pub fn can_compile(test: &str) -> bool {
 }
 
 /// PTX for `arch` of the file `source` of the kernels, of which `folder` gets a copy with the edits made.
-pub fn compile(source: &str, arch: &str, edits: &[Edit], folder: &Path) -> String {
+pub fn compile(source: &str, arch: &str, edits: &[Edit<'_>], folder: &Path) -> String {
     super::copy_folder(&super::project().join("kernels"), folder);
     for Edit { file, old, new } in edits {
         let path = folder.join(file);
