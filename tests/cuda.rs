@@ -8,10 +8,12 @@ use std::sync::Arc;
 
 use common::data::{Placement, Spec, integer_table, shape_table, subset_table};
 use common::gpu::{self, Gpu, backward_bits, forward_bits, kernels};
+use common::hopper::{self, Case};
 use common::{Backend, check, skipped};
 use fused_lora::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use fused_lora::cuda::cudarc::driver::{CudaContext, CudaStream};
 use fused_lora::cuda::{self, Kernels, Workspace};
+use fused_lora::plan::{Family, Options};
 use fused_lora::{Dtype, Element, Error, Matrix, MatrixMut, bf16, f16};
 
 fn table<T: Element>(test: &str) {
@@ -70,6 +72,26 @@ fn many_tiles() {
     }
 }
 
+fn has_hopper_kernels(kernels: &Kernels) -> bool {
+    kernels.device().arch == 90 && !kernels.plan_options().without_sm90
+}
+
+/// Every tile and cluster of the Hopper family, with bundles and chunks, whatever the planner would choose.
+#[test]
+fn hopper_kernels() {
+    let Some(kernels) = kernels("hopper_kernels") else { return };
+    if !has_hopper_kernels(&kernels) {
+        return skipped("hopper_kernels", "this GPU, or this build, has no Hopper kernels");
+    }
+    for Case { spec, options, .. } in hopper::table() {
+        let gpu = Gpu::new(kernels.with_plan_options(options));
+        check::forward::<bf16>(&gpu, &spec);
+        check::forward::<f16>(&gpu, &spec);
+        check::backward::<bf16>(&gpu, &spec);
+        check::backward::<f16>(&gpu, &spec);
+    }
+}
+
 /// Large enough for chunks and for both kinds of scratch.
 fn repeated() -> Spec {
     Spec { placement: Placement::Aligned, ..Spec::new(1500, 520, 392, 24) }
@@ -89,6 +111,35 @@ fn same_bits_again_and_on_a_used_workspace() {
     for _ in 0..20 {
         assert!(run(&first) == expected, "a used workspace changes the result");
         assert!(run(&other) == expected, "another workspace changes the result");
+    }
+}
+
+/// Half of them forward, half backward, on one workspace; without a hang or a differing bit.
+#[test]
+#[ignore = "minutes of GPU time"]
+fn a_hundred_thousand_launches_give_the_same_bits() {
+    let Some(kernels) = kernels("a_hundred_thousand_launches_give_the_same_bits") else { return };
+    let mut choices = vec![Options::default().with_family(Family::Portable)];
+    if has_hopper_kernels(&kernels) {
+        choices.extend(hopper::variants());
+    }
+    for options in choices {
+        let gpu = Gpu::new(kernels.with_plan_options(options));
+        let (mut forward, mut backward) = (repeated().forward::<bf16>(), repeated().backward::<bf16>());
+        let (mut on_forward, mut on_backward) = (gpu.upload_forward(&forward), gpu.upload_backward(&backward));
+        let mut workspace = gpu::workspace::<bf16>(&gpu, on_forward.shape());
+        let mut first = None;
+        for round in 0..50 {
+            for _ in 0..1000 {
+                gpu.kernels.forward(&gpu.stream, on_forward.op(), &mut workspace).expect("forward is launched");
+                gpu.kernels.backward(&gpu.stream, on_backward.op(), &mut workspace).expect("backward is launched");
+            }
+            gpu.download_forward(&on_forward, &mut forward);
+            gpu.download_backward(&on_backward, &mut backward);
+            let bits = (forward_bits(&forward), backward_bits(&backward));
+            assert!(*first.get_or_insert_with(|| bits.clone()) == bits, "{options:?}: other bits in round {round}");
+        }
+        println!("{options:?}: 100,000 launches");
     }
 }
 

@@ -1,4 +1,5 @@
-//! Hopper kernels with a defect, on the emulator: each must be noticed, whatever the order of events.
+//! Hopper kernels with a defect, on the emulator: each must be noticed, whatever the order of events (`BY_CHANCE` names the few
+//! that only some orders bring out).
 //!
 //! The first test edits the CUDA sources and compiles them; the second deletes or weakens each synchronising instruction
 //! of the PTX in turn.

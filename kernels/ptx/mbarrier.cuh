@@ -17,13 +17,6 @@ __device__ __forceinline__ uint32_t cluster_size() {
   return size;
 }
 
-// Number of this cluster among those of the launch.
-__device__ __forceinline__ uint32_t cluster_index() {
-  uint32_t index;
-  asm("mov.u32 %0, %%clusterid.x;\n" : "=r"(index));
-  return index;
-}
-
 // All threads of the cluster, whose warps must be whole. What each did before, all see after.
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");

@@ -8,10 +8,6 @@
 
 namespace lora::ptx {
 
-__device__ __forceinline__ void prefetch(const LoraTensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
-}
-
 // Copies a box to `smem`; its bytes count at `barrier`.
 __device__ __forceinline__ void load_box(uint32_t smem, const LoraTensorMap& map, uint32_t barrier, uint32_t col,
                                          uint32_t row) {

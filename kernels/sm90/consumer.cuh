@@ -86,7 +86,8 @@ class Consumer {
   template <class Kind>
   __device__ __forceinline__ void narrow(float (&acc)[Kind::kN / 2], float (&sums)[4], uint32_t blocks) {
     constexpr uint32_t kPerStage = narrow_blocks<Shape>(Kind::kN);
-    if (kPerStage > 1 && blocks < kPerStage) {  // a constant where it cannot be: without it the compiler keeps the code
+    // The first condition is known when compiling: where a stage holds one block, the branch is left out.
+    if (kPerStage > 1 && blocks < kPerStage) {
       narrow_step<Kind, 1, true>(acc, sums);
     } else {
       narrow_step<Kind, kPerStage, true>(acc, sums);
