@@ -117,6 +117,8 @@
 //! needed.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+#[cfg(feature = "candle")]
+pub mod candle;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -125,8 +127,11 @@ mod dtype;
 pub mod emulator;
 mod error;
 pub mod kernels;
+pub mod linear;
 mod ops;
 mod params;
+#[cfg(feature = "peft")]
+pub mod peft;
 pub mod plan;
 pub mod raw;
 pub mod reference;

@@ -1,0 +1,1 @@
+//! Layers with adapters over any backend.
