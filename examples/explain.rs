@@ -14,7 +14,7 @@ use serde_json::json;
 
 const HELP: &str = "\
 Usage: explain --m M --n N --k K --r R --gpu GPU [--dtype bf16|f16] [--op forward|backward]
-               [--family F] [--tile T] [--cluster C] [--bundle U] [--chunks C] [--json]
+               [--family F] [--tile T] [--cluster C] [--bundle U] [--chunks C] [--group-m G] [--json]
 
 Prints the plan of one call for contiguous, aligned matrices: x is M x K, w is N x K, a is R x K, b is N x R.
 
@@ -28,6 +28,7 @@ Prints the plan of one call for contiguous, aligned matrices: x is M x K, w is N
   --cluster C    CTAs per cluster: 1 or 2 (sm90)
   --bundle U     units of h or dh that a ticket hands out at most (sm90)
   --chunks C     most chunks in which da and db reduce over tokens (sm90)
+  --group-m G    blocks of rows (sm90: groups of them) that pass over w together
   --json         the plan as one JSON object
   -h, --help     this text
 
@@ -108,6 +109,7 @@ fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>, Failure> {
             Long("cluster") => options.cluster = Some(parser.value()?.parse()?),
             Long("bundle") => options.bundle = Some(parser.value()?.parse()?),
             Long("chunks") => options.chunks = Some(parser.value()?.parse()?),
+            Long("group-m") => options.group_m = Some(parser.value()?.parse()?),
             Long("json") => json = true,
             Long("help") | Short('h') => return Ok(None),
             other => return Err(other.unexpected().into()),
@@ -205,8 +207,8 @@ fn print(arguments: &Arguments, out: &mut dyn Write) -> Result<(), Failure> {
     let (bundle, chunks) = match &launch.params {
         Params::Forward(_) => (None, None),
         Params::Backward(p) => (None, Some(p.chunks)),
-        Params::Sm90Forward(p) => (Some(p.h_bundle), None),
-        Params::Sm90Backward(p) => (Some(p.dh_bundle), Some(p.chunks)),
+        Params::Sm90Forward(p) => (Some(p.h_units.div_ceil(p.h_tickets.max(1))), None),
+        Params::Sm90Backward(p) => (Some(p.dh_units.div_ceil(p.dh_tickets.max(1))), Some(p.chunks)),
     };
     let object = json!({
         "op": if *backward { "backward" } else { "forward" },

@@ -7,6 +7,7 @@ mod device;
 mod explain;
 mod floor;
 mod launch;
+mod operands;
 mod options;
 mod portable;
 mod sm90;
@@ -32,8 +33,6 @@ pub const SYNC_BYTES: usize = LORA_SYNC_BYTES as usize;
 /// Alignment of a workspace in bytes.
 pub const WORKSPACE_ALIGN: u64 = 256;
 
-/// M-blocks (groups of them in the Hopper family) that pass over w together.
-const GROUP_M: u32 = 8;
 /// Words for flags; the rest of the synchronisation area counts the chunks of da and db tiles.
 const MAX_FLAGS: u64 = 8192;
 const MAX_COUNTERS: u64 = LORA_SYNC_BYTES as u64 / 4 - LORA_SYNC_FLAGS as u64 - MAX_FLAGS;
@@ -80,16 +79,23 @@ struct Scratch {
 }
 
 impl Scratch {
+    /// Nothing but the synchronisation words.
+    fn new() -> Scratch {
+        Scratch { end: SYNC_BYTES as u64, ..Scratch::default() }
+    }
+
+    /// h or dh, whose address only a launch knows. Its rows start on 16 bytes, so that the fast loads apply.
+    fn reserve_middle(&mut self, m: usize, r: usize, dtype: Dtype) -> raw::Matrix {
+        let row_stride = r.next_multiple_of(8);
+        self.h = Some(self.reserve((m * row_stride * dtype.size()) as u64));
+        raw::Matrix { ptr: 0, rows: m, cols: r, row_stride }
+    }
+
     fn reserve(&mut self, bytes: u64) -> u64 {
         let offset = self.end;
         self.end = (offset + bytes).next_multiple_of(WORKSPACE_ALIGN);
         offset
     }
-}
-
-/// Row stride of h or dh in the workspace: 16-byte rows, so that the fast loads apply.
-fn scratch_stride(r: usize) -> usize {
-    r.next_multiple_of(8)
 }
 
 fn blocks(extent: usize, block: u32) -> u64 {
@@ -107,10 +113,6 @@ fn check_units(count: u64) -> Result<u32> {
         got: count,
         limit,
     })
-}
-
-fn matrix(matrix: raw::Matrix) -> LoraMatrix {
-    LoraMatrix { ptr: matrix.ptr, row_stride: matrix.row_stride as i64 }
 }
 
 fn check_dtype(dtype: Dtype) -> Result<()> {
