@@ -56,6 +56,9 @@ mod cuda {
         let nvcc = find_nvcc()?;
         // SAFETY: the build script has started no other thread yet.
         unsafe { env::set_var("NVCC", &nvcc) }; // the only way to tell the cc crate which nvcc to use
+        if let Some((major, minor)) = release(&nvcc) {
+            println!("cargo:rustc-env=FUSED_LORA_NVCC_RELEASE={major}.{minor}"); // for whoever says what was measured
+        }
         // For the tests that compile kernels with defects.
         println!("cargo:rustc-env=FUSED_LORA_NVCC={}", nvcc.display());
         let archs = Archs::choose(&nvcc)?;

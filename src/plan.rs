@@ -51,7 +51,11 @@ pub struct Plan {
     /// Where the arguments lie.
     ranges: Ranges,
     floor: Floor,
+    microseconds: Option<f64>,
 }
+
+/// Part of the data sheet's memory bandwidth that a kernel reaches. Not measured.
+const OF_BANDWIDTH: f64 = 0.9;
 
 /// What was chosen to run.
 #[derive(Clone, Debug, PartialEq)]
@@ -66,8 +70,8 @@ struct Draft {
     launch: Launch,
     scratch: Scratch,
     notes: Vec<String>,
-    /// Predicted by the family's model.
-    microseconds: f64,
+    /// Predicted by the family's model, where it has a figure.
+    microseconds: Option<f64>,
 }
 
 /// Byte offsets into the workspace of what the call did not bring along.
@@ -170,10 +174,10 @@ fn draft(
         (None, true) => {
             let (sm90, mut portable) = (sm90()?, portable());
             match &mut portable {
-                Ok(other) if other.microseconds < sm90.microseconds => {
-                    other.notes.push(format!(
-                        "not the Hopper family: {:.1} us are predicted for it, {:.1} us for the portable one",
-                        sm90.microseconds, other.microseconds
+                Ok(Draft { microseconds: Some(other), notes, .. }) if sm90.microseconds.is_some_and(|us| *other < us) => {
+                    notes.push(format!(
+                        "not the Hopper family: {:.1} us are predicted for it, {other:.1} us for the portable one",
+                        sm90.microseconds.unwrap_or_default()
                     ));
                     portable
                 }
@@ -260,8 +264,12 @@ impl Plan {
         floor: Floor,
         draft: Draft,
     ) -> Plan {
-        let Draft { choice, launch, scratch, notes, .. } = draft;
-        Plan { shape, dtype, device: device.clone(), options, choice, launch, scratch, notes, ranges, floor }
+        let Draft { choice, launch, scratch, notes, microseconds } = draft;
+        // The families' models reckon with tensor cores and L2; memory is the same to both.
+        let memory = floor.memory_microseconds().map_or(0.0, |us| us / OF_BANDWIDTH);
+        let microseconds = microseconds.map(|us| us.max(memory));
+        let device = device.clone();
+        Plan { shape, dtype, device, options, choice, launch, scratch, notes, ranges, floor, microseconds }
     }
 
     /// The family that was chosen.
@@ -272,13 +280,11 @@ impl Plan {
         }
     }
 
-    /// How long the launch takes by the planner's model, in microseconds; `None` for the portable family, whose model only
-    /// compares tile shapes. The model's constants are not measured: this is for choosing between plans.
+    /// How long the launch takes by the planner's model, in microseconds; `None` where it has nothing to reckon from: the
+    /// portable family on a GPU that is not in the table of data sheets or has other tensor instructions than `mma.sync`. The
+    /// model's constants are not measured: this is for choosing between plans.
     pub fn predicted_microseconds(&self) -> Option<f64> {
-        match &self.choice {
-            Choice::Portable(_) => None,
-            Choice::Sm90(choice) => Some(choice.microseconds),
-        }
+        self.microseconds
     }
 
     /// What no kernel can be faster than.

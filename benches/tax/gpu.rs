@@ -336,7 +336,7 @@ impl Gpu {
             Op::Forward => (layer.y, m * n, k),
             Op::Backward => (layer.dx, m * k, n),
         };
-        let mut result = |job: &Job<'_>| -> Result<Vec<f32>, Failure> {
+        let result = |job: &Job<'_>| -> Result<Vec<f32>, Failure> {
             job(layer)?;
             self.stream.synchronize().map_err(failed("cuStreamSynchronize"))?;
             let mut bits = vec![0_u16; count.min(COMPARED)];

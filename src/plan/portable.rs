@@ -60,7 +60,7 @@ pub(super) fn forward(op: &raw::Forward, shape: LoraShape, device: &Device, opti
         (_, false) => "lora_forward_f16_small",
     };
     let launch = tile.launch("portable_forward", kernel, units, device, Params::Forward(params));
-    let microseconds = tile.microseconds(device, &products);
+    let microseconds = tile.microseconds(device, op.dtype, &products);
     Ok(Draft { choice: Choice::Portable(tile), launch, scratch, notes, microseconds })
 }
 
@@ -70,7 +70,7 @@ pub(super) fn backward(op: &raw::Backward, shape: LoraShape, device: &Device, op
     let wanted = Wanted::of(op);
     let main = if wanted.dx { vec![(m, k, n + r)] } else { vec![(m, r.max(1), n), (n, r.max(1), m)] };
     let tile = Tile::choose(device, options.tile, &main);
-    let microseconds = tile.microseconds(device, &main);
+    let microseconds = tile.microseconds(device, op.dtype, &main);
 
     let r_blocks = blocks(r, LORA_NARROW_N);
     let (m_blocks, n_blocks, k_blocks) = (blocks(m, tile.block), blocks(n, tile.block), blocks(k, tile.block));

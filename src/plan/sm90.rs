@@ -83,8 +83,6 @@ pub(super) struct Choice {
     pub tile: Tile,
     /// CTAs per cluster.
     pub cluster: u32,
-    /// Predicted by the model.
-    pub microseconds: f64,
 }
 
 /// Columns of a narrow tile: the first of the compiled widths that holds `r`, or the widest.

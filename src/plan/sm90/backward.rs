@@ -78,9 +78,8 @@ pub(in crate::plan) fn backward(
     let maps = maps(op, dh, wanted);
     let is_bf16 = op.dtype == Dtype::Bf16;
     let launch = tile.launch(cluster, tickets, device, maps, Params::Sm90Backward(params), is_bf16);
-    let microseconds = microseconds(clocks);
-    let choice = crate::plan::Choice::Sm90(Choice { tile, cluster, microseconds });
-    Ok(Draft { choice, launch, scratch, notes: Vec::new(), microseconds })
+    let choice = crate::plan::Choice::Sm90(Choice { tile, cluster });
+    Ok(Draft { choice, launch, scratch, notes: Vec::new(), microseconds: Some(microseconds(clocks)) })
 }
 
 /// Units and tiles of a call, for one tile shape and cluster size.
