@@ -5,7 +5,7 @@ SHELL := /bin/bash
 
 # The recorded layer (or layers) that `make demo` checks: directories like those in tests/golden/.
 CASE ?= tests/golden/plain
-# More flags for the program behind `make demo` (--backend cpu, --json) or `make bench`.
+# More flags for the program behind `make demo` (--backend cpu, --json), `make bench`, `make tax` or `make tune`.
 ARGS ?=
 
 .PHONY: help
@@ -38,6 +38,14 @@ cute-check: toolchain ## Hold the emulator's matrix layouts against CuTe's heade
 .PHONY: bench
 bench: toolchain ## Measure on this machine
 	@. .toolchain/env; cargo bench -- $(ARGS)
+
+.PHONY: tax
+tax: toolchain ## Measure the LoRA tax over cuBLASLt on the GPU; ARGS=--help says what it takes
+	@. .toolchain/env; cargo run --release --example tax -- $(ARGS)
+
+.PHONY: tune
+tune: toolchain ## Measure what the Hopper kernels leave open (GPU.md); ARGS=<questions>
+	@. .toolchain/env; scripts/tune run $(ARGS)
 
 .PHONY: bundle
 bundle: toolchain ## Pack tests, benches and examples for a GPU machine without Rust, into target/bundle/

@@ -174,7 +174,9 @@ fn draft(
         (None, true) => {
             let (sm90, mut portable) = (sm90()?, portable());
             match &mut portable {
-                Ok(Draft { microseconds: Some(other), notes, .. }) if sm90.microseconds.is_some_and(|us| *other < us) => {
+                Ok(Draft { microseconds: Some(other), notes, .. })
+                    if sm90.microseconds.is_some_and(|us| *other < us) =>
+                {
                     notes.push(format!(
                         "not the Hopper family: {:.1} us are predicted for it, {other:.1} us for the portable one",
                         sm90.microseconds.unwrap_or_default()

@@ -30,7 +30,9 @@ fn a_plan_in_words() {
 /// Every GPU of the table: plan, predicted time where there is a model, floor, what binds, workspace.
 #[test]
 fn a_plan_for_every_gpu() {
-    for (gpu, is_modelled) in [("h200", true), ("a100", true), ("rtx4090", true), ("t4", true), ("rtx5090", true), ("b200", false)] {
+    for (gpu, is_modelled) in
+        [("h200", true), ("a100", true), ("rtx4090", true), ("t4", true), ("rtx5090", true), ("b200", false)]
+    {
         for (m, resource) in [(8192, "arithmetic is the bound"), (16, "memory is the bound")] {
             let (status, out, err) = run(&format!("--m {m} --n 4096 --k 4096 --r 16 --gpu {gpu} --dtype f16"));
             assert_eq!((status, err.as_str()), (0, ""));

@@ -170,12 +170,18 @@ fn parse(line: &str) -> Result<Option<arguments::Arguments>, String> {
 #[test]
 fn the_command_line() {
     let usual = parse("").expect("no argument is needed").expect("not the help");
-    assert_eq!((usual.tokens.as_slice(), usual.layers.len(), usual.ranks.as_slice()), (&[8192][..], 5, &[16, 64, 128][..]));
+    assert_eq!(
+        (usual.tokens.as_slice(), usual.layers.len(), usual.ranks.as_slice()),
+        (&[8192][..], 5, &[16, 64, 128][..])
+    );
     let line = "--m 16,512 --nk 64x128,8x8 --ranks 8 --dtype f16 --op backward --rounds 5 --no-unfused --hot --tile 192 --cluster 1 \
                 --bundle 2 --chunks 3 --group-m 16 --json out.json --label stages";
     let all = parse(line).expect("all are known").expect("not the help");
     assert_eq!((all.tokens, all.layers, all.ranks), (vec![16, 512], vec![(64, 128), (8, 8)], vec![8]));
-    assert_eq!((all.dtype, all.ops, all.rounds, all.unfused, all.hot), (Dtype::F16, vec![Op::Backward], 5, false, true));
+    assert_eq!(
+        (all.dtype, all.ops, all.rounds, all.unfused, all.hot),
+        (Dtype::F16, vec![Op::Backward], 5, false, true)
+    );
     let options = all.options;
     assert_eq!((options.tile, options.cluster, options.bundle), (Some(TileSize::Sm90N192), Some(1), Some(2)));
     assert_eq!((options.chunks, options.group_m), (Some(3), Some(16)));
@@ -208,7 +214,8 @@ fn cublaslt_is_looked_for_where_it_may_be() {
         _ => None,
     };
     let found = places(variable, &[PathBuf::from("/python/site-packages")]);
-    let at = |place: &str| found.iter().position(|other| other == Path::new(place)).unwrap_or_else(|| panic!("{place}"));
+    let at =
+        |place: &str| found.iter().position(|other| other == Path::new(place)).unwrap_or_else(|| panic!("{place}"));
     // By its bare name it is the loader's to find.
     assert_eq!(at("libcublasLt.so.13"), 0);
     let in_order = [
@@ -246,11 +253,12 @@ fn row_major_products_as_a_column_major_library_sees_them() {
         let right_at = |k: usize, j: usize| right[if right_transposed { j * depth + k } else { k * columns + j }];
         let ([a, b, c], [transposes_a, transposes_b]) = product.column_major();
         // cuBLAS: C = op(A) op(B), element (i, j) of a matrix at i + j · distance.
-        let element = |data: &[i64], (stored_rows, stored_columns, distance): (u64, u64, i64), transposed: bool, i, j| {
-            let (i, j): (usize, usize) = if transposed { (j, i) } else { (i, j) };
-            assert!((i as u64) < stored_rows && (j as u64) < stored_columns, "({i}, {j}) is outside");
-            data[i + j * distance as usize]
-        };
+        let element =
+            |data: &[i64], (stored_rows, stored_columns, distance): (u64, u64, i64), transposed: bool, i, j| {
+                let (i, j): (usize, usize) = if transposed { (j, i) } else { (i, j) };
+                assert!((i as u64) < stored_rows && (j as u64) < stored_columns, "({i}, {j}) is outside");
+                data[i + j * distance as usize]
+            };
         assert_eq!(c, (columns as u64, rows as u64, columns as i64));
         for (i, j) in (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j))) {
             let meant: i64 = (0..depth).map(|k| left_at(i, k) * right_at(k, j)).sum();

@@ -98,9 +98,10 @@ pub fn tax(way: &[f64], baseline: &[f64]) -> f64 {
 /// f32 sum of `depth` terms in [−1, 1) allow.
 pub fn disagreement(ours: &[f32], theirs: &[f32], depth: usize) -> Option<usize> {
     let sum = depth as f32 * f32::EPSILON;
-    let differ = |(a, b): (&f32, &f32)| !((a - b).abs() <= b.abs() / 64.0 + sum);
+    // NaN agrees with nothing.
+    let agree = |(a, b): (&f32, &f32)| (a - b).abs() <= b.abs() / 64.0 + sum;
     if ours.len() != theirs.len() {
         return Some(ours.len().min(theirs.len()));
     }
-    ours.iter().zip(theirs).position(differ)
+    ours.iter().zip(theirs).position(|pair| !agree(pair))
 }

@@ -1,8 +1,8 @@
 //! Tile shapes of the portable family and the choice between them.
 
+use crate::Dtype;
 use crate::error::{Error, Result};
 use crate::params::*;
-use crate::Dtype;
 use crate::plan::{Device, Launch, MAX_CTAS, TileSize, blocks};
 
 /// One of the tile shapes compiled into the portable family.
