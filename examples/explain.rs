@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
-use fused_lora::plan::{Device, Family, Options, Params, Plan, TileSize};
+use fused_lora::plan::{Device, Family, Options, Params, Plan};
 use fused_lora::{Accumulate, Dtype, raw};
 use serde_json::json;
 
@@ -104,8 +104,8 @@ fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>, Failure> {
                     _ => Err("expected forward or backward"),
                 })?;
             }
-            Long("family") => options.family = Some(parser.value()?.parse_with(family)?),
-            Long("tile") => options.tile = Some(parser.value()?.parse_with(tile)?),
+            Long("family") => options.family = Some(parser.value()?.parse()?),
+            Long("tile") => options.tile = Some(parser.value()?.parse()?),
             Long("cluster") => options.cluster = Some(parser.value()?.parse()?),
             Long("bundle") => options.bundle = Some(parser.value()?.parse()?),
             Long("chunks") => options.chunks = Some(parser.value()?.parse()?),
@@ -127,25 +127,6 @@ fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>, Failure> {
         json,
         options,
     }))
-}
-
-fn family(name: &str) -> Result<Family, &'static str> {
-    match name {
-        "portable" => Ok(Family::Portable),
-        "sm90" => Ok(Family::Sm90),
-        _ => Err("expected portable or sm90"),
-    }
-}
-
-fn tile(name: &str) -> Result<TileSize, &'static str> {
-    match name {
-        "large" => Ok(TileSize::Large),
-        "small" => Ok(TileSize::Small),
-        "256" => Ok(TileSize::Sm90N256),
-        "192" => Ok(TileSize::Sm90N192),
-        "128" => Ok(TileSize::Sm90N128),
-        _ => Err("expected large, small, 256, 192 or 128"),
-    }
 }
 
 /// Hands out made-up addresses: aligned as an allocator would, one matrix after the other. The planner never follows them.

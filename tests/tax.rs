@@ -199,6 +199,8 @@ fn the_command_line() {
         ("--ranks 16,x", "expected whole numbers"),
         ("--m 0", "expected whole numbers"),
         ("--op both", "expected forward or backward"),
+        ("--tile 64", "expected large, small, 256, 192 or 128"),
+        ("--family sm100", "expected portable or sm90"),
         ("--test", "--test"),
     ] {
         let error = parse(line).expect_err(line);

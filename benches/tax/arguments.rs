@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use fused_lora::Dtype;
-use fused_lora::plan::{Family, Options, TileSize};
+use fused_lora::plan::Options;
 
 use crate::report::Op;
 
@@ -98,23 +98,8 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Arg
             Long("quick") => parsed.quick = true,
             Long("no-unfused") => parsed.unfused = false,
             Long("hot") => parsed.hot = true,
-            Long("family") => {
-                parsed.options.family = Some(parser.value()?.parse_with(|name| match name {
-                    "portable" => Ok(Family::Portable),
-                    "sm90" => Ok(Family::Sm90),
-                    _ => Err("expected portable or sm90"),
-                })?);
-            }
-            Long("tile") => {
-                parsed.options.tile = Some(parser.value()?.parse_with(|name| match name {
-                    "large" => Ok(TileSize::Large),
-                    "small" => Ok(TileSize::Small),
-                    "256" => Ok(TileSize::Sm90N256),
-                    "192" => Ok(TileSize::Sm90N192),
-                    "128" => Ok(TileSize::Sm90N128),
-                    _ => Err("expected large, small, 256, 192 or 128"),
-                })?);
-            }
+            Long("family") => parsed.options.family = Some(parser.value()?.parse()?),
+            Long("tile") => parsed.options.tile = Some(parser.value()?.parse()?),
             Long("cluster") => parsed.options.cluster = Some(parser.value()?.parse()?),
             Long("bundle") => parsed.options.bundle = Some(parser.value()?.parse()?),
             Long("chunks") => parsed.options.chunks = Some(parser.value()?.parse()?),

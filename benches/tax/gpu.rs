@@ -147,11 +147,12 @@ impl Gpu {
         slice.device_ptr(&self.stream).0
     }
 
-    /// Copies of a layer, as many as together exceed L2 twice (one when it may stay there), and the memory they lie in.
+    /// Copies of a layer, and the memory they lie in: at least two, between whose turns more than L2 holds twice goes through it;
+    /// one when it may stay there.
     fn layers(&self, arguments: &Arguments, shape: LoraShape) -> fused_lora::Result<(Vec<Layer>, Vec<CudaSlice<u16>>)> {
         let LoraShape { m, n, k, r } = shape;
         let bytes = 2 * (m * k + n * k + m * n);
-        let copies = if arguments.hot { 1 } else { 2 * self.l2_bytes / bytes + 1 };
+        let copies = if arguments.hot { 1 } else { 2 * self.l2_bytes / bytes + 2 };
         let mut memory = Vec::new();
         let mut allocate = |elements: usize, seed: u32| {
             let data = random(elements, seed, arguments.dtype);

@@ -17,10 +17,21 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
+use arguments::Arguments;
 use fused_lora::Error;
-use report::Machine;
+use report::{Machine, Row};
 
 type Failure = Box<dyn std::error::Error>;
+
+/// The rows so far as JSON, where that is asked for.
+fn save(arguments: &Arguments, machine: &Machine, rows: &[Row]) -> Result<(), Failure> {
+    let Some(path) = &arguments.json else { return Ok(()) };
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    std::fs::write(path, format!("{:#}\n", report::json(machine, rows)))?;
+    Ok(())
+}
 
 fn run(arguments: Vec<OsString>) -> Result<u8, Failure> {
     let command = arguments.iter().map(|part| part.to_string_lossy()).collect::<Vec<_>>().join(" ");
@@ -65,6 +76,8 @@ fn run(arguments: Vec<OsString>) -> Result<u8, Failure> {
     };
     println!("{}, driver {}, nvcc {}, commit {}", machine.gpu, machine.driver, machine.toolkit, machine.commit);
     let mut rows = Vec::new();
+    // Before anything is measured: a file that cannot be written is known at once.
+    save(&arguments, &machine, &rows)?;
     for &m in &arguments.tokens {
         for &(n, k) in &arguments.layers {
             let (measured, settled) = gpu.measure(&arguments, rival.as_ref(), (m, n, k))?;
@@ -73,9 +86,7 @@ fn run(arguments: Vec<OsString>) -> Result<u8, Failure> {
             println!("\n{}", report::table(&measured).trim_end());
             std::io::stdout().flush()?;
             rows.extend(measured);
-            if let Some(path) = &arguments.json {
-                std::fs::write(path, format!("{:#}\n", report::json(&machine, &rows)))?;
-            }
+            save(&arguments, &machine, &rows)?;
         }
     }
     println!(

@@ -1,5 +1,7 @@
 //! What a caller may decide instead of the planner.
 
+use std::str::FromStr;
+
 use crate::error::{Error, Result};
 
 /// A set of kernels that one design covers.
@@ -35,6 +37,39 @@ impl TileSize {
             TileSize::Sm90N256 | TileSize::Sm90N192 | TileSize::Sm90N128 => Family::Sm90,
         }
     }
+}
+
+/// What programs call the families on their command lines.
+impl FromStr for Family {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Family> {
+        match name {
+            "portable" => Ok(Family::Portable),
+            "sm90" => Ok(Family::Sm90),
+            _ => refuse("family", name.to_owned(), "portable or sm90"),
+        }
+    }
+}
+
+/// What programs call the tile shapes on their command lines: those of the Hopper family by their columns.
+impl FromStr for TileSize {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<TileSize> {
+        match name {
+            "large" => Ok(TileSize::Large),
+            "small" => Ok(TileSize::Small),
+            "256" => Ok(TileSize::Sm90N256),
+            "192" => Ok(TileSize::Sm90N192),
+            "128" => Ok(TileSize::Sm90N128),
+            _ => refuse("tile", name.to_owned(), "large, small, 256, 192 or 128"),
+        }
+    }
+}
+
+fn refuse<T>(option: &'static str, got: String, expected: &str) -> Result<T> {
+    Err(Error::PlanOption { option, got, expected: expected.to_owned() })
 }
 
 /// Blocks of rows that pass over w together, where nobody decides: w and the rows of x stay in L2 meanwhile.
@@ -129,8 +164,6 @@ impl Options {
 
     /// Values out of range, and options that contradict one another.
     pub(super) fn check(&self) -> Result<()> {
-        let refuse =
-            |option, got: String, expected: &str| Err(Error::PlanOption { option, got, expected: expected.to_owned() });
         if let Some(cluster) = self.cluster.filter(|cluster| !(1..=2).contains(cluster)) {
             return refuse("cluster", cluster.to_string(), "1 or 2");
         }

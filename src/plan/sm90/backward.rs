@@ -177,14 +177,17 @@ fn choose_for(
     };
     let whole = Chunks::cut(m, 1);
     let mut best = Setup { tile, cluster, bundle: 1, chunks: whole, clocks: f64::INFINITY };
-    let mut refused = Ok(0);
+    let mut refused = Ok(());
     let machine = Machine::new(device, cluster, clusters);
     for bundle in middle(&machine).bundles(&machine, options.bundle) {
         for &chunks in &cuts {
             let total = counts.dh_units.div_ceil(bundle) + dx_tiles + gradient_tiles * chunks.count;
-            let Ok(tickets) = check_tickets(total) else {
-                refused = check_tickets(total);
-                continue;
+            let tickets = match check_tickets(total) {
+                Ok(tickets) => tickets,
+                Err(error) => {
+                    refused = Err(error);
+                    continue;
+                }
             };
             let clusters = ctas(tickets, cluster, device) / cluster;
             let machine = Machine::new(device, cluster, clusters);
