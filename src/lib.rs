@@ -140,7 +140,7 @@ mod shape;
 pub use dtype::{Dtype, Element};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
-pub use ops::{Accumulate, Backward, Forward, Gradient, Matrix, MatrixMut};
+pub use ops::{Accumulate, Backward, Factors, Forward, Gradient, Matrix, MatrixMut, Merge, Round};
 pub use shape::{LoraShape, MAX_DIMENSION};
 
 /// The code of the README runs as a test; half of it is about `cuda`.
