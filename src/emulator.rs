@@ -217,7 +217,7 @@ impl Emulator {
         let cpu::Backward { dy, w, a, b, scale, x, h, mut dx, mut da, mut db, mut dbias, accumulate } = op;
         let mut memory = Memory::new();
         let gradient = |memory: &mut Memory, name, gradient: &Option<Gradient<'_, [T], [f32]>>, keeps| {
-            Ok(match gradient {
+            Ok::<_, Error>(match gradient {
                 Some(Gradient::Storage(m)) => {
                     let matrix = upload(memory, name, cpu::shared(m), keeps)?;
                     Some(raw::Gradient { matrix, f32: T::DTYPE == Dtype::F32 })
