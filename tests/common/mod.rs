@@ -12,9 +12,11 @@ pub mod data;
 pub mod emulated;
 #[cfg(feature = "cuda")]
 pub mod gpu;
+pub mod golden;
 pub mod hopper;
 #[cfg(feature = "cuda")]
 pub mod hopper_defects;
+pub mod layers;
 pub mod raw;
 
 use std::io::Write;
