@@ -15,9 +15,9 @@ mod adapter;
 mod convert;
 mod product;
 
-pub use adapter::{merge, round};
 #[cfg(all(feature = "emulator", feature = "cuda"))]
 pub(crate) use adapter::{check_merge, check_round};
+pub use adapter::{merge, round};
 
 use crate::error::{Error, Result};
 use crate::shape::{LoraShape, check_length};

@@ -149,11 +149,8 @@ mod tests {
         for bits in 0..infinity {
             let (low, high) = (from_bits(bits), from_bits(bits + 1));
             // Past the largest finite value the next power of two takes the place of infinity.
-            let next = if bits + 1 == infinity {
-                2.0 * low.to_f64() - from_bits(bits - 1).to_f64()
-            } else {
-                high.to_f64()
-            };
+            let next =
+                if bits + 1 == infinity { 2.0 * low.to_f64() - from_bits(bits - 1).to_f64() } else { high.to_f64() };
             let tie = (low.to_f64() + next) / 2.0;
             let even = if bits % 2 == 0 { low } else { high };
             let cases = [(low.to_f64(), low), (tie.next_down(), low), (tie, even), (tie.next_up(), high), (next, high)];

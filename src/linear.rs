@@ -122,7 +122,11 @@ struct Operands<'a, B: Backend, T: Element> {
 /// The buffer must hold that many elements.
 fn check_elements(arg: &'static str, got: usize, expected: usize) -> Result<()> {
     // Devices have no empty allocations.
-    if got == expected || expected == 0 { Ok(()) } else { Err(Error::Dimension { arg, axis: "elements", got, expected }) }
+    if got == expected || expected == 0 {
+        Ok(())
+    } else {
+        Err(Error::Dimension { arg, axis: "elements", got, expected })
+    }
 }
 
 /// rows · cols, or an error where that overflows.

@@ -1,7 +1,7 @@
 //! The one place that judges dimensions, strides, alignment and overlap.
 
-use crate::error::{Error, Result};
 use crate::Dtype;
+use crate::error::{Error, Result};
 use crate::raw::{Backward, Forward, Gradient, Matrix, Merge, Round};
 
 /// The four dimensions of a layer call: x is M × K, w is N × K, a is R × K, b is N × R.

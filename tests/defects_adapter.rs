@@ -21,8 +21,16 @@ const SOURCE: &str = "portable/adapter.cu";
 
 /// What is wrong, and the edits that make it so.
 const DEFECTS: [(&str, Edit<'static>); 10] = [
-    edit("product and sum rounded at once", "__fadd_rn(sums[i][e], product)", "__fmaf_rn(step.b[first_row + i][rank], step.a[rank][col + e], sums[i][e])"),
-    edit("the adapter's part rounded by itself", "__fmul_rn(p.scale, sums[e])", "widen(round_to<T>(p.scale * sums[e]))"),
+    edit(
+        "product and sum rounded at once",
+        "__fadd_rn(sums[i][e], product)",
+        "__fmaf_rn(step.b[first_row + i][rank], step.a[rank][col + e], sums[i][e])",
+    ),
+    edit(
+        "the adapter's part rounded by itself",
+        "__fmul_rn(p.scale, sums[e])",
+        "widen(round_to<T>(p.scale * sums[e]))",
+    ),
     edit("too many ranks in the last step", "min(p.r - r, kMergeRanks)", "kMergeRanks"),
     edit("columns stored past the end", "if (col + e < p.k) merged", "merged"),
     edit("rows stored past the end", "if (n + first_row + i < p.n) store_merged", "store_merged"),
@@ -63,7 +71,8 @@ fn accepts(ptx: &str, seeds: u64) -> Result<(), String> {
     let module = Arc::new(Module::parse(ptx).expect("the PTX parses"));
     for seed in 0..seeds {
         let device = Device::of_arch("emulated", 80, 2);
-        let emulator = Emulator::new(device).with_module(IMAGE, Arc::clone(&module)).with_seed(seed).with_limit(5_000_000);
+        let emulator =
+            Emulator::new(device).with_module(IMAGE, Arc::clone(&module)).with_seed(seed).with_limit(5_000_000);
         let run = AssertUnwindSafe(|| if seed % 2 == 0 { all::<bf16>(&emulator) } else { all::<f16>(&emulator) });
         catch_unwind(run).map_err(|panic| {
             let text = panic.downcast::<String>().map_or_else(|_| "a panic".to_owned(), |text| *text);

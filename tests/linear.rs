@@ -157,7 +157,8 @@ fn small() -> LoraLinear<Cpu, bf16> {
 }
 
 fn adapter(a: usize, b: usize) -> Adapter<Cpu, bf16> {
-    Adapter::upload(&Cpu, 2, Scaling::Lora { alpha: 4.0 }, &vec![bf16::ONE; a], &vec![bf16::ONE; b]).expect("an adapter")
+    Adapter::upload(&Cpu, 2, Scaling::Lora { alpha: 4.0 }, &vec![bf16::ONE; a], &vec![bf16::ONE; b])
+        .expect("an adapter")
 }
 
 fn state(error: &Error, operation: &str) -> bool {
@@ -177,9 +178,9 @@ fn scales_follow_from_alpha_and_rank() {
 fn layers_of_wrong_buffers_are_refused_with_the_buffers() {
     let new = |w: usize, bias: Option<usize>, n, k| {
         let (w, bias) = (vec![bf16::ONE; w], bias.map(|bias| vec![bf16::ONE; bias]));
-        LoraLinear::new(Cpu, w, bias, n, k).map(drop).map_err(|Rejected { error, value: (w, bias) }| {
-            (error, w.len(), bias.map(|bias| bias.len()))
-        })
+        LoraLinear::new(Cpu, w, bias, n, k)
+            .map(drop)
+            .map_err(|Rejected { error, value: (w, bias) }| (error, w.len(), bias.map(|bias| bias.len())))
     };
     let elements = |arg, got, expected| Error::Dimension { arg, axis: "elements", got, expected };
     assert_eq!(new(12, Some(3), 3, 4), Ok(()));

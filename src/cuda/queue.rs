@@ -12,9 +12,7 @@ use super::{Kernels, Workspace};
 use crate::error::{Error, Result};
 use crate::linear::Backend;
 use crate::plan::check_dtype;
-use crate::{
-    Backward, Dtype, Element, Factors, Forward, Gradient, LoraShape, Matrix, MatrixMut, Merge, Round,
-};
+use crate::{Backward, Dtype, Element, Factors, Forward, Gradient, LoraShape, Matrix, MatrixMut, Merge, Round};
 
 /// The kernels with a stream and a workspace: what [`LoraLinear`](crate::linear::LoraLinear) computes on.
 ///

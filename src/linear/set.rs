@@ -127,7 +127,8 @@ impl<B: Backend, T: Element> Joined<B, T> {
         if self.rank == 0 {
             return Ok(layer.plain());
         }
-        let (a, b) = (Matrix::new(B::read(&self.a), self.rank, layer.k), Matrix::new(B::read(&self.b), layer.n, self.rank));
+        let (a, b) =
+            (Matrix::new(B::read(&self.a), self.rank, layer.k), Matrix::new(B::read(&self.b), layer.n, self.rank));
         Ok(Operands { a, b, scale: self.scale, ..layer.plain() })
     }
 }

@@ -86,3 +86,50 @@ impl Launch {
         launch(kernel, tiles, LORA_ROUND_THREADS, Params::Round(params)).map(Some)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn merge(dtype: Dtype, n: usize, k: usize, r: usize) -> raw::Merge {
+        let at = |index: u64, rows, cols| raw::Matrix::new(index << 40, rows, cols);
+        let (a, b, merged) = (at(1, r, k), at(2, n, r), at(3, n, k));
+        raw::Merge { dtype, w: None, f32_factors: true, a, b, scale: 1.0, merged }
+    }
+
+    fn round(dtype: Dtype, n: usize, k: usize, r: usize) -> raw::Round {
+        let at = |index: u64, rows, cols| raw::Matrix::new(index << 40, rows, cols);
+        let (a, b) = (at(1, r, k), at(2, n, r));
+        raw::Round { dtype, f32_factors: true, a, b, scale: 1.0, rounded_a: at(3, r, k), rounded_b: at(4, n, r) }
+    }
+
+    #[test]
+    fn tiles_cover_the_matrices() {
+        let launch = Launch::merge(&merge(Dtype::Bf16, 65, 128, 3)).unwrap();
+        assert_eq!((launch.kernel, launch.grid, launch.shared_bytes), ("lora_merge_bf16", [4, 1, 1], 0));
+        let launch = Launch::round(&round(Dtype::F16, 17, 257, 9)).unwrap().unwrap();
+        assert_eq!((launch.kernel, launch.grid), ("lora_round_f16", [2 * 2 + 3, 1, 1]));
+        let Params::Round(params) = launch.params else { unreachable!("a launch of round") };
+        assert_eq!((params.a_units, params.k_blocks, params.r_blocks), (4, 2, 1));
+        assert_eq!(Launch::round(&round(Dtype::F16, 17, 257, 0)), Ok(None));
+    }
+
+    #[test]
+    fn what_no_kernel_computes_is_refused() {
+        assert!(matches!(Launch::merge(&merge(Dtype::F32, 1, 1, 1)), Err(Error::Dtype { .. })));
+        assert!(matches!(Launch::round(&round(Dtype::F32, 1, 1, 1)), Err(Error::Dtype { .. })));
+        assert!(matches!(Launch::merge(&merge(Dtype::F16, 0, 1, 1)), Err(Error::ZeroDimension { arg: "merged", .. })));
+        let shared = raw::Merge { w: Some(merge(Dtype::F16, 4, 4, 1).merged), ..merge(Dtype::F16, 4, 4, 1) };
+        assert_eq!(Launch::merge(&shared), Err(Error::Overlap { output: "merged", other: "w" }));
+        let mut wrong = round(Dtype::F16, 4, 6, 2);
+        wrong.rounded_b.cols = 3;
+        let dimension = Error::Dimension { arg: "rounded_b", axis: "columns", got: 3, expected: 2 };
+        assert_eq!(Launch::round(&wrong), Err(dimension));
+        let huge = merge(Dtype::F16, 1 << 22, 1 << 22, 1);
+        let tiles = Error::TooLarge { what: "the number of tiles", got: 1 << 32, limit: MAX_GRID };
+        assert_eq!(
+            Launch::merge(&raw::Merge { merged: raw::Matrix { ptr: 1 << 60, ..huge.merged }, ..huge }),
+            Err(tiles)
+        );
+    }
+}

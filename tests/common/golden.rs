@@ -171,7 +171,8 @@ impl Golden {
             let (_, pass) = layer.forward_train(x).expect("forward_train");
             let (r, scaling) = self.scaling(name);
             let mut dx = backend.alloc::<T>(m * k).expect("memory");
-            let (mut da, mut db) = (backend.alloc::<f32>(r * k).expect("memory"), backend.alloc::<f32>(n * r).expect("memory"));
+            let (mut da, mut db) =
+                (backend.alloc::<f32>(r * k).expect("memory"), backend.alloc::<f32>(n * r).expect("memory"));
             let gradients = Gradients {
                 dx: Some(MatrixMut::new(B::write(&mut dx), m, k)),
                 da: Some(MatrixMut::new(B::write(&mut da), r, k)),

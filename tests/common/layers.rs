@@ -49,6 +49,16 @@ pub fn bits<T: Element>(data: &[T]) -> Vec<u32> {
     data.iter().map(|value| value.to_f32().to_bits()).collect()
 }
 
+/// The same elements, or the first that differs.
+#[track_caller]
+pub fn assert_same(got: &[u32], expected: &[u32], what: &str) {
+    assert_eq!(got.len(), expected.len(), "{what}");
+    if let Some(at) = (0..got.len()).find(|&at| got[at] != expected[at]) {
+        let [got, expected] = [got[at], expected[at]].map(f32::from_bits);
+        unreachable!("{what}: element {at} is {got:e}, expected {expected:e}");
+    }
+}
+
 /// A layer of a spec's data, and what it was made of.
 pub struct Made<B: Backend, T: Element> {
     pub layer: LoraLinear<B, T>,
@@ -114,10 +124,11 @@ pub fn computes<B: Backend, T: Element>(backend: &B, spec: &Spec, f32_factors: b
     judge(&with_adapter);
     let contiguous = layer.forward(x.view()).expect("forward");
     let contiguous = download(backend, &contiguous, spec.m * spec.n);
-    assert_eq!(bits(&contiguous), bits(&compact(&with_adapter.y).data), "forward and forward_into");
+    assert_same(&bits(&contiguous), &bits(&compact(&with_adapter.y).data), "forward and forward_into");
 
     let (trained, pass) = layer.forward_train(x.view()).expect("forward_train");
-    assert_eq!(bits(&download(backend, &trained, spec.m * spec.n)), bits(&contiguous), "forward and forward_train");
+    let trained = download(backend, &trained, spec.m * spec.n);
+    assert_same(&bits(&trained), &bits(&contiguous), "forward and forward_train");
     let h = pass.h().map(|h| download(backend, h, spec.m * spec.r)).unwrap_or_default();
     let h = Host { data: h, ..empty(spec.m, spec.r) };
     let poisoned = HostForward { h: Some(h.clone()), ..before.clone() };
@@ -169,13 +180,7 @@ pub fn backward<B: Backend, T: Element>(
     };
     layer.backward(pass, dy.view(), gradients).expect("backward");
     let f32 = |out: Option<Device<B, f32>>| out.map(|out| HostGradient::F32(out.download(backend)));
-    HostBackward {
-        dx: dx.map(|dx| dx.download(backend)),
-        da: f32(da),
-        db: f32(db),
-        dbias: f32(dbias),
-        ..start.clone()
-    }
+    HostBackward { dx: dx.map(|dx| dx.download(backend)), da: f32(da), db: f32(db), dbias: f32(dbias), ..start.clone() }
 }
 
 /// w + scale · B A in f32, rank by rank, rounded once: what merge must give bit for bit.
@@ -201,16 +206,16 @@ pub fn merges<B: Backend, T: Element>(backend: &B, spec: &Spec, f32_factors: boo
     layer.activate("one").expect("an adapter");
     let beside = y(&layer);
     layer.merge().expect("a merge");
-    assert_eq!(weight(&layer), bits(&expected), "merged {spec:?}");
+    assert_same(&weight(&layer), &bits(&expected), &format!("merged {spec:?}"));
     let plain = LoraLinear::upload(backend.clone(), &expected, forward.bias.as_ref().map(|b| &b.data[..]), n, k);
-    assert_eq!(y(&layer), y(&plain.expect("a layer")), "forward while merged");
+    assert_same(&y(&layer), &y(&plain.expect("a layer")), "forward while merged");
     layer.unmerge().expect("an unmerge");
-    assert_eq!(weight(&layer), bits(w), "unmerged");
-    assert_eq!(y(&layer), beside, "forward after unmerge");
+    assert_same(&weight(&layer), &bits(w), "unmerged");
+    assert_same(&y(&layer), &beside, "forward after unmerge");
 
     let folded = layer.merge_for_good().expect("a merge");
     assert_eq!(folded.iter().map(|(name, adapter)| (&**name, adapter.rank())).collect::<Vec<_>>(), [("one", r)]);
-    assert_eq!(weight(&layer), bits(&expected), "merged for good {spec:?}");
+    assert_same(&weight(&layer), &bits(&expected), &format!("merged for good {spec:?}"));
     assert_eq!((layer.names(), layer.active(), layer.is_merged()), (vec!["other"], vec![], false));
 }
 
@@ -221,8 +226,13 @@ pub fn widest<T: Element>(values: &[T]) -> Vec<f32> {
 /// Merge over matrices anywhere in their buffers, into a second buffer and in place; nothing around them is touched.
 pub fn merges_views<B: Backend, T: Element>(backend: &B, spec: &Spec) {
     let HostForward { w, a, b, scale, .. } = spec.forward::<T>();
-    let expected =
-        merged(&compact(&w).data, &widest(&compact(&a).data), &widest(&compact(&b).data), scale, (w.rows, w.cols, a.rows));
+    let expected = merged(
+        &compact(&w).data,
+        &widest(&compact(&a).data),
+        &widest(&compact(&b).data),
+        scale,
+        (w.rows, w.cols, a.rows),
+    );
     let [dw, da, db] = [&w, &a, &b].map(|host| Device::new(backend, host));
     for in_place in [false, true] {
         let row_stride = w.cols + 11;
@@ -234,7 +244,8 @@ pub fn merges_views<B: Backend, T: Element>(backend: &B, spec: &Spec) {
         let merge = Merge { w: (!in_place).then(|| dw.view()), factors, scale, merged: out.view_mut() };
         backend.merge(merge).expect("a merge");
         let after = out.download(backend);
-        assert_eq!(bits(&compact(&after).data), bits(&expected), "in place: {in_place}, {spec:?}");
+        let what = format!("merged, in place: {in_place}, {spec:?}");
+        assert_same(&bits(&compact(&after).data), &bits(&expected), &what);
         untouched(&before, &after);
     }
 }
@@ -244,7 +255,7 @@ fn untouched<T: Element>(before: &Host<T>, after: &Host<T>) {
         let bits = host.data.iter().enumerate().filter(|(at, _)| !host.is_element(*at));
         bits.map(|(_, value)| value.to_f32().to_bits()).collect()
     };
-    assert_eq!(outside(before), outside(after), "something beside the matrix was written");
+    assert_same(&outside(after), &outside(before), "what lies beside the matrix");
 }
 
 /// The values of `T` (16 bits) and what lies next to and halfway between them, through both factors.
@@ -270,12 +281,7 @@ pub fn matrix_of(values: &[f32], rows: usize, cols: usize) -> Host<f32> {
 }
 
 /// Round of f32 factors, into contiguous matrices and into windows of others.
-pub fn rounds<B: Backend, T: Element>(
-    backend: &B,
-    factors: &[Host<f32>; 2],
-    scale: f32,
-    expected: impl Fn(f32) -> T,
-) {
+pub fn rounds<B: Backend, T: Element>(backend: &B, factors: &[Host<f32>; 2], scale: f32, expected: impl Fn(f32) -> T) {
     let sources = factors.clone().map(|host| Device::<B, f32>::new(backend, &host));
     for (offset, gap) in [(0, 0), (3, 5)] {
         let target = |from: &Host<f32>| {
@@ -315,7 +321,7 @@ pub fn merges_near_ties<B: Backend, T: Element>(backend: &B, from_bits: fn(u16) 
                     return 0.0; // infinities, NaN, and what is next to them
                 }
                 let (value, next) = (w[at].to_f32(), from_bits(pattern + 1).to_f32());
-                let tie = (value + next) / 2.0; // exact: one bit more than T has
+                let tie = value + (next - value) / 2.0; // exact: one bit more than T has
                 let target = f32::from_bits(tie.to_bits().wrapping_add_signed(side));
                 let delta = target - value;
                 // Where the difference is not exact there is nothing to be held to.
@@ -398,10 +404,10 @@ pub fn sums_several<B: Backend, T: Element>(backend: &B, f32_factors: bool) {
     let refused = layer.forward_train(x.view()).map(drop);
     assert!(matches!(&refused, Err(Error::State { operation: "forward_train", .. })), "{refused:?}");
     layer.merge().expect("a merge");
-    assert_eq!(bits(&download(backend, layer.weight(), n * k)), bits(&expected), "merged in turn");
+    assert_same(&bits(&download(backend, layer.weight(), n * k)), &bits(&expected), "merged in turn");
     let names: Vec<String> = layer.merge_for_good().expect("a merge").into_iter().map(|(name, _)| name).collect();
     assert_eq!(names, ["a", "none", "b", "c"]);
-    assert_eq!(bits(&download(backend, layer.weight(), n * k)), bits(&expected), "for good");
+    assert_same(&bits(&download(backend, layer.weight(), n * k)), &bits(&expected), "merged for good");
 }
 
 /// f32 factors that change: forward reads them as they are now, one adapter or several.
@@ -466,8 +472,9 @@ pub fn layer_table() -> Vec<Spec> {
 /// Shapes for merge: at the edges of its tiles and of its steps along the rank.
 pub fn merge_table() -> Vec<Spec> {
     let shapes = [(64, 64, 32), (65, 130, 33), (1, 1, 1), (63, 70, 31), (128, 65, 64), (3, 257, 5), (70, 3, 0)];
-    let spec = |(at, (n, k, r)): (usize, (usize, usize, usize))| {
-        Spec { placement: Placement::ALL[at % 4], ..Spec::new(2, n, k, r) }
+    let spec = |(at, (n, k, r)): (usize, (usize, usize, usize))| Spec {
+        placement: Placement::ALL[at % 4],
+        ..Spec::new(2, n, k, r)
     };
     shapes.into_iter().enumerate().map(spec).collect()
 }

@@ -10,9 +10,9 @@ pub mod check;
 pub mod data;
 #[cfg(all(feature = "emulator", feature = "cuda"))]
 pub mod emulated;
+pub mod golden;
 #[cfg(feature = "cuda")]
 pub mod gpu;
-pub mod golden;
 pub mod hopper;
 #[cfg(feature = "cuda")]
 pub mod hopper_defects;
