@@ -8,6 +8,9 @@
 
 namespace lora {
 
+// CTAs per SM that registers must leave room for.
+constexpr int kAdapterCtas = 4;
+
 // Element (row, col) of a factor.
 template <typename T>
 __device__ __forceinline__ float factor(const LoraMatrix& matrix, bool f32, uint32_t row, uint32_t col) {
@@ -116,14 +119,14 @@ __device__ __forceinline__ void round_factors(const LoraRoundParams& p) {
 
 }  // namespace lora
 
-#define LORA_ADAPTER(dtype, T)                                             \
-  extern "C" __global__ void __launch_bounds__(LORA_MERGE_THREADS)         \
-      lora_merge_##dtype(const __grid_constant__ LoraMergeParams params) { \
-    lora::merge<T>(params);                                                \
-  }                                                                        \
-  extern "C" __global__ void __launch_bounds__(LORA_ROUND_THREADS)         \
-      lora_round_##dtype(const __grid_constant__ LoraRoundParams params) { \
-    lora::round_factors<T>(params);                                        \
+#define LORA_ADAPTER(dtype, T)                                                         \
+  extern "C" __global__ void __launch_bounds__(LORA_MERGE_THREADS, lora::kAdapterCtas) \
+      lora_merge_##dtype(const __grid_constant__ LoraMergeParams params) {             \
+    lora::merge<T>(params);                                                            \
+  }                                                                                    \
+  extern "C" __global__ void __launch_bounds__(LORA_ROUND_THREADS, lora::kAdapterCtas) \
+      lora_round_##dtype(const __grid_constant__ LoraRoundParams params) {             \
+    lora::round_factors<T>(params);                                                    \
   }
 
 LORA_ADAPTER(f16, __half)
