@@ -108,8 +108,8 @@ fn layers_merge_and_round_bit_by_bit() {
             layers::merges::<_, bf16>(&queue, &spec, f32_factors);
         }
     }
-    layers::merges_near_ties::<_, f16>(&queue, f16::from_bits, 0x7c00);
-    layers::merges_near_ties::<_, bf16>(&queue, bf16::from_bits, 0x7f80);
+    layers::merges_near_ties::<_, f16>(&queue, f16::from_bits, 0x7c00, 1);
+    layers::merges_near_ties::<_, bf16>(&queue, bf16::from_bits, 0x7f80, 1);
     layers::rounds_every_neighbour::<_, f16>(&queue, f16::from_bits);
     layers::rounds_every_neighbour::<_, bf16>(&queue, bf16::from_bits);
 }

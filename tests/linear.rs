@@ -49,8 +49,8 @@ mod cpu_backend {
         merges::<f16>(&Cpu);
         merges::<bf16>(&Cpu);
         merges::<f32>(&Cpu);
-        layers::merges_near_ties::<_, f16>(&Cpu, f16::from_bits, 0x7c00);
-        layers::merges_near_ties::<_, bf16>(&Cpu, bf16::from_bits, 0x7f80);
+        layers::merges_near_ties::<_, f16>(&Cpu, f16::from_bits, 0x7c00, 1);
+        layers::merges_near_ties::<_, bf16>(&Cpu, bf16::from_bits, 0x7f80, 1);
     }
 
     #[test]
@@ -111,9 +111,9 @@ mod emulated {
         merges::<f16>(&emulator(75));
         merges::<bf16>(&emulator(80));
         merges::<bf16>(&emulator(75));
-        layers::merges_near_ties::<_, f16>(&emulator(80), f16::from_bits, 0x7c00);
-        layers::merges_near_ties::<_, bf16>(&emulator(75), bf16::from_bits, 0x7f80);
-        layers::merges_near_ties::<_, bf16>(&emulator(80), bf16::from_bits, 0x7f80);
+        layers::merges_near_ties::<_, f16>(&emulator(80), f16::from_bits, 0x7c00, 5);
+        layers::merges_near_ties::<_, bf16>(&emulator(75), bf16::from_bits, 0x7f80, 5);
+        layers::merges_near_ties::<_, bf16>(&emulator(80), bf16::from_bits, 0x7f80, 5);
     }
 
     #[test]

@@ -38,8 +38,9 @@ pub fn merge<T: Element>(op: Merge<'_, T>) -> Result<()> {
     }
 }
 
+/// A matrix without columns need not lie in its buffer.
 fn row<T>(matrix: Matrix<'_, [T]>, row: usize) -> &[T] {
-    &matrix.data[matrix.offset + row * matrix.row_stride..][..matrix.cols]
+    if matrix.cols == 0 { &[] } else { &matrix.data[matrix.offset + row * matrix.row_stride..][..matrix.cols] }
 }
 
 fn merge_with<T: Element, F: Element>(
@@ -92,6 +93,9 @@ pub fn round<T: Element>(op: Round<'_, T>) -> Result<()> {
 }
 
 fn round_with<T: Element, F: Element>(from: Matrix<'_, [F]>, scale: f32, to: MatrixMut<'_, [T]>) {
+    if from.cols == 0 {
+        return;
+    }
     let mut wide = vec![0.0f32; from.cols];
     for at in 0..from.rows {
         widen(row(from, at), &mut wide);

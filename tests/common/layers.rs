@@ -307,16 +307,17 @@ pub fn rounds<B: Backend, T: Element>(backend: &B, factors: &[Host<f32>; 2], sca
     }
 }
 
-/// Every value of `T` plus half a unit in its last place, and one f32 to either side of that.
-pub fn merges_near_ties<B: Backend, T: Element>(backend: &B, from_bits: fn(u16) -> T, infinity: u16) {
-    let (n, k) = (4096, 16);
-    let w: Vec<T> = (0..n * k).map(|at| from_bits(at as u16)).collect();
+/// Every `step`-th value of `T` plus half a unit in its last place, and one f32 to either side of that.
+pub fn merges_near_ties<B: Backend, T: Element>(backend: &B, from_bits: fn(u16) -> T, infinity: u16, step: usize) {
+    let (n, k) = (4096 / step, 16);
+    let w: Vec<T> = (0..n * k).map(|at| from_bits((at * step) as u16)).collect();
     // A is the identity: every element of the product is one of B, and zeros.
     let identity: Vec<f32> = (0..k * k).map(|at| if at / k == at % k { 1.0 } else { 0.0 }).collect();
     for side in [-1i32, 0, 1] {
         let b: Vec<f32> = (0..n * k)
             .map(|at| {
-                let (pattern, magnitude) = (at as u16, at as u16 & 0x7fff);
+                let pattern = (at * step) as u16;
+                let magnitude = pattern & 0x7fff;
                 if magnitude + 1 >= infinity {
                     return 0.0; // infinities, NaN, and what is next to them
                 }
