@@ -35,6 +35,10 @@ check: ## Check formatting, lints on all feature sets, documentation, dependenci
 cute-check: toolchain ## Hold the emulator's matrix layouts against CuTe's headers, which it installs
 	@scripts/cute-check
 
+.PHONY: burn-check
+burn-check: toolchain ## Type-check interop/burn, which takes some minutes and gigabytes
+	@. .toolchain/env; cd interop/burn && DOCS_RS=1 cargo check
+
 .PHONY: bench
 bench: toolchain ## Measure on this machine
 	@. .toolchain/env; cargo bench -- $(ARGS)

@@ -52,6 +52,17 @@
 #define LORA_DB_F32 32u
 #define LORA_DBIAS_F32 64u
 
+/* merge: rows and columns of a tile, threads, and ranks per step. */
+#define LORA_MERGE_BLOCK 64
+#define LORA_MERGE_THREADS 256
+#define LORA_MERGE_RANKS 32
+/* round: rows and columns of a tile, threads. */
+#define LORA_ROUND_ROWS 8
+#define LORA_ROUND_COLS 256
+#define LORA_ROUND_THREADS 256
+/* LoraMergeParams::flags, LoraRoundParams::flags: a and b are f32. */
+#define LORA_FACTORS_F32 1u
+
 /* A row-major matrix: address of element (0, 0), 0 when absent, and elements between row starts. */
 typedef struct LoraMatrix {
   uint64_t ptr;
@@ -118,6 +129,36 @@ typedef struct LoraBackwardParams {
   uint32_t sync_words;
   uint32_t flags;
 } LoraBackwardParams;
+
+/* merged = w + scale b a. A CTA computes one tile; tiles are numbered along k first. */
+typedef struct LoraMergeParams {
+  LoraMatrix w; /* may be merged itself */
+  LoraMatrix a;
+  LoraMatrix b;
+  LoraMatrix merged;
+  uint32_t n;
+  uint32_t k;
+  uint32_t r;
+  float scale;
+  uint32_t k_blocks;
+  uint32_t flags;
+} LoraMergeParams;
+
+/* rounded_a = a, rounded_b = scale b in the storage type. A CTA does one tile, of a first, then of b. */
+typedef struct LoraRoundParams {
+  LoraMatrix a;
+  LoraMatrix b;
+  LoraMatrix rounded_a;
+  LoraMatrix rounded_b;
+  uint32_t n;
+  uint32_t k;
+  uint32_t r;
+  float scale;
+  uint32_t a_units;  /* blocks of r x k_blocks */
+  uint32_t k_blocks; /* tiles along the columns of a */
+  uint32_t r_blocks; /* tiles along the columns of b */
+  uint32_t flags;
+} LoraRoundParams;
 
 /* What cuTensorMapEncodeTiled writes. CUDA 13 declares it with this alignment; CUDA 12 asked for half of it. */
 typedef struct LoraTensorMap {

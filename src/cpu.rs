@@ -11,8 +11,13 @@
 //! **Repeatable.** The same inputs on the same machine give the same bits, whatever the number of threads: the order of
 //! every sum follows from the shape.
 
+mod adapter;
 mod convert;
 mod product;
+
+#[cfg(all(feature = "emulator", feature = "cuda"))]
+pub(crate) use adapter::{check_merge, check_round};
+pub use adapter::{merge, round};
 
 use crate::error::{Error, Result};
 use crate::shape::{LoraShape, check_length};
@@ -23,6 +28,14 @@ use product::{Epilogue, Side, Term, column_sums, product};
 pub type Forward<'a, T> = crate::Forward<'a, [T], [T]>;
 /// [`crate::Backward`] over slices; gradients are `[T]` or `[f32]`.
 pub type Backward<'a, T> = crate::Backward<'a, [T], [T], [f32]>;
+/// [`crate::Merge`] over slices; factors are `[T]` or `[f32]`.
+pub type Merge<'a, T> = crate::Merge<'a, [T], [T], [f32]>;
+/// [`crate::Round`] over slices; factors are `[T]` or `[f32]`.
+pub type Round<'a, T> = crate::Round<'a, [T], [T], [f32]>;
+
+/// This backend as [`LoraLinear`](crate::linear::LoraLinear) takes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cpu;
 
 /// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ.
 ///

@@ -161,6 +161,24 @@ pub enum Error {
         /// What was looked for and what the loader said.
         reason: String,
     },
+    /// A layer has no adapter of the given name, or has one already.
+    #[error("the adapter name is {got:?}, expected {expected}")]
+    AdapterName {
+        /// Name passed.
+        got: String,
+        /// What it may be.
+        expected: String,
+    },
+    /// A layer is in a state that rules the operation out.
+    #[error("`{operation}` was called while {got}, expected {expected}")]
+    State {
+        /// Method of [`LoraLinear`](crate::linear::LoraLinear).
+        operation: &'static str,
+        /// The state.
+        got: String,
+        /// What must come first.
+        expected: &'static str,
+    },
     /// The device, or the host where a backend needs scratch there, has too little memory for an allocation.
     #[error("out of memory: could not allocate {bytes} bytes")]
     OutOfMemory {

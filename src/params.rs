@@ -240,6 +240,62 @@ pub struct LoraSm90BackwardParams {
     pub padding: u32,
 }
 
+/// The parameter of merge: merged = w + scale · B A, a tile per CTA, numbered along K first.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LoraMergeParams {
+    /// N × K; may be `merged` itself.
+    pub w: LoraMatrix,
+    /// R × K, of the storage type or f32.
+    pub a: LoraMatrix,
+    /// N × R, as `a`.
+    pub b: LoraMatrix,
+    /// N × K, output.
+    pub merged: LoraMatrix,
+    /// Output features.
+    pub n: u32,
+    /// Input features.
+    pub k: u32,
+    /// Rank.
+    pub r: u32,
+    /// α/r or α/√r.
+    pub scale: f32,
+    /// Tiles along K.
+    pub k_blocks: u32,
+    /// `LORA_FACTORS_F32` or 0.
+    pub flags: u32,
+}
+
+/// The parameter of round: rounded_a = A, rounded_b = scale · B, a tile per CTA, those of A first.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LoraRoundParams {
+    /// R × K, of the storage type or f32.
+    pub a: LoraMatrix,
+    /// N × R, as `a`.
+    pub b: LoraMatrix,
+    /// R × K, output.
+    pub rounded_a: LoraMatrix,
+    /// N × R, output.
+    pub rounded_b: LoraMatrix,
+    /// Output features.
+    pub n: u32,
+    /// Input features.
+    pub k: u32,
+    /// Rank.
+    pub r: u32,
+    /// Factor of B.
+    pub scale: f32,
+    /// Tiles of A.
+    pub a_units: u32,
+    /// Tiles along the columns of A.
+    pub k_blocks: u32,
+    /// Tiles along the columns of B.
+    pub r_blocks: u32,
+    /// `LORA_FACTORS_F32` or 0.
+    pub flags: u32,
+}
+
 /// Defines each constant once and, with the header at hand, proves that it agrees.
 macro_rules! constants {
     ($($name:ident = $value:expr;)*) => {
@@ -288,6 +344,12 @@ constants! {
     LORA_SM90_BACKWARD_X_TOKENS = 8;
     LORA_SM90_BACKWARD_DH_TOKENS = 9;
     LORA_SM90_BACKWARD_MAPS = 10;
+    LORA_MERGE_BLOCK = 64;
+    LORA_MERGE_THREADS = 256;
+    LORA_ROUND_ROWS = 8;
+    LORA_ROUND_COLS = 256;
+    LORA_ROUND_THREADS = 256;
+    LORA_FACTORS_F32 = 1;
     LORA_SYNC_BYTES = 65536;
     LORA_SYNC_FLAGS = 2;
     LORA_ACCUMULATE_DX = 1;
@@ -319,6 +381,8 @@ mod header {
         same_layout!(LoraBackwardParams: dy w a b x h dh dx da db dbias partials sync m n k r scale m_blocks n_blocks
             k_blocks dh_units dx_end db_end units chunks chunk_rows partial_stride counters group_m flag_shift
             sync_words flags);
+        same_layout!(LoraMergeParams: w a b merged n k r scale k_blocks flags);
+        same_layout!(LoraRoundParams: a b rounded_a rounded_b n k r scale a_units k_blocks r_blocks flags);
         same_layout!(LoraSm90ForwardParams: h bias sync m n k r scale m_groups n_blocks r_blocks h_units h_tickets
             tickets group_m flag_shift sync_words);
         same_layout!(LoraSm90BackwardParams: dh dx da db dbias partials sync m n k r scale m_groups n_groups k_groups
@@ -361,6 +425,10 @@ pub enum Params {
     Sm90Forward(LoraSm90ForwardParams),
     /// Of a backward kernel of the Hopper family, after its tensor maps.
     Sm90Backward(LoraSm90BackwardParams),
+    /// Of merge.
+    Merge(LoraMergeParams),
+    /// Of round.
+    Round(LoraRoundParams),
 }
 
 impl Params {
@@ -372,6 +440,8 @@ impl Params {
             Params::Backward(p) => p.write(&mut out),
             Params::Sm90Forward(p) => p.write(&mut out),
             Params::Sm90Backward(p) => p.write(&mut out),
+            Params::Merge(p) => p.write(&mut out),
+            Params::Round(p) => p.write(&mut out),
         }
         out
     }
@@ -406,3 +476,6 @@ write_fields!(LoraSm90ForwardParams: matrices h;
 write_fields!(LoraSm90BackwardParams: matrices dh dx da db;
     words dbias partials sync m n k r scale m_groups n_groups k_groups k_blocks r_blocks dh_units dh_tickets
     dx_end db_end tickets chunks chunk_rows partial_stride counters group_m flag_shift sync_words flags padding);
+write_fields!(LoraMergeParams: matrices w a b merged; words n k r scale k_blocks flags);
+write_fields!(LoraRoundParams: matrices a b rounded_a rounded_b;
+    words n k r scale a_units k_blocks r_blocks flags);

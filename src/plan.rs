@@ -3,6 +3,7 @@
 //! [`Plan::forward`] and [`Plan::backward`] choose the family and the tile shape, number the units of work, lay out the
 //! workspace and can [`explain`](Plan::explain) all of it. [`Plan::launch`] then only fills in the workspace address.
 
+mod adapter;
 mod device;
 mod explain;
 mod floor;
@@ -13,7 +14,8 @@ mod portable;
 mod sm90;
 
 pub use crate::params::{
-    LoraBackwardParams, LoraForwardParams, LoraMatrix, LoraSm90BackwardParams, LoraSm90ForwardParams, Params,
+    LoraBackwardParams, LoraForwardParams, LoraMatrix, LoraMergeParams, LoraRoundParams, LoraSm90BackwardParams,
+    LoraSm90ForwardParams, Params,
 };
 pub use device::{Device, Peak};
 pub use floor::Floor;
@@ -119,7 +121,7 @@ fn check_units(count: u64) -> Result<u32> {
     })
 }
 
-fn check_dtype(dtype: Dtype) -> Result<()> {
+pub(crate) fn check_dtype(dtype: Dtype) -> Result<()> {
     match dtype {
         Dtype::F16 | Dtype::Bf16 => Ok(()),
         Dtype::F32 => Err(Error::Dtype { got: dtype, backend: "the CUDA kernels", expected: "F16, Bf16" }),
@@ -359,6 +361,8 @@ impl Plan {
                 place(&mut params.partials, self.scratch.partials);
                 &[LORA_SM90_BACKWARD_DH, LORA_SM90_BACKWARD_DH_TOKENS]
             }
+            // Launches of these need no workspace, and no plan.
+            Params::Merge(_) | Params::Round(_) => &[],
         };
         for &index in maps {
             if let Some(Some(map)) = launch.maps.get_mut(index as usize) {
