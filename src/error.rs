@@ -110,6 +110,52 @@ pub enum Error {
         /// Types it computes in.
         expected: &'static str,
     },
+    /// A tensor has the wrong element type for its place.
+    #[error("`{arg}` is of dtype {got}, expected {expected}")]
+    ArgumentDtype {
+        /// Argument.
+        arg: &'static str,
+        /// Its type, as its library names it.
+        got: String,
+        /// The types it may have, and why.
+        expected: String,
+    },
+    /// A tensor has too few or too many dimensions.
+    #[error("`{arg}` has {got} dimensions, expected {expected}")]
+    Rank {
+        /// Argument.
+        arg: &'static str,
+        /// How many it has.
+        got: usize,
+        /// How many it may have.
+        expected: &'static str,
+    },
+    /// A tensor that is frozen takes part in the computation of gradients.
+    #[error("`{arg}` is tracked for gradients, which are not computed for it: expected it detached")]
+    Tracked {
+        /// Argument.
+        arg: &'static str,
+    },
+    /// A layer has no adapter of that name, or none is active.
+    #[error("no adapter `{got}`, expected one of: {known}")]
+    NoAdapter {
+        /// The name asked for.
+        got: String,
+        /// Those the layer has.
+        known: String,
+    },
+    /// A layer has an adapter of that name already.
+    #[error("there is an adapter `{name}` already, expected another name")]
+    AdapterExists {
+        /// The name.
+        name: String,
+    },
+    /// An adapter is part of the weight at the moment.
+    #[error("the adapter `{name}` is merged, expected it unmerged first")]
+    Merged {
+        /// The adapter.
+        name: String,
+    },
     /// An option of the planner asks for what another option, the call, the device or the build rules out.
     #[error("the plan option `{option}` is {got}, expected {expected}")]
     PlanOption {
