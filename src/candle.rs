@@ -7,6 +7,8 @@ mod cpu;
 mod cuda;
 mod linear;
 mod op;
+#[cfg(any(feature = "candle-cuda", test))]
+mod recent;
 mod view;
 
 pub use linear::{LoraConfig, LoraLinear};
