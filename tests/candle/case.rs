@@ -23,6 +23,9 @@ impl Rng {
     }
 }
 
+/// x, w, a, b, scale and bias to y.
+pub type Op = fn(&Tensor, &Tensor, &Tensor, &Tensor, f64, Option<&Tensor>) -> Result<Tensor>;
+
 /// What goes into the op; `dy` is the gradient that arrives from above.
 pub struct Case {
     pub x: Tensor,
@@ -57,6 +60,14 @@ impl Case {
         })
     }
 
+    #[cfg(feature = "candle-cuda")]
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let Self { x, w, a, b, bias, scale, dy } = self;
+        let to = |tensor: &Tensor| tensor.to_device(device);
+        let bias = bias.as_ref().map(to).transpose()?;
+        Ok(Self { x: to(x)?, w: to(w)?, a: to(a)?, b: to(b)?, bias, scale: *scale, dy: to(dy)? })
+    }
+
     pub fn fused(x: &Tensor, w: &Tensor, a: &Tensor, b: &Tensor, scale: f64, bias: Option<&Tensor>) -> Result<Tensor> {
         lora(x, w, a, b, scale, bias)
     }
@@ -78,11 +89,7 @@ impl Case {
     }
 
     /// Forward and backward of `op`, with those of x, A and B tracked that `tracked` says.
-    pub fn run(
-        &self,
-        tracked: [bool; 3],
-        op: fn(&Tensor, &Tensor, &Tensor, &Tensor, f64, Option<&Tensor>) -> Result<Tensor>,
-    ) -> Result<Results> {
+    pub fn run(&self, tracked: [bool; 3], op: Op) -> Result<Results> {
         // A variable is contiguous: what it is shaped into afterwards keeps the layout of the case.
         let inputs = [&self.x, &self.a, &self.b];
         let vars: Vec<Option<Var>> = inputs
@@ -166,7 +173,10 @@ fn dtype(dtype: DType) -> Dtype {
 /// The matrix of all tokens, in f64.
 pub fn mat(tensor: &Tensor) -> Mat {
     let cols = *tensor.dims().last().expect("a dimension");
-    let data = tensor.to_dtype(DType::F64).and_then(|tensor| tensor.flatten_all()?.to_vec1()).expect("elements");
+    let data = tensor
+        .to_device(&Device::Cpu)
+        .and_then(|tensor| tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1())
+        .expect("elements");
     Mat { rows: data.len() / cols, cols, data }
 }
 

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 use fused_lora::candle::lora;
 
-use crate::case::{Case, Rng, bits, mat};
+use crate::case::{Case, Op, Rng, bits, mat};
 
 const ALL: [bool; 3] = [true; 3];
 const DTYPES: [(DType, DType); 5] = [
@@ -15,7 +15,8 @@ const DTYPES: [(DType, DType); 5] = [
 ];
 
 /// Tokens, and (N, K, R).
-const SHAPES: [(&[usize], (usize, usize, usize)); 6] = [
+type Sizes = (&'static [usize], (usize, usize, usize));
+const SHAPES: [Sizes; 6] = [
     (&[7], (5, 9, 3)),
     (&[1], (16, 24, 1)),
     (&[65], (33, 40, 8)),
@@ -210,10 +211,10 @@ fn results_may_be_used_twice_and_differentiated_twice() -> Result<()> {
     assert_eq!(gradients(&once)?, first, "backward again");
     let doubled: Vec<Vec<f64>> = first.iter().map(|g| g.iter().map(|g| 2.0 * g).collect()).collect();
     assert_eq!(gradients(&twice)?, doubled, "used twice");
-    // x again as its own upstream gradient's input: two ops, one after the other, share A.
+    // Two in a row share A and B, the second's x depends on both.
     let square = Case::new(&[5], (6, 6, 3), DType::F32, DType::F32)?;
     let (a, b) = (Var::from_tensor(&square.a)?, Var::from_tensor(&square.b)?);
-    let chained = |op: fn(&Tensor, &Tensor, &Tensor, &Tensor, f64, Option<&Tensor>) -> Result<Tensor>| -> Result<_> {
+    let chained = |op: Op| -> Result<_> {
         let y = op(&square.x, &square.w, &a, &b, square.scale, None)?;
         let z = op(&y, &square.w, &a, &b, square.scale, None)?;
         let store = (z * &square.dy)?.sum_all()?.backward()?;
