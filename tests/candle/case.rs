@@ -41,6 +41,8 @@ pub struct Case {
 pub struct Results {
     pub y: Tensor,
     pub gradients: [Option<Tensor>; 3],
+    /// An input that is not tracked got a gradient all the same.
+    pub stray: bool,
 }
 
 impl Case {
@@ -90,7 +92,7 @@ impl Case {
 
     /// Forward and backward of `op`, with those of x, A and B tracked that `tracked` says.
     pub fn run(&self, tracked: [bool; 3], op: Op) -> Result<Results> {
-        // A variable is contiguous: what it is shaped into afterwards keeps the layout of the case.
+        // A variable is contiguous; what is not tracked keeps its layout.
         let inputs = [&self.x, &self.a, &self.b];
         let vars: Vec<Option<Var>> = inputs
             .iter()
@@ -101,7 +103,8 @@ impl Case {
         let y = op(input(0), &self.w, input(1), input(2), self.scale, self.bias.as_ref())?;
         let store = (&y * &self.dy)?.sum_all()?.backward()?;
         let gradient = |at: usize| vars[at].as_ref().and_then(|var| store.get(var)).cloned();
-        Ok(Results { y: y.detach(), gradients: [gradient(0), gradient(1), gradient(2)] })
+        let stray = (0..3).any(|at| !tracked[at] && store.get(inputs[at]).is_some());
+        Ok(Results { y: y.detach(), gradients: [gradient(0), gradient(1), gradient(2)], stray })
     }
 
     /// Runs the op with those inputs tracked and holds everything to the tolerance rule, with candle's own autograd of the
@@ -114,6 +117,7 @@ impl Case {
 
     #[track_caller]
     pub fn judge(&self, ours: &Results, tracked: [bool; 3], context: &str) {
+        assert!(!ours.stray, "{context}: a gradient that nobody asked for");
         let composed = self.run(tracked, Self::composed).expect("candle's own operations");
         let inputs = self.inputs();
         let (h, y) = reference::forward(&inputs);
