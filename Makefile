@@ -39,6 +39,10 @@ cute-check: toolchain ## Hold the emulator's matrix layouts against CuTe's heade
 burn-check: toolchain ## Type-check interop/burn, which takes some minutes and gigabytes
 	@. .toolchain/env; cd interop/burn && DOCS_RS=1 cargo check
 
+.PHONY: candle-cuda
+candle-cuda: toolchain ## Lint the candle op on GPUs against candle's CUDA backend, its kernels left out
+	@scripts/candle-cuda check
+
 .PHONY: bench
 bench: toolchain ## Measure on this machine
 	@. .toolchain/env; cargo bench -- $(ARGS)
