@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use fused_lora::peft::ErrorKind;
+
 /// Exit status when everything asked for was done.
 pub const DONE: u8 = 0;
 /// Exit status after Ctrl-C, as shells report it.
@@ -16,6 +18,8 @@ pub enum Failure {
     Malformed { file: String, problem: String },
     #[error("needs {0}, which is not built yet")]
     NotBuilt(String),
+    #[error("{0}")]
+    Adapter(#[from] fused_lora::peft::Error),
     #[error("{0}")]
     Computation(#[from] candle_core::Error),
     #[error("step {step}: {problem}")]
@@ -38,7 +42,8 @@ impl Failure {
         match self {
             Self::Computation(_) | Self::Diverged { .. } | Self::Output { .. } => 1,
             Self::NotBuilt(_) => 2,
-            Self::Usage(_) | Self::Malformed { .. } => 3,
+            Self::Adapter(error) if matches!(error.kind, ErrorKind::Unsupported { .. }) => 2,
+            Self::Usage(_) | Self::Malformed { .. } | Self::Adapter(_) => 3,
         }
     }
 }

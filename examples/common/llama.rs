@@ -13,12 +13,13 @@ use super::failure::{Failure, Result};
 use super::linear::{Linear, Lora};
 use super::weights::Weights;
 
-/// What to put in place of or beside the weights on disk, by the name of the module.
+/// What to put in place of or beside the weights on disk.
 #[derive(Default)]
 pub struct Changes {
+    /// By module.
     pub lora: BTreeMap<String, Lora>,
-    /// Whole weights that an adapter brings (`modules_to_save`).
-    pub weights: BTreeMap<String, Tensor>,
+    /// Whole weights and biases that an adapter brings, by their name in the model.
+    pub parameters: BTreeMap<String, Tensor>,
 }
 
 pub struct Llama {
@@ -72,7 +73,10 @@ impl Cache {
     }
 }
 
-/// Every linear layer inside the blocks, with (N, K): what PEFT's `all-linear` means, which leaves out the head.
+/// The output layer, which PEFT's `all-linear` leaves out.
+pub const HEAD: &str = "lm_head";
+
+/// Every linear layer, with N and K.
 pub fn linear_layers(config: &Config) -> Vec<(String, usize, usize)> {
     let mut layers = Vec::new();
     for layer in 0..config.layers {
@@ -80,6 +84,7 @@ pub fn linear_layers(config: &Config) -> Vec<(String, usize, usize)> {
             layers.push((format!("model.layers.{layer}.{name}"), n, k));
         }
     }
+    layers.push((HEAD.into(), config.vocab, config.hidden));
     layers
 }
 
@@ -104,43 +109,31 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
-    fn weight(&mut self, module: &str, shape: &[usize]) -> Result<Tensor> {
-        match self.changes.weights.remove(module) {
-            None => self.weights.get(&format!("{module}.weight"), shape),
-            Some(weight) if weight.dims() == shape => {
-                Ok(weight.to_device(&self.weights.device)?.to_dtype(self.weights.dtype)?)
+    fn get(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        match self.changes.parameters.remove(name) {
+            None => self.weights.get(name, shape),
+            Some(value) if value.dims() == shape => Ok(value.to_dtype(self.weights.dtype)?),
+            Some(value) => {
+                let got = value.dims();
+                Err(Failure::Usage(format!("the adapter's `{name}` has shape {got:?}, but the model's is {shape:?}")))
             }
-            Some(weight) => Err(Failure::Usage(format!(
-                "the adapter's weight of `{module}` has shape {:?}, but the model needs {shape:?}",
-                weight.dims()
-            ))),
         }
     }
 
     fn linear(&mut self, module: &str, n: usize, k: usize, bias: bool) -> Result<Linear> {
-        let w = self.weight(module, &[n, k])?;
+        let w = self.get(&format!("{module}.weight"), &[n, k])?;
         self.linear_over(module, w, bias)
     }
 
     fn linear_over(&mut self, module: &str, w: Tensor, bias: bool) -> Result<Linear> {
-        let (n, k) = w.dims2()?;
-        let bias = if bias { Some(self.weights.get(&format!("{module}.bias"), &[n])?) } else { None };
+        let n = w.dim(0)?;
+        let bias = if bias { Some(self.get(&format!("{module}.bias"), &[n])?) } else { None };
         let lora = self.changes.lora.remove(module);
-        if let Some(Lora { a, b, .. }) = &lora {
-            let (r, _) = a.dims2()?;
-            if (a.dims(), b.dims()) != (&[r, k], &[n, r]) {
-                return Err(Failure::Usage(format!(
-                    "the adapter of `{module}` is {:?} and {:?}, but the layer is {n} x {k}",
-                    a.dims(),
-                    b.dims()
-                )));
-            }
-        }
         Ok(Linear { w, bias, lora })
     }
 
     fn norm(&mut self, module: &str, config: &Config) -> Result<Norm> {
-        Ok(Norm { weight: self.weight(module, &[config.hidden])?, eps: config.norm_eps as f32 })
+        Ok(Norm { weight: self.get(&format!("{module}.weight"), &[config.hidden])?, eps: config.norm_eps as f32 })
     }
 
     fn layer(&mut self, index: usize, config: &Config) -> Result<Layer> {
@@ -163,17 +156,17 @@ impl Source<'_> {
 impl Llama {
     pub fn load(config: &Config, weights: &Weights, changes: Changes) -> Result<Self> {
         let mut source = Source { weights, changes };
-        let embedding = source.weight("model.embed_tokens", &[config.vocab, config.hidden])?;
+        let embedding = source.get("model.embed_tokens.weight", &[config.vocab, config.hidden])?;
         let layers = (0..config.layers).map(|index| source.layer(index, config)).collect::<Result<_>>()?;
         let norm = source.norm("model.norm", config)?;
         // An adapter that brings a head of its own unties it.
-        let head = if config.tied && !source.changes.weights.contains_key("lm_head") {
-            source.linear_over("lm_head", embedding.clone(), false)?
+        let head = if config.tied && !source.changes.parameters.contains_key("lm_head.weight") {
+            source.linear_over(HEAD, embedding.clone(), false)?
         } else {
-            source.linear("lm_head", config.vocab, config.hidden, false)?
+            source.linear(HEAD, config.vocab, config.hidden, false)?
         };
-        if let Some(module) = source.changes.lora.keys().chain(source.changes.weights.keys()).next() {
-            return Err(Failure::NotBuilt(format!("an adapter on `{module}`")));
+        if let Some(module) = source.changes.lora.keys().chain(source.changes.parameters.keys()).next() {
+            return Err(Failure::Usage(format!("the adapter brings `{module}`, which the model does not have")));
         }
         let rotary = Rotary { frequencies: config.rope.frequencies(config.head_dim), device: weights.device.clone() };
         Ok(Self { embedding, layers, norm, head, rotary, dtype: weights.dtype })
@@ -222,6 +215,14 @@ impl Llama {
         let log_sum = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
         let chosen = shifted.gather(&Tensor::from_vec(targets, (count, 1), device)?, 1)?;
         (log_sum - chosen)?.mean_all()
+    }
+
+    /// Puts every adapter into the weight beside it.
+    pub fn merge(&mut self) -> Computed<()> {
+        for Layer { attention: Attention { q, k, v, o, .. }, mlp: Mlp { gate, up, down }, .. } in &mut self.layers {
+            [q, k, v, o, gate, up, down].into_iter().try_for_each(Linear::merge)?;
+        }
+        self.head.merge()
     }
 
     pub fn dtype(&self) -> DType {

@@ -6,6 +6,8 @@ use tokenizers::Tokenizer;
 
 use super::failure::{Failure, Result};
 
+const FILE: &str = "tokenizer.json";
+
 pub enum Tokens {
     Tokenizer(Box<Tokenizer>),
     Bytes,
@@ -14,8 +16,12 @@ pub enum Tokens {
 impl Tokens {
     /// Of the model in `directory`.
     pub fn open(directory: &Path) -> Result<Self> {
-        let path = directory.join("tokenizer.json");
+        let path = directory.join(FILE);
         if !path.is_file() {
+            // Bytes would mean other tokens than the model's.
+            if directory.join("tokenizer.model").is_file() {
+                return Err(Failure::NotBuilt(format!("tokenizer.model without {FILE}")));
+            }
             return Ok(Self::Bytes);
         }
         let tokenizer = Tokenizer::from_file(&path).map_err(|error| Failure::malformed(&path, error))?;
@@ -47,7 +53,8 @@ impl Tokens {
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         match self {
             Self::Tokenizer(tokenizer) => {
-                tokenizer.decode(ids, true).map_err(|error| Failure::NotBuilt(format!("decoding these tokens: {error}")))
+                let malformed = |error| Failure::malformed(Path::new(FILE), format!("cannot decode {ids:?}: {error}"));
+                tokenizer.decode(ids, true).map_err(malformed)
             }
             Self::Bytes => {
                 // 0xff is never text: a token beyond the bytes shows as U+FFFD, too.
@@ -59,7 +66,7 @@ impl Tokens {
 
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Tokenizer(_) => "tokenizer.json",
+            Self::Tokenizer(_) => FILE,
             Self::Bytes => "bytes",
         }
     }

@@ -8,6 +8,7 @@
 mod arguments;
 mod checkpoint;
 #[path = "../common/mod.rs"]
+#[allow(dead_code)] // `generate` uses the rest
 mod common;
 mod data;
 mod files;
@@ -24,7 +25,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use arguments::Arguments;
 use candle_core::DType;
-use common::adapters::{self, Adapter};
+use common::adapters::Adapter;
 use common::config::Config;
 use common::failure::{self, Failure, Result};
 use common::llama::Llama;
@@ -61,7 +62,7 @@ fn try_run(arguments: Vec<OsString>, interrupt: &AtomicBool, streams: &mut Strea
     }
     let steps = steps(&arguments, &training)?;
     let end = training.run(steps, arguments.json, interrupt, streams)?;
-    training.adapter.save(&arguments.out)?;
+    training.adapter.save(&training.parameters, &arguments.out)?;
     summary(&arguments, &training, end, streams)?;
     Ok(end)
 }
@@ -74,10 +75,10 @@ fn prepare(arguments: &Arguments, streams: &mut Streams<'_>) -> Result<Training>
     let tokens = Tokens::open(&arguments.model)?;
     let Arguments { batch, seq, seed, .. } = *arguments;
     let data = Data::open(&arguments.data, &tokens, &Shape { batch, seq, seed, vocab: config.vocab })?;
-    let adapter = adapters::start(&arguments.adapter, &config, seed)?;
+    let adapter = Adapter::start(&arguments.adapter, &config, &arguments.model, seed)?;
     std::fs::create_dir_all(&arguments.out).map_err(|error| Failure::output(arguments.out.display(), error))?;
 
-    let (changes, parameters) = adapter.for_training(&device)?;
+    let (changes, parameters) = adapter.variables(&device)?;
     let weights = Weights::open(&arguments.model, dtype, &device)?;
     let model = Llama::load(&config, &weights, changes)?;
     let trained: usize = parameters.iter().map(|parameter| parameter.var.elem_count()).sum();
