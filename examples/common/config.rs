@@ -116,7 +116,9 @@ impl Config {
         }
         if !self.heads.is_multiple_of(self.kv_heads) {
             let (heads, kv_heads) = (self.heads, self.kv_heads);
-            return Err(format!("num_attention_heads is {heads}, expected a multiple of num_key_value_heads, {kv_heads}"));
+            return Err(format!(
+                "num_attention_heads is {heads}, expected a multiple of num_key_value_heads, {kv_heads}"
+            ));
         }
         if !self.head_dim.is_multiple_of(2) {
             return Err(format!("head_dim is {}, expected an even number", self.head_dim));

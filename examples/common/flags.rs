@@ -85,9 +85,9 @@ impl Place {
         let built = candle_core::utils::cuda_is_available();
         match self {
             Self::Cpu => Ok(Device::Cpu),
-            Self::Cuda if !built => {
-                Err(Failure::Usage("`--device` is `cuda`, expected cpu: this build lacks the feature `candle-cuda`".into()))
-            }
+            Self::Cuda if !built => Err(Failure::Usage(
+                "`--device` is `cuda`, expected cpu: this build lacks the feature `candle-cuda`".into(),
+            )),
             Self::Cuda => {
                 let unusable = |error| Failure::Usage(format!("`--device` is `cuda`, but no GPU can be used: {error}"));
                 Device::new_cuda(0).map_err(unusable)

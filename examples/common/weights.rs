@@ -61,7 +61,8 @@ fn files(directory: &Path) -> Result<Vec<PathBuf>> {
     let map = map.ok_or_else(|| malformed("holds no object `weight_map`".into()))?;
     let mut names = BTreeSet::new();
     for (tensor, file) in map {
-        let name = file.as_str().ok_or_else(|| malformed(format!("the file of `{tensor}` is {file}, expected a name")))?;
+        let name =
+            file.as_str().ok_or_else(|| malformed(format!("the file of `{tensor}` is {file}, expected a name")))?;
         // A file beside the index, nothing elsewhere.
         if Path::new(name).file_name() != Some(name.as_ref()) {
             return Err(malformed(format!("the file of `{tensor}` is `{name}`, expected a name without folders")));

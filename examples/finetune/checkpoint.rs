@@ -58,7 +58,10 @@ impl State<'_> {
         let metadata: Value = serde_json::from_str(text).map_err(|error| malformed(&error))?;
         same_settings(&metadata["settings"], settings, path)?;
         let number = |key: &str| {
-            metadata[key].as_f64().filter(|number| *number >= 0.0).ok_or_else(|| malformed(&format!("`{key}` is missing")))
+            metadata[key]
+                .as_f64()
+                .filter(|number| *number >= 0.0)
+                .ok_or_else(|| malformed(&format!("`{key}` is missing")))
         };
         let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).map_err(|error| malformed(&error))?;
         let tensor = |name: &str, shape: &[usize]| match tensors.get(name) {

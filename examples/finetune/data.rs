@@ -25,8 +25,16 @@ pub struct Data {
 
 enum Kind {
     /// `steps` batches of B · T.
-    Recorded { ids: Vec<u32>, labels: Vec<i64>, steps: usize },
-    Text { tokens: Vec<u32>, seed: u64, order: Order },
+    Recorded {
+        ids: Vec<u32>,
+        labels: Vec<i64>,
+        steps: usize,
+    },
+    Text {
+        tokens: Vec<u32>,
+        seed: u64,
+        order: Order,
+    },
 }
 
 /// Piece numbers in the order of one epoch.

@@ -66,7 +66,8 @@ impl History {
 
     fn svg(&self) -> Result<String, Box<dyn std::error::Error>> {
         let losses = || self.0.iter().map(|record| record.loss);
-        let (low, high) = losses().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), loss| (low.min(loss), high.max(loss)));
+        let (low, high) =
+            losses().fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), loss| (low.min(loss), high.max(loss)));
         // A flat or empty curve still gets an axis with a range.
         let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
         let margin = ((high - low) * 0.05).max(high.abs().max(1e-3) * 1e-3);
@@ -96,7 +97,10 @@ impl History {
             chart.draw_series(LineSeries::new(losses().enumerate(), raw.stroke_width(width)))?;
             if long {
                 let smoothed = self.smoothed(self.0.len() as f64 / 50.0);
-                chart.draw_series(LineSeries::new(smoothed.into_iter().enumerate(), RGBColor(30, 90, 180).stroke_width(2)))?;
+                chart.draw_series(LineSeries::new(
+                    smoothed.into_iter().enumerate(),
+                    RGBColor(30, 90, 180).stroke_width(2),
+                ))?;
             }
             root.present()?;
         }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run --release --features candle,peft --example finetune -- \
-//!     --model tests/golden/llama/base --data README.md --out target/readme-adapter
+//!     --model tests/golden/peft/llama/base --data README.md --out target/readme-adapter
 //! ```
 
 mod arguments;
@@ -83,10 +83,18 @@ fn prepare(arguments: &Arguments, streams: &mut Streams<'_>) -> Result<Training>
     let model = Llama::load(&config, &weights, changes)?;
     let trained: usize = parameters.iter().map(|parameter| parameter.var.elem_count()).sum();
     let place = if device.is_cuda() { "cuda" } else { "cpu" };
-    say(arguments, streams, format_args!(
-        "{} in {} on {place}; tokens: {}; data: {}; {trained} values in {} layers are trained",
-        arguments.model.display(), dtype.as_str(), tokens.name(), data.describe(), parameters.len() / 2
-    ))?;
+    say(
+        arguments,
+        streams,
+        format_args!(
+            "{} in {} on {place}; tokens: {}; data: {}; {trained} values in {} layers are trained",
+            arguments.model.display(),
+            dtype.as_str(),
+            tokens.name(),
+            data.describe(),
+            parameters.len() / 2
+        ),
+    )?;
     Ok(Training {
         model,
         parameters,
@@ -147,7 +155,11 @@ fn summary(arguments: &Arguments, training: &Training, end: End, streams: &mut S
         && tenth > 0
     {
         let (from, to, steps) = (mean(first), mean(last), records.len());
-        say(arguments, streams, format_args!("loss {from:.4} -> {to:.4}: means of the first and last tenth of {steps} steps"))?;
+        say(
+            arguments,
+            streams,
+            format_args!("loss {from:.4} -> {to:.4}: means of the first and last tenth of {steps} steps"),
+        )?;
     }
     let out = arguments.out.display();
     say(arguments, streams, format_args!("adapter, checkpoint and loss curve: {out}"))?;

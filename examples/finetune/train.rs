@@ -9,11 +9,11 @@ use serde_json::Value;
 
 use super::checkpoint::State;
 use super::common::adapters::Adapter;
+use super::common::adapters::Parameter;
 use super::common::failure::{Failure, Result};
 use super::common::llama::Llama;
 use super::data::Data;
 use super::history::{History, Record};
-use super::common::adapters::Parameter;
 use super::optimizer::Optimizer;
 use super::progress::{Progress, Streams};
 
