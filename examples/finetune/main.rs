@@ -9,12 +9,12 @@ mod arguments;
 mod checkpoint;
 #[path = "../common/mod.rs"]
 #[allow(dead_code)] // `generate` uses the rest
-mod common;
-mod data;
+pub(crate) mod common;
+pub(crate) mod data;
 mod files;
-mod history;
+pub(crate) mod history;
 mod optimizer;
-mod progress;
+pub(crate) mod progress;
 mod train;
 
 use std::ffi::OsString;
@@ -39,7 +39,7 @@ use serde_json::{Value, json};
 use train::{End, Training};
 
 /// The whole program, with its streams as arguments; returns the exit status. `interrupt` is set by Ctrl-C.
-pub fn run(arguments: Vec<OsString>, interrupt: &AtomicBool, streams: &mut Streams<'_>) -> u8 {
+pub(crate) fn run(arguments: Vec<OsString>, interrupt: &AtomicBool, streams: &mut Streams<'_>) -> u8 {
     match try_run(arguments, interrupt, streams) {
         Ok(End::Done) => failure::DONE,
         Ok(End::Interrupted) => failure::INTERRUPTED,
@@ -56,11 +56,12 @@ fn try_run(arguments: Vec<OsString>, interrupt: &AtomicBool, streams: &mut Strea
         streams.out.write_all(arguments::HELP.as_bytes()).map_err(on_stdout)?;
         return Ok(End::Done);
     };
-    let mut training = prepare(&arguments, streams)?;
+    let mut training = prepare(&arguments)?;
     if arguments.resume {
         training.resume()?;
     }
     let steps = steps(&arguments, &training)?;
+    introduce(&arguments, &training, streams)?;
     let end = training.run(steps, arguments.json, interrupt, streams)?;
     training.adapter.save(&training.parameters, &arguments.out)?;
     summary(&arguments, &training, end, streams)?;
@@ -68,7 +69,7 @@ fn try_run(arguments: Vec<OsString>, interrupt: &AtomicBool, streams: &mut Strea
 }
 
 /// Everything read and checked, nothing computed yet.
-fn prepare(arguments: &Arguments, streams: &mut Streams<'_>) -> Result<Training> {
+fn prepare(arguments: &Arguments) -> Result<Training> {
     let device = arguments.place.device()?;
     let dtype = arguments.dtype.unwrap_or(if device.is_cuda() { DType::BF16 } else { DType::F32 });
     let config = Config::read(&arguments.model.join("config.json"))?;
@@ -81,26 +82,13 @@ fn prepare(arguments: &Arguments, streams: &mut Streams<'_>) -> Result<Training>
     let (changes, parameters) = adapter.variables(&device)?;
     let weights = Weights::open(&arguments.model, dtype, &device)?;
     let model = Llama::load(&config, &weights, changes)?;
-    let trained: usize = parameters.iter().map(|parameter| parameter.var.elem_count()).sum();
-    let place = if device.is_cuda() { "cuda" } else { "cpu" };
-    say(
-        arguments,
-        streams,
-        format_args!(
-            "{} in {} on {place}; tokens: {}; data: {}; {trained} values in {} layers are trained",
-            arguments.model.display(),
-            dtype.as_str(),
-            tokens.name(),
-            data.describe(),
-            parameters.len() / 2
-        ),
-    )?;
     Ok(Training {
         model,
         parameters,
         optimizer: Optimizer::new(arguments.optimizer),
         settings: settings(arguments, dtype, &data, &adapter),
         data,
+        tokens: tokens.name(),
         adapter,
         history: History::default(),
         device,
@@ -108,6 +96,21 @@ fn prepare(arguments: &Arguments, streams: &mut Streams<'_>) -> Result<Training>
         checkpoint: arguments.checkpoint,
         loss_scale: Training::first_loss_scale(dtype),
     })
+}
+
+fn introduce(arguments: &Arguments, training: &Training, streams: &mut Streams<'_>) -> Result<()> {
+    let Training { model, parameters, data, device, tokens, .. } = training;
+    let (from, dtype, place) =
+        (arguments.model.display(), model.dtype().as_str(), if device.is_cuda() { "cuda" } else { "cpu" });
+    let (layers, values) = (parameters.len() / 2, parameters.iter().map(|one| one.var.elem_count()).sum::<usize>());
+    say(
+        arguments,
+        streams,
+        format_args!(
+            "{from} in {dtype} on {place}; tokens: {tokens}; data: {}; {values} values in {layers} layers are trained",
+            data.describe()
+        ),
+    )
 }
 
 /// What decides the trajectory, by flag.
@@ -175,8 +178,8 @@ fn say(arguments: &Arguments, streams: &mut Streams<'_>, line: std::fmt::Argumen
     writeln!(stream, "{line}").map_err(on_stdout)
 }
 
-#[allow(dead_code)] // the tests include this file
-pub fn main() -> ExitCode {
+/// The program in a process of its own: the real streams, and Ctrl-C.
+pub(crate) fn start(arguments: Vec<OsString>) -> u8 {
     let interrupt = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&interrupt);
     // The first Ctrl-C lets the step end and saves; a second one, while that is under way, changes nothing.
@@ -185,6 +188,10 @@ pub fn main() -> ExitCode {
     }
     let (mut out, mut err) = (std::io::stdout(), std::io::stderr());
     let terminal = err.is_terminal();
-    let mut streams = Streams { out: &mut out, err: &mut err, terminal };
-    ExitCode::from(run(std::env::args_os().skip(1).collect(), &interrupt, &mut streams))
+    run(arguments, &interrupt, &mut Streams { out: &mut out, err: &mut err, terminal })
+}
+
+#[allow(dead_code)] // the tests include this file and call `run`
+fn main() -> ExitCode {
+    ExitCode::from(start(std::env::args_os().skip(1).collect()))
 }

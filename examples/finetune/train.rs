@@ -23,6 +23,8 @@ pub struct Training {
     pub parameters: Vec<Parameter>,
     pub optimizer: Optimizer,
     pub data: Data,
+    /// What made tokens of text.
+    pub tokens: &'static str,
     /// The same values as the parameters, with the config.
     pub adapter: Adapter,
     pub history: History,

@@ -7,7 +7,7 @@
 
 #[path = "../common/mod.rs"]
 #[allow(dead_code)] // `finetune` uses the rest
-mod common;
+pub(crate) mod common;
 mod sampling;
 
 use std::ffi::OsString;
