@@ -39,7 +39,7 @@ Continues TEXT with a model of the Llama architecture in Hugging Face's format, 
   --adapter DIR      adapter_config.json and adapter_model.safetensors
   --merged           compute with W + s B A in place of W and the adapter
 
-  --tokens N         how many to add at most, default 64; an end-of-text token stops before
+  --tokens N         how many to add at most, default 64 or what the model has room for; an end-of-text token stops before
   --temperature T    default 0: always the likeliest token
   --top-k K          sample among the K likeliest tokens
   --top-p P          sample among the likeliest tokens that make up the probability P
@@ -59,7 +59,8 @@ struct Arguments {
     prompt: String,
     adapter: Option<PathBuf>,
     merged: bool,
-    tokens: usize,
+    /// None: 64, or what the model has room for.
+    tokens: Option<usize>,
     sampling: Sampling,
     seed: u64,
     dtype: Option<DType>,
@@ -70,7 +71,7 @@ struct Arguments {
 fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>> {
     use lexopt::prelude::{Long, Short, ValueExt};
     let (mut model, mut prompt, mut adapter, mut merged) = (None, None, None, false);
-    let (mut tokens, mut seed, mut dtype, mut place, mut json) = (64, 0, None, Place::Any, false);
+    let (mut tokens, mut seed, mut dtype, mut place, mut json) = (None, 0, None, Place::Any, false);
     let mut sampling = Sampling { temperature: 0.0, top_k: None, top_p: None };
     let mut parser = lexopt::Parser::from_args(arguments);
     while let Some(argument) = parser.next()? {
@@ -79,7 +80,7 @@ fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>> {
             Long("prompt") => prompt = Some(parser.value()?.string()?),
             Long("adapter") => adapter = Some(flags::path(&mut parser)?),
             Long("merged") => merged = true,
-            Long("tokens") => tokens = flags::count(&mut parser, "tokens", 1)?,
+            Long("tokens") => tokens = Some(flags::count(&mut parser, "tokens", 1)?),
             Long("temperature") => {
                 sampling.temperature =
                     flags::number(&mut parser, "temperature", "a number of at least 0", |t| t >= 0.0)?;
@@ -131,10 +132,11 @@ fn try_run(arguments: Vec<OsString>, out: &mut dyn Write, err: &mut dyn Write) -
     let config = Config::read(&arguments.model.join("config.json"))?;
     let tokens = Tokens::open(&arguments.model)?;
     let prompt = prompt(&arguments, &config, &tokens)?;
+    let count = count(&arguments, &config, prompt.len())?;
     let device = arguments.place.device()?;
     let model = load(&arguments, &config, &device)?;
     let began = Instant::now();
-    let added = continued(&model, &config, &prompt, &arguments, &device)?;
+    let added = continued(&model, &config, (&prompt, count), &arguments, &device)?;
     let tokens_per_second = added.len() as f64 / began.elapsed().as_secs_f64().max(1e-9);
     // Decoded together: a character may begin in the prompt and end behind it.
     let before = tokens.decode(&prompt)?;
@@ -154,19 +156,25 @@ fn try_run(arguments: Vec<OsString>, out: &mut dyn Write, err: &mut dyn Write) -
     line.map_err(|error| Failure::output("stderr", error))
 }
 
+/// How many tokens to add to a prompt of `length`.
+fn count(arguments: &Arguments, config: &Config, length: usize) -> Result<usize> {
+    let room = config.positions.saturating_sub(length);
+    match arguments.tokens {
+        None if room > 0 => Ok(room.min(64)),
+        Some(tokens) if tokens <= room => Ok(tokens),
+        asked => Err(Failure::Usage(format!(
+            "`--tokens` is {} after a prompt of {length}, expected at most {} together, the model's max_position_embeddings",
+            asked.unwrap_or(1),
+            config.positions
+        ))),
+    }
+}
+
 fn prompt(arguments: &Arguments, config: &Config, tokens: &Tokens) -> Result<Vec<u32>> {
     let mut prompt = tokens.encode(arguments.prompt.as_bytes(), "--prompt", config.vocab, true)?;
     if prompt.is_empty() {
         let start = config.start.filter(|&start| (start as usize) < config.vocab);
         prompt.push(start.ok_or_else(|| Failure::Usage("`--prompt` is empty, expected at least one token".into()))?);
-    }
-    let (asked, limit) = (prompt.len().saturating_add(arguments.tokens), config.positions);
-    if asked > limit {
-        return Err(Failure::Usage(format!(
-            "`--tokens` is {} after a prompt of {}, expected at most {limit} together, the model's max_position_embeddings",
-            arguments.tokens,
-            prompt.len()
-        )));
     }
     Ok(prompt)
 }
@@ -184,11 +192,11 @@ fn load(arguments: &Arguments, config: &Config, device: &Device) -> Result<Llama
     Ok(model)
 }
 
-/// The tokens that follow `prompt`, without the one that ends a text.
+/// At most `count` tokens that follow `prompt`, without the one that ends a text.
 fn continued(
     model: &Llama,
     config: &Config,
-    prompt: &[u32],
+    (prompt, count): (&[u32], usize),
     arguments: &Arguments,
     device: &Device,
 ) -> Result<Vec<u32>> {
@@ -196,7 +204,7 @@ fn continued(
     let mut rng = Rng::new(arguments.seed);
     let mut added = Vec::new();
     let mut next = prompt.to_vec();
-    while added.len() < arguments.tokens {
+    while added.len() < count {
         let length = next.len();
         let ids = Tensor::from_vec(next, (1, length), device)?;
         let hidden = model.hidden(&ids, Some(&mut cache))?.narrow(1, length - 1, 1)?;
