@@ -89,19 +89,12 @@ impl Adapter {
     fn assemble(config: Config, bytes: Vec<u8>) -> Result<Self> {
         let mut parts: BTreeMap<String, BTreeMap<Part, Tensor>> = BTreeMap::new();
         let mut adapter = Self::new(config);
-        let mut saved = false;
         for (name, tensor) in tensors(bytes)? {
             let tensor = tensor?;
             let (module, part) = match Key::parse(&name, tensor.shape())? {
                 Key::Module { module, part } => (module, part),
                 Key::Base { parameter } => {
-                    let parameter = parameter.into_owned();
-                    let into = adapter.base_parameter(&name, &parameter)?;
-                    saved |= into == Base::Saved;
-                    let map = if into == Base::Saved { &mut adapter.saved } else { &mut adapter.biases };
-                    if map.insert(parameter, tensor).is_some() {
-                        return Err(twice(name));
-                    }
+                    adapter.insert_parameter(parameter, tensor)?;
                     continue;
                 }
             };
@@ -109,15 +102,20 @@ impl Adapter {
                 return Err(twice(name));
             }
         }
-        if !saved && let Some(module) = adapter.config.modules_to_save.first() {
+        // Not each of them: PEFT writes both names that the head of a sequence classifier may have.
+        if adapter.saved.is_empty()
+            && let Some(module) = adapter.config.modules_to_save.first()
+        {
             let because = format!("`modules_to_save` names `{module}`");
             return Err(ErrorKind::Missing { tensor: format!("base_model.model.{module}.weight"), because }.into());
         }
         let config = adapter.config.clone();
         let matcher = config.matcher()?;
         for (module, mut parts) in parts {
+            let targeted = targeted(&matcher, &module, parts.keys().next().copied().unwrap_or(Part::A))?;
             let factors = factors(&module, &mut parts)?;
-            adapter.put(&matcher, module, factors)?;
+            check_factors(&adapter.config, &module, targeted, &factors)?;
+            adapter.modules.insert(module, (targeted, factors));
         }
         match adapter.modules.is_empty() {
             true => Err(ErrorKind::Missing {
@@ -162,8 +160,11 @@ impl Adapter {
     /// Where the configuration does not target `name`, or gives it another rank or other tensors than `factors` has. The
     /// adapter is as before then.
     pub fn insert(&mut self, name: impl Into<String>, factors: Factors) -> Result<()> {
-        let config = self.config.clone();
-        self.put(&config.matcher()?, name.into(), factors)
+        let name = name.into();
+        let module = targeted(&self.config.matcher()?, &name, Part::A)?;
+        check_factors(&self.config, &name, module, &factors)?;
+        self.modules.insert(name, (module, factors));
+        Ok(())
     }
 
     /// Puts a parameter of a module that is saved whole, or a trained bias, by its name in the base model.
@@ -177,16 +178,6 @@ impl Adapter {
             Base::Saved => self.saved.insert(name, tensor),
             Base::Bias => self.biases.insert(name, tensor),
         };
-        Ok(())
-    }
-
-    fn put(&mut self, matcher: &Matcher<'_>, name: String, factors: Factors) -> Result<()> {
-        let Some(module) = matcher.linear(&name)? else {
-            let because = format!("the configuration does not target the module `{name}`");
-            return Err(ErrorKind::Unexpected { tensor: Key::name(&name, Part::A), because }.into());
-        };
-        check_factors(&self.config, &name, module, &factors)?;
-        self.modules.insert(name, (module, factors));
         Ok(())
     }
 
@@ -327,6 +318,14 @@ fn tensors(bytes: Vec<u8>) -> Result<impl Iterator<Item = (String, Result<Tensor
         .collect();
     tensors.sort_by(|one, other| one.0.cmp(&other.0));
     Ok(tensors.into_iter())
+}
+
+/// Rank and scale of a module of which `part` is there.
+fn targeted(matcher: &Matcher<'_>, name: &str, part: Part) -> Result<Module> {
+    matcher.linear(name)?.ok_or_else(|| {
+        let because = format!("the configuration does not target the module `{name}`");
+        ErrorKind::Unexpected { tensor: Key::name(name, part), because }.into()
+    })
 }
 
 fn malformed(error: safetensors::SafeTensorError) -> Error {

@@ -236,8 +236,8 @@ impl Config {
         if !by_list && !self.layers_pattern.is_empty() {
             return refuse("layers_pattern", "set".into(), "null, because `target_modules` is a string");
         }
-        if !self.layers_pattern.is_empty() && self.layers_to_transform.as_ref().is_none_or(Vec::is_empty) {
-            return refuse("layers_pattern", "set".into(), "null, because `layers_to_transform` names no layer");
+        if !self.layers_pattern.is_empty() && self.layers_to_transform.is_none() {
+            return refuse("layers_pattern", "set".into(), "null, because `layers_to_transform` is");
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 use super::error::shorten;
 use super::{Bias, Error, ErrorKind, Names, Result, Targets};
 
-/// Keys with which PEFT computes something else than s · B A x, where their value is not false, null, zero or empty.
+/// Keys with which PEFT computes something else than s · B A x, where they are switched on.
 const UNSUPPORTED: &[(&str, &str)] = &[
     ("use_dora", "DoRA"),
     ("use_qalora", "QALoRA"),
@@ -42,16 +42,14 @@ impl Fields<'_> {
             Err(ErrorKind::Unsupported { key: shorten(key), got, feature, expected }.into())
         };
         for (key, feature) in UNSUPPORTED {
-            if self.0.get(*key).is_some_and(truthy) {
+            if self.0.get(*key).is_some_and(on) {
                 return unsupported(key, feature, "null or false");
             }
         }
         // PEFT's variants are switched on by such a key: one that is not known yet would change the result unseen.
         let known = ["use_rslora"];
-        if let Some((key, _)) = self
-            .0
-            .iter()
-            .find(|(key, value)| key.starts_with("use_") && truthy(value) && !known.contains(&key.as_str()))
+        if let Some((key, _)) =
+            self.0.iter().find(|(key, value)| key.starts_with("use_") && on(value) && !known.contains(&key.as_str()))
         {
             return unsupported(key, "an unknown variant", "null or false");
         }
@@ -203,14 +201,14 @@ fn shown(value: &Value) -> String {
     }
 }
 
-/// As Python's `bool()`.
-fn truthy(value: &Value) -> bool {
+/// Whether PEFT takes a variant for switched on. A configuration without keys is one of all defaults.
+fn on(value: &Value) -> bool {
     match value {
         Value::Null => false,
         Value::Bool(value) => *value,
         Value::Number(number) => number.as_f64() != Some(0.0),
         Value::String(text) => !text.is_empty(),
         Value::Array(list) => !list.is_empty(),
-        Value::Object(map) => !map.is_empty(),
+        Value::Object(_) => true,
     }
 }

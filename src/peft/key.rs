@@ -1,7 +1,5 @@
 //! Keys of adapter_model.safetensors.
 
-use std::borrow::Cow;
-
 use super::{ErrorKind, Result};
 
 /// What a tensor of an adapted module is.
@@ -37,7 +35,7 @@ pub(super) enum Key<'a> {
     /// A part of a module with factors.
     Module { module: &'a str, part: Part },
     /// A parameter of the base model, under its own name.
-    Base { parameter: Cow<'a, str> },
+    Base { parameter: &'a str },
 }
 
 /// Within a key, what shows a feature that is not computed.
@@ -83,11 +81,11 @@ impl<'a> Key<'a> {
                 Err(unsupported("LoRA on a convolution", "a tensor of two dimensions").into())
             }
             Some((module, part)) => Ok(Self::Module { module, part }),
-            None if rest.contains(".lora_") => Err(unexpected("it is no tensor that PEFT's LoRA has").into()),
-            None => {
-                let plain = rest.replacen(".modules_to_save.default.", ".", 1);
-                Ok(Self::Base { parameter: if plain == rest { Cow::Borrowed(rest) } else { Cow::Owned(plain) } })
+            // A module that is saved whole stands under its own name, without PEFT's wrapper.
+            None if [".lora_", ".base_layer.", ".modules_to_save."].iter().any(|part| rest.contains(part)) => {
+                Err(unexpected("no adapter that PEFT loads has such a tensor").into())
             }
+            None => Ok(Self::Base { parameter: rest }),
         }
     }
 }
