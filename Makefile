@@ -35,6 +35,10 @@ check: ## Check formatting, lints on all feature sets, documentation, dependenci
 cute-check: toolchain ## Hold the emulator's matrix layouts against CuTe's headers, which it installs
 	@scripts/cute-check
 
+.PHONY: candle-cuda
+candle-cuda: toolchain ## Lint the candle op on GPUs against candle's CUDA backend, its kernels left out
+	@scripts/candle-cuda check
+
 .PHONY: bench
 bench: toolchain ## Measure on this machine
 	@. .toolchain/env; cargo bench -- $(ARGS)

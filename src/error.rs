@@ -136,26 +136,6 @@ pub enum Error {
         /// Argument.
         arg: &'static str,
     },
-    /// A layer has no adapter of that name, or none is active.
-    #[error("no adapter `{got}`, expected one of: {known}")]
-    NoAdapter {
-        /// The name asked for.
-        got: String,
-        /// Those the layer has.
-        known: String,
-    },
-    /// A layer has an adapter of that name already.
-    #[error("there is an adapter `{name}` already, expected another name")]
-    AdapterExists {
-        /// The name.
-        name: String,
-    },
-    /// An adapter is part of the weight at the moment.
-    #[error("the adapter `{name}` is merged, expected it unmerged first")]
-    Merged {
-        /// The adapter.
-        name: String,
-    },
     /// An option of the planner asks for what another option, the call, the device or the build rules out.
     #[error("the plan option `{option}` is {got}, expected {expected}")]
     PlanOption {
@@ -206,6 +186,24 @@ pub enum Error {
     NoDriver {
         /// What was looked for and what the loader said.
         reason: String,
+    },
+    /// A layer has no adapter of the given name, or has one already.
+    #[error("the adapter name is {got:?}, expected {expected}")]
+    AdapterName {
+        /// Name passed.
+        got: String,
+        /// What it may be.
+        expected: String,
+    },
+    /// A layer is in a state that rules the operation out.
+    #[error("`{operation}` was called while {got}, expected {expected}")]
+    State {
+        /// Method of the layer.
+        operation: &'static str,
+        /// The state.
+        got: String,
+        /// What must come first.
+        expected: &'static str,
     },
     /// The device, or the host where a backend needs scratch there, has too little memory for an allocation.
     #[error("out of memory: could not allocate {bytes} bytes")]

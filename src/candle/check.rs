@@ -71,3 +71,9 @@ fn dtype(arg: &'static str, tensor: &Tensor, expected: String) -> Error {
 fn dimension(arg: &'static str, axis: &'static str, got: usize, expected: usize) -> Result<()> {
     if got == expected { Ok(()) } else { Err(Error::Dimension { arg, axis, got, expected }) }
 }
+
+/// Finite in f32, which the products take it in.
+pub(super) fn scale(scale: f64) -> Result<()> {
+    let got = scale as f32;
+    if got.is_finite() { Ok(()) } else { Err(Error::Scale { got }) }
+}

@@ -27,13 +27,20 @@ impl LoraConfig {
     }
 }
 
-/// y = x Wᵀ + s · (x Aᵀ) Bᵀ (+ bias): what replaces a `candle_nn::Linear`.
+/// y = x Wᵀ + s · (x Aᵀ) Bᵀ (+ bias): takes the place of a `candle_nn::Linear`.
+///
+/// W and bias are frozen. Adapters have names; at most one takes part, chosen by [`activate`](Self::activate). A and B are
+/// whatever tensors they were added as: variables of a `VarMap`, a [`Var`](candle_core::Var)'s tensor, or constants. A layer
+/// without dropout: PEFT's `lora_dropout` is not offered.
+///
+/// Without an active adapter, and while one is merged, forward is that of `candle_nn::Linear`.
 #[derive(Clone, Debug)]
 pub struct LoraLinear {
     base: Linear,
     adapters: BTreeMap<String, Adapter>,
     active: Option<String>,
     enabled: bool,
+    /// W + s · B A of the active adapter.
     merged: Option<Linear>,
 }
 
@@ -44,34 +51,36 @@ struct Adapter {
     scale: f64,
 }
 
+/// The adapter of a layer that was made with one, as PEFT calls it.
+const DEFAULT: &str = "default";
+
 impl LoraLinear {
-    /// A layer with one adapter, named `default`, from `vb`: `lora_A.weight` (R × K) and `lora_B.weight` (N × R), as PEFT
-    /// names them. Variables that a `VarMap` does not hold yet start as PEFT's: A Kaiming-uniform with a = √5, B zero.
-    ///
-    /// `weight` is N × K, `bias` N, both frozen; the adapter is of `vb`'s dtype, which is that of `weight` or f32.
+    /// A layer with one active adapter, `default`, made by [`add`](Self::add). `weight` is N × K, `bias` N; both are frozen.
     ///
     /// # Errors
     /// As [`frozen`](Self::frozen) and [`add`](Self::add).
     pub fn new(weight: Tensor, bias: Option<Tensor>, config: LoraConfig, vb: VarBuilder) -> Result<Self> {
         let mut layer = Self::frozen(weight, bias)?;
-        layer.add("default", config, vb)?;
+        layer.add(DEFAULT, config, vb)?;
+        layer.activate(DEFAULT)?;
         Ok(layer)
     }
 
-    /// A layer with one adapter, named `default`, of tensors that are there: `a` R × K and `b` N × R, variables or not.
+    /// A layer with one active adapter, `default`, of tensors that are there.
     ///
     /// # Errors
     /// As [`frozen`](Self::frozen) and [`add_tensors`](Self::add_tensors).
     pub fn from_tensors(weight: Tensor, bias: Option<Tensor>, a: Tensor, b: Tensor, scale: f64) -> Result<Self> {
         let mut layer = Self::frozen(weight, bias)?;
-        layer.add_tensors("default", a, b, scale)?;
+        layer.add_tensors(DEFAULT, a, b, scale)?;
+        layer.activate(DEFAULT)?;
         Ok(layer)
     }
 
     /// A layer without an adapter.
     ///
     /// # Errors
-    /// [`Error::Tracked`] for a weight or bias that gradients are asked of, [`Error::Rank`], [`Error::Dimension`],
+    /// [`Error::Tracked`] for a weight or bias that gradients are asked of; [`Error::Rank`], [`Error::Dimension`],
     /// [`Error::ArgumentDtype`].
     pub fn frozen(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         check::base(&weight, bias.as_ref()).map_err(wrap)?;
@@ -79,18 +88,20 @@ impl LoraLinear {
         Ok(Self { base, adapters: BTreeMap::new(), active: None, enabled: true, merged: None })
     }
 
-    /// One more adapter, from `vb` as in [`new`](Self::new). The first one is active; another becomes so by
-    /// [`activate`](Self::activate).
+    /// Adds an adapter from `vb`, in its dtype (that of the weight, or f32): `lora_A.weight` (R × K) and `lora_B.weight` (N × R),
+    /// PEFT's names. What a `VarMap` does not hold yet starts as PEFT's: A Kaiming-uniform with a = √5, B zero.
     ///
     /// # Errors
-    /// As [`add_tensors`](Self::add_tensors), and what `vb` refuses.
+    /// As [`add_tensors`](Self::add_tensors), and what `vb` refuses. A `VarMap` may hold new variables then; the layer is as
+    /// before.
     pub fn add(&mut self, name: &str, config: LoraConfig, vb: VarBuilder) -> Result<()> {
         let (n, k) = self.base.weight().dims2()?;
         let r = config.r;
         if r == 0 {
             return Err(wrap(Error::ZeroDimension { arg: "a", axis: "rows" }));
         }
-        // Kaiming-uniform with a = √5: a gain of √(2 / (1 + a²)), which makes the bound 1/√K.
+        self.new_name(name)?;
+        // With a = √5 the gain √(2 / (1 + a²)) is √⅓, and the bound 1/√K.
         let kaiming = Init::Kaiming {
             dist: init::NormalOrUniform::Uniform,
             fan: init::FanInOut::FanIn,
@@ -101,69 +112,70 @@ impl LoraLinear {
         self.add_tensors(name, a, b, config.scale())
     }
 
-    /// One more adapter: `a` R × K and `b` N × R, of the weight's dtype or f32; `scale` is α/r or α/√r
-    /// ([`LoraConfig::scale`]).
+    /// Adds an adapter of tensors that are there: `a` R × K and `b` N × R, of the weight's dtype or f32; `scale` is α/r or
+    /// α/√r ([`LoraConfig::scale`]).
     ///
     /// # Errors
-    /// [`Error::AdapterExists`]; [`Error::Rank`], [`Error::Dimension`], [`Error::ZeroDimension`], [`Error::ArgumentDtype`],
-    /// [`Error::Scale`].
+    /// [`Error::AdapterName`] when there is one of that name; [`Error::Rank`], [`Error::Dimension`], [`Error::ZeroDimension`],
+    /// [`Error::ArgumentDtype`], [`Error::Scale`]. The layer is as before.
     pub fn add_tensors(&mut self, name: &str, a: Tensor, b: Tensor, scale: f64) -> Result<()> {
-        check::adapter(self.base.weight(), &a, &b).map_err(wrap)?;
-        if !(scale as f32).is_finite() {
-            return Err(wrap(Error::Scale { got: scale as f32 }));
-        }
-        if self.adapters.contains_key(name) {
-            return Err(wrap(Error::AdapterExists { name: name.to_owned() }));
-        }
+        self.new_name(name)?;
+        check::adapter(self.base.weight(), &a, &b).and_then(|()| check::scale(scale)).map_err(wrap)?;
         self.adapters.insert(name.to_owned(), Adapter { a, b, scale });
-        self.active.get_or_insert_with(|| name.to_owned());
         Ok(())
     }
 
-    /// Drops an adapter. After the active one none is active.
+    /// Takes an adapter out of the layer.
     ///
     /// # Errors
-    /// [`Error::NoAdapter`]; [`Error::Merged`] for the active one while it is merged.
-    pub fn remove(&mut self, name: &str) -> Result<()> {
-        self.known(name)?;
+    /// [`Error::AdapterName`]; [`Error::State`] while it is active.
+    pub fn remove(&mut self, name: &str) -> Result<(Tensor, Tensor, f64)> {
+        self.known_name(name)?;
         if self.active() == Some(name) {
-            self.not_merged()?;
-            self.active = None;
+            let got = format!("adapter `{name}` is active");
+            return Err(wrap(Error::State { operation: "remove", got, expected: "another `activate` first" }));
         }
-        self.adapters.remove(name);
-        Ok(())
+        let Some(Adapter { a, b, scale }) = self.adapters.remove(name) else { return Err(wrap(self.unknown(name))) };
+        Ok((a, b, scale))
     }
 
-    /// Computes with adapter `name` from now on.
+    /// Lets one adapter take part, instead of the one that does. No data moves.
     ///
     /// # Errors
-    /// [`Error::NoAdapter`]; [`Error::Merged`] while an adapter is merged.
+    /// [`Error::AdapterName`]; [`Error::State`] while one is merged.
     pub fn activate(&mut self, name: &str) -> Result<()> {
-        self.known(name)?;
-        self.not_merged()?;
+        self.check_unmerged("activate")?;
+        self.known_name(name)?;
         self.active = Some(name.to_owned());
+        self.enabled = true;
         Ok(())
     }
 
-    /// Computes with the active adapter again.
+    /// Lets no adapter take part until [`enable`](Self::enable) or [`activate`](Self::activate): forward is the plain product.
+    ///
+    /// # Errors
+    /// [`Error::State`] while one is merged.
+    pub fn disable(&mut self) -> Result<()> {
+        self.check_unmerged("disable")?;
+        self.enabled = false;
+        Ok(())
+    }
+
+    /// Lets the adapter that was active before [`disable`](Self::disable) take part again.
     pub fn enable(&mut self) {
         self.enabled = true;
     }
 
-    /// Computes x Wᵀ + bias alone until [`enable`](Self::enable).
-    pub fn disable(&mut self) {
-        self.enabled = false;
-    }
-
-    /// Computes with W + s · B A, one product, until [`unmerge`](Self::unmerge): for inference, as A and B get no gradient.
-    /// The sum is formed in f32 and rounded once to the weight's type. W is kept: while merged both take memory.
+    /// Folds the active adapter into a second weight, W + s · B A, formed in f32 and rounded once to W's type. W is kept, for
+    /// [`unmerge`](Self::unmerge). Until then forward is the plain product by the second weight, and A and B get no gradient.
     ///
     /// # Errors
-    /// [`Error::NoAdapter`] where none is active; [`Error::Merged`] where it is merged already.
+    /// [`Error::State`] when no adapter is active or one is merged already; candle's. The layer is as before then.
     pub fn merge(&mut self) -> Result<()> {
-        self.not_merged()?;
-        let Some(Adapter { a, b, scale }) = self.active.as_ref().and_then(|name| self.adapters.get(name)) else {
-            return Err(wrap(self.no_adapter("")));
+        self.check_unmerged("merge")?;
+        let Some(Adapter { a, b, scale }) = self.takes_part() else {
+            let got = "no adapter is active".to_owned();
+            return Err(wrap(Error::State { operation: "merge", got, expected: "`activate` first" }));
         };
         let f32 = |tensor: &Tensor| tensor.detach().to_dtype(DType::F32);
         let weight = self.base.weight();
@@ -173,29 +185,29 @@ impl LoraLinear {
         Ok(())
     }
 
-    /// Computes with W and the adapter apart again. W was kept, so its bits are those from before [`merge`](Self::merge).
-    pub fn unmerge(&mut self) {
-        self.merged = None;
+    /// Forward with the adapter beside W again, which has the bits that it had before [`merge`](Self::merge): it was kept.
+    ///
+    /// # Errors
+    /// [`Error::State`] when nothing is merged.
+    pub fn unmerge(&mut self) -> Result<()> {
+        let got = "no adapter is merged".to_owned();
+        let state = Error::State { operation: "unmerge", got, expected: "`merge` first" };
+        self.merged.take().map(drop).ok_or_else(|| wrap(state))
     }
 
-    /// N × K; W + s · B A while merged.
+    /// W, or W + s · B A while that is merged: N × K.
     pub fn weight(&self) -> &Tensor {
         self.merged.as_ref().unwrap_or(&self.base).weight()
     }
 
-    /// N.
+    /// The bias: N.
     pub fn bias(&self) -> Option<&Tensor> {
         self.base.bias()
     }
 
-    /// The name of the active adapter.
+    /// The name of the adapter that takes part.
     pub fn active(&self) -> Option<&str> {
-        self.active.as_deref()
-    }
-
-    /// Whether [`disable`](Self::disable) was not called since [`enable`](Self::enable).
-    pub fn is_enabled(&self) -> bool {
-        self.enabled
+        self.active.as_deref().filter(|_| self.enabled)
     }
 
     /// Whether the active adapter is merged.
@@ -203,39 +215,51 @@ impl LoraLinear {
         self.merged.is_some()
     }
 
-    /// The adapters' names, sorted.
+    /// The names of the adapters, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.adapters.keys().map(String::as_str)
     }
 
-    /// Adapter `name`: A, B and the scale.
+    /// A, B and the scale of an adapter.
     pub fn adapter(&self, name: &str) -> Option<(&Tensor, &Tensor, f64)> {
         self.adapters.get(name).map(|Adapter { a, b, scale }| (a, b, *scale))
     }
 
-    fn known(&self, name: &str) -> Result<()> {
-        if self.adapters.contains_key(name) { Ok(()) } else { Err(wrap(self.no_adapter(name))) }
+    fn takes_part(&self) -> Option<&Adapter> {
+        self.active().and_then(|name| self.adapters.get(name))
     }
 
-    fn no_adapter(&self, got: &str) -> Error {
-        let known = self.names().collect::<Vec<_>>().join(", ");
-        Error::NoAdapter { got: got.to_owned(), known }
+    fn known_name(&self, name: &str) -> Result<()> {
+        if self.adapters.contains_key(name) { Ok(()) } else { Err(wrap(self.unknown(name))) }
     }
 
-    fn not_merged(&self) -> Result<()> {
-        match (&self.merged, &self.active) {
-            (Some(_), Some(name)) => Err(wrap(Error::Merged { name: name.clone() })),
-            _ => Ok(()),
+    fn unknown(&self, name: &str) -> Error {
+        let names: Vec<String> = self.names().map(|name| format!("{name:?}")).collect();
+        let expected = if names.is_empty() { "none: the layer has no adapter".into() } else { names.join(" or ") };
+        Error::AdapterName { got: name.to_owned(), expected }
+    }
+
+    fn new_name(&self, name: &str) -> Result<()> {
+        if !self.adapters.contains_key(name) {
+            return Ok(());
         }
+        let expected = "one that the layer does not have".to_owned();
+        Err(wrap(Error::AdapterName { got: name.to_owned(), expected }))
+    }
+
+    fn check_unmerged(&self, operation: &'static str) -> Result<()> {
+        if self.merged.is_none() {
+            return Ok(());
+        }
+        let got = format!("`{}` is merged", self.active().unwrap_or_default());
+        Err(wrap(Error::State { operation, got, expected: "`unmerge` first" }))
     }
 }
 
 impl Module for LoraLinear {
     /// x of … × K, two dimensions or more, to … × N.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let active = self.active.as_ref().and_then(|name| self.adapters.get(name));
-        match (&self.merged, active) {
-            _ if !self.enabled => self.base.forward(x),
+        match (&self.merged, self.takes_part()) {
             (Some(merged), _) => merged.forward(x),
             (None, Some(Adapter { a, b, scale })) => lora(x, self.base.weight(), a, b, *scale, self.base.bias()),
             (None, None) => self.base.forward(x),
