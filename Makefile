@@ -19,8 +19,8 @@ toolchain: ## Find nvcc and libclang, or install them into .toolchain/
 	@scripts/toolchain
 
 .PHONY: demo
-demo: toolchain ## Build and check CASE: fused forward and backward against what PEFT recorded
-	@. .toolchain/env; cargo run --release --example verify -- $(ARGS) $(CASE)
+demo: toolchain ## Build; check CASE against what PEFT recorded; fine-tune a tiny Llama and let it speak
+	@scripts/demo $(ARGS) $(CASE)
 
 .PHONY: test
 test: toolchain ## Run all tests: unit, property, emulator, documentation, README; on the GPU where there is one
