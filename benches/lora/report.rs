@@ -119,6 +119,7 @@ pub fn json(backend: &dyn Backend, measured: &[Measurement]) -> Value {
             said("git", &["describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"])
         }),
         "command": "cargo bench --bench lora",
+        "date": said("date", &["-u", "+%Y-%m-%dT%H:%M:%SZ"]),
         "rows": rows,
     })
 }
