@@ -84,10 +84,12 @@ fn valid() -> Vec<Files> {
     paths.map(files).into()
 }
 
-/// Header of a safetensors file, and what follows it.
-fn split(tensors: &[u8]) -> (Map<String, Value>, &[u8]) {
-    let length = u64::from_le_bytes(tensors[..8].try_into().expect("eight bytes")) as usize;
-    (serde_json::from_slice(&tensors[8..8 + length]).expect("a header"), &tensors[8 + length..])
+/// Header of a safetensors file, and what follows it, where it still has a header with tensors.
+fn split(tensors: &[u8]) -> Option<(Map<String, Value>, &[u8])> {
+    let (length, rest) = tensors.split_first_chunk()?;
+    let (header, data) = rest.split_at_checked(usize::try_from(u64::from_le_bytes(*length)).ok()?)?;
+    let header: Map<String, Value> = serde_json::from_slice(header).ok()?;
+    (!header.is_empty()).then_some((header, data))
 }
 
 fn join(header: &str, data: &[u8]) -> Vec<u8> {
@@ -138,41 +140,60 @@ fn flip(bytes: &mut [u8], rng: &mut Rng, limit: usize) {
     }
 }
 
+/// The key or index of one entry, chosen at random.
+fn any_key(map: &Map<String, Value>, rng: &mut Rng) -> String {
+    map.keys().nth(rng.bits() as usize % map.len()).expect("a key").clone()
+}
+
+fn mutate_header(header: &mut Map<String, Value>, rng: &mut Rng) {
+    let key = any_key(header, rng);
+    match (rng.bits() % 4, header[&key].clone()) {
+        (0, _) => drop(header.remove(&key)),
+        (1, value) => {
+            let suffix = ["", ".default", "x", "\u{0}", "😀"][rng.bits() as usize % 5];
+            header.insert(format!("{key}{suffix}"), value);
+        }
+        (_, Value::Object(mut fields)) if !fields.is_empty() => {
+            let field = any_key(&fields, rng);
+            match fields.get_mut("shape").and_then(Value::as_array_mut) {
+                // Another shape of as many elements.
+                Some(shape) if field == "shape" && rng.bits() % 2 == 0 => shape.reverse(),
+                Some(shape) if field == "shape" && rng.bits() % 2 == 0 => shape.insert(0, json!(1)),
+                _ => fields[&field] = odd(rng),
+            }
+            header[&key] = Value::Object(fields);
+        }
+        _ => header[&key] = odd(rng),
+    }
+}
+
 fn mutate(files: &mut Files, rng: &mut Rng) {
-    match rng.bits() % 8 {
+    match rng.bits() % 9 {
         0 => flip(&mut files.tensors, rng, usize::MAX),
         // The header, where it hurts more.
         1 => flip(&mut files.tensors, rng, 600),
-        2 => files.tensors.truncate(rng.bits() as usize % files.tensors.len()),
-        3 => files.tensors[..8].copy_from_slice(&(rng.bits() >> (rng.bits() % 64)).to_le_bytes()),
-        4 => {
-            let (mut header, data) = split(&files.tensors);
-            let key = header.keys().nth(rng.bits() as usize % header.len()).expect("a key").clone();
-            match rng.bits() % 4 {
-                0 => drop(header.remove(&key)),
-                1 => header[&key] = odd(rng),
-                2 => {
-                    let value = header[&key].clone();
-                    header.insert(
-                        format!("{key}{}", ["", ".default", "x", "\u{0}", "😀"][rng.bits() as usize % 5]),
-                        value,
-                    );
-                }
-                _ => {
-                    let fields = header[&key].as_object_mut().expect("an object");
-                    let field = fields.keys().nth(rng.bits() as usize % fields.len()).expect("a field").clone();
-                    fields[&field] = odd(rng);
-                }
+        2 => files.tensors.truncate(rng.bits() as usize % files.tensors.len().max(1)),
+        3 => {
+            if let Some(length) = files.tensors.first_chunk_mut() {
+                *length = (rng.bits() >> (rng.bits() % 64)).to_le_bytes();
             }
-            files.tensors = join(&Value::Object(header).to_string(), data);
         }
-        5 => flip(&mut files.config, rng, usize::MAX),
-        6 => files.config.truncate(rng.bits() as usize % files.config.len()),
+        4 | 5 => {
+            if let Some((mut header, data)) = split(&files.tensors) {
+                mutate_header(&mut header, rng);
+                files.tensors = join(&Value::Object(header).to_string(), data);
+            }
+        }
+        6 => flip(&mut files.config, rng, usize::MAX),
+        7 => files.config.truncate(rng.bits() as usize % files.config.len().max(1)),
         _ => {
-            let mut config: Map<String, Value> = serde_json::from_slice(&files.config).expect("a configuration");
-            let key = config.keys().nth(rng.bits() as usize % config.len()).expect("a key").clone();
-            config[&key] = odd(rng);
-            files.config = Value::Object(config).to_string().into_bytes();
+            if let Ok(mut config) = serde_json::from_slice::<Map<String, Value>>(&files.config)
+                && !config.is_empty()
+            {
+                let key = any_key(&config, rng);
+                config[&key] = odd(rng);
+                files.config = Value::Object(config).to_string().into_bytes();
+            }
         }
     }
 }
@@ -199,20 +220,6 @@ fn mutations_neither_panic_nor_allocate_much() {
         let mut files = valid().swap_remove(rng.bits() as usize % 5);
         for _ in 0..=rng.bits() % 2 {
             mutate(&mut files, &mut rng);
-            if files.tensors.len() < 8
-                || files.config.is_empty()
-                || serde_json::from_slice::<Map<_, _>>(&files.config).is_err()
-            {
-                break; // too short for another
-            }
-            if u64::from_le_bytes(files.tensors[..8].try_into().expect("eight bytes")) as usize
-                > files.tensors.len() - 8
-            {
-                break;
-            }
-            if catch_unwind(|| split(&files.tensors)).is_err() {
-                break;
-            }
         }
         let start = Instant::now();
         let (outcome, peak) = peak(|| catch_unwind(|| use_fully(&files)));
@@ -262,10 +269,10 @@ fn memory_follows_the_file() {
     check("a large adapter", config.clone(), join(&header, &vec![0; a + n * r * 4]), true, 0);
     // Headers that become many small things.
     let shape = format!(r#"{{"a":{{"dtype":"F32","shape":[{}0],"data_offsets":[0,0]}}}}"#, "1,".repeat(200_000));
-    check("a long shape", config.clone(), join(&shape, &[]), false, 16);
+    check("a long shape", config.clone(), join(&shape, &[]), false, 40);
     let tensors: Vec<String> =
         (0..20_000).map(|index| format!(r#""{index}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}"#)).collect();
-    check("many tensors", config.clone(), join(&format!("{{{}}}", tensors.join(",")), &[]), false, 16);
+    check("many tensors", config.clone(), join(&format!("{{{}}}", tensors.join(",")), &[]), false, 40);
     let metadata: Vec<String> = (0..50_000).map(|index| format!(r#""{index}":"""#)).collect();
     check(
         "much metadata",
@@ -275,9 +282,9 @@ fn memory_follows_the_file() {
         40,
     );
     let list = format!(r#"{{"peft_type": "LORA", "target_modules": [{}"q"]}}"#, r#""","#.repeat(100_000));
-    check("a long list", list.into_bytes(), claim(2), false, 64);
+    check("a long list", list.into_bytes(), claim(2), false, 100);
     let list = format!(r#"{{"peft_type": "LORA", "target_modules": ["q"], "x": [{}0]}}"#, "0,".repeat(200_000));
-    check("a long unknown list", list.into_bytes(), claim(2), false, 128);
+    check("a long unknown list", list.into_bytes(), claim(2), false, 100);
     let list = format!(r#"{{"peft_type": "LORA", "target_modules": ["q"], "x": {}}}"#, "[".repeat(200_000));
     check("a deep list", list.into_bytes(), claim(2), false, 1);
 }
@@ -352,7 +359,7 @@ fn work_is_bounded_over_all_names() {
     let mut asked = 0;
     let error = (0..1_000_000).find_map(|index| {
         asked += 1;
-        matcher.targets(&format!("model.{}.k{index}", "a".repeat(15))).err()
+        matcher.targets(&format!("model.{}.k{index}", "a".repeat(9))).err()
     });
     let error = error.expect("stopped").to_string();
     assert!(error.contains("work allowed for all names"), "{error}");

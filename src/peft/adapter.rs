@@ -12,6 +12,8 @@ use crate::Dtype;
 
 const CONFIG_FILE: &str = "adapter_config.json";
 const TENSOR_FILE: &str = "adapter_model.safetensors";
+/// Bytes of the header of adapter_model.safetensors beyond which it is not read: a hundred thousand tensors.
+const MAX_HEADER_BYTES: u64 = 16 << 20;
 
 /// What an adapter holds for one linear module.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,7 +67,8 @@ impl Adapter {
         Self { config, modules: BTreeMap::new(), saved: BTreeMap::new(), biases: BTreeMap::new() }
     }
 
-    /// Reads the folder that PEFT's `save_pretrained` wrote. Memory is at most a small multiple of the files' size.
+    /// Reads the folder that PEFT's `save_pretrained` wrote. The file of tensors is
+    /// held once, and shared by them; reading its header and the configuration takes at most a hundred times their size for a while.
     ///
     /// # Errors
     ///
@@ -297,6 +300,12 @@ impl Config {
 
 /// The tensors of a safetensors file by name, in order of names. They share `bytes`.
 fn tensors(bytes: Vec<u8>) -> Result<impl Iterator<Item = (String, Result<Tensor>)>> {
+    if let Some(length) = bytes.first_chunk().map(|length| u64::from_le_bytes(*length))
+        && length > MAX_HEADER_BYTES
+    {
+        let message = format!("its header claims {length} bytes, at most {MAX_HEADER_BYTES} are accepted");
+        return Err(ErrorKind::Safetensors { message }.into());
+    }
     let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(malformed)?;
     let file = Arc::new(bytes);
     let data = size_of::<u64>() + header;

@@ -9,7 +9,7 @@ use super::field::Fields;
 use super::{ErrorKind, Matcher, Result};
 
 /// Bytes of adapter_config.json beyond which it is not read: room for twenty thousand module names with a rank and an α each.
-const MAX_CONFIG_BYTES: u64 = 16 << 20;
+const MAX_CONFIG_BYTES: u64 = 8 << 20;
 
 /// Which biases the adapter trained (`bias`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -50,7 +50,7 @@ impl<'a> Matcher<'a> {
             Regex::new("layers_pattern", pattern, &format!(r"\A(?:(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.)"), &mut count)
         };
         let mut layers = config.layers_pattern.iter().map(layer).collect::<Result<Vec<_>>>()?;
-        if layers.is_empty() {
+        if layers.is_empty() && config.layers_to_transform.is_some() {
             let any = r"\A(?:.*?\.[^.]*\.(?P<idx>\d+)\.)";
             layers.push(Regex::new("layers_pattern", any, any, &mut count)?);
         }

@@ -4,6 +4,7 @@
 //! by their length. The others are compiled as Python reads them: without look-around and backreferences they match in time
 //! linear in the name, with them by backtracking. [`Fuel`] bounds both over all names.
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
 
 use super::error::shorten;
@@ -38,8 +39,11 @@ impl Default for Fuel {
 pub(super) struct Regex {
     key: &'static str,
     shown: String,
-    /// Compiled with each of the limits [`BACKTRACK`].
-    compiled: [fancy_regex::Regex; 2],
+    expression: String,
+    /// Compiled with the lower of the limits [`BACKTRACK`].
+    compiled: fancy_regex::Regex,
+    /// With the higher, for the few names that need it.
+    patient: OnceCell<fancy_regex::Regex>,
     /// Fuel per byte of a name.
     weight: u64,
 }
@@ -63,16 +67,16 @@ impl Regex {
                 format!("its counted repetitions multiply to {repetition}, at most {MAX_REPETITION} are accepted");
             return Err(refuse(message).into());
         }
-        let compile = |backtrack| {
-            fancy_regex::RegexBuilder::new(expression)
-                .backtrack_limit(backtrack)
-                .delegate_size_limit(MAX_COMPILED)
-                .build()
-                .map_err(|error| refuse(error.to_string()))
-        };
-        let [first, second] = BACKTRACK;
-        let compiled = [compile(first)?, compile(second)?];
-        Ok(Self { key, shown: shorten(pattern), compiled, weight: expression.len() as u64 * repetition })
+        let compiled = compile(expression, BACKTRACK[0]).map_err(|error| refuse(error.to_string()))?;
+        let weight = expression.len() as u64 * repetition;
+        Ok(Self {
+            key,
+            shown: shorten(pattern),
+            expression: expression.to_owned(),
+            compiled,
+            patient: OnceCell::new(),
+            weight,
+        })
     }
 
     pub(super) fn matches(&self, name: &str, fuel: &mut Fuel) -> Result<bool> {
@@ -97,25 +101,36 @@ impl Regex {
         if name.len() > MAX_NAME {
             return Err(self.cost(name, format!("the name has {} bytes, at most {MAX_NAME} are accepted", name.len())));
         }
-        let mut steps = self.weight * (name.len() as u64 + 1);
-        for (regex, backtrack) in self.compiled.iter().zip(BACKTRACK) {
-            let Some(left) = fuel.0.checked_sub(steps) else {
-                return Err(self.cost(name, "the work allowed for all names is spent".into()));
-            };
-            fuel.0 = left;
-            match run(regex) {
-                Ok(found) => return Ok(found),
-                // Once more with the higher limit, whose steps are paid for beforehand.
-                Err(_) if backtrack == BACKTRACK[0] => steps = BACKTRACK[1] as u64 * (name.len() as u64 + 1),
-                Err(error) => return Err(self.cost(name, error.to_string())),
-            }
+        let length = name.len() as u64 + 1;
+        self.spend(name, fuel, self.weight * length)?;
+        if let Ok(found) = run(&self.compiled) {
+            return Ok(found);
         }
-        Err(self.cost(name, "no limit sufficed".into()))
+        // Once more with the higher limit, whose steps are paid for beforehand.
+        self.spend(name, fuel, BACKTRACK[1] as u64 * length)?;
+        if self.patient.get().is_none() {
+            let patient =
+                compile(&self.expression, BACKTRACK[1]).map_err(|error| self.cost(name, error.to_string()))?;
+            let _ = self.patient.set(patient);
+        }
+        run(self.patient.get().unwrap_or(&self.compiled)).map_err(|error| self.cost(name, error.to_string()))
+    }
+
+    fn spend(&self, name: &str, fuel: &mut Fuel, steps: u64) -> Result<()> {
+        fuel.0 = fuel
+            .0
+            .checked_sub(steps)
+            .ok_or_else(|| self.cost(name, "the work allowed for all names is spent".into()))?;
+        Ok(())
     }
 
     fn cost(&self, name: &str, message: String) -> super::Error {
         ErrorKind::PatternCost { key: self.key, pattern: self.shown.clone(), name: shorten(name), message }.into()
     }
+}
+
+fn compile(expression: &str, backtrack: usize) -> Result<fancy_regex::Regex, fancy_regex::Error> {
+    fancy_regex::RegexBuilder::new(expression).backtrack_limit(backtrack).delegate_size_limit(MAX_COMPILED).build()
 }
 
 /// The product of all numbers in braces: `{3,40}` counts 40, `{3,}` 3.
