@@ -79,7 +79,7 @@ fn gradients_of_f32_adapters_have_more_than_16_bits() -> Result<()> {
 type Reshaped = fn(&Tensor) -> Result<Tensor>;
 
 /// Views of a 2 × 6 × 8 × 10 tensor.
-const LAYOUTS: [(&str, Reshaped); 10] = [
+const LAYOUTS: [(&str, Reshaped); 11] = [
     ("as it is", |t| Ok(t.clone())),
     ("from a token on", |t| t.flatten(0, 2)?.narrow(0, 3, 11)),
     ("columns of a wider one", |t| t.narrow(3, 2, 7)),
@@ -89,6 +89,7 @@ const LAYOUTS: [(&str, Reshaped); 10] = [
     ("tokens and features exchanged", |t| t.transpose(2, 3)),
     ("batch and tokens exchanged", |t| t.transpose(1, 2)),
     ("one sequence, broadcast", |t| t.narrow(0, 0, 1)?.broadcast_as((3, 6, 8, 10))),
+    ("one token everywhere", |t| t.flatten(0, 2)?.narrow(0, 5, 1)?.broadcast_as((9, 10))),
     ("one token, broadcast", |t| t.narrow(2, 5, 1)?.broadcast_as((2, 6, 4, 10))),
 ];
 
