@@ -5,7 +5,7 @@ SHELL := /bin/bash
 
 # The recorded layer (or layers) that `make demo` checks: directories like those in tests/golden/.
 CASE ?= tests/golden/plain
-# More flags for the program behind `make demo` (--backend cpu, --json) or `make bench`.
+# More flags for the program behind `make demo` (--backend cpu, --json), `make bench`, `make tax` or `make tune`.
 ARGS ?=
 
 .PHONY: help
@@ -35,6 +35,10 @@ check: ## Check formatting, lints on all feature sets, documentation, dependenci
 cute-check: toolchain ## Hold the emulator's matrix layouts against CuTe's headers, which it installs
 	@scripts/cute-check
 
+.PHONY: burn-check
+burn-check: toolchain ## Type-check interop/burn, which takes some minutes and gigabytes
+	@. .toolchain/env; cd interop/burn && DOCS_RS=1 cargo check
+
 .PHONY: candle-cuda
 candle-cuda: toolchain ## Lint the candle op on GPUs against candle's CUDA backend, its kernels left out
 	@scripts/candle-cuda check
@@ -42,6 +46,14 @@ candle-cuda: toolchain ## Lint the candle op on GPUs against candle's CUDA backe
 .PHONY: bench
 bench: toolchain ## Measure on this machine
 	@. .toolchain/env; cargo bench -- $(ARGS)
+
+.PHONY: tax
+tax: toolchain ## Measure the LoRA tax over cuBLASLt on the GPU; ARGS=--help says what it takes
+	@. .toolchain/env; cargo run --release --example tax -- $(ARGS)
+
+.PHONY: tune
+tune: toolchain ## Measure what the Hopper kernels leave open (GPU.md); ARGS=<questions>
+	@. .toolchain/env; scripts/tune run $(ARGS)
 
 .PHONY: bundle
 bundle: toolchain ## Pack tests, benches and examples for a GPU machine without Rust, into target/bundle/

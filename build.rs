@@ -34,9 +34,10 @@ mod cuda {
     /// The family, and the one architecture, of kernels that use what later architectures do not have. Their target is
     /// `sm_90a`, and their PTX is never embedded: no later GPU could run it.
     const SPECIFIC: (&str, u32) = ("sm90", 90);
-    /// What ptxas says when wgmma waits for each instruction: such kernels take a multiple of the time, so the build fails.
-    /// Registers in local memory are a warning here and a failure of `scripts/kernel-bars`.
-    const FATAL_MESSAGES: &[&str] = &["C7508", "C7510", "C7511", "C7515", "Potential Performance Loss"];
+    /// What ptxas says when wgmma waits for each instruction: such kernels are right, and take a multiple of the time. As
+    /// registers in local memory it is a warning here, because which nvcc comes to that is not known for all, and a failure of
+    /// `scripts/kernel-bars`, which finds these lines in `<image>.remarks`.
+    const SLOW_REMARKS: &[&str] = &["C7508", "C7510", "C7511", "C7515", "Potential Performance Loss"];
 
     type Result<T> = std::result::Result<T, String>;
 
@@ -55,6 +56,9 @@ mod cuda {
         let nvcc = find_nvcc()?;
         // SAFETY: the build script has started no other thread yet.
         unsafe { env::set_var("NVCC", &nvcc) }; // the only way to tell the cc crate which nvcc to use
+        if let Some((major, minor)) = release(&nvcc) {
+            println!("cargo:rustc-env=FUSED_LORA_NVCC_RELEASE={major}.{minor}"); // for whoever says what was measured
+        }
         // For the tests that compile kernels with defects.
         println!("cargo:rustc-env=FUSED_LORA_NVCC={}", nvcc.display());
         let archs = Archs::choose(&nvcc)?;
@@ -255,7 +259,11 @@ mod cuda {
             // What an earlier build for other architectures left must not be taken for this one's.
             let _ = fs::remove_file(&fatbin);
         } else {
-            compile_fatbin(source, nvcc, &targets, &fatbin)?;
+            let said = compile_fatbin(source, nvcc, &targets, &fatbin)?;
+            let is_slow = |line: &&str| SLOW_REMARKS.iter().any(|remark| line.contains(remark));
+            let remarks: Vec<&str> = said.lines().filter(is_slow).collect();
+            remarks.iter().for_each(|line| println!("cargo:warning={line}"));
+            write(&out.join(format!("{name}.remarks")), &remarks.join("\n"))?;
         }
         let embedded = match (targets.sass.is_empty(), ptx.is_empty()) {
             (true, true) => return Ok(None),
@@ -269,27 +277,21 @@ mod cuda {
         )))
     }
 
-    /// Runs nvcc; fails on its errors, and on remarks of ptxas that are as bad as one.
-    fn run(mut command: Command, source: &Path) -> Result<()> {
+    /// Runs nvcc and returns what it said, of which warnings are passed on.
+    fn run(mut command: Command, source: &Path) -> Result<String> {
         let output =
             command.output().map_err(|error| format!("cannot run {}: {error}", command.get_program().display()))?;
         let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         if !output.status.success() {
             return Err(format!("nvcc failed on {}:\n{said}", source.display()));
         }
-        if let Some(message) = FATAL_MESSAGES.iter().find(|message| said.contains(**message)) {
-            return Err(format!(
-                "ptxas reports `{message}` for {}, expected kernels without it:\n{said}",
-                source.display()
-            ));
-        }
         for line in said.lines().filter(|line| line.contains("warning")) {
             println!("cargo:warning={line}");
         }
-        Ok(())
+        Ok(said)
     }
 
-    fn compile_fatbin(source: &Path, nvcc: &Path, targets: &Targets, fatbin: &Path) -> Result<()> {
+    fn compile_fatbin(source: &Path, nvcc: &Path, targets: &Targets, fatbin: &Path) -> Result<String> {
         // The cc crate knows how to make nvcc find its host compiler.
         let compiler = cc::Build::new()
             .cuda(true)

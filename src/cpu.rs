@@ -1,18 +1,23 @@
 //! The CPU backend: the same operations over slices in host memory, on all cores, for f16, bf16 and f32.
 //!
 //! Products run on the f32 kernels of the [`gemm`](https://docs.rs/gemm) crate; 16-bit operands are widened block by
-//! block, so no matrix is ever copied. Scratch is at most 1 MiB per thread, plus the bias in f32, 16 bytes for each row of an
+//! block, so no matrix is ever copied. Scratch is at most 2 MiB per thread (4 MiB for sums in f64), plus the bias in f32, 16 bytes for each row of an
 //! output and tile of its columns, and the M × R middle where the caller does not pass one.
 //!
 //! **Rounding.** As the GPU kernels: sums in f32; h and dh are rounded to the storage type and used as rounded; y and dx
 //! get one rounding at the end, of both products, the bias and what is accumulated into. Products of
-//! f32 matrices of up to 2²⁷ multiply-adds are summed in f64, and so is dbias.
+//! f32 matrices of up to 2²² multiply-adds are summed in f64, and so is dbias.
 //!
 //! **Repeatable.** The same inputs on the same machine give the same bits, whatever the number of threads: the order of
 //! every sum follows from the shape.
 
+mod adapter;
 mod convert;
 mod product;
+
+#[cfg(all(feature = "emulator", feature = "cuda"))]
+pub(crate) use adapter::{check_merge, check_round};
+pub use adapter::{merge, round};
 
 use crate::error::{Error, Result};
 use crate::shape::{LoraShape, check_length};
@@ -23,6 +28,14 @@ use product::{Epilogue, Side, Term, column_sums, product};
 pub type Forward<'a, T> = crate::Forward<'a, [T], [T]>;
 /// [`crate::Backward`] over slices; gradients are `[T]` or `[f32]`.
 pub type Backward<'a, T> = crate::Backward<'a, [T], [T], [f32]>;
+/// [`crate::Merge`] over slices; factors are `[T]` or `[f32]`.
+pub type Merge<'a, T> = crate::Merge<'a, [T], [T], [f32]>;
+/// [`crate::Round`] over slices; factors are `[T]` or `[f32]`.
+pub type Round<'a, T> = crate::Round<'a, [T], [T], [f32]>;
+
+/// This backend as [`LoraLinear`](crate::linear::LoraLinear) takes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cpu;
 
 /// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ.
 ///

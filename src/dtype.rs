@@ -89,6 +89,18 @@ mod sealed {
     }
 }
 
+/// f64 to f32, cut off, with the last bit set where anything was lost. An f32 has at least two bits more than either
+/// 16-bit type has at the same size, so rounding the result to one of those is rounding `value` once. (The conversions of the
+/// crate half are not: one ignores the lower half of an f64, the other may round to f32 first.)
+fn to_odd(value: f64) -> f32 {
+    let nearest = value as f32;
+    if f64::from(nearest) == value || value.is_nan() {
+        return nearest;
+    }
+    let is_above = f64::from(nearest).abs() > value.abs();
+    f32::from_bits((nearest.to_bits() - u32::from(is_above)) | 1)
+}
+
 impl Element for f16 {
     const DTYPE: Dtype = Dtype::F16;
     fn from_f32(value: f32) -> Self {
@@ -98,7 +110,7 @@ impl Element for f16 {
         f16::to_f32(self)
     }
     fn from_f64(value: f64) -> Self {
-        f16::from_f64(value)
+        f16::from_f32(to_odd(value))
     }
 }
 
@@ -111,7 +123,7 @@ impl Element for bf16 {
         bf16::to_f32(self)
     }
     fn from_f64(value: f64) -> Self {
-        bf16::from_f64(value)
+        bf16::from_f32(to_odd(value))
     }
 }
 
@@ -125,5 +137,44 @@ impl Element for f32 {
     }
     fn from_f64(value: f64) -> Self {
         value as f32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every pair of neighbours, and what lies between them: the tie, and one f64 to either side of it.
+    fn rounds_to_nearest<T: Element>(from_bits: fn(u16) -> T, infinity: u16) {
+        for bits in 0..infinity {
+            let (low, high) = (from_bits(bits), from_bits(bits + 1));
+            // Past the largest finite value the next power of two takes the place of infinity.
+            let next =
+                if bits + 1 == infinity { 2.0 * low.to_f64() - from_bits(bits - 1).to_f64() } else { high.to_f64() };
+            let tie = (low.to_f64() + next) / 2.0;
+            let even = if bits % 2 == 0 { low } else { high };
+            let cases = [(low.to_f64(), low), (tie.next_down(), low), (tie, even), (tie.next_up(), high), (next, high)];
+            for (value, expected) in cases {
+                assert_eq!(T::from_f64(value), expected, "{value:e} between {low:?} and {high:?}");
+                let negated = T::from_f64(-value).to_f64();
+                assert!(negated == -expected.to_f64() && negated.is_sign_negative(), "-{value:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn f64_is_rounded_once() {
+        rounds_to_nearest(f16::from_bits, 0x7c00);
+        rounds_to_nearest(bf16::from_bits, 0x7f80);
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so() {
+        for value in [f64::INFINITY, f64::MAX, 1e300] {
+            assert_eq!((f16::from_f64(value), bf16::from_f64(-value)), (f16::INFINITY, bf16::NEG_INFINITY));
+        }
+        assert!(<f16 as Element>::from_f64(f64::NAN).is_nan() && <bf16 as Element>::from_f64(f64::NAN).is_nan());
+        assert_eq!(<f16 as Element>::from_f64(f64::MIN_POSITIVE).to_bits(), 0);
+        assert_eq!(<bf16 as Element>::from_f64(-5e-324).to_bits(), 0x8000);
     }
 }

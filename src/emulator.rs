@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::kernels::Image;
 use crate::params::MAP_BYTES;
 use crate::plan::{self, Device, Launch, Plan, SYNC_BYTES};
-use crate::{Dtype, Element, Gradient, Matrix, MatrixMut, cpu, raw};
+use crate::{Dtype, Element, Factors, Gradient, Matrix, MatrixMut, cpu, raw};
 
 /// A simulated GPU.
 #[derive(Clone, Debug)]
@@ -217,7 +217,7 @@ impl Emulator {
         let cpu::Backward { dy, w, a, b, scale, x, h, mut dx, mut da, mut db, mut dbias, accumulate } = op;
         let mut memory = Memory::new();
         let gradient = |memory: &mut Memory, name, gradient: &Option<Gradient<'_, [T], [f32]>>, keeps| {
-            Ok(match gradient {
+            Ok::<_, Error>(match gradient {
                 Some(Gradient::Storage(m)) => {
                     let matrix = upload(memory, name, cpu::shared(m), keeps)?;
                     Some(raw::Gradient { matrix, f32: T::DTYPE == Dtype::F32 })
@@ -258,6 +258,54 @@ impl Emulator {
             }
         }
         Ok(Run { plan, counters })
+    }
+
+    /// merged = w + scale · B A.
+    ///
+    /// # Errors
+    /// As [`cpu::merge`], what [`Launch::merge`] finds, and [`Error::Emulator`].
+    pub fn merge<T: Element>(&self, op: cpu::Merge<'_, T>) -> Result<Counters> {
+        cpu::check_merge(&op)?;
+        let cpu::Merge { w, factors, scale, mut merged } = op;
+        let mut memory = Memory::new();
+        let (a, b, f32_factors) = upload_factors(&mut memory, &factors)?;
+        let uploaded = raw::Merge {
+            dtype: T::DTYPE,
+            w: w.map(|w| upload(&mut memory, "w", w, true)).transpose()?,
+            f32_factors,
+            a,
+            b,
+            scale,
+            merged: upload(&mut memory, "merged", cpu::shared(&merged), w.is_none())?,
+        };
+        let counters = self.run(&mut memory, &Launch::merge(&uploaded)?)?;
+        download(&memory, "merged", uploaded.merged, &mut merged)?;
+        Ok(counters)
+    }
+
+    /// rounded_a = A and rounded_b = scale · B in the storage type.
+    ///
+    /// # Errors
+    /// As [`cpu::round`], what [`Launch::round`] finds, and [`Error::Emulator`].
+    pub fn round<T: Element>(&self, op: cpu::Round<'_, T>) -> Result<Counters> {
+        cpu::check_round(&op)?;
+        let cpu::Round { factors, scale, mut rounded_a, mut rounded_b } = op;
+        let mut memory = Memory::new();
+        let (a, b, f32_factors) = upload_factors(&mut memory, &factors)?;
+        let uploaded = raw::Round {
+            dtype: T::DTYPE,
+            f32_factors,
+            a,
+            b,
+            scale,
+            rounded_a: upload(&mut memory, "rounded_a", cpu::shared(&rounded_a), false)?,
+            rounded_b: upload(&mut memory, "rounded_b", cpu::shared(&rounded_b), false)?,
+        };
+        let Some(launch) = Launch::round(&uploaded)? else { return Ok(Counters::default()) };
+        let counters = self.run(&mut memory, &launch)?;
+        download(&memory, "rounded_a", uploaded.rounded_a, &mut rounded_a)?;
+        download(&memory, "rounded_b", uploaded.rounded_b, &mut rounded_b)?;
+        Ok(counters)
     }
 
     /// Runs a plan on a workspace of exactly its size, of which only the synchronisation words are initialised; each launch
@@ -332,6 +380,19 @@ fn upload<T: Element>(
         }
     }
     Ok(raw::Matrix { ptr, rows, cols, row_stride })
+}
+
+/// A and B, and whether they are f32.
+fn upload_factors<T: Element>(
+    memory: &mut Memory,
+    factors: &Factors<'_, [T], [f32]>,
+) -> Result<(raw::Matrix, raw::Matrix, bool)> {
+    Ok(match *factors {
+        Factors::Storage { a, b } => {
+            (upload(memory, "a", a, true)?, upload(memory, "b", b, true)?, T::DTYPE == Dtype::F32)
+        }
+        Factors::F32 { a, b } => (upload(memory, "a", a, true)?, upload(memory, "b", b, true)?, true),
+    })
 }
 
 /// Copies every element back; each must have been written, and nothing around them.

@@ -67,6 +67,7 @@
 //!
 //! | module | what it does |
 //! |---|---|
+//! | [`linear`] | layers: a frozen weight and named adapters over any backend; training, merging, f32 factors |
 //! | [`Forward`], [`Backward`], [`Matrix`] | what a caller writes: typed views over borrowed memory |
 #![cfg_attr(feature = "cuda", doc = "| [`cuda`] | runs launches on a GPU, on the caller's stream |")]
 #![cfg_attr(
@@ -97,8 +98,9 @@
 //! - da, db and dbias: [`Gradient::F32`] holds the f32 sums as they are, [`Gradient::Storage`] the same rounded once.
 //!   Accumulating adds in f32 before the rounding.
 //!
-//! Adapter products take 16-bit operands, as PEFT's do under autocast. PEFT's default of f32 adapters over a 16-bit base is
-//! not offered yet here; `candle` rounds such adapters for the products and hands their gradients back in f32.
+//! Adapter products take 16-bit operands, as PEFT's do under autocast. f32 factors over a 16-bit base, PEFT's default, are
+//! rounded for them ([`Round`]), and their gradients are f32; products with more than 16 bits of them are not offered yet.
+//! [`Merge`] sums in f32 in an order of its own, which gives the same bits on every backend.
 //!
 //! # What may be counted on
 //!
@@ -147,7 +149,7 @@ mod shape;
 pub use dtype::{Dtype, Element};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
-pub use ops::{Accumulate, Backward, Forward, Gradient, Matrix, MatrixMut};
+pub use ops::{Accumulate, Backward, Factors, Forward, Gradient, Matrix, MatrixMut, Merge, Round};
 pub use shape::{LoraShape, MAX_DIMENSION};
 
 /// The code of the README runs as a test; half of it is about `cuda`, some about `candle`.

@@ -1,1 +1,314 @@
-//! Layers with adapters over any backend.
+//! Layers with adapters over any backend: a frozen weight, any number of named adapters, and which of them take part.
+//!
+//! [`LoraLinear`] owns its buffers through a [`Backend`]: [`Cpu`](crate::cpu::Cpu), `cuda::Queue` (kernels with a stream and a
+//! workspace) or, for tests, `emulator::Emulator`. The layer is one code path for all of them, and what it launches on a GPU
+//! is what the emulator executes.
+//!
+//! ```
+//! use fused_lora::cpu::Cpu;
+//! use fused_lora::linear::{Adapter, Backend, BuffersMut, Gradients, LoraLinear, Scaling};
+//! use fused_lora::{Matrix, MatrixMut, bf16};
+//!
+//! let (m, n, k, r) = (4, 8, 6, 2); // tokens, outputs, inputs, rank
+//! let ones = |len| vec![bf16::ONE; len];
+//! let mut layer = LoraLinear::upload(Cpu, &ones(n * k), None, n, k)?;
+//!
+//! // Factors in f32 over a bf16 weight, as PEFT trains them.
+//! let adapter = Adapter::upload_f32(layer.backend(), r, Scaling::Lora { alpha: 4.0 }, &[0.5; 12], &[0.25; 16])?;
+//! layer.add("default", adapter)?;
+//! layer.activate("default")?;
+//!
+//! let (x, dy) = (ones(m * k), ones(m * n));
+//! let (y, pass) = layer.forward_train(Matrix::new(&x[..], m, k))?;
+//! assert_eq!(y[0].to_f32(), 6.0 + 2.0 * 0.25 * 6.0);
+//!
+//! let (mut da, mut db) = (vec![0.0; r * k], vec![0.0; n * r]);
+//! let gradients = Gradients {
+//!     da: Some(MatrixMut::new(&mut da[..], r, k)),
+//!     db: Some(MatrixMut::new(&mut db[..], n, r)),
+//!     ..Gradients::default()
+//! };
+//! layer.backward(&pass, Matrix::new(&dy[..], m, n), gradients)?;
+//! assert_eq!((da[0], db[0]), (16.0, 24.0));
+//!
+//! // A step of gradient descent; the bf16 copies that forward reads are made anew.
+//! layer.update("default", |factors| -> fused_lora::Result<()> {
+//!     if let BuffersMut::F32 { a, b } = factors {
+//!         a.iter_mut().zip(&da).for_each(|(a, da)| *a -= 0.0625 * da);
+//!         b.iter_mut().zip(&db).for_each(|(b, db)| *b -= 0.0625 * db);
+//!     }
+//!     Ok(())
+//! })?;
+//!
+//! layer.merge()?; // forward is the plain product by W + s · B A
+//! layer.unmerge()?; // W has its bits again: it was kept
+//! layer.disable()?; // forward is the plain product by W
+//! # Ok::<(), fused_lora::Error>(())
+//! ```
+//!
+//! # Which adapters take part
+//!
+//! None at first. [`activate`](LoraLinear::activate) chooses one, which can then be trained; changing it, or
+//! [`disable`](LoraLinear::disable), moves no data. [`activate_all`](LoraLinear::activate_all) chooses several for inference, whose
+//! contributions add up: their factors are copied side by side into one pair of rank Σ R, so that forward stays one launch.
+//! The scale of the pair is the largest of theirs, sᵢ, and B of every other adapter is multiplied by sᵢ / s in f32
+//! and rounded to the storage type. So adapters of equal scale keep their bits, and 16-bit factors of others take one more
+//! rounding of B; f32 factors take none more, as they are rounded once in any case.
+//!
+//! # Merging
+//!
+//! [`merge`](LoraLinear::merge) writes W' = W + s · B A to a second buffer and keeps W, so that
+//! [`unmerge`](LoraLinear::unmerge) restores the exact bits, at the price of twice the memory.
+//! [`merge_for_good`](LoraLinear::merge_for_good) keeps one of the two. W' is summed in f32 and rounded once per adapter, from f32
+//! factors where the adapter has them.
+//!
+//! # Memory and streams
+//!
+//! Everything runs in the order of the backend's stream. Methods that return a buffer allocate it there, the `_into` ones write
+//! where they are told; [`forward_train`](LoraLinear::forward_train) allocates h. The workspace belongs to the backend
+//! (all layers on clones of one `cuda::Queue` share one), grows when an operation needs more than any before it, and
+//! [`reserve`](LoraLinear::reserve) makes it large enough beforehand. Nothing waits for the stream but
+//! [`Backend::download`] and `drop`s of memory on devices without stream-ordered allocation.
+
+mod adapter;
+mod backend;
+mod merge;
+mod set;
+mod train;
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+pub use adapter::{Adapter, Buffers, BuffersMut, Rejected, Scaling};
+pub use backend::Backend;
+pub use train::{Gradients, Kept, Pass};
+
+use crate::error::{Error, Result};
+use crate::shape::check_length;
+use crate::{Element, Forward, LoraShape, Matrix, MatrixMut};
+use set::{Active, Named};
+
+/// A linear layer y = x Wᵀ (+ bias) with adapters; see the [module](self).
+///
+/// `T` is the storage type of W, x and y: f16 or bf16, and f32 on the CPU.
+pub struct LoraLinear<B: Backend, T: Element> {
+    backend: B,
+    n: usize,
+    k: usize,
+    w: B::Buffer<T>,
+    /// W' of the active adapters, while they are merged.
+    merged: Option<B::Buffer<T>>,
+    bias: Option<B::Buffer<T>>,
+    adapters: Vec<Named<B, T>>,
+    active: Active<B, T>,
+    /// Another number whenever W changes.
+    version: u64,
+}
+
+/// A number that no other state of any layer has.
+fn next_version() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// What forward and backward read beside their arguments.
+struct Operands<'a, B: Backend, T: Element> {
+    w: Matrix<'a, B::Read<T>>,
+    a: Matrix<'a, B::Read<T>>,
+    b: Matrix<'a, B::Read<T>>,
+    scale: f32,
+}
+
+/// The buffer must hold that many elements.
+fn check_elements(arg: &'static str, got: usize, expected: usize) -> Result<()> {
+    // Devices have no empty allocations.
+    if got == expected || expected == 0 {
+        Ok(())
+    } else {
+        Err(Error::Dimension { arg, axis: "elements", got, expected })
+    }
+}
+
+/// rows · cols, or an error where that overflows.
+fn elements(what: &'static str, rows: usize, cols: usize) -> Result<usize> {
+    let limit = (isize::MAX as usize) / 8;
+    let count = rows.checked_mul(cols).filter(|&count| count <= limit);
+    count.ok_or(Error::TooLarge { what, got: u64::MAX, limit: limit as u64 })
+}
+
+impl<B: Backend, T: Element> LoraLinear<B, T> {
+    /// A layer of the weight `w` (N × K, contiguous) and a bias of N elements.
+    ///
+    /// # Errors
+    /// [`Error::ZeroDimension`]; [`Error::TooLarge`]; [`Error::Dimension`] for buffers of other lengths; [`Error::Dtype`]. The
+    /// buffers come back with the error.
+    #[allow(clippy::type_complexity, reason = "what was passed comes back")]
+    pub fn new(
+        backend: B,
+        w: B::Buffer<T>,
+        bias: Option<B::Buffer<T>>,
+        n: usize,
+        k: usize,
+    ) -> Result<Self, Rejected<(B::Buffer<T>, Option<B::Buffer<T>>)>> {
+        let check = || {
+            for (axis, size) in [("rows", n), ("columns", k)] {
+                if size == 0 {
+                    return Err(Error::ZeroDimension { arg: "w", axis });
+                }
+            }
+            backend.check_dtype(T::DTYPE)?;
+            check_elements("w", B::len(&w), elements("the number of elements of w", n, k)?)?;
+            bias.as_ref().map_or(Ok(()), |bias| check_elements("bias", B::len(bias), n))
+        };
+        match check() {
+            Ok(()) => Ok(Self {
+                backend,
+                n,
+                k,
+                w,
+                merged: None,
+                bias,
+                adapters: Vec::new(),
+                active: Active::None,
+                version: next_version(),
+            }),
+            Err(error) => Err(Rejected { error, value: (w, bias) }),
+        }
+    }
+
+    /// As [`new`](Self::new), from host memory.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and those of [`Backend::upload`].
+    pub fn upload(backend: B, w: &[T], bias: Option<&[T]>, n: usize, k: usize) -> Result<Self> {
+        let bias = bias.map(|bias| backend.upload(bias)).transpose()?;
+        let w = backend.upload(w)?;
+        Ok(Self::new(backend, w, bias, n, k)?)
+    }
+
+    /// N.
+    pub fn out_features(&self) -> usize {
+        self.n
+    }
+
+    /// K.
+    pub fn in_features(&self) -> usize {
+        self.k
+    }
+
+    /// Where the layer lives.
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// N × K, contiguous: W, or W' while adapters are merged.
+    pub fn weight(&self) -> &B::Buffer<T> {
+        self.merged.as_ref().unwrap_or(&self.w)
+    }
+
+    /// N elements.
+    pub fn bias(&self) -> Option<&B::Buffer<T>> {
+        self.bias.as_ref()
+    }
+
+    /// The bias, to be trained.
+    pub fn bias_mut(&mut self) -> Option<&mut B::Write<T>> {
+        self.bias.as_mut().map(B::write)
+    }
+
+    /// Makes the backend's workspace large enough for forward and backward of up to `tokens` rows of x with any of the
+    /// adapters, so that no later call allocates for it.
+    ///
+    /// # Errors
+    /// Those of [`Backend::reserve`].
+    pub fn reserve(&self, tokens: usize) -> Result<()> {
+        let ranks = self.adapters.iter().map(|named| named.adapter.rank()).chain([0, self.active_rank()]);
+        let r = ranks.max().unwrap_or(0);
+        self.backend.reserve(T::DTYPE, LoraShape { m: tokens, n: self.n, k: self.k, r })
+    }
+
+    /// y = x Wᵀ + Σ s · (x Aᵀ) Bᵀ (+ bias) over the active adapters, in a new buffer of M × N; x is M × K.
+    ///
+    /// # Errors
+    /// Those of [`forward_into`](Self::forward_into) and of [`Backend::alloc`].
+    pub fn forward(&self, x: Matrix<'_, B::Read<T>>) -> Result<B::Buffer<T>> {
+        let mut y = self.output(x)?;
+        self.forward_into(x, MatrixMut::new(B::write(&mut y), x.rows, self.n))?;
+        Ok(y)
+    }
+
+    /// As [`forward`](Self::forward), into `y`.
+    ///
+    /// # Errors
+    /// Those of the backend's forward (`cpu::forward`, `cuda::Kernels::forward`); [`Error::State`] when an
+    /// [`update`](Self::update) could not renew the copies that forward reads. Nothing is written then.
+    pub fn forward_into(&self, x: Matrix<'_, B::Read<T>>, y: MatrixMut<'_, B::Write<T>>) -> Result<()> {
+        let Operands { w, a, b, scale } = self.operands("forward")?;
+        self.backend.forward(Forward { x, w, a, b, scale, bias: self.bias_view(), h: None, y })
+    }
+
+    /// A buffer for y.
+    fn output(&self, x: Matrix<'_, B::Read<T>>) -> Result<B::Buffer<T>> {
+        self.check_input(x)?;
+        self.backend.alloc(elements("the number of elements of y", x.rows, self.n)?)
+    }
+
+    /// Whether x is what it says: M is not to be trusted before.
+    fn check_input(&self, x: Matrix<'_, B::Read<T>>) -> Result<()> {
+        let Matrix { data, offset, rows, cols, row_stride } = x;
+        if rows == 0 {
+            return Err(Error::ZeroDimension { arg: "x", axis: "rows" });
+        }
+        if cols != self.k {
+            return Err(Error::Dimension { arg: "x", axis: "columns", got: cols, expected: self.k });
+        }
+        if row_stride < cols {
+            return Err(Error::Stride { arg: "x", got: row_stride, min: cols });
+        }
+        check_length("x", B::read_len(data), offset, (rows, cols, row_stride))
+    }
+
+    fn operands(&self, operation: &'static str) -> Result<Operands<'_, B, T>> {
+        match &self.active {
+            _ if self.merged.is_some() => Ok(self.plain()),
+            Active::None => Ok(self.plain()),
+            Active::One(id) => match self.by_id(*id) {
+                Some(named) => self.with_adapter(operation, named),
+                None => Ok(self.plain()),
+            },
+            Active::Several(joined) => joined.operands(operation, self),
+        }
+    }
+
+    /// No adapter: matrices without elements, which lie nowhere in particular.
+    fn plain(&self) -> Operands<'_, B, T> {
+        let w = B::read(self.weight());
+        let (a, b) = (Matrix::new(w, 0, self.k), Matrix::new(w, self.n, 0));
+        Operands { w: Matrix::new(w, self.n, self.k), a, b, scale: 1.0 }
+    }
+
+    fn with_adapter<'a>(&'a self, operation: &'static str, named: &'a Named<B, T>) -> Result<Operands<'a, B, T>> {
+        let r = named.adapter.rank();
+        let Some((a, b)) = named.in_storage(operation)?.filter(|_| r != 0) else { return Ok(self.plain()) };
+        let (a, b) = (Matrix::new(B::read(a), r, self.k), Matrix::new(B::read(b), self.n, r));
+        Ok(Operands { a, b, scale: named.adapter.scale(), ..self.plain() })
+    }
+
+    fn bias_view(&self) -> Option<Matrix<'_, B::Read<T>>> {
+        self.bias.as_ref().map(|bias| Matrix::new(B::read(bias), 1, self.n))
+    }
+}
+
+impl<B: Backend, T: Element> fmt::Debug for LoraLinear<B, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LoraLinear")
+            .field("dtype", &T::DTYPE)
+            .field("n", &self.n)
+            .field("k", &self.k)
+            .field("bias", &self.bias.is_some())
+            .field("adapters", &self.adapters.iter().map(|named| &*named.name).collect::<Vec<_>>())
+            .field("active", &self.active())
+            .field("merged", &self.is_merged())
+            .finish()
+    }
+}

@@ -143,3 +143,55 @@ pub struct Backward<'a, D: ?Sized, O: ?Sized, G: ?Sized> {
     /// Which outputs add instead of overwriting.
     pub accumulate: Accumulate,
 }
+
+/// The two factors of an adapter, both in the storage type or both in f32.
+#[derive(Debug)]
+pub enum Factors<'a, D: ?Sized, F: ?Sized> {
+    /// In the storage type of the layer.
+    Storage {
+        /// R × K, down projection.
+        a: Matrix<'a, D>,
+        /// N × R, up projection.
+        b: Matrix<'a, D>,
+    },
+    /// In f32, as PEFT keeps them while they are trained.
+    F32 {
+        /// R × K, down projection.
+        a: Matrix<'a, F>,
+        /// N × R, up projection.
+        b: Matrix<'a, F>,
+    },
+}
+
+/// merged = w + scale · B A: what the layer's weight becomes when an adapter is folded into it.
+///
+/// Sums are in f32, rank by rank in ascending order from 0, each product and each sum rounded to f32; then the sum is
+/// multiplied by the scale, w is added, and the result is rounded once to the storage type. Every backend gives these bits.
+#[derive(Debug)]
+pub struct Merge<'a, D: ?Sized, O: ?Sized, F: ?Sized> {
+    /// N × K; when absent, what `merged` holds.
+    pub w: Option<Matrix<'a, D>>,
+    /// A and B. R = 0 copies w.
+    pub factors: Factors<'a, D, F>,
+    /// α/r or α/√r.
+    pub scale: f32,
+    /// N × K, output.
+    pub merged: MatrixMut<'a, O>,
+}
+
+/// rounded_a = A and rounded_b = scale · B in the storage type: the 16-bit copies of f32 factors, or a part of several adapters
+/// side by side.
+///
+/// The product by the scale is rounded to f32 and then to the storage type, to nearest with ties to even; a scale of 1 leaves
+/// one rounding.
+#[derive(Debug)]
+pub struct Round<'a, D: ?Sized, O: ?Sized, F: ?Sized> {
+    /// A and B.
+    pub factors: Factors<'a, D, F>,
+    /// Factor of B; 1 for copies.
+    pub scale: f32,
+    /// R × K, output.
+    pub rounded_a: MatrixMut<'a, O>,
+    /// N × R, output.
+    pub rounded_b: MatrixMut<'a, O>,
+}

@@ -87,3 +87,41 @@ pub struct Backward {
     /// Which outputs add to what is there.
     pub accumulate: Accumulate,
 }
+
+/// Arguments of merge; fields as in [`crate::Merge`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Merge {
+    /// Storage type of w and merged.
+    pub dtype: Dtype,
+    /// N × K; when absent, what `merged` holds.
+    pub w: Option<Matrix>,
+    /// `true`: A and B are f32; `false`: the storage type.
+    pub f32_factors: bool,
+    /// R × K.
+    pub a: Matrix,
+    /// N × R.
+    pub b: Matrix,
+    /// α/r or α/√r.
+    pub scale: f32,
+    /// N × K.
+    pub merged: Matrix,
+}
+
+/// Arguments of round; fields as in [`crate::Round`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Round {
+    /// Storage type of the outputs.
+    pub dtype: Dtype,
+    /// `true`: A and B are f32; `false`: the storage type.
+    pub f32_factors: bool,
+    /// R × K.
+    pub a: Matrix,
+    /// N × R.
+    pub b: Matrix,
+    /// Factor of B.
+    pub scale: f32,
+    /// R × K.
+    pub rounded_a: Matrix,
+    /// N × R.
+    pub rounded_b: Matrix,
+}

@@ -1,7 +1,8 @@
 //! The one place that judges dimensions, strides, alignment and overlap.
 
+use crate::Dtype;
 use crate::error::{Error, Result};
-use crate::raw::{Backward, Forward, Gradient, Matrix};
+use crate::raw::{Backward, Forward, Gradient, Matrix, Merge, Round};
 
 /// The four dimensions of a layer call: x is M × K, w is N × K, a is R × K, b is N × R.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -134,7 +135,7 @@ impl Operand {
     }
 }
 
-/// Checks shared by both operations, after the dimensions agreed.
+/// Checks shared by all operations, after the dimensions agreed.
 fn check_operands(
     shape: LoraShape,
     scale: f32,
@@ -234,10 +235,6 @@ impl Backward {
         if self.db.is_some() && self.h.is_none() {
             return Err(Error::Missing { arg: "h", output: "db" });
         }
-        let sized = |arg, matrix: Matrix, element_bytes, rows, cols| {
-            let operand = Operand { arg, matrix, element_bytes };
-            operand.check_dims(rows, cols).map(|()| operand)
-        };
         let bytes = self.dtype.size();
         let mut inputs = vec![
             sized("dy", self.dy, bytes, m, n)?,
@@ -261,5 +258,51 @@ impl Backward {
             }
         }
         check_operands(shape, self.scale, &inputs, &outputs)
+    }
+}
+
+/// Bytes of an element of A and B.
+fn factor_bytes(dtype: Dtype, f32_factors: bool) -> usize {
+    if f32_factors { Dtype::F32.size() } else { dtype.size() }
+}
+
+/// A matrix argument of these dimensions.
+fn sized(arg: &'static str, matrix: Matrix, element_bytes: usize, rows: usize, cols: usize) -> Result<Operand> {
+    let operand = Operand { arg, matrix, element_bytes };
+    operand.check_dims(rows, cols).map(|()| operand)
+}
+
+impl Merge {
+    /// Dimensions, strides, addresses, overlap and scale; returns the shape, with M = 1, when all are right.
+    ///
+    /// # Errors
+    /// As [`Forward::check`].
+    pub fn check(&self) -> Result<LoraShape> {
+        nonzero("merged", &self.merged)?;
+        let shape = LoraShape { m: 1, n: self.merged.rows, k: self.merged.cols, r: self.a.rows };
+        let LoraShape { n, k, r, .. } = shape;
+        let (storage, factor) = (self.dtype.size(), factor_bytes(self.dtype, self.f32_factors));
+        let mut inputs = vec![sized("a", self.a, factor, r, k)?, sized("b", self.b, factor, n, r)?];
+        if let Some(w) = self.w {
+            inputs.push(sized("w", w, storage, n, k)?);
+        }
+        let outputs = [sized("merged", self.merged, storage, n, k)?];
+        check_operands(shape, self.scale, &inputs, &outputs).map(|(shape, _)| shape)
+    }
+}
+
+impl Round {
+    /// Dimensions, strides, addresses, overlap and scale; returns the shape, with M = 1, when all are right.
+    ///
+    /// # Errors
+    /// As [`Forward::check`].
+    pub fn check(&self) -> Result<LoraShape> {
+        let shape = LoraShape { m: 1, n: self.b.rows, k: self.a.cols, r: self.a.rows };
+        let LoraShape { n, k, r, .. } = shape;
+        let (storage, factor) = (self.dtype.size(), factor_bytes(self.dtype, self.f32_factors));
+        let inputs = [sized("a", self.a, factor, r, k)?, sized("b", self.b, factor, n, r)?];
+        let outputs =
+            [sized("rounded_a", self.rounded_a, storage, r, k)?, sized("rounded_b", self.rounded_b, storage, n, r)?];
+        check_operands(shape, self.scale, &inputs, &outputs).map(|(shape, _)| shape)
     }
 }

@@ -7,12 +7,13 @@ mod common;
 use std::sync::Arc;
 
 use common::data::{Placement, Spec, integer_table, shape_table, subset_table};
+use common::golden::{self, Golden};
 use common::gpu::{self, Gpu, backward_bits, forward_bits, kernels};
 use common::hopper::{self, Case};
-use common::{Backend, check, skipped};
+use common::{Backend, check, layers, skipped};
 use fused_lora::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use fused_lora::cuda::cudarc::driver::{CudaContext, CudaStream};
-use fused_lora::cuda::{self, Kernels, Workspace};
+use fused_lora::cuda::{self, Kernels, Queue, Workspace};
 use fused_lora::plan::{Family, Options};
 use fused_lora::{Dtype, Element, Error, Matrix, MatrixMut, bf16, f16};
 
@@ -69,6 +70,58 @@ fn many_tiles() {
             check::forward::<bf16>(&gpu, &spec);
             check::backward::<f16>(&gpu, &spec);
         }
+    }
+}
+
+/// Kernels, a stream and a workspace for layers.
+fn queue(test: &str) -> Option<Queue> {
+    let kernels = kernels(test)?;
+    let stream = kernels.context().new_stream().expect("a stream");
+    Some(Queue::new(&kernels, &stream).expect("a queue"))
+}
+
+#[test]
+fn layers_compute_what_the_oracle_does() {
+    let Some(queue) = queue("layers_compute_what_the_oracle_does") else { return };
+    for spec in layers::layer_table() {
+        for f32_factors in [false, true] {
+            layers::computes::<_, bf16>(&queue, &spec, f32_factors);
+            layers::computes::<_, f16>(&queue, &spec, f32_factors);
+        }
+    }
+    for f32_factors in [false, true] {
+        layers::sums_several::<_, f16>(&queue, f32_factors);
+        layers::sums_several::<_, bf16>(&queue, f32_factors);
+    }
+    layers::follows_updates::<_, f16>(&queue);
+    layers::follows_updates::<_, bf16>(&queue);
+}
+
+#[test]
+fn layers_merge_and_round_bit_by_bit() {
+    let Some(queue) = queue("layers_merge_and_round_bit_by_bit") else { return };
+    for spec in layers::merge_table() {
+        layers::merges_views::<_, f16>(&queue, &spec);
+        layers::merges_views::<_, bf16>(&queue, &spec);
+        for f32_factors in [false, true] {
+            layers::merges::<_, f16>(&queue, &spec, f32_factors);
+            layers::merges::<_, bf16>(&queue, &spec, f32_factors);
+        }
+    }
+    layers::merges_near_ties::<_, f16>(&queue, f16::from_bits, 0x7c00, 1);
+    layers::merges_near_ties::<_, bf16>(&queue, bf16::from_bits, 0x7f80, 1);
+    layers::rounds_every_neighbour::<_, f16>(&queue, f16::from_bits);
+    layers::rounds_every_neighbour::<_, bf16>(&queue, bf16::from_bits);
+}
+
+#[test]
+fn layers_are_as_exact_as_peft() {
+    let Some(queue) = queue("layers_are_as_exact_as_peft") else { return };
+    for name in ["plain", "rslora", "odd_sizes", "decode_r1", "multi_active"] {
+        let case = Golden::load(name);
+        case.check::<_, bf16>(&queue, golden::BF16);
+        case.check::<_, f16>(&queue, golden::F16);
+        case.check::<_, bf16>(&queue, golden::BF16_AMP);
     }
 }
 

@@ -12,6 +12,9 @@
 
 namespace lora::sm90 {
 
+// Flags that are looked at together: each look is a trip to L2, and a chunk of tokens waits for many.
+constexpr uint32_t kPolled = 8;
+
 // The CTA's place in its cluster.
 struct Place {
   uint32_t smem;  // start of shared memory
@@ -103,12 +106,28 @@ __device__ __forceinline__ void for_each_ticket_consumed(const Place& place, uin
 // that follow may read them.
 __device__ __forceinline__ void wait_for_blocks(uint64_t sync, uint32_t flag_shift, uint32_t blocks, uint32_t parts,
                                                 uint32_t first, uint32_t count) {
-  const uint32_t last_flag = (first + count - 1) >> flag_shift;
+  const uint32_t last = (first + count - 1) >> flag_shift;
+  const auto word = [&](uint32_t flag) { return sync_word(sync, LORA_SYNC_FLAGS + flag); };
+  // Flag `blocks - 1 >> flag_shift` may guard fewer blocks than the others.
+  const auto target = [&](uint32_t flag) { return parts * min(1u << flag_shift, blocks - (flag << flag_shift)); };
+  uint32_t flag = first >> flag_shift;
+  if (flag == last) {
+    while (ptx::load_acquire(word(flag)) < target(flag)) __nanosleep(64);  // spares a main tile the fence below
+  } else {
 #pragma unroll 1
-  for (uint32_t flag = first >> flag_shift; flag <= last_flag; ++flag) {
-    // The last flag may guard fewer blocks.
-    const uint32_t target = parts * min(1u << flag_shift, blocks - (flag << flag_shift));
-    while (ptx::load_acquire(sync_word(sync, LORA_SYNC_FLAGS + flag)) < target) __nanosleep(64);
+    for (; flag <= last; flag += kPolled) {
+      const auto is_published = [&] {
+        uint32_t arrived[kPolled];
+#pragma unroll
+        for (uint32_t i = 0; i < kPolled; ++i) arrived[i] = ptx::load_relaxed(word(min(flag + i, last)));
+        bool all = true;
+#pragma unroll
+        for (uint32_t i = 0; i < kPolled; ++i) all = all && arrived[i] >= target(min(flag + i, last));
+        return all;
+      };
+      while (!is_published()) __nanosleep(64);
+    }
+    ptx::fence_acquire();
   }
   ptx::fence_async_global();
 }

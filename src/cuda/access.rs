@@ -6,10 +6,10 @@ use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 
 use super::driver::failed;
-use super::{Backward, Forward};
+use super::{Backward, Forward, Merge, Round};
 use crate::error::{Error, Result};
 use crate::shape::check_length;
-use crate::{Element, Gradient, Matrix, MatrixMut, raw};
+use crate::{Element, Factors, Gradient, Matrix, MatrixMut, raw};
 
 /// The buffers of one operation while it is being launched.
 ///
@@ -66,6 +66,43 @@ impl<'s> Access<'s> {
             db: op.db.as_mut().map(|db| self.gradient("db", db)).transpose()?,
             dbias: op.dbias.as_mut().map(|dbias| self.gradient("dbias", dbias)).transpose()?,
             accumulate: op.accumulate,
+        })
+    }
+
+    pub(super) fn merge<T: Element>(&mut self, op: &'s mut Merge<'_, T>) -> Result<raw::Merge> {
+        let (a, b, f32_factors) = self.factors(&op.factors)?;
+        Ok(raw::Merge {
+            dtype: T::DTYPE,
+            w: op.w.map(|w| self.read("w", w)).transpose()?,
+            f32_factors,
+            a,
+            b,
+            scale: op.scale,
+            merged: self.write("merged", &mut op.merged)?,
+        })
+    }
+
+    pub(super) fn round<T: Element>(&mut self, op: &'s mut Round<'_, T>) -> Result<raw::Round> {
+        let (a, b, f32_factors) = self.factors(&op.factors)?;
+        Ok(raw::Round {
+            dtype: T::DTYPE,
+            f32_factors,
+            a,
+            b,
+            scale: op.scale,
+            rounded_a: self.write("rounded_a", &mut op.rounded_a)?,
+            rounded_b: self.write("rounded_b", &mut op.rounded_b)?,
+        })
+    }
+
+    /// A and B, and whether they are f32.
+    fn factors<T>(
+        &mut self,
+        factors: &Factors<'s, dyn DevicePtr<T> + 's, dyn DevicePtr<f32> + 's>,
+    ) -> Result<(raw::Matrix, raw::Matrix, bool)> {
+        Ok(match *factors {
+            Factors::Storage { a, b } => (self.read("a", a)?, self.read("b", b)?, false),
+            Factors::F32 { a, b } => (self.read("a", a)?, self.read("b", b)?, true),
         })
     }
 

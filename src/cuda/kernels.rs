@@ -10,7 +10,7 @@ use super::access::{Access, check_context};
 use super::driver::failed;
 use super::launch::launch;
 use super::module::{self, Module};
-use super::{Backward, Forward, Workspace, driver, size};
+use super::{Backward, Forward, Merge, Round, Workspace, driver, size};
 use crate::error::Result;
 use crate::plan::{Device, Launch, Options, Plan};
 use crate::{Dtype, Element, LoraShape, raw};
@@ -23,6 +23,13 @@ use crate::{Dtype, Element, LoraShape, raw};
 pub struct Kernels {
     loaded: Arc<Loaded>,
     options: Options,
+}
+
+/// Whether a workspace that is too small grows, or is an error.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Room {
+    Given,
+    Grows,
 }
 
 #[derive(Debug)]
@@ -133,14 +140,24 @@ impl Kernels {
     pub fn forward<T: Element>(
         &self,
         stream: &Arc<CudaStream>,
+        op: Forward<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        self.forward_in(stream, op, workspace, Room::Given)
+    }
+
+    pub(super) fn forward_in<T: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
         mut op: Forward<'_, T>,
         workspace: &mut Workspace,
+        room: Room,
     ) -> Result<()> {
         check_context("workspace", workspace.context(), self.context())?;
         let mut access = Access::new(self.context(), stream)?;
         let op = access.forward(&mut op)?;
         let plan = access.judge(Plan::forward_with(&op, self.device(), self.options))?;
-        self.run(&plan, stream, &access, workspace)
+        self.run(&plan, stream, &access, workspace, room)
     }
 
     /// dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B: one launch on `stream` for the
@@ -151,18 +168,70 @@ impl Kernels {
     pub fn backward<T: Element>(
         &self,
         stream: &Arc<CudaStream>,
+        op: Backward<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        self.backward_in(stream, op, workspace, Room::Given)
+    }
+
+    pub(super) fn backward_in<T: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
         mut op: Backward<'_, T>,
         workspace: &mut Workspace,
+        room: Room,
     ) -> Result<()> {
         check_context("workspace", workspace.context(), self.context())?;
         let mut access = Access::new(self.context(), stream)?;
         let op = access.backward(&mut op)?;
         let plan = access.judge(Plan::backward_with(&op, self.device(), self.options))?;
-        self.run(&plan, stream, &access, workspace)
+        self.run(&plan, stream, &access, workspace, room)
+    }
+
+    /// merged = w + scale · B A: one launch on `stream`, without a workspace.
+    ///
+    /// # Errors
+    /// What [`Launch::merge`] finds; otherwise as [`forward`](Self::forward).
+    pub fn merge<T: Element>(&self, stream: &Arc<CudaStream>, mut op: Merge<'_, T>) -> Result<()> {
+        let mut access = Access::new(self.context(), stream)?;
+        let op = access.merge(&mut op)?;
+        let launch = access.judge(Launch::merge(&op))?;
+        self.run_alone(&launch, stream, &access)
+    }
+
+    /// rounded_a = A and rounded_b = scale · B in the storage type: one launch on `stream`, without a workspace.
+    ///
+    /// # Errors
+    /// What [`Launch::round`] finds; otherwise as [`forward`](Self::forward).
+    pub fn round<T: Element>(&self, stream: &Arc<CudaStream>, mut op: Round<'_, T>) -> Result<()> {
+        let mut access = Access::new(self.context(), stream)?;
+        let op = access.round(&mut op)?;
+        match access.judge(Launch::round(&op))? {
+            Some(launch) => self.run_alone(&launch, stream, &access),
+            None => Ok(()),
+        }
+    }
+
+    /// As [`run`](Self::run), of a launch that needs no workspace.
+    fn run_alone(&self, launch: &Launch, stream: &Arc<CudaStream>, access: &Access<'_>) -> Result<()> {
+        access.check_waits()?;
+        // SAFETY: the buffers hold the matrices (`judge`), belong to this context, and are borrowed until the launch is
+        // queued; their guards, and the order in which streams free memory, cover the time until it has run.
+        unsafe { self.launch(launch, stream.cu_stream()) }
     }
 
     /// `access` is only looked at: the caller drops it, and with it the guards of the buffers, after the launch.
-    fn run(&self, plan: &Plan, stream: &Arc<CudaStream>, access: &Access<'_>, workspace: &mut Workspace) -> Result<()> {
+    fn run(
+        &self,
+        plan: &Plan,
+        stream: &Arc<CudaStream>,
+        access: &Access<'_>,
+        workspace: &mut Workspace,
+        room: Room,
+    ) -> Result<()> {
+        if room == Room::Grows {
+            workspace.reserve(stream, plan.workspace_bytes())?;
+        }
         let launch = plan.launch(workspace.address(), workspace.bytes())?;
         access.check_waits()?;
         workspace.order_on(stream)?;

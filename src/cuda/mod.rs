@@ -68,6 +68,7 @@ mod driver;
 mod kernels;
 mod launch;
 mod module;
+mod queue;
 mod size;
 mod tensor_map;
 mod workspace;
@@ -75,6 +76,7 @@ mod workspace;
 pub use cudarc;
 pub use driver::context;
 pub use kernels::Kernels;
+pub use queue::Queue;
 pub use workspace::Workspace;
 
 use crate::{Matrix, MatrixMut};
@@ -85,6 +87,10 @@ pub type Forward<'a, T> = crate::Forward<'a, dyn DevicePtr<T> + 'a, dyn DevicePt
 /// [`crate::Backward`] over device memory; gradients are of `T` or of f32.
 pub type Backward<'a, T> =
     crate::Backward<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtrMut<f32> + 'a>;
+/// [`crate::Merge`] over device memory; factors are of `T` or of f32.
+pub type Merge<'a, T> = crate::Merge<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtr<f32> + 'a>;
+/// [`crate::Round`] over device memory; factors are of `T` or of f32.
+pub type Round<'a, T> = crate::Round<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtr<f32> + 'a>;
 
 /// A [`Matrix`] over any buffer, ready for [`Matrix::with_row_stride`] and [`Matrix::with_offset`].
 ///

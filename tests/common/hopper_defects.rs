@@ -123,9 +123,9 @@ pub const DEFECTS: &[Defect] = defects! {
     FORWARD Sm90N128 "a flag raised without release":
         (SYNC "red.release.gpu" => "red.relaxed.gpu");
     FORWARD Sm90N128 "a flag waited for one slab short":
-        (SCHEDULE "< target) __nanosleep" => "< target - 1) __nanosleep");
+        (SCHEDULE "< target(flag)) __nanosleep" => "< target(flag) - 1) __nanosleep");
     FORWARD Sm90N128 "a flag waited for without end":
-        (SCHEDULE "< target) __nanosleep" => "<= target) __nanosleep");
+        (SCHEDULE "< target(flag)) __nanosleep" => "<= target(flag)) __nanosleep");
     FORWARD Sm90N128 "another block's flag":
         (FORWARD_CU "wait_for_narrow(m / kBlockM, 1);" => "wait_for_narrow((m / kBlockM) ^ 1, 1);");
     FORWARD Sm90N128 "copies of h not fenced":
@@ -220,6 +220,13 @@ pub const DEFECTS: &[Defect] = defects! {
         (BACKWARD_CU "(tokens + kBlockK - 1) / kBlockK" => "tokens / kBlockK");
     BACKWARD Sm90N128 "da waits for the first block of dh alone":
         (BACKWARD_CU "(unit.tokens + kBlockM - 1) / kBlockM);" => "1);");
+    BACKWARD Sm90N128 "the flags of a chunk looked at without acquire":
+        (SCHEDULE "    ptx::fence_acquire();\n" => "");
+    BACKWARD Sm90N128 "the last flag of a chunk left out":
+        (SCHEDULE "for (; flag <= last; flag += kPolled)" => "for (; flag < last; flag += kPolled)")
+        (SCHEDULE "arrived[i] = ptx::load_relaxed(word(min(flag + i, last)));" => "arrived[i] = ptx::load_relaxed(word(min(flag + i, last - 1)));");
+    BACKWARD Sm90N128 "flags looked at and taken as they are":
+        (SCHEDULE "while (!is_published()) __nanosleep(64);" => "is_published();");
     BACKWARD Sm90N128 "copies of dh not fenced":
         (SCHEDULE "  ptx::fence_async_global();\n" => "");
     BACKWARD Sm90N192 "stages of sums laid out otherwise by the producer":

@@ -10,11 +10,13 @@ pub mod check;
 pub mod data;
 #[cfg(all(feature = "emulator", feature = "cuda"))]
 pub mod emulated;
+pub mod golden;
 #[cfg(feature = "cuda")]
 pub mod gpu;
 pub mod hopper;
 #[cfg(feature = "cuda")]
 pub mod hopper_defects;
+pub mod layers;
 pub mod raw;
 
 use std::io::Write;

@@ -1,0 +1,133 @@
+// merged = w + scale · B A, and the factors of an adapter rounded to the storage type.
+//
+// a [R][K], b [N][R] (f32 or the storage type), w and merged [N][K], row-major with any row stride; nothing needs to be
+// aligned beyond its element. Products, sums and the multiplication by the scale are separate operations in f32, in
+// ascending order of rank, which a CPU repeats bit for bit; each result is rounded once to the storage type.
+#include "../element.cuh"
+#include "../params.h"
+
+namespace lora {
+
+// CTAs per SM that registers must leave room for.
+constexpr int kAdapterCtas = 4;
+
+// Element (row, col) of a factor.
+template <typename T>
+__device__ __forceinline__ float factor(const LoraMatrix& matrix, bool f32, uint32_t row, uint32_t col) {
+  const int64_t at = row * matrix.row_stride + col;
+  return f32 ? reinterpret_cast<const float*>(matrix.ptr)[at] : widen(reinterpret_cast<const T*>(matrix.ptr)[at]);
+}
+
+constexpr uint32_t kMergeBlock = LORA_MERGE_BLOCK;
+constexpr uint32_t kMergeRanks = LORA_MERGE_RANKS;
+constexpr uint32_t kMergeWarps = LORA_MERGE_THREADS / 32;
+// A warp has whole rows of a tile, a lane two neighbouring columns.
+constexpr uint32_t kMergeRows = kMergeBlock / kMergeWarps;
+static_assert(kMergeBlock == 2 * 32, "a lane has two columns");
+
+// A step's ranks of a tile's columns of a and rows of b, widened; zeros past the edges of the matrices.
+struct MergeStep {
+  float a[kMergeRanks][kMergeBlock];
+  float b[kMergeBlock][kMergeRanks];
+};
+
+template <typename T>
+__device__ __forceinline__ void load_step(const LoraMergeParams& p, MergeStep& step, uint32_t n, uint32_t k, uint32_t r,
+                                          uint32_t ranks) {
+  const bool f32 = (p.flags & LORA_FACTORS_F32) != 0;
+#pragma unroll 4
+  for (uint32_t i = threadIdx.x; i < kMergeRanks * kMergeBlock; i += LORA_MERGE_THREADS) {
+    // Neighbouring threads take neighbouring elements in memory: columns of a, ranks of b.
+    const uint32_t a_rank = i / kMergeBlock, col = i % kMergeBlock;
+    const uint32_t row = i / kMergeRanks, b_rank = i % kMergeRanks;
+    if (a_rank < ranks) step.a[a_rank][col] = k + col < p.k ? factor<T>(p.a, f32, r + a_rank, k + col) : 0.0f;
+    if (b_rank < ranks) step.b[row][b_rank] = n + row < p.n ? factor<T>(p.b, f32, n + row, r + b_rank) : 0.0f;
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void store_merged(const LoraMergeParams& p, uint32_t row, uint32_t col,
+                                             const float (&sums)[2]) {
+  const T* const w = reinterpret_cast<const T*>(p.w.ptr) + row * p.w.row_stride + col;
+  T* const merged = reinterpret_cast<T*>(p.merged.ptr) + row * p.merged.row_stride + col;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    if (col + e < p.k) merged[e] = round_to<T>(__fadd_rn(widen(w[e]), __fmul_rn(p.scale, sums[e])));
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void merge(const LoraMergeParams& p) {
+  __shared__ MergeStep step;
+  const uint32_t k = blockIdx.x % p.k_blocks * kMergeBlock;
+  const uint32_t n = blockIdx.x / p.k_blocks * kMergeBlock;
+  const uint32_t first_row = threadIdx.x / 32 * kMergeRows;
+  const uint32_t col = threadIdx.x % 32 * 2;
+  float sums[kMergeRows][2] = {};
+#pragma unroll 1
+  for (uint32_t r = 0; r < p.r; r += kMergeRanks) {
+    const uint32_t ranks = min(p.r - r, kMergeRanks);
+    __syncthreads();  // the step before was read by all
+    load_step<T>(p, step, n, k, r, ranks);
+    __syncthreads();  // this one is there for all
+#pragma unroll 1
+    for (uint32_t rank = 0; rank < ranks; ++rank) {
+#pragma unroll
+      for (uint32_t i = 0; i < kMergeRows; ++i) {
+#pragma unroll
+        for (uint32_t e = 0; e < 2; ++e) {
+          const float product = __fmul_rn(step.b[first_row + i][rank], step.a[rank][col + e]);
+          sums[i][e] = __fadd_rn(sums[i][e], product);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (uint32_t i = 0; i < kMergeRows; ++i) {
+    if (n + first_row + i < p.n) store_merged<T>(p, n + first_row + i, k + col, sums[i]);
+  }
+}
+
+constexpr uint32_t kRoundRows = LORA_ROUND_ROWS;
+constexpr uint32_t kRoundCols = LORA_ROUND_COLS;
+static_assert(LORA_ROUND_THREADS == 32 * kRoundRows, "a warp has a row of a tile");
+
+// One tile of `out` = scale · `matrix`.
+template <typename T>
+__device__ __forceinline__ void round_tile(const LoraMatrix& matrix, bool f32, const LoraMatrix& out, uint32_t rows,
+                                           uint32_t cols, float scale, uint32_t unit, uint32_t col_blocks) {
+  const uint32_t row = unit / col_blocks * kRoundRows + threadIdx.x / 32;
+  const uint32_t first = unit % col_blocks * kRoundCols;
+  if (row >= rows) return;
+  T* const to = reinterpret_cast<T*>(out.ptr) + row * out.row_stride;
+  const uint32_t end = min(cols - first, kRoundCols);
+#pragma unroll 4
+  for (uint32_t i = threadIdx.x % 32; i < end; i += 32) {
+    to[first + i] = round_to<T>(__fmul_rn(scale, factor<T>(matrix, f32, row, first + i)));
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void round_factors(const LoraRoundParams& p) {
+  const bool f32 = (p.flags & LORA_FACTORS_F32) != 0;
+  if (blockIdx.x < p.a_units) {
+    round_tile<T>(p.a, f32, p.rounded_a, p.r, p.k, 1.0f, blockIdx.x, p.k_blocks);
+  } else {
+    round_tile<T>(p.b, f32, p.rounded_b, p.n, p.r, p.scale, blockIdx.x - p.a_units, p.r_blocks);
+  }
+}
+
+}  // namespace lora
+
+#define LORA_ADAPTER(dtype, T)                                                         \
+  extern "C" __global__ void __launch_bounds__(LORA_MERGE_THREADS, lora::kAdapterCtas) \
+      lora_merge_##dtype(const __grid_constant__ LoraMergeParams params) {             \
+    lora::merge<T>(params);                                                            \
+  }                                                                                    \
+  extern "C" __global__ void __launch_bounds__(LORA_ROUND_THREADS, lora::kAdapterCtas) \
+      lora_round_##dtype(const __grid_constant__ LoraRoundParams params) {             \
+    lora::round_factors<T>(params);                                                    \
+  }
+
+LORA_ADAPTER(f16, __half)
+LORA_ADAPTER(bf16, __nv_bfloat16)

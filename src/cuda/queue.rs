@@ -1,0 +1,225 @@
+//! Kernels with a stream and a workspace: the backend of layers.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cudarc::driver::sys::{CUdeviceptr, CUresult};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceSlice, DriverError, SyncOnDrop};
+
+use super::access::check_context;
+use super::driver::failed;
+use super::kernels::Room;
+use super::{Kernels, Workspace};
+use crate::error::{Error, Result};
+use crate::linear::Backend;
+use crate::plan::check_dtype;
+use crate::{Backward, Dtype, Element, Factors, Forward, Gradient, LoraShape, Matrix, MatrixMut, Merge, Round};
+
+/// The kernels with a stream and a workspace: what [`LoraLinear`](crate::linear::LoraLinear) computes on.
+///
+/// A handle: clones share the workspace, which grows when an operation needs more than any before it. Operations are launched on
+/// the stream in the order in which they are called, from any thread. Growing allocates and frees in the order of the stream, and
+/// cannot happen while it is captured into a graph: [`LoraLinear::reserve`](crate::linear::LoraLinear::reserve) before.
+#[derive(Clone, Debug)]
+pub struct Queue {
+    kernels: Kernels,
+    stream: Arc<CudaStream>,
+    workspace: Arc<Mutex<Workspace>>,
+}
+
+impl Queue {
+    /// Operations on `stream`, with a workspace of their own.
+    ///
+    /// # Errors
+    /// [`Error::WrongContext`] for a stream of another context than the kernels'; those of [`Workspace::new`].
+    pub fn new(kernels: &Kernels, stream: &Arc<CudaStream>) -> Result<Self> {
+        check_context("stream", stream.context(), kernels.context())?;
+        let workspace = Arc::new(Mutex::new(Workspace::new(stream, 0)?));
+        Ok(Self { kernels: kernels.clone(), stream: stream.clone(), workspace })
+    }
+
+    /// The kernels.
+    pub fn kernels(&self) -> &Kernels {
+        &self.kernels
+    }
+
+    /// The stream.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// A panic elsewhere leaves the workspace as good as it was.
+    fn workspace(&self) -> MutexGuard<'_, Workspace> {
+        self.workspace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The same with the lifetime of the borrow in place of 'static.
+fn matrix<'a, T>(matrix: Matrix<'a, dyn DevicePtr<T>>) -> Matrix<'a, dyn DevicePtr<T> + 'a> {
+    let Matrix { data, offset, rows, cols, row_stride } = matrix;
+    Matrix { data, offset, rows, cols, row_stride }
+}
+
+fn matrix_mut<'a, T>(matrix: MatrixMut<'a, dyn DevicePtrMut<T>>) -> MatrixMut<'a, dyn DevicePtrMut<T> + 'a> {
+    let MatrixMut { data, offset, rows, cols, row_stride } = matrix;
+    MatrixMut { data, offset, rows, cols, row_stride }
+}
+
+type StaticGradient<'a, T> = Gradient<'a, dyn DevicePtrMut<T>, dyn DevicePtrMut<f32>>;
+
+fn gradient<'a, T>(
+    gradient: StaticGradient<'a, T>,
+) -> Gradient<'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtrMut<f32> + 'a> {
+    match gradient {
+        Gradient::Storage(storage) => Gradient::Storage(matrix_mut(storage)),
+        Gradient::F32(f32) => Gradient::F32(matrix_mut(f32)),
+    }
+}
+
+type StaticFactors<'a, T> = Factors<'a, dyn DevicePtr<T>, dyn DevicePtr<f32>>;
+
+fn factors<'a, T>(factors: StaticFactors<'a, T>) -> Factors<'a, dyn DevicePtr<T> + 'a, dyn DevicePtr<f32> + 'a> {
+    match factors {
+        Factors::Storage { a, b } => Factors::Storage { a: matrix(a), b: matrix(b) },
+        Factors::F32 { a, b } => Factors::F32 { a: matrix(a), b: matrix(b) },
+    }
+}
+
+/// What cudarc copies from: it takes no trait objects.
+struct Operand<'a, T>(&'a dyn DevicePtr<T>);
+
+impl<T> DeviceSlice<T> for Operand<'_, T> {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+    fn stream(&self) -> &Arc<CudaStream> {
+        self.0.stream()
+    }
+}
+
+impl<T> DevicePtr<T> for Operand<'_, T> {
+    fn device_ptr<'a>(&'a self, stream: &'a CudaStream) -> (CUdeviceptr, SyncOnDrop<'a>) {
+        self.0.device_ptr(stream)
+    }
+}
+
+/// What cudarc copies to.
+struct Output<'a, T>(&'a mut dyn DevicePtrMut<T>);
+
+impl<T> DeviceSlice<T> for Output<'_, T> {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+    fn stream(&self) -> &Arc<CudaStream> {
+        self.0.stream()
+    }
+}
+
+impl<T> DevicePtrMut<T> for Output<'_, T> {
+    fn device_ptr_mut<'a>(&'a mut self, stream: &'a CudaStream) -> (CUdeviceptr, SyncOnDrop<'a>) {
+        self.0.device_ptr_mut(stream)
+    }
+}
+
+/// Turns the error of an allocation into ours.
+fn refused<T>(call: &'static str, len: usize) -> impl FnOnce(DriverError) -> Error {
+    let bytes = len.saturating_mul(size_of::<T>());
+    move |error| match error.0 {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { bytes },
+        _ => failed(call)(error),
+    }
+}
+
+impl Backend for Queue {
+    type Buffer<T: Element> = CudaSlice<T>;
+    type Read<T: Element> = dyn DevicePtr<T>;
+    type Write<T: Element> = dyn DevicePtrMut<T>;
+
+    fn read<T: Element>(buffer: &CudaSlice<T>) -> &Self::Read<T> {
+        buffer
+    }
+    fn write<T: Element>(buffer: &mut CudaSlice<T>) -> &mut Self::Write<T> {
+        buffer
+    }
+    fn read_len<T: Element>(operand: &Self::Read<T>) -> usize {
+        operand.len()
+    }
+
+    /// CUDA has no empty allocations: there is one element at least.
+    fn alloc<T: Element>(&self, len: usize) -> Result<CudaSlice<T>> {
+        // SAFETY: any bits are a value of the element types, and the operations write all of an output or refuse it.
+        unsafe { self.stream.alloc::<T>(len.max(1)) }.map_err(refused::<T>("cuMemAllocAsync", len))
+    }
+    fn upload<T: Element>(&self, from: &[T]) -> Result<CudaSlice<T>> {
+        let mut buffer = self.alloc::<T>(from.len())?;
+        self.overwrite(from, &mut buffer)?;
+        Ok(buffer)
+    }
+    fn overwrite<T: Element>(&self, from: &[T], to: &mut Self::Write<T>) -> Result<()> {
+        if from.is_empty() {
+            return Ok(());
+        }
+        if to.len() < from.len() {
+            return Err(Error::BufferTooShort { arg: "to", got: to.len(), needed: from.len() });
+        }
+        self.stream.memcpy_htod(from, &mut Output(to)).map_err(failed("cuMemcpyHtoDAsync"))
+    }
+    fn download<T: Element>(&self, from: &Self::Read<T>) -> Result<Vec<T>> {
+        let to = self.stream.clone_dtoh(&Operand(from)).map_err(failed("cuMemcpyDtoHAsync"))?;
+        self.stream.synchronize().map_err(failed("cuStreamSynchronize"))?;
+        Ok(to)
+    }
+
+    fn check_dtype(&self, dtype: Dtype) -> Result<()> {
+        check_dtype(dtype)
+    }
+    fn reserve(&self, dtype: Dtype, shape: LoraShape) -> Result<()> {
+        let bytes = self.kernels.workspace_bytes(dtype, shape)?;
+        self.workspace().reserve(&self.stream, bytes)
+    }
+
+    fn forward<T: Element>(&self, op: Forward<'_, Self::Read<T>, Self::Write<T>>) -> Result<()> {
+        let Forward { x, w, a, b, scale, bias, h, y } = op;
+        let op = super::Forward {
+            x: matrix(x),
+            w: matrix(w),
+            a: matrix(a),
+            b: matrix(b),
+            scale,
+            bias: bias.map(matrix),
+            h: h.map(matrix_mut),
+            y: matrix_mut(y),
+        };
+        self.kernels.forward_in(&self.stream, op, &mut self.workspace(), Room::Grows)
+    }
+
+    fn backward<T: Element>(&self, op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>>) -> Result<()> {
+        let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate } = op;
+        let op = super::Backward {
+            dy: matrix(dy),
+            w: matrix(w),
+            a: matrix(a),
+            b: matrix(b),
+            scale,
+            x: x.map(matrix),
+            h: h.map(matrix),
+            dx: dx.map(matrix_mut),
+            da: da.map(gradient),
+            db: db.map(gradient),
+            dbias: dbias.map(gradient),
+            accumulate,
+        };
+        self.kernels.backward_in(&self.stream, op, &mut self.workspace(), Room::Grows)
+    }
+
+    fn merge<T: Element>(&self, op: Merge<'_, Self::Read<T>, Self::Write<T>, Self::Read<f32>>) -> Result<()> {
+        let Merge { w, factors: pair, scale, merged } = op;
+        let op = super::Merge { w: w.map(matrix), factors: factors(pair), scale, merged: matrix_mut(merged) };
+        self.kernels.merge(&self.stream, op)
+    }
+
+    fn round<T: Element>(&self, op: Round<'_, Self::Read<T>, Self::Write<T>, Self::Read<f32>>) -> Result<()> {
+        let Round { factors: pair, scale, rounded_a, rounded_b } = op;
+        let (rounded_a, rounded_b) = (matrix_mut(rounded_a), matrix_mut(rounded_b));
+        self.kernels.round(&self.stream, super::Round { factors: factors(pair), scale, rounded_a, rounded_b })
+    }
+}

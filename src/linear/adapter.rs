@@ -1,0 +1,210 @@
+//! An adapter: its factors, its rank and its scale.
+
+use std::fmt;
+
+use super::{Backend, check_elements, elements};
+use crate::error::{Error, Result};
+use crate::{Element, Factors, Matrix};
+
+/// How the scale s follows from α and the rank.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scaling {
+    /// α / r.
+    Lora {
+        /// PEFT's `lora_alpha`.
+        alpha: f64,
+    },
+    /// α / √r: rank-stabilised LoRA, PEFT's `use_rslora`.
+    RsLora {
+        /// PEFT's `lora_alpha`.
+        alpha: f64,
+    },
+    /// The scale itself.
+    Fixed(f64),
+}
+
+impl Scaling {
+    /// The scale at a rank, rounded to f32 once; 1 at rank 0, where nothing is scaled.
+    ///
+    /// ```
+    /// use fused_lora::linear::Scaling;
+    ///
+    /// assert_eq!(Scaling::Lora { alpha: 16.0 }.scale(8), 2.0);
+    /// assert_eq!(Scaling::RsLora { alpha: 8.0 }.scale(16), 2.0);
+    /// ```
+    pub fn scale(self, rank: usize) -> f32 {
+        let r = rank as f64;
+        match self {
+            _ if rank == 0 => 1.0,
+            Self::Lora { alpha } => (alpha / r) as f32,
+            Self::RsLora { alpha } => (alpha / r.sqrt()) as f32,
+            Self::Fixed(scale) => scale as f32,
+        }
+    }
+}
+
+/// A value that was not taken, with why. Turns into the [`Error`] alone where the value does not matter.
+pub struct Rejected<V> {
+    /// Why.
+    pub error: Error,
+    /// What was passed, as it was.
+    pub value: V,
+}
+
+impl<V> fmt::Debug for Rejected<V> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rejected").field("error", &self.error).finish_non_exhaustive()
+    }
+}
+
+impl<V> fmt::Display for Rejected<V> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl<V> std::error::Error for Rejected<V> {}
+
+impl<V> From<Rejected<V>> for Error {
+    fn from(rejected: Rejected<V>) -> Self {
+        rejected.error
+    }
+}
+
+/// A (R × K) and B (N × R), contiguous, in one type.
+pub enum Buffers<B: Backend, T: Element> {
+    /// In the storage type of the layer.
+    Storage {
+        /// R × K.
+        a: B::Buffer<T>,
+        /// N × R.
+        b: B::Buffer<T>,
+    },
+    /// In f32, as PEFT keeps them by default while they are trained.
+    F32 {
+        /// R × K.
+        a: B::Buffer<f32>,
+        /// N × R.
+        b: B::Buffer<f32>,
+    },
+}
+
+/// The factors of an adapter, to be changed.
+pub enum BuffersMut<'a, B: Backend, T: Element> {
+    /// In the storage type of the layer.
+    Storage {
+        /// R × K.
+        a: &'a mut B::Write<T>,
+        /// N × R.
+        b: &'a mut B::Write<T>,
+    },
+    /// In f32.
+    F32 {
+        /// R × K.
+        a: &'a mut B::Write<f32>,
+        /// N × R.
+        b: &'a mut B::Write<f32>,
+    },
+}
+
+/// The factors of an adapter with their rank and scale.
+pub struct Adapter<B: Backend, T: Element> {
+    rank: usize,
+    scale: f32,
+    buffers: Buffers<B, T>,
+}
+
+impl<B: Backend, T: Element> Adapter<B, T> {
+    /// An adapter over buffers of the backend. Whether they have the layer's dimensions is checked by
+    /// [`LoraLinear::add`](super::LoraLinear::add).
+    ///
+    /// # Errors
+    /// [`Error::Scale`] when the scale is not finite; the buffers come back with it.
+    pub fn new(rank: usize, scaling: Scaling, buffers: Buffers<B, T>) -> Result<Self, Rejected<Buffers<B, T>>> {
+        let scale = scaling.scale(rank);
+        if scale.is_finite() {
+            Ok(Self { rank, scale, buffers })
+        } else {
+            Err(Rejected { error: Error::Scale { got: scale }, value: buffers })
+        }
+    }
+
+    /// An adapter in the storage type, from host memory: `a` is R × K, `b` is N × R.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and those of [`Backend::upload`].
+    pub fn upload(backend: &B, rank: usize, scaling: Scaling, a: &[T], b: &[T]) -> Result<Self> {
+        let buffers = Buffers::Storage { a: backend.upload(a)?, b: backend.upload(b)? };
+        Ok(Self::new(rank, scaling, buffers)?)
+    }
+
+    /// An adapter in f32, from host memory: `a` is R × K, `b` is N × R.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and those of [`Backend::upload`].
+    pub fn upload_f32(backend: &B, rank: usize, scaling: Scaling, a: &[f32], b: &[f32]) -> Result<Self> {
+        let buffers = Buffers::F32 { a: backend.upload(a)?, b: backend.upload(b)? };
+        Ok(Self::new(rank, scaling, buffers)?)
+    }
+
+    /// R.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// s.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// A and B.
+    pub fn buffers(&self) -> &Buffers<B, T> {
+        &self.buffers
+    }
+
+    /// A and B, given away.
+    pub fn into_buffers(self) -> Buffers<B, T> {
+        self.buffers
+    }
+
+    pub(super) fn buffers_mut(&mut self) -> BuffersMut<'_, B, T> {
+        match &mut self.buffers {
+            Buffers::Storage { a, b } => BuffersMut::Storage { a: B::write(a), b: B::write(b) },
+            Buffers::F32 { a, b } => BuffersMut::F32 { a: B::write(a), b: B::write(b) },
+        }
+    }
+
+    /// As an operation takes them.
+    pub(super) fn factors(&self, n: usize, k: usize) -> Factors<'_, B::Read<T>, B::Read<f32>> {
+        let r = self.rank;
+        match &self.buffers {
+            Buffers::Storage { a, b } => {
+                Factors::Storage { a: Matrix::new(B::read(a), r, k), b: Matrix::new(B::read(b), n, r) }
+            }
+            Buffers::F32 { a, b } => {
+                Factors::F32 { a: Matrix::new(B::read(a), r, k), b: Matrix::new(B::read(b), n, r) }
+            }
+        }
+    }
+
+    /// Both factors must have the layer's dimensions.
+    pub(super) fn check(&self, n: usize, k: usize) -> Result<()> {
+        let (a, b) = match &self.buffers {
+            Buffers::Storage { a, b } => (B::len(a), B::len(b)),
+            Buffers::F32 { a, b } => (B::len(a), B::len(b)),
+        };
+        check_elements("a", a, elements("the number of elements of a", self.rank, k)?)?;
+        check_elements("b", b, elements("the number of elements of b", n, self.rank)?)
+    }
+}
+
+impl<B: Backend, T: Element> fmt::Debug for Adapter<B, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let f32_factors = matches!(self.buffers, Buffers::F32 { .. });
+        f.debug_struct("Adapter")
+            .field("rank", &self.rank)
+            .field("scale", &self.scale)
+            .field("f32_factors", &f32_factors)
+            .finish_non_exhaustive()
+    }
+}

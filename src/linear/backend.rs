@@ -1,0 +1,169 @@
+//! Where a layer's buffers live and what runs its operations.
+
+use crate::cpu::{self, Cpu};
+use crate::error::{Error, Result};
+use crate::{Backward, Dtype, Element, Forward, LoraShape, Merge, Round};
+
+/// Where a layer's buffers live and what runs its operations. A handle: clones share what is behind it.
+///
+/// Operations run in the order in which they are called. None waits for the ones before it, but for
+/// [`download`](Self::download).
+pub trait Backend: Clone {
+    /// Memory that holds elements of `T`.
+    type Buffer<T: Element>: Send + Sync;
+    /// What is read: `[T]`, or `dyn DevicePtr<T>` on a GPU.
+    type Read<T: Element>: ?Sized;
+    /// What is written: `[T]`, or `dyn DevicePtrMut<T>` on a GPU.
+    type Write<T: Element>: ?Sized;
+
+    /// The buffer as an operand.
+    fn read<T: Element>(buffer: &Self::Buffer<T>) -> &Self::Read<T>;
+    /// The buffer as an output.
+    fn write<T: Element>(buffer: &mut Self::Buffer<T>) -> &mut Self::Write<T>;
+    /// Its elements.
+    fn len<T: Element>(buffer: &Self::Buffer<T>) -> usize {
+        Self::read_len(Self::read(buffer))
+    }
+    /// The elements of an operand.
+    fn read_len<T: Element>(operand: &Self::Read<T>) -> usize;
+
+    /// Memory for `len` elements, which hold anything. For 0 elements there may be more.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::Driver`].
+    fn alloc<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>>;
+    /// A copy of host memory.
+    ///
+    /// # Errors
+    /// As [`alloc`](Self::alloc).
+    fn upload<T: Element>(&self, from: &[T]) -> Result<Self::Buffer<T>>;
+    /// Copies host memory into the first elements of a buffer.
+    ///
+    /// # Errors
+    /// [`Error::BufferTooShort`], [`Error::Driver`].
+    fn overwrite<T: Element>(&self, from: &[T], to: &mut Self::Write<T>) -> Result<()>;
+    /// A copy in host memory, after all operations that were called before.
+    ///
+    /// # Errors
+    /// [`Error::Driver`].
+    fn download<T: Element>(&self, from: &Self::Read<T>) -> Result<Vec<T>>;
+
+    /// Whether layers of this storage type can be computed.
+    ///
+    /// # Errors
+    /// [`Error::Dtype`].
+    fn check_dtype(&self, dtype: Dtype) -> Result<()>;
+    /// Makes the workspace large enough for forward and backward of a shape.
+    ///
+    /// # Errors
+    /// Those of planning and of [`alloc`](Self::alloc).
+    fn reserve(&self, dtype: Dtype, shape: LoraShape) -> Result<()>;
+
+    /// [`Forward`].
+    ///
+    /// # Errors
+    /// What [`raw::Forward::check`](crate::raw::Forward::check) finds, and the backend's own. Nothing is written then.
+    fn forward<T: Element>(&self, op: Forward<'_, Self::Read<T>, Self::Write<T>>) -> Result<()>;
+    /// [`Backward`].
+    ///
+    /// # Errors
+    /// What [`raw::Backward::check`](crate::raw::Backward::check) finds, and the backend's own. Nothing is written then.
+    fn backward<T: Element>(&self, op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>>) -> Result<()>;
+    /// [`Merge`].
+    ///
+    /// # Errors
+    /// What [`raw::Merge::check`](crate::raw::Merge::check) finds, and the backend's own. Nothing is written then.
+    fn merge<T: Element>(&self, op: Merge<'_, Self::Read<T>, Self::Write<T>, Self::Read<f32>>) -> Result<()>;
+    /// [`Round`].
+    ///
+    /// # Errors
+    /// What [`raw::Round::check`](crate::raw::Round::check) finds, and the backend's own. Nothing is written then.
+    fn round<T: Element>(&self, op: Round<'_, Self::Read<T>, Self::Write<T>, Self::Read<f32>>) -> Result<()>;
+}
+
+fn vector<T: Element>(len: usize) -> Result<Vec<T>> {
+    let mut vector = Vec::new();
+    let bytes = len.saturating_mul(size_of::<T>());
+    vector.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { bytes })?;
+    vector.resize(len, T::default());
+    Ok(vector)
+}
+
+/// The parts of a backend whose buffers are vectors.
+macro_rules! host_memory {
+    () => {
+        type Buffer<T: Element> = Vec<T>;
+        type Read<T: Element> = [T];
+        type Write<T: Element> = [T];
+
+        fn read<T: Element>(buffer: &Vec<T>) -> &[T] {
+            buffer
+        }
+        fn write<T: Element>(buffer: &mut Vec<T>) -> &mut [T] {
+            buffer
+        }
+        fn read_len<T: Element>(operand: &[T]) -> usize {
+            operand.len()
+        }
+        fn alloc<T: Element>(&self, len: usize) -> Result<Vec<T>> {
+            vector(len)
+        }
+        fn upload<T: Element>(&self, from: &[T]) -> Result<Vec<T>> {
+            let mut buffer = vector(from.len())?;
+            buffer.copy_from_slice(from);
+            Ok(buffer)
+        }
+        fn overwrite<T: Element>(&self, from: &[T], to: &mut [T]) -> Result<()> {
+            let short = Error::BufferTooShort { arg: "to", got: to.len(), needed: from.len() };
+            to.get_mut(..from.len()).ok_or(short)?.copy_from_slice(from);
+            Ok(())
+        }
+        fn download<T: Element>(&self, from: &[T]) -> Result<Vec<T>> {
+            self.upload(from)
+        }
+        fn reserve(&self, _: Dtype, _: LoraShape) -> Result<()> {
+            Ok(())
+        }
+    };
+}
+
+impl Backend for Cpu {
+    host_memory!();
+
+    fn check_dtype(&self, _: Dtype) -> Result<()> {
+        Ok(())
+    }
+    fn forward<T: Element>(&self, op: cpu::Forward<'_, T>) -> Result<()> {
+        cpu::forward(op)
+    }
+    fn backward<T: Element>(&self, op: cpu::Backward<'_, T>) -> Result<()> {
+        cpu::backward(op)
+    }
+    fn merge<T: Element>(&self, op: cpu::Merge<'_, T>) -> Result<()> {
+        cpu::merge(op)
+    }
+    fn round<T: Element>(&self, op: cpu::Round<'_, T>) -> Result<()> {
+        cpu::round(op)
+    }
+}
+
+#[cfg(all(feature = "emulator", feature = "cuda"))]
+impl Backend for crate::emulator::Emulator {
+    host_memory!();
+
+    fn check_dtype(&self, dtype: Dtype) -> Result<()> {
+        crate::plan::check_dtype(dtype)
+    }
+    fn forward<T: Element>(&self, op: cpu::Forward<'_, T>) -> Result<()> {
+        self.forward(op).map(drop)
+    }
+    fn backward<T: Element>(&self, op: cpu::Backward<'_, T>) -> Result<()> {
+        self.backward(op).map(drop)
+    }
+    fn merge<T: Element>(&self, op: cpu::Merge<'_, T>) -> Result<()> {
+        self.merge(op).map(drop)
+    }
+    fn round<T: Element>(&self, op: cpu::Round<'_, T>) -> Result<()> {
+        self.round(op).map(drop)
+    }
+}

@@ -1,0 +1,94 @@
+//! Folding adapters into W, and taking them out again.
+
+use super::set::{Active, Named};
+use super::{Adapter, Backend, LoraLinear, next_version};
+use crate::error::{Error, Result};
+use crate::{Element, Matrix, MatrixMut, Merge};
+
+impl<B: Backend, T: Element> LoraLinear<B, T> {
+    /// Whether the active adapters are merged.
+    pub fn is_merged(&self) -> bool {
+        self.merged.is_some()
+    }
+
+    /// Folds the active adapters into a second weight, W' = W + s · B A for each in turn, summed in f32 and rounded once per
+    /// adapter. W is kept, for [`unmerge`](Self::unmerge). Until then forward is the plain product by W', and training, and changes
+    /// of the active adapters, are refused.
+    ///
+    /// # Errors
+    /// [`Error::State`] when none is active or they are merged already; those of [`Backend::alloc`] and [`Backend::merge`]. The
+    /// layer is as before then.
+    pub fn merge(&mut self) -> Result<()> {
+        self.check_mergeable("merge")?;
+        let mut merged = self.backend.alloc(self.n * self.k)?;
+        for (at, id) in self.active_ids().iter().enumerate() {
+            let w = (at == 0).then(|| Matrix::new(B::read(&self.w), self.n, self.k));
+            fold(&self.backend, self.by_id(*id), (self.n, self.k), w, &mut merged)?;
+        }
+        self.merged = Some(merged);
+        Ok(())
+    }
+
+    /// Forward with the adapters beside W again, which has the bits that it had before [`merge`](Self::merge): it was kept.
+    ///
+    /// # Errors
+    /// [`Error::State`] when nothing is merged.
+    pub fn unmerge(&mut self) -> Result<()> {
+        let got = "no adapter is merged".to_owned();
+        self.merged.take().map(drop).ok_or(Error::State { operation: "unmerge", got, expected: "`merge` first" })
+    }
+
+    /// As [`merge`](Self::merge), or after it, without a way back: W' takes the place of W, and the merged adapters leave the
+    /// layer and are returned with their names. One adapter is folded in place, without a second buffer; several take one
+    /// until they are done.
+    ///
+    /// # Errors
+    /// [`Error::State`] when no adapter is active; those of [`merge`](Self::merge). The layer is as before then.
+    #[allow(clippy::type_complexity, reason = "adapters with their names")]
+    pub fn merge_for_good(&mut self) -> Result<Vec<(String, Adapter<B, T>)>> {
+        match (&self.active, self.merged.take()) {
+            (_, Some(merged)) => self.w = merged,
+            (&Active::One(id), None) => {
+                let named = self.adapters.iter().find(|named| named.id == id);
+                fold(&self.backend, named, (self.n, self.k), None, &mut self.w)?;
+            }
+            (_, None) => {
+                self.check_mergeable("merge_for_good")?;
+                self.merge()?;
+                if let Some(merged) = self.merged.take() {
+                    self.w = merged;
+                }
+            }
+        }
+        self.version = next_version();
+        let ids = self.active_ids().to_vec();
+        self.active = Active::None;
+        let (folded, left) = self.adapters.drain(..).partition(|named| ids.contains(&named.id));
+        self.adapters = left;
+        let mut folded: Vec<Named<B, T>> = folded;
+        folded.sort_by_key(|named| ids.iter().position(|id| *id == named.id));
+        Ok(folded.into_iter().map(|named| (named.name, named.adapter)).collect())
+    }
+
+    fn check_mergeable(&self, operation: &'static str) -> Result<()> {
+        self.check_unmerged(operation)?;
+        if self.active_ids().is_empty() {
+            let got = "no adapter is active".to_owned();
+            return Err(Error::State { operation, got, expected: "`activate` first" });
+        }
+        Ok(())
+    }
+}
+
+/// target = (`w`, or what `target` holds) + s · B A of one adapter.
+fn fold<B: Backend, T: Element>(
+    backend: &B,
+    named: Option<&Named<B, T>>,
+    (n, k): (usize, usize),
+    w: Option<Matrix<'_, B::Read<T>>>,
+    target: &mut B::Buffer<T>,
+) -> Result<()> {
+    let Some(named) = named else { return Ok(()) };
+    let (factors, scale) = (named.adapter.factors(n, k), named.adapter.scale());
+    backend.merge(Merge { w, factors, scale, merged: MatrixMut::new(B::write(target), n, k) })
+}

@@ -1,0 +1,334 @@
+//! The adapters of a layer, and which of them take part.
+
+use super::{Adapter, Backend, Buffers, BuffersMut, LoraLinear, Operands, Rejected, elements, next_version};
+use crate::error::{Error, Result};
+use crate::{Element, Matrix, MatrixMut, Round};
+
+/// An adapter of a layer.
+pub(super) struct Named<B: Backend, T: Element> {
+    pub(super) name: String,
+    /// Stays the same for as long as the layer has the adapter.
+    pub(super) id: u64,
+    /// Another number whenever the factors change.
+    pub(super) version: u64,
+    pub(super) adapter: Adapter<B, T>,
+    /// A and B in the storage type, where the adapter's own are f32.
+    rounded: Option<(B::Buffer<T>, B::Buffer<T>)>,
+    /// `rounded` is older than the factors.
+    is_stale: bool,
+}
+
+/// Which adapters take part.
+pub(super) enum Active<B: Backend, T: Element> {
+    None,
+    /// By its id.
+    One(u64),
+    Several(Joined<B, T>),
+}
+
+/// Several adapters side by side.
+pub(super) struct Joined<B: Backend, T: Element> {
+    ids: Vec<u64>,
+    rank: usize,
+    scale: f32,
+    /// Σ R × K.
+    a: B::Buffer<T>,
+    /// N × Σ R.
+    b: B::Buffer<T>,
+    /// An adapter changed, and a copy of it failed.
+    is_stale: bool,
+}
+
+/// What is wrong with copies that could not be renewed.
+fn stale(operation: &'static str, name: &str) -> Error {
+    Error::State {
+        operation,
+        got: format!("the copies of adapter `{name}` are older than its factors"),
+        expected: "`refresh`, which copies them, to succeed first",
+    }
+}
+
+impl<B: Backend, T: Element> Named<B, T> {
+    /// A and B in the storage type; `None` for an adapter whose factors are empty.
+    #[allow(clippy::type_complexity, reason = "two buffers")]
+    pub(super) fn in_storage(&self, operation: &'static str) -> Result<Option<(&B::Buffer<T>, &B::Buffer<T>)>> {
+        match (self.adapter.buffers(), &self.rounded) {
+            (Buffers::Storage { a, b }, _) => Ok(Some((a, b))),
+            (Buffers::F32 { .. }, Some(_)) if self.is_stale => Err(stale(operation, &self.name)),
+            (Buffers::F32 { .. }, Some((a, b))) => Ok(Some((a, b))),
+            (Buffers::F32 { .. }, None) => Ok(None),
+        }
+    }
+
+    /// Copies f32 factors to the storage type.
+    fn refresh(&mut self, backend: &B, n: usize, k: usize) -> Result<()> {
+        let r = self.adapter.rank();
+        if let Some((a, b)) = &mut self.rounded {
+            self.is_stale = true;
+            backend.round(Round {
+                factors: self.adapter.factors(n, k),
+                scale: 1.0,
+                rounded_a: MatrixMut::new(B::write(a), r, k),
+                rounded_b: MatrixMut::new(B::write(b), n, r),
+            })?;
+            self.is_stale = false;
+        }
+        Ok(())
+    }
+}
+
+impl<B: Backend, T: Element> Joined<B, T> {
+    fn new(layer: &LoraLinear<B, T>, chosen: &[&Named<B, T>]) -> Result<Self> {
+        let rank: usize = chosen.iter().map(|named| named.adapter.rank()).sum();
+        let scales = chosen.iter().filter(|named| named.adapter.rank() != 0).map(|named| named.adapter.scale());
+        let scale = scales.max_by(|s, t| s.abs().total_cmp(&t.abs())).unwrap_or(1.0);
+        let mut joined = Self {
+            ids: chosen.iter().map(|named| named.id).collect(),
+            rank,
+            scale,
+            a: layer.backend.alloc(elements("the number of elements of a", rank, layer.k)?)?,
+            b: layer.backend.alloc(elements("the number of elements of b", layer.n, rank)?)?,
+            is_stale: true,
+        };
+        joined.refresh(&layer.backend, (layer.n, layer.k), &layer.adapters)?;
+        Ok(joined)
+    }
+
+    /// Copies the factors of every adapter to their place.
+    fn refresh(&mut self, backend: &B, (n, k): (usize, usize), adapters: &[Named<B, T>]) -> Result<()> {
+        self.is_stale = true;
+        let mut first = 0;
+        for named in self.ids.iter().filter_map(|id| adapters.iter().find(|named| named.id == *id)) {
+            let r = named.adapter.rank();
+            if r == 0 {
+                continue;
+            }
+            let ratio = if self.scale == 0.0 { 1.0 } else { f64::from(named.adapter.scale()) / f64::from(self.scale) };
+            backend.round(Round {
+                factors: named.adapter.factors(n, k),
+                scale: ratio as f32,
+                rounded_a: MatrixMut::new(B::write(&mut self.a), r, k).with_offset(first * k),
+                rounded_b: MatrixMut::new(B::write(&mut self.b), n, r).with_offset(first).with_row_stride(self.rank),
+            })?;
+            first += r;
+        }
+        self.is_stale = false;
+        Ok(())
+    }
+
+    pub(super) fn operands<'a>(
+        &'a self,
+        operation: &'static str,
+        layer: &'a LoraLinear<B, T>,
+    ) -> Result<Operands<'a, B, T>> {
+        if self.is_stale {
+            return Err(stale(operation, &layer.active().join("`, `")));
+        }
+        if self.rank == 0 {
+            return Ok(layer.plain());
+        }
+        let (a, b) =
+            (Matrix::new(B::read(&self.a), self.rank, layer.k), Matrix::new(B::read(&self.b), layer.n, self.rank));
+        Ok(Operands { a, b, scale: self.scale, ..layer.plain() })
+    }
+}
+
+impl<B: Backend, T: Element> LoraLinear<B, T> {
+    /// Adds an adapter, which takes part once it is activated. For one in f32 this makes the copies in the storage type
+    /// that the products read.
+    ///
+    /// # Errors
+    /// [`Error::AdapterName`] when there is one of that name; [`Error::Dimension`] when a factor has another number of
+    /// elements than R × K or N × R; those of [`Backend::alloc`] and [`Backend::round`]. The adapter comes back with the error,
+    /// and the layer is as before.
+    pub fn add(&mut self, name: &str, adapter: Adapter<B, T>) -> Result<(), Rejected<Adapter<B, T>>> {
+        let (n, k, r) = (self.n, self.k, adapter.rank());
+        let check = || {
+            if self.adapters.iter().any(|named| named.name == name) {
+                let expected = "one that the layer does not have".to_owned();
+                return Err(Error::AdapterName { got: name.to_owned(), expected });
+            }
+            adapter.check(n, k)?;
+            match adapter.buffers() {
+                Buffers::F32 { .. } if r != 0 => Ok(Some((self.backend.alloc(r * k)?, self.backend.alloc(n * r)?))),
+                _ => Ok(None),
+            }
+        };
+        let rounded = match check() {
+            Ok(rounded) => rounded,
+            Err(error) => return Err(Rejected { error, value: adapter }),
+        };
+        let (id, version) = (next_version(), next_version());
+        let mut named = Named { name: name.to_owned(), id, version, adapter, rounded, is_stale: false };
+        match named.refresh(&self.backend, n, k) {
+            Ok(()) => self.adapters.push(named),
+            Err(error) => return Err(Rejected { error, value: named.adapter }),
+        }
+        Ok(())
+    }
+
+    /// Takes an adapter out of the layer.
+    ///
+    /// # Errors
+    /// [`Error::AdapterName`]; [`Error::State`] while it is active.
+    pub fn remove(&mut self, name: &str) -> Result<Adapter<B, T>> {
+        let at = self.position(name)?;
+        if self.is_active(self.adapters[at].id) {
+            let got = format!("adapter `{name}` is active");
+            return Err(Error::State { operation: "remove", got, expected: "`disable` or another `activate` first" });
+        }
+        Ok(self.adapters.remove(at).adapter)
+    }
+
+    /// The names of the adapters, in the order in which they were added.
+    pub fn names(&self) -> Vec<&str> {
+        self.adapters.iter().map(|named| &*named.name).collect()
+    }
+
+    /// The names of the adapters that take part, in the order in which they were activated.
+    pub fn active(&self) -> Vec<&str> {
+        let ids = self.active_ids();
+        ids.iter().filter_map(|id| self.by_id(*id)).map(|named| &*named.name).collect()
+    }
+
+    /// An adapter by its name.
+    pub fn adapter(&self, name: &str) -> Option<&Adapter<B, T>> {
+        self.adapters.iter().find(|named| named.name == name).map(|named| &named.adapter)
+    }
+
+    /// Lets one adapter take part, instead of those that do. No data moves.
+    ///
+    /// # Errors
+    /// [`Error::AdapterName`]; [`Error::State`] while adapters are merged.
+    pub fn activate(&mut self, name: &str) -> Result<()> {
+        self.check_unmerged("activate")?;
+        self.active = Active::One(self.adapters[self.position(name)?].id);
+        Ok(())
+    }
+
+    /// Lets several adapters take part at once, for inference: what they add to y is summed. Their factors are copied side
+    /// by side, rounded as the [module](super) says.
+    ///
+    /// # Errors
+    /// [`Error::AdapterName`] for a name that the layer does not have or that comes twice; [`Error::State`] while adapters are
+    /// merged; those of [`Backend::alloc`] and [`Backend::round`]. The adapters active before stay so.
+    pub fn activate_all(&mut self, names: &[&str]) -> Result<()> {
+        self.check_unmerged("activate_all")?;
+        let mut chosen = Vec::with_capacity(names.len());
+        for (at, name) in names.iter().enumerate() {
+            if names[..at].contains(name) {
+                return Err(Error::AdapterName { got: (*name).to_owned(), expected: "each name once".to_owned() });
+            }
+            chosen.push(&self.adapters[self.position(name)?]);
+        }
+        self.active = match &chosen[..] {
+            [] => Active::None,
+            [one] => Active::One(one.id),
+            several => Active::Several(Joined::new(self, several)?),
+        };
+        Ok(())
+    }
+
+    /// Lets no adapter take part: forward is the plain product. The adapters stay in the layer.
+    ///
+    /// # Errors
+    /// [`Error::State`] while adapters are merged.
+    pub fn disable(&mut self) -> Result<()> {
+        self.check_unmerged("disable")?;
+        self.active = Active::None;
+        Ok(())
+    }
+
+    /// Changes the factors of an adapter: the only way to do so. Afterwards, whatever `change` returned, the copies in the
+    /// storage type are made anew, in the order of the stream. A [`Pass`](super::Pass) from before cannot be used any more.
+    ///
+    /// On a GPU `change` launches what it likes on the backend's stream. An address kept from here and written to later
+    /// escapes this; call [`refresh`](Self::refresh) then.
+    ///
+    /// # Errors
+    /// What `change` returns; [`Error::AdapterName`]; [`Error::State`] while the adapter is merged; those of [`Backend::round`].
+    /// When the copies could not be made, and when `change` panicked, forward with the adapter is refused until
+    /// [`refresh`](Self::refresh) has made them.
+    pub fn update<E: From<Error>>(
+        &mut self,
+        name: &str,
+        change: impl FnOnce(BuffersMut<'_, B, T>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let at = self.position(name)?;
+        if self.is_active(self.adapters[at].id) {
+            self.check_unmerged("update")?;
+        }
+        self.mark_changed(at);
+        let outcome = change(self.adapters[at].adapter.buffers_mut());
+        let refreshed = self.renew(at);
+        outcome?;
+        Ok(refreshed?)
+    }
+
+    /// Makes the copies of an adapter in the storage type anew, as [`update`](Self::update) does.
+    ///
+    /// # Errors
+    /// As [`update`](Self::update).
+    pub fn refresh(&mut self, name: &str) -> Result<()> {
+        self.update(name, |_| Ok(()))
+    }
+
+    /// Nothing computed from the factors of this adapter may be used from here on.
+    fn mark_changed(&mut self, at: usize) {
+        let named = &mut self.adapters[at];
+        named.version = next_version();
+        named.is_stale = named.rounded.is_some();
+        let id = named.id;
+        if let Active::Several(joined) = &mut self.active {
+            joined.is_stale |= joined.ids.contains(&id);
+        }
+    }
+
+    fn renew(&mut self, at: usize) -> Result<()> {
+        let (n, k) = (self.n, self.k);
+        self.adapters[at].refresh(&self.backend, n, k)?;
+        match &mut self.active {
+            Active::Several(joined) if joined.is_stale => joined.refresh(&self.backend, (n, k), &self.adapters),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn position(&self, name: &str) -> Result<usize> {
+        self.adapters.iter().position(|named| named.name == name).ok_or_else(|| {
+            let names: Vec<String> = self.adapters.iter().map(|named| format!("{:?}", named.name)).collect();
+            let expected = if names.is_empty() { "none: the layer has no adapter".into() } else { names.join(" or ") };
+            Error::AdapterName { got: name.to_owned(), expected }
+        })
+    }
+
+    pub(super) fn by_id(&self, id: u64) -> Option<&Named<B, T>> {
+        self.adapters.iter().find(|named| named.id == id)
+    }
+
+    pub(super) fn active_ids(&self) -> &[u64] {
+        match &self.active {
+            Active::None => &[],
+            Active::One(id) => std::slice::from_ref(id),
+            Active::Several(joined) => &joined.ids,
+        }
+    }
+
+    fn is_active(&self, id: u64) -> bool {
+        self.active_ids().contains(&id)
+    }
+
+    pub(super) fn active_rank(&self) -> usize {
+        match &self.active {
+            Active::Several(joined) => joined.rank,
+            _ => 0,
+        }
+    }
+
+    pub(super) fn check_unmerged(&self, operation: &'static str) -> Result<()> {
+        if !self.is_merged() {
+            return Ok(());
+        }
+        let got = format!("`{}` is merged", self.active().join("`, `"));
+        Err(Error::State { operation, got, expected: "`unmerge` first" })
+    }
+}

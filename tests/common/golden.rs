@@ -1,0 +1,220 @@
+//! Layers that PEFT recorded, through `LoraLinear`.
+
+use fused_lora::linear::{Adapter, Backend, Gradients, LoraLinear, Scaling};
+use fused_lora::reference::{self, Expected, Inputs, Mat, unit_roundoff};
+use fused_lora::{Dtype, Element, Matrix, MatrixMut, bf16, f16};
+use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
+use serde_json::Value;
+
+use super::layers::download;
+
+/// A case directory.
+pub struct Golden {
+    case: Value,
+    bytes: Vec<u8>,
+}
+
+/// A recorded tensor, widened.
+struct Tensor {
+    shape: Vec<usize>,
+    data: Vec<f64>,
+}
+
+impl Tensor {
+    /// All leading dimensions as rows.
+    fn mat(&self) -> Mat {
+        let cols = self.shape.last().copied().unwrap_or(1);
+        Mat { rows: self.data.len() / cols, cols, data: self.data.clone() }
+    }
+
+    fn round<T: Element>(&self) -> Vec<T> {
+        self.data.iter().map(|&value| T::from_f64(value)).collect()
+    }
+}
+
+fn values(view: &TensorView<'_>) -> Vec<f64> {
+    let bytes = view.data();
+    match view.dtype() {
+        safetensors::Dtype::BF16 => bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f64()).collect(),
+        safetensors::Dtype::F16 => bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f64()).collect(),
+        safetensors::Dtype::F32 => bytes.as_chunks().0.iter().map(|&b| f64::from(f32::from_le_bytes(b))).collect(),
+        safetensors::Dtype::F64 => bytes.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b)).collect(),
+        other => unreachable!("a tensor of {other:?}"),
+    }
+}
+
+/// How a mode stores the layer.
+#[derive(Clone, Copy)]
+pub struct Mode {
+    pub name: &'static str,
+    /// The mode that holds its truth.
+    pub truth: &'static str,
+    pub f32_factors: bool,
+}
+
+pub const F32: Mode = Mode { name: "f32", truth: "f64", f32_factors: false };
+pub const BF16: Mode = Mode { name: "bf16", truth: "f64", f32_factors: false };
+pub const F16: Mode = Mode { name: "f16", truth: "f64", f32_factors: false };
+/// f32 factors whose products are done in bf16, as ours are.
+pub const BF16_AMP: Mode = Mode { name: "bf16_amp", truth: "f64_a32", f32_factors: true };
+
+impl Golden {
+    pub fn load(name: &str) -> Self {
+        let folder = super::project().join("tests/golden").join(name);
+        let text = std::fs::read_to_string(folder.join("case.json")).expect("case.json");
+        let bytes = std::fs::read(folder.join("tensors.safetensors")).expect("tensors.safetensors");
+        Self { case: serde_json::from_str(&text).expect("JSON"), bytes }
+    }
+
+    fn find(&self, name: &str) -> Option<Tensor> {
+        let tensors = SafeTensors::deserialize(&self.bytes).expect("safetensors");
+        let view = tensors.tensor(name).ok()?;
+        Some(Tensor { shape: view.shape().to_vec(), data: values(&view) })
+    }
+
+    fn tensor(&self, name: &str) -> Tensor {
+        self.find(name).unwrap_or_else(|| unreachable!("no tensor {name}"))
+    }
+
+    fn size(&self, key: &str) -> usize {
+        self.case[key].as_u64().expect("a size") as usize
+    }
+
+    fn active(&self) -> Vec<&str> {
+        self.case["active"].as_array().expect("a list").iter().map(|name| name.as_str().expect("a name")).collect()
+    }
+
+    /// As case.json describes it: α and whether √r, not the factor that PEFT made of them.
+    fn scaling(&self, name: &str) -> (usize, Scaling) {
+        let adapter = &self.case["adapters"][name];
+        let (r, alpha) = (adapter["r"].as_u64().expect("r") as usize, adapter["lora_alpha"].as_f64().expect("alpha"));
+        let stabilised = adapter["config"]["use_rslora"].as_bool().unwrap_or(false);
+        let scaling = if stabilised { Scaling::RsLora { alpha } } else { Scaling::Lora { alpha } };
+        let recorded = adapter["scaling"].as_f64().expect("a scaling") as f32;
+        assert_eq!(scaling.scale(r), recorded, "{name}");
+        (r, scaling)
+    }
+
+    fn factors(&self, name: &str, mode: Mode) -> [Tensor; 2] {
+        let suffix = if mode.f32_factors { "_f32" } else { "" };
+        ["A", "B"].map(|factor| self.tensor(&format!("{name}.{factor}{suffix}")))
+    }
+
+    fn layer<B: Backend, T: Element>(&self, backend: &B, mode: Mode) -> LoraLinear<B, T> {
+        let (n, k) = (self.size("out_features"), self.size("in_features"));
+        let (w, bias) = (self.tensor("W").round::<T>(), self.find("b").map(|bias| bias.round::<T>()));
+        let mut layer = LoraLinear::upload(backend.clone(), &w, bias.as_deref(), n, k).expect("a layer");
+        for name in self.active() {
+            let ((r, scaling), [a, b]) = (self.scaling(name), self.factors(name, mode));
+            let adapter = if mode.f32_factors {
+                Adapter::upload_f32(backend, r, scaling, &a.round::<f32>(), &b.round::<f32>())
+            } else {
+                Adapter::upload(backend, r, scaling, &a.round::<T>(), &b.round::<T>())
+            };
+            layer.add(name, adapter.expect("an adapter")).expect("an added adapter");
+        }
+        layer
+    }
+
+    /// What the oracle takes; B scaled, so that adapters of different scales are one.
+    fn inputs(&self, names: &[&str], mode: Mode) -> Inputs {
+        let (n, k) = (self.size("out_features"), self.size("in_features"));
+        let (mut a, mut b, mut r) = (Vec::new(), vec![Vec::new(); n], 0);
+        for name in names {
+            let ((rank, scaling), [a32, b32]) = (self.scaling(name), self.factors(name, mode));
+            let scale = f64::from(scaling.scale(rank));
+            a.extend(a32.data);
+            (0..n).for_each(|row| b[row].extend(b32.data[row * rank..][..rank].iter().map(|v| v * scale)));
+            r += rank;
+        }
+        Inputs {
+            x: self.tensor("x").mat(),
+            w: self.tensor("W").mat(),
+            a: Mat { rows: r, cols: k, data: a },
+            b: Mat { rows: n, cols: r, data: b.concat() },
+            bias: self.find("b").map(|bias| Mat { rows: 1, cols: n, data: bias.data }),
+            dy: self.tensor("dY").mat(),
+            scale: 1.0,
+        }
+    }
+
+    /// `got` against the recorded truth, with what PEFT computed in this mode as the naive composition. `scale` widens the
+    /// magnitudes by what the adapters' scale is not part of.
+    fn judge<T: Element>(&self, mode: Mode, what: &str, got: Mat, magnitude: Mat, depth: usize, output: Dtype) {
+        let recorded = |mode: &str| self.tensor(&format!("{mode}/{what}")).mat();
+        let (truth, naive) = (recorded(mode.truth), recorded(mode.name));
+        let expected = Expected { truth, naive, magnitude, depth, storage: T::DTYPE, output };
+        if let Err(complaint) = reference::check(&got, &expected) {
+            unreachable!("{} {}/{what}: {complaint}", self.case["name"], mode.name);
+        }
+    }
+
+    /// Forward with all active adapters, backward with each alone, merge: as far from the recorded truth as PEFT is.
+    pub fn check<B: Backend, T: Element>(&self, backend: &B, mode: Mode) {
+        let (n, k) = (self.size("out_features"), self.size("in_features"));
+        let names = self.active();
+        let mut layer = self.layer::<B, T>(backend, mode);
+        layer.activate_all(&names).expect("the adapters");
+        let (x, dy) = (self.tensor("x"), self.tensor("dY"));
+        let m = x.data.len() / k;
+        let [dx_buffer, dy_buffer] = [&x, &dy].map(|t| backend.upload(&t.round::<T>()).expect("an upload"));
+        let (x, dy) = (Matrix::new(B::read(&dx_buffer), m, k), Matrix::new(B::read(&dy_buffer), m, n));
+        let y = layer.forward(x).expect("forward");
+        let all = self.inputs(&names, mode);
+        let r = all.a.rows;
+        let y = mat(m, n, &download(backend, &y, m * n));
+        self.judge::<T>(mode, "y", y, reference::forward(&all.magnitudes()).1, 2 * k + r + 3, T::DTYPE);
+
+        for name in &names {
+            layer.activate(name).expect("an adapter");
+            let (_, pass) = layer.forward_train(x).expect("forward_train");
+            let (r, scaling) = self.scaling(name);
+            let mut dx = backend.alloc::<T>(m * k).expect("memory");
+            let (mut da, mut db) =
+                (backend.alloc::<f32>(r * k).expect("memory"), backend.alloc::<f32>(n * r).expect("memory"));
+            let gradients = Gradients {
+                dx: Some(MatrixMut::new(B::write(&mut dx), m, k)),
+                da: Some(MatrixMut::new(B::write(&mut da), r, k)),
+                db: Some(MatrixMut::new(B::write(&mut db), n, r)),
+                ..Gradients::default()
+            };
+            layer.backward(&pass, dy, gradients).expect("backward");
+            // B carries the scale here, and h does not.
+            let one = self.inputs(&[name], mode).magnitudes();
+            let scale = f64::from(scaling.scale(r));
+            let h = one.x.times(&one.a.transposed()).map(|v| v * scale);
+            let magnitude = reference::backward(&one, &h);
+            let da = mat(r, k, &download(backend, &da, r * k));
+            let db = mat(n, r, &download(backend, &db, n * r));
+            // PEFT keeps gradients in the type of the factors.
+            let output = if mode.f32_factors { Dtype::F32 } else { T::DTYPE };
+            self.judge::<T>(mode, &format!("{name}.dA"), da, magnitude.da, n + m, output);
+            self.judge::<T>(mode, &format!("{name}.dB"), db, magnitude.db, k + m, output);
+            if let [_] = names[..] {
+                let dx = mat(m, k, &download(backend, &dx, m * k));
+                self.judge::<T>(mode, "dX", dx, magnitude.dx, 2 * n + r + 2, T::DTYPE);
+            }
+        }
+
+        layer.activate_all(&names).expect("the adapters");
+        layer.merge().expect("a merge");
+        let merged = mat(n, k, &download(backend, layer.weight(), n * k));
+        let truth = all.w.plus(&all.b.times(&all.a));
+        let limit = all.magnitudes();
+        let limit = limit.w.plus(&limit.b.times(&limit.a));
+        // One rounding per adapter, and the f32 sum.
+        let each = unit_roundoff(T::DTYPE) * names.len() as f64 + (r + 3) as f64 * unit_roundoff(Dtype::F32);
+        for (at, (got, truth)) in merged.data.iter().zip(&truth.data).enumerate() {
+            let bound = each * limit.data[at] + 1e-8;
+            assert!((got - truth).abs() <= bound, "{} {}: merged {at}", self.case["name"], mode.name);
+        }
+        layer.unmerge().expect("an unmerge");
+        let w = mat(n, k, &download(backend, layer.weight(), n * k));
+        assert_eq!(w, all.w, "unmerged");
+    }
+}
+
+fn mat<T: Element>(rows: usize, cols: usize, data: &[T]) -> Mat {
+    Mat { rows, cols, data: data.iter().map(|value| value.to_f64()).collect() }
+}
