@@ -48,7 +48,7 @@ fn scratch(test: &str) -> String {
 }
 
 fn read(folder: &str, file: &str) -> Vec<u8> {
-    fs::read(Path::new(folder).join(file)).unwrap_or_else(|error| panic!("{folder}/{file}: {error}"))
+    fs::read(Path::new(folder).join(file)).expect(file)
 }
 
 /// The text that the tests train on.
@@ -228,7 +228,7 @@ fn every_epoch_has_every_piece_once_in_an_order_of_its_own() {
     fs::write(&file, bytes).expect("a file");
     let data = |seed| {
         let shape = Shape { batch: Some(4), seq: Some(2), seed, vocab: 128 };
-        Data::open(&file, &Tokens::Bytes, &shape).unwrap_or_else(|failure| panic!("{failure}"))
+        Data::open(&file, &Tokens::Bytes, &shape).expect("it can be read")
     };
     let epochs = |mut data: Data| -> Vec<Vec<u32>> {
         let batches: Vec<_> = (0..9).map(|step| data.batch(step).ids).collect();

@@ -52,13 +52,13 @@ fn scratch(test: &str) -> PathBuf {
 }
 
 fn load(model: &Path, dtype: DType, adapter: Option<&Path>) -> (Config, Llama) {
-    let config = Config::read(&model.join("config.json")).unwrap_or_else(|failure| panic!("{failure}"));
+    let config = Config::read(&model.join("config.json")).expect("it can be read");
     let changes = adapter.map_or_else(Changes::default, |adapter| {
-        let adapter = Adapter::read(adapter, &config).unwrap_or_else(|failure| panic!("{failure}"));
+        let adapter = Adapter::read(adapter, &config).expect("it can be read");
         adapter.changes(&Device::Cpu).expect("tensors")
     });
-    let weights = Weights::open(model, dtype, &Device::Cpu).unwrap_or_else(|failure| panic!("{failure}"));
-    let model = Llama::load(&config, &weights, changes).unwrap_or_else(|failure| panic!("{failure}"));
+    let weights = Weights::open(model, dtype, &Device::Cpu).expect("it can be read");
+    let model = Llama::load(&config, &weights, changes).expect("it can be read");
     (config, model)
 }
 

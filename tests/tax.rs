@@ -2,6 +2,8 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::panic)] // helpers of tests fail as tests do
 
+mod common;
+
 #[path = "../benches/tax/arguments.rs"]
 mod arguments;
 #[allow(dead_code)] // what needs the library
@@ -12,10 +14,11 @@ mod measure;
 #[path = "../benches/tax/report.rs"]
 mod report;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use cublaslt::{Product, places};
+use cublaslt::{CublasLt, Product, places};
 use fused_lora::plan::{Family, TileSize};
 use fused_lora::{Dtype, LoraShape};
 use measure::{Effort, Measured, disagreement, interleaved, median, quantile, spread, tax};
@@ -233,40 +236,64 @@ fn cublaslt_is_looked_for_where_it_may_be() {
     assert!(in_order.map(at).is_sorted(), "{found:?}");
 }
 
-/// What a column-major library makes of the layouts is the row-major product that was meant.
+/// The four ways in which operands can lie, as a row-major product on small integers: exact in f32.
+fn products() -> impl Iterator<Item = (Product, Vec<f32>, Vec<f32>, Vec<f32>)> {
+    let (rows, columns, depth) = (3, 5, 4);
+    [(false, false), (false, true), (true, false), (true, true)].into_iter().map(
+        move |(left_transposed, right_transposed)| {
+            let (alpha, beta) = (2.0, if left_transposed { 1.0 } else { 0.0 });
+            let (dtype, out) = (Dtype::F32, Dtype::F32);
+            let product = Product { rows, columns, depth, left_transposed, right_transposed, dtype, out, alpha, beta };
+            let left: Vec<f32> = (0..rows * depth).map(|i| (7 * i % 11) as f32).collect();
+            let right: Vec<f32> = (0..depth * columns).map(|i| (5 * i % 13) as f32).collect();
+            let left_at = |i: usize, k: usize| left[if left_transposed { k * rows + i } else { i * depth + k }];
+            let right_at = |k: usize, j: usize| right[if right_transposed { j * depth + k } else { k * columns + j }];
+            let sum = |i, j| (0..depth).map(|k| left_at(i, k) * right_at(k, j)).sum::<f32>();
+            let meant =
+                (0..rows * columns).map(|at| alpha * sum(at / columns, at % columns) + beta * at as f32).collect();
+            (product, left, right, meant)
+        },
+    )
+}
+
+/// Calls a library that does on the CPU what cuBLASLt does: every signature, attribute and layout has to be right.
 #[test]
-fn row_major_products_as_a_column_major_library_sees_them() {
-    for (left_transposed, right_transposed) in [(false, false), (false, true), (true, false), (true, true)] {
-        let (rows, columns, depth) = (3, 5, 4);
-        let product = Product {
-            rows,
-            columns,
-            depth,
-            left_transposed,
-            right_transposed,
-            dtype: Dtype::Bf16,
-            out: Dtype::F32,
-            alpha: 1.0,
-            beta: 0.0,
-        };
-        let left: Vec<i64> = (0..rows * depth).map(|i| (7 * i % 11) as i64).collect();
-        let right: Vec<i64> = (0..depth * columns).map(|i| (5 * i % 13) as i64).collect();
-        let left_at = |i: usize, k: usize| left[if left_transposed { k * rows + i } else { i * depth + k }];
-        let right_at = |k: usize, j: usize| right[if right_transposed { j * depth + k } else { k * columns + j }];
-        let ([a, b, c], [transposes_a, transposes_b]) = product.column_major();
-        // cuBLAS: C = op(A) op(B), element (i, j) of a matrix at i + j · distance.
-        let element =
-            |data: &[i64], (stored_rows, stored_columns, distance): (u64, u64, i64), transposed: bool, i, j| {
-                let (i, j): (usize, usize) = if transposed { (j, i) } else { (i, j) };
-                assert!((i as u64) < stored_rows && (j as u64) < stored_columns, "({i}, {j}) is outside");
-                data[i + j * distance as usize]
-            };
-        assert_eq!(c, (columns as u64, rows as u64, columns as i64));
-        for (i, j) in (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j))) {
-            let meant: i64 = (0..depth).map(|k| left_at(i, k) * right_at(k, j)).sum();
-            // Row-major (i, j) is column-major (j, i).
-            let term = |k| element(&right, a, transposes_a, j, k) * element(&left, b, transposes_b, k, i);
-            assert_eq!((0..depth).map(term).sum::<i64>(), meant, "{product:?} at ({i}, {j})");
-        }
+fn row_major_products_of_a_column_major_library() {
+    let test = "row_major_products_of_a_column_major_library";
+    let library = common::scratch().join(format!("libcublasLt-{}.so", std::process::id()));
+    let source = common::project().join("tests/stub/cublaslt.c");
+    let compiled = source.is_file().then(|| {
+        Command::new("cc")
+            .args(["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o"])
+            .arg(&library)
+            .arg(&source)
+            .status()
+    });
+    match compiled {
+        Some(Ok(status)) => assert!(status.success(), "the library does not compile"),
+        _ => return common::skipped(test, "no C compiler, or no source, where this runs"),
     }
+    let library = CublasLt::open(library.as_os_str()).expect("the library loads");
+    assert_eq!(library.version, 130_101);
+    let (mut workspace, mut stream) = (0_u64, 0_u64);
+    for (product, left, right, meant) in products() {
+        let candidates = library.candidates(product).expect("there are algorithms");
+        assert_eq!(candidates.len(), 2, "one of three cannot be used");
+        for candidate in &candidates {
+            let mut out: Vec<f32> = (0..meant.len()).map(|at| at as f32).collect();
+            if product.beta == 0.0 {
+                out.fill(f32::NAN);
+            }
+            let operands = [left.as_ptr() as u64, right.as_ptr() as u64, out.as_mut_ptr() as u64];
+            // SAFETY: the library works on the host, on matrices of the product's extents; workspace and stream it only looks at.
+            unsafe { library.run(candidate, operands, &raw mut workspace as u64, (&raw mut stream).cast()) }
+                .expect("the product is computed");
+            assert_eq!(out, meant, "{product:?}");
+        }
+        // SAFETY: refused before anything is read or written.
+        let refused = unsafe { library.run(&candidates[0], [1, 1, 1], 0, (&raw mut stream).cast()) };
+        assert_eq!(refused.expect_err("no workspace").to_string(), "cublasLtMatmul of cuBLASLt returned status 15");
+    }
+    let missing = CublasLt::open(OsStr::new("/no/such/libcublasLt.so.13"));
+    assert!(missing.is_err(), "nothing is there");
 }

@@ -171,7 +171,8 @@ impl CublasLt {
         Err(Failure::NotFound(places.len(), last))
     }
 
-    fn open(path: &OsStr) -> Result<CublasLt, Box<dyn std::error::Error>> {
+    /// The library at `path`, or of that name where the loader finds it.
+    pub fn open(path: &OsStr) -> Result<CublasLt, Box<dyn std::error::Error>> {
         // SAFETY: loading runs the initialisers of NVIDIA's library, which are made to run in any process.
         let library = unsafe { Library::new(path) }?;
         let mut handle = ptr::null_mut();

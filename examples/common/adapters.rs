@@ -125,8 +125,10 @@ impl Adapter {
     /// Saves the adapter with the values of [`variables`](Self::variables).
     pub fn save(&self, parameters: &[Parameter], directory: &Path) -> Result<()> {
         let mut adapter = self.0.clone();
-        for ((name, ..), pair) in self.0.modules().zip(parameters.chunks_exact(2)) {
-            adapter.insert(name, peft::Factors::new(stored(&pair[0].var)?, stored(&pair[1].var)?))?;
+        for ((name, _, factors), pair) in self.0.modules().zip(parameters.chunks_exact(2)) {
+            let mut factors = factors.clone();
+            (factors.a, factors.b) = (stored(&pair[0].var)?, stored(&pair[1].var)?);
+            adapter.insert(name, factors)?;
         }
         Ok(adapter.save(directory)?)
     }

@@ -71,10 +71,11 @@ impl Progress {
         Ok(())
     }
 
-    pub fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.abandon(); // leaves its last state on the screen
-        }
+    /// Leaves the bar's last state on the screen, on a line of its own.
+    pub fn finish(&self, streams: &mut Streams<'_>) -> Result<()> {
+        let Some(bar) = &self.bar else { return Ok(()) };
+        bar.abandon();
+        writeln!(streams.err).map_err(|error| Failure::output("stderr", error))
     }
 }
 

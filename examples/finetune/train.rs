@@ -71,7 +71,7 @@ impl Training {
                 self.save()?;
             }
         }
-        progress.finish();
+        progress.finish(streams)?;
         self.save()?;
         Ok(end)
     }
