@@ -45,7 +45,7 @@ candle-cuda: toolchain ## Lint the candle op on GPUs against candle's CUDA backe
 
 .PHONY: bench
 bench: toolchain ## Measure on this machine
-	@. .toolchain/env; cargo bench -- $(ARGS)
+	@. .toolchain/env; cargo bench --features candle,peft -- $(ARGS)
 
 .PHONY: tax
 tax: toolchain ## Measure the LoRA tax over cuBLASLt on the GPU; ARGS=--help says what it takes

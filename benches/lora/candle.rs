@@ -7,21 +7,16 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use candle_core::{Device, Result, Tensor, WithDType};
-use fused_lora::{Dtype, Element, Error, LoraShape, bf16, f16};
+use fused_lora::{Dtype, Element, LoraShape, bf16, f16};
 
 use crate::{Case, Op, Timed, values};
 
-pub fn prepare(case: &Case) -> fused_lora::Result<Timed> {
-    let prepared = match case.dtype {
+pub fn prepare(case: &Case) -> Result<Timed> {
+    match case.dtype {
         Dtype::F16 => timed::<f16>(case),
         Dtype::Bf16 => timed::<bf16>(case),
         Dtype::F32 => timed::<f32>(case),
-    };
-    prepared.map_err(failed)
-}
-
-fn failed(error: candle_core::Error) -> Error {
-    Error::Driver { call: "candle", message: error.to_string() }
+    }
 }
 
 fn timed<T: Element + WithDType>(case: &Case) -> Result<Timed> {
@@ -30,7 +25,7 @@ fn timed<T: Element + WithDType>(case: &Case) -> Result<Timed> {
     Ok(Box::new(move |iterations| {
         let start = Instant::now();
         for _ in 0..iterations {
-            layer.run(op).map_err(failed)?;
+            layer.run(op)?;
         }
         Ok(start.elapsed())
     }))

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use fused_lora::{Accumulate, Dtype, Element, Gradient, LoraShape, Matrix, MatrixMut, Result, bf16, cpu, f16};
 
-use crate::{Backend, Case, Op, Timed, Way, cases, values};
+use crate::{Backend, Case, Failure, Op, Timed, Way, cases, values};
 
 /// Many tokens through a projection of Llama-3-8B, and a few: two cores finish the whole table in minutes.
 const SHAPES: &[(usize, usize, usize)] = &[(512, 4096, 4096), (16, 2048, 2048)];
@@ -32,16 +32,20 @@ impl Backend for Cpu {
         cases(op, &[Dtype::F32, Dtype::Bf16], SHAPES, &[0, 16], WAYS)
     }
 
-    fn prepare(&self, case: &Case) -> Result<Timed> {
+    fn baseline(&self) -> Way {
+        Way::Fused
+    }
+
+    fn prepare(&self, case: &Case) -> Result<Timed, Failure> {
         #[cfg(feature = "candle")]
         if case.way == Way::Candle {
-            return crate::candle::prepare(case);
+            return Ok(crate::candle::prepare(case)?);
         }
-        match case.dtype {
+        Ok(match case.dtype {
             Dtype::F16 => prepare::<f16>(case),
             Dtype::Bf16 => prepare::<bf16>(case),
             Dtype::F32 => prepare::<f32>(case),
-        }
+        }?)
     }
 }
 

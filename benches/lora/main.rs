@@ -11,6 +11,17 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod report;
+/// What the example `tax` measures with, which has no criterion and times everything in turn.
+#[cfg(feature = "cuda")]
+#[allow(dead_code)] // its tables are its own
+#[path = "../tax"]
+mod tax {
+    pub mod arguments;
+    pub mod cublaslt;
+    pub mod gpu;
+    pub mod measure;
+    pub mod report;
+}
 
 use std::time::Duration;
 
@@ -45,6 +56,12 @@ impl Op {
 enum Way {
     /// This crate. With R = 0 the plain product.
     Fused,
+    /// The plain product by cuBLASLt.
+    #[cfg(feature = "cuda")]
+    Cublaslt,
+    /// Separate products by cuBLASLt.
+    #[cfg(feature = "cuda")]
+    Unfused,
     /// candle's products and sums, one after the other, on the CPU.
     #[cfg(feature = "candle")]
     Candle,
@@ -54,6 +71,10 @@ impl Way {
     fn name(self) -> &'static str {
         match self {
             Way::Fused => "fused",
+            #[cfg(feature = "cuda")]
+            Way::Cublaslt => "cublaslt",
+            #[cfg(feature = "cuda")]
+            Way::Unfused => "unfused",
             #[cfg(feature = "candle")]
             Way::Candle => "candle",
         }
@@ -80,15 +101,13 @@ impl Case {
             Op::Step => (forward + backward) as u64,
         }
     }
-
-    /// The plain product that this case extends; itself when it is one.
-    fn plain(&self) -> Case {
-        Case { way: Way::Fused, shape: LoraShape { r: 0, ..self.shape }, ..*self }
-    }
 }
 
+/// Whatever fails ends the run.
+type Failure = Box<dyn std::error::Error>;
+
 /// Runs a prepared case this many times; returns how long that took.
-type Timed = Box<dyn FnMut(u64) -> fused_lora::Result<Duration>>;
+type Timed = Box<dyn FnMut(u64) -> Result<Duration, Failure>>;
 
 /// Something that can prepare a case: allocates and fills its buffers, runs it once.
 trait Backend {
@@ -98,7 +117,14 @@ trait Backend {
     fn why(&self) -> String;
     /// Cases in order.
     fn cases(&self, op: Op) -> Vec<Case>;
-    fn prepare(&self, case: &Case) -> fused_lora::Result<Timed>;
+    fn prepare(&self, case: &Case) -> Result<Timed, Failure>;
+    /// Whose plain products are the baseline.
+    fn baseline(&self) -> Way;
+
+    /// The plain product that a case is held against; the case itself when it is one.
+    fn plain(&self, case: &Case) -> Case {
+        Case { way: self.baseline(), shape: LoraShape { r: 0, ..case.shape }, ..*case }
+    }
 }
 
 /// Every shape in every type, with every rank, in every way.
@@ -129,6 +155,7 @@ fn values<T: fused_lora::Element>(count: usize, seed: u32) -> Vec<T> {
 /// What criterion measured of a case.
 struct Measurement {
     case: Case,
+    plain: Case,
     /// Time of one run, of each sample.
     times: Vec<Duration>,
     /// Time over that of the plain product beside it, of each sample; empty for a plain product.
@@ -144,13 +171,14 @@ struct Pair {
 }
 
 impl Pair {
-    fn prepare(backend: &dyn Backend, case: &Case) -> fused_lora::Result<Self> {
-        let plain = (*case != case.plain()).then(|| backend.prepare(&case.plain())).transpose()?;
+    fn prepare(backend: &dyn Backend, case: &Case) -> Result<Self, Failure> {
+        let plain = backend.plain(case);
+        let plain = (*case != plain).then(|| backend.prepare(&plain)).transpose()?;
         Ok(Self { timed: backend.prepare(case)?, plain, times: Vec::new(), ratios: Vec::new() })
     }
 
     /// One sample of `iterations` runs, and as many of the plain product.
-    fn sample(&mut self, iterations: u64) -> fused_lora::Result<Duration> {
+    fn sample(&mut self, iterations: u64) -> Result<Duration, Failure> {
         let plain = self.plain.as_mut().map(|plain| plain(iterations)).transpose()?;
         let time = (self.timed)(iterations)?;
         self.times.push(time.div_f64(iterations as f64));
@@ -160,9 +188,9 @@ impl Pair {
 }
 
 /// Times all cases of an operation in one criterion group; returns those that were measured.
-fn run(criterion: &mut Criterion, backend: &dyn Backend, op: Op) -> fused_lora::Result<Vec<Measurement>> {
+fn run(criterion: &mut Criterion, backend: &dyn Backend, op: Op) -> Result<Vec<Measurement>, Failure> {
     let mut measured = Vec::new();
-    let mut failure: Option<fused_lora::Error> = None;
+    let mut failure: Option<Failure> = None;
     let mut group = criterion.benchmark_group(format!("{}/{}", op.name(), backend.name()));
     group.sampling_mode(SamplingMode::Flat);
     for case in backend.cases(op) {
@@ -190,14 +218,14 @@ fn run(criterion: &mut Criterion, backend: &dyn Backend, op: Op) -> fused_lora::
         if let Some(Pair { mut times, mut ratios, .. }) = pair.filter(|pair| pair.times.len() >= SAMPLES) {
             let warm = times.len() - SAMPLES; // what came before were criterion's warm-up runs
             ratios.drain(..warm.min(ratios.len()));
-            measured.push(Measurement { case, times: times.split_off(warm), ratios });
+            measured.push(Measurement { case, plain: backend.plain(&case), times: times.split_off(warm), ratios });
         }
     }
     group.finish();
     Ok(measured)
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> Result<(), Failure> {
     let backend: Box<dyn Backend> = select();
     println!("backend: {} ({})", backend.name(), backend.why());
     let mut criterion = Criterion::default()

@@ -42,13 +42,14 @@ pub fn table(measured: &[Measurement]) -> String {
         return "nothing was measured\n".to_owned();
     }
     let mut out = format!(
-        "\nMedian of {SAMPLES} samples and their spread (slowest - fastest). The tax is the time over that of this crate's plain\n\
-         product (R = 0), which is measured beside each sample, less one: where it is smaller than the spread it says nothing.\n\n"
+        "\nMedian of {SAMPLES} samples and their spread (slowest - fastest). The tax is the time over that of the plain\n\
+         product ({}), which is measured beside each sample, less one: where it is smaller than the spread it says nothing.\n\n",
+        measured[0].plain.way.name()
     );
     // Writing to a String cannot fail.
     let _ = writeln!(
         out,
-        "{:<9} {:<7} {:>18} {:>5} {:>4} {:>12} {:>7} {:>9} {:>9}",
+        "{:<9} {:<8} {:>18} {:>5} {:>4} {:>12} {:>7} {:>9} {:>9}",
         "op", "way", "M x N x K", "dtype", "R", "time", "spread", "GFLOP/s", "tax"
     );
     for measurement in measured {
@@ -57,7 +58,7 @@ pub fn table(measured: &[Measurement]) -> String {
         let tax = measurement.tax().map_or_else(|| "plain".to_owned(), |tax| format!("{:+.1} %", 100.0 * tax));
         let _ = writeln!(
             out,
-            "{:<9} {:<7} {:>18} {:>5} {r:>4} {:>12} {:>7} {:>9.1} {tax:>9}",
+            "{:<9} {:<8} {:>18} {:>5} {r:>4} {:>12} {:>7} {:>9.1} {tax:>9}",
             case.op.name(),
             case.way.name(),
             format!("{m} x {n} x {k}"),
@@ -104,7 +105,7 @@ pub fn json(backend: &dyn Backend, measured: &[Measurement]) -> Value {
                 "samples": measurement.times.len(),
                 "tflops": measurement.gigaflops() / 1e3,
                 "tax_percent": measurement.tax().map(|tax| 100.0 * tax),
-                "tax_over": measurement.tax().map(|_| case.plain().way.name()),
+                "tax_over": measurement.tax().map(|_| measurement.plain.way.name()),
             })
         })
         .collect();

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use fused_lora::Dtype;
 use fused_lora::plan::Options;
 
-use crate::report::Op;
+use super::report::Op;
 
 pub const HELP: &str = "\
 Usage: tax [--m M,..] [--nk NxK,..] [--ranks R,..] [--dtype bf16|f16] [--op forward|backward] [--rounds N] [--quick]

@@ -9,11 +9,10 @@ use cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError};
 use fused_lora::plan::{Options, Plan};
 use fused_lora::{Accumulate, Dtype, Error, LoraShape, bf16, cuda, f16, raw};
 
-use crate::Failure;
-use crate::arguments::Arguments;
-use crate::cublaslt::{CublasLt, Product, WORKSPACE_BYTES};
-use crate::measure::{Effort, disagreement, interleaved};
-use crate::report::{Op, Row, Way};
+use super::arguments::Arguments;
+use super::cublaslt::{CublasLt, Product, WORKSPACE_BYTES};
+use super::measure::{Effort, disagreement, interleaved};
+use super::report::{Op, Row, Way};
 
 /// Microseconds of a sample, about: long beside what an event costs.
 const SAMPLE: f64 = 4_000.0;
@@ -41,7 +40,7 @@ pub struct Gpu {
 }
 
 /// Device addresses of one copy of a layer; adapters have room for the largest rank.
-struct Layer {
+pub struct Layer {
     x: u64,
     w: u64,
     a: u64,
@@ -55,8 +54,11 @@ struct Layer {
     db: u64,
 }
 
+/// Whatever fails in a measurement ends it.
+pub type Failure = Box<dyn std::error::Error>;
+
 /// Something that runs on a copy of the layer.
-type Job<'a> = Box<dyn Fn(&Layer) -> Result<(), Failure> + 'a>;
+pub type Job<'a> = Box<dyn Fn(&Layer) -> Result<(), Failure> + 'a>;
 
 impl Layer {
     fn forward(&self, dtype: Dtype, LoraShape { m, n, k, r }: LoraShape) -> raw::Forward {
@@ -149,13 +151,18 @@ impl Gpu {
 
     /// Copies of a layer, and the memory they lie in: at least two, between whose turns more than L2 holds twice goes through it;
     /// one when it may stay there.
-    fn layers(&self, arguments: &Arguments, shape: LoraShape) -> fused_lora::Result<(Vec<Layer>, Vec<CudaSlice<u16>>)> {
+    pub fn layers(
+        &self,
+        dtype: Dtype,
+        hot: bool,
+        shape: LoraShape,
+    ) -> fused_lora::Result<(Vec<Layer>, Vec<CudaSlice<u16>>)> {
         let LoraShape { m, n, k, r } = shape;
         let bytes = 2 * (m * k + n * k + m * n);
-        let copies = if arguments.hot { 1 } else { 2 * self.l2_bytes / bytes + 2 };
+        let copies = if hot { 1 } else { 2 * self.l2_bytes / bytes + 2 };
         let mut memory = Vec::new();
         let mut allocate = |elements: usize, seed: u32| {
-            let data = random(elements, seed, arguments.dtype);
+            let data = random(elements, seed, dtype);
             memory.push(self.stream.clone_htod(&data).map_err(failed("cuMemAlloc or cuMemcpyHtoD"))?);
             Ok::<u64, Error>(memory.last().map_or(0, |slice| self.address(slice)))
         };
@@ -182,10 +189,10 @@ impl Gpu {
 
     /// Runs `job` `count` times over the copies in turn; microseconds by CUDA events. One run goes ahead of the first event:
     /// the GPU is at work while the host queues the rest.
-    fn time(&self, job: &Job<'_>, layers: &[Layer], count: usize) -> Result<f64, Failure> {
+    pub fn time(&self, job: &Job<'_>, layers: &[Layer], count: usize) -> Result<f64, Failure> {
         let event = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(failed("cuEventRecord"));
         let mut turns = layers.iter().cycle();
-        let mut next = || turns.next().map_or(Ok(()), |layer| job(layer));
+        let mut next = || turns.next().map_or(Ok(()), job);
         next()?;
         let start = event()?;
         for _ in 0..count {
@@ -196,7 +203,7 @@ impl Gpu {
     }
 
     /// An operation as products of cuBLASLt, each with the fastest of the algorithms that its heuristic offers.
-    fn with_rival<'a>(
+    pub fn with_rival<'a>(
         &'a self,
         rival: &'a CublasLt,
         (op, dtype, shape): (Op, Dtype, LoraShape),
@@ -235,7 +242,7 @@ impl Gpu {
     }
 
     /// An operation by this crate, with the planner's choices made by `options`; its plan, too.
-    fn fused(
+    pub fn fused(
         &self,
         options: Options,
         (op, dtype, shape): (Op, Dtype, LoraShape),
@@ -276,7 +283,7 @@ impl Gpu {
         let dtype = arguments.dtype;
         let shape = |r| LoraShape { m, n, k, r };
         let most = arguments.ranks.iter().copied().max().unwrap_or(0).max(1);
-        let (layers, _memory) = self.layers(arguments, shape(most))?;
+        let (layers, _memory) = self.layers(dtype, arguments.hot, shape(most))?;
         let first = layers.first().ok_or("no copy of the layer")?;
         let (mut rows, mut jobs) = (Vec::new(), Vec::new());
         for &op in &arguments.ops {

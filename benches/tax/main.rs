@@ -19,9 +19,8 @@ use std::process::ExitCode;
 
 use arguments::Arguments;
 use fused_lora::Error;
+use gpu::Failure;
 use report::{Machine, Row};
-
-type Failure = Box<dyn std::error::Error>;
 
 /// The rows so far as JSON, where that is asked for.
 fn save(arguments: &Arguments, machine: &Machine, rows: &[Row]) -> Result<(), Failure> {

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use fused_lora::{Dtype, LoraShape};
 use serde_json::{Value, json};
 
-use crate::measure::{median, spread, tax};
+use super::measure::{median, spread, tax};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
