@@ -5,7 +5,7 @@ SHELL := /bin/bash
 
 # The recorded layer (or layers) that `make demo` checks: directories like those in tests/golden/.
 CASE ?= tests/golden/plain
-# More flags for the program behind `make demo` (--backend cpu, --json) or `make bench`.
+# More flags for the program behind `make demo` (--backend cpu, --json), `make bench`, `make tax` or `make tune`.
 ARGS ?=
 
 .PHONY: help
@@ -19,8 +19,8 @@ toolchain: ## Find nvcc and libclang, or install them into .toolchain/
 	@scripts/toolchain
 
 .PHONY: demo
-demo: toolchain ## Build and check CASE: fused forward and backward against what PEFT recorded
-	@. .toolchain/env; cargo run --release --example verify -- $(ARGS) $(CASE)
+demo: toolchain ## Build; check CASE against what PEFT recorded; fine-tune a tiny Llama and let it speak
+	@scripts/demo $(ARGS) $(CASE)
 
 .PHONY: test
 test: toolchain ## Run all tests: unit, property, emulator, documentation, README; on the GPU where there is one
@@ -39,9 +39,21 @@ cute-check: toolchain ## Hold the emulator's matrix layouts against CuTe's heade
 burn-check: toolchain ## Type-check interop/burn, which takes some minutes and gigabytes
 	@. .toolchain/env; cd interop/burn && DOCS_RS=1 cargo check
 
+.PHONY: candle-cuda
+candle-cuda: toolchain ## Lint the candle op on GPUs against candle's CUDA backend, its kernels left out
+	@scripts/candle-cuda check
+
 .PHONY: bench
 bench: toolchain ## Measure on this machine
 	@. .toolchain/env; cargo bench -- $(ARGS)
+
+.PHONY: tax
+tax: toolchain ## Measure the LoRA tax over cuBLASLt on the GPU; ARGS=--help says what it takes
+	@. .toolchain/env; cargo run --release --example tax -- $(ARGS)
+
+.PHONY: tune
+tune: toolchain ## Measure what the Hopper kernels leave open (GPU.md); ARGS=<questions>
+	@. .toolchain/env; scripts/tune run $(ARGS)
 
 .PHONY: bundle
 bundle: toolchain ## Pack tests, benches and examples for a GPU machine without Rust, into target/bundle/

@@ -8,13 +8,13 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
-use fused_lora::plan::{Device, Family, Options, Params, Plan, TileSize};
+use fused_lora::plan::{Device, Family, Options, Params, Plan};
 use fused_lora::{Accumulate, Dtype, raw};
 use serde_json::json;
 
 const HELP: &str = "\
 Usage: explain --m M --n N --k K --r R --gpu GPU [--dtype bf16|f16] [--op forward|backward]
-               [--family F] [--tile T] [--cluster C] [--bundle U] [--chunks C] [--json]
+               [--family F] [--tile T] [--cluster C] [--bundle U] [--chunks C] [--group-m G] [--json]
 
 Prints the plan of one call for contiguous, aligned matrices: x is M x K, w is N x K, a is R x K, b is N x R.
 
@@ -28,6 +28,7 @@ Prints the plan of one call for contiguous, aligned matrices: x is M x K, w is N
   --cluster C    CTAs per cluster: 1 or 2 (sm90)
   --bundle U     units of h or dh that a ticket hands out at most (sm90)
   --chunks C     most chunks in which da and db reduce over tokens (sm90)
+  --group-m G    blocks of rows (sm90: groups of them) that pass over w together
   --json         the plan as one JSON object
   -h, --help     this text
 
@@ -103,11 +104,12 @@ fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>, Failure> {
                     _ => Err("expected forward or backward"),
                 })?;
             }
-            Long("family") => options.family = Some(parser.value()?.parse_with(family)?),
-            Long("tile") => options.tile = Some(parser.value()?.parse_with(tile)?),
+            Long("family") => options.family = Some(parser.value()?.parse()?),
+            Long("tile") => options.tile = Some(parser.value()?.parse()?),
             Long("cluster") => options.cluster = Some(parser.value()?.parse()?),
             Long("bundle") => options.bundle = Some(parser.value()?.parse()?),
             Long("chunks") => options.chunks = Some(parser.value()?.parse()?),
+            Long("group-m") => options.group_m = Some(parser.value()?.parse()?),
             Long("json") => json = true,
             Long("help") | Short('h') => return Ok(None),
             other => return Err(other.unexpected().into()),
@@ -125,25 +127,6 @@ fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>, Failure> {
         json,
         options,
     }))
-}
-
-fn family(name: &str) -> Result<Family, &'static str> {
-    match name {
-        "portable" => Ok(Family::Portable),
-        "sm90" => Ok(Family::Sm90),
-        _ => Err("expected portable or sm90"),
-    }
-}
-
-fn tile(name: &str) -> Result<TileSize, &'static str> {
-    match name {
-        "large" => Ok(TileSize::Large),
-        "small" => Ok(TileSize::Small),
-        "256" => Ok(TileSize::Sm90N256),
-        "192" => Ok(TileSize::Sm90N192),
-        "128" => Ok(TileSize::Sm90N128),
-        _ => Err("expected large, small, 256, 192 or 128"),
-    }
 }
 
 /// Hands out made-up addresses: aligned as an allocator would, one matrix after the other. The planner never follows them.
@@ -205,8 +188,8 @@ fn print(arguments: &Arguments, out: &mut dyn Write) -> Result<(), Failure> {
     let (bundle, chunks) = match &launch.params {
         Params::Forward(_) => (None, None),
         Params::Backward(p) => (None, Some(p.chunks)),
-        Params::Sm90Forward(p) => (Some(p.h_bundle), None),
-        Params::Sm90Backward(p) => (Some(p.dh_bundle), Some(p.chunks)),
+        Params::Sm90Forward(p) => (Some(p.h_units.div_ceil(p.h_tickets.max(1))), None),
+        Params::Sm90Backward(p) => (Some(p.dh_units.div_ceil(p.dh_tickets.max(1))), Some(p.chunks)),
     };
     let object = json!({
         "op": if *backward { "backward" } else { "forward" },

@@ -160,10 +160,10 @@ typedef struct LoraRoundParams {
   uint32_t flags;
 } LoraRoundParams;
 
-/* What cuTensorMapEncodeTiled writes. */
+/* What cuTensorMapEncodeTiled writes. CUDA 13 declares it with this alignment; CUDA 12 asked for half of it. */
 typedef struct LoraTensorMap {
   uint64_t words[16];
-} __attribute__((aligned(64))) LoraTensorMap;
+} __attribute__((aligned(128))) LoraTensorMap;
 
 /* Tensor maps of the Hopper kernels, inner x outer dimension of a box in elements. BN is the tile's columns, RN the
  * width of a narrow tile and RB the smaller of RN and 64. Swizzling spans 128 bytes, or RB elements where RB is the
@@ -204,13 +204,11 @@ typedef struct LoraSm90ForwardParams {
   uint32_t n_blocks;   /* blocks of BN columns */
   uint32_t r_blocks;   /* narrow tiles along R */
   uint32_t h_units;    /* m_groups x r_blocks */
-  uint32_t h_bundle;   /* most h units per ticket: t, t + h_tickets, ... */
-  uint32_t h_tickets;  /* ceil(h_units / h_bundle) */
+  uint32_t h_tickets;  /* ticket t hands out h units t, t + h_tickets, ... */
   uint32_t tickets;    /* h_tickets + m_groups x n_blocks */
   uint32_t group_m;    /* m_groups that share a pass over w */
   uint32_t flag_shift; /* 2^flag_shift M-blocks share a flag */
   uint32_t sync_words;
-  uint32_t reserved;
 } LoraSm90ForwardParams;
 
 typedef struct LoraSm90Forward {
@@ -238,8 +236,7 @@ typedef struct LoraSm90BackwardParams {
   uint32_t k_blocks; /* blocks of BN columns of dx */
   uint32_t r_blocks;
   uint32_t dh_units;   /* m_groups x r_blocks */
-  uint32_t dh_bundle;  /* most dh units per ticket: t, t + dh_tickets, ... */
-  uint32_t dh_tickets; /* ceil(dh_units / dh_bundle) */
+  uint32_t dh_tickets; /* ticket t hands out dh units t, t + dh_tickets, ... */
   uint32_t dx_end;     /* first ticket past dx: dh_tickets + m_groups x k_blocks */
   uint32_t db_end;     /* first ticket past db: dx_end + n_groups x r_blocks x chunks (r_blocks: 1 for dbias alone) */
   uint32_t tickets;    /* first ticket past da: db_end + k_groups x r_blocks x chunks */
@@ -251,6 +248,7 @@ typedef struct LoraSm90BackwardParams {
   uint32_t flag_shift;
   uint32_t sync_words;
   uint32_t flags;
+  uint32_t padding;
 } LoraSm90BackwardParams;
 
 typedef struct LoraSm90Backward {

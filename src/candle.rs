@@ -1,1 +1,73 @@
-//! The op and the layer for candle.
+//! An op with gradients and a layer for candle 0.11.
+//!
+//! [`lora`] is one node of candle's graph: x, A and B are its inputs and get their gradients, W and bias are frozen beside them.
+//! [`LoraLinear`] is a layer around it. On a CPU both compute on [`crate::cpu`] in f32, f16 or bf16; on GPUs, with the feature
+//! `candle-cuda`, by the kernels of `crate::cuda` in f16 or bf16, on candle's stream.
+//!
+//! ```
+//! use candle_core::{DType, Device, Module, Tensor};
+//! use candle_nn::{AdamW, Optimizer, VarBuilder, VarMap};
+//! use fused_lora::candle::{LoraConfig, LoraLinear};
+//!
+//! let (vars, device) = (VarMap::new(), Device::Cpu);
+//! let (w, x) = (Tensor::randn(0f32, 0.1, (8, 6), &device)?, Tensor::randn(0f32, 1.0, (4, 6), &device)?);
+//! let config = LoraConfig { r: 2, alpha: 4.0, rslora: false };
+//! let layer = LoraLinear::new(w, None, config, VarBuilder::from_varmap(&vars, DType::F32, &device))?;
+//! let mut optimizer = AdamW::new_lr(vars.all_vars(), 0.01)?; // A and B; W is frozen
+//! let loss = || layer.forward(&x)?.sqr()?.mean_all();
+//! let before = loss()?.to_scalar::<f32>()?;
+//! for _ in 0..10 {
+//!     optimizer.backward_step(&loss()?)?;
+//! }
+//! assert!(loss()?.to_scalar::<f32>()? < before);
+//! # candle_core::Result::Ok(())
+//! ```
+//!
+//! # What differs from `x.matmul(W.t()) + s · …`
+//!
+//! Products, bias and scale are summed in f32 and rounded once, as the crate's [rounding contract](crate#rounding-contract)
+//! says. Gradients that nobody tracks are not computed, none is ever computed for W, and of the intermediate results only h
+//! (M × R) is kept.
+//!
+//! # On a GPU
+//!
+//! Forward and backward are one launch each, beside the copies that [`lora`] names; memory comes from candle's device. Kernels
+//! are loaded on the first call in a context. A workspace per stream is kept for the 16 streams used last, and grows when a call
+//! needs more: before a CUDA graph is captured, run what it will hold once. W, x, A and B must come from one
+//! [`Device`](candle_core::Device), not from two that were made for the same GPU.
+
+mod backend;
+mod check;
+mod cpu;
+#[cfg(feature = "candle-cuda")]
+mod cuda;
+mod linear;
+mod op;
+#[cfg(any(feature = "candle-cuda", test))]
+mod recent;
+mod view;
+
+pub use linear::{LoraConfig, LoraLinear};
+pub use op::lora;
+
+use crate::error::Error;
+
+/// The crate's error in candle's, where there is one.
+///
+/// candle gets ours as its variant [`Cuda`](candle_core::Error::Cuda), the one that shows an error as it is and gives it back
+/// (on a CPU as well); candle may add context, paths and backtraces.
+pub fn cause(error: &candle_core::Error) -> Option<&Error> {
+    use candle_core::Error as Outer;
+    match error {
+        Outer::Cuda(error) => error.downcast_ref(),
+        Outer::WrappedContext { wrapped, .. } => wrapped.downcast_ref().and_then(cause),
+        Outer::Context { inner, .. } | Outer::WithPath { inner, .. } | Outer::WithBacktrace { inner, .. } => {
+            cause(inner)
+        }
+        _ => None,
+    }
+}
+
+fn wrap(error: Error) -> candle_core::Error {
+    candle_core::Error::Cuda(Box::new(error))
+}

@@ -110,6 +110,32 @@ pub enum Error {
         /// Types it computes in.
         expected: &'static str,
     },
+    /// A tensor has the wrong element type for its place.
+    #[error("`{arg}` is of dtype {got}, expected {expected}")]
+    ArgumentDtype {
+        /// Argument.
+        arg: &'static str,
+        /// Its type, as its library names it.
+        got: String,
+        /// The types it may have, and why.
+        expected: String,
+    },
+    /// A tensor has too few or too many dimensions.
+    #[error("`{arg}` has {got} dimensions, expected {expected}")]
+    Rank {
+        /// Argument.
+        arg: &'static str,
+        /// How many it has.
+        got: usize,
+        /// How many it may have.
+        expected: &'static str,
+    },
+    /// A tensor that is frozen takes part in the computation of gradients.
+    #[error("`{arg}` is tracked for gradients, which are not computed for it: expected it detached")]
+    Tracked {
+        /// Argument.
+        arg: &'static str,
+    },
     /// An option of the planner asks for what another option, the call, the device or the build rules out.
     #[error("the plan option `{option}` is {got}, expected {expected}")]
     PlanOption {
@@ -172,7 +198,7 @@ pub enum Error {
     /// A layer is in a state that rules the operation out.
     #[error("`{operation}` was called while {got}, expected {expected}")]
     State {
-        /// Method of [`LoraLinear`](crate::linear::LoraLinear).
+        /// Method of the layer.
         operation: &'static str,
         /// The state.
         got: String,

@@ -74,6 +74,11 @@
     not(feature = "cuda"),
     doc = "| `cuda` | runs launches on a GPU, on the caller's stream (feature `cuda`) |"
 )]
+#![cfg_attr(feature = "candle", doc = "| [`candle`] | an op with gradients and a layer for candle |")]
+#![cfg_attr(
+    not(feature = "candle"),
+    doc = "| `candle` | an op with gradients and a layer for candle (feature `candle`) |"
+)]
 //! | [`cpu`] | the same operations over slices, on all cores |
 //! | `emulator` | runs the same launches on a CPU model of the PTX ISA, for tests (features `emulator` and `cuda`) |
 //! | [`plan`] | from a shape and a device to a launch and a workspace size, as data; explains itself |
@@ -114,6 +119,8 @@
 //! - `cuda` (default): the GPU backend. Building needs nvcc (CUDA 12 or later) and libclang; running needs the driver, and
 //!   without one the constructor returns [`Error::NoDriver`].
 //! - `emulator`, with `cuda`: runs the kernels' PTX on the CPU.
+//! - `candle`: the op and the layer for candle 0.11, on CPUs. `candle-cuda`: on GPUs as well, with candle's own `cuda` feature,
+//!   which needs nvcc and links the driver.
 //!
 //! Without features only [`cpu`], [`plan`], [`raw`] and [`mod@reference`] have something to do, and neither nvcc nor libclang is
 //! needed.
@@ -145,7 +152,7 @@ pub use half::{bf16, f16};
 pub use ops::{Accumulate, Backward, Factors, Forward, Gradient, Matrix, MatrixMut, Merge, Round};
 pub use shape::{LoraShape, MAX_DIMENSION};
 
-/// The code of the README runs as a test; half of it is about `cuda`.
-#[cfg(all(doctest, feature = "cuda"))]
+/// The code of the README runs as a test; half of it is about `cuda`, some about `candle`.
+#[cfg(all(doctest, feature = "cuda", feature = "candle"))]
 #[doc = include_str!("../README.md")]
 struct ReadmeDoctests;

@@ -159,9 +159,7 @@ pub struct LoraSm90ForwardParams {
     pub r_blocks: u32,
     /// Units of h: `m_groups` × `r_blocks`.
     pub h_units: u32,
-    /// Units of h that one ticket hands out, at most: t, t + `h_tickets` and so on.
-    pub h_bundle: u32,
-    /// Tickets of h: `h_units` over `h_bundle`.
+    /// Tickets of h: ticket t hands out units t, t + `h_tickets` and so on.
     pub h_tickets: u32,
     /// All tickets: `h_tickets` + `m_groups` × `n_blocks`.
     pub tickets: u32,
@@ -171,8 +169,6 @@ pub struct LoraSm90ForwardParams {
     pub flag_shift: u32,
     /// Words from `sync` on that the last CTA clears.
     pub sync_words: u32,
-    /// Zero.
-    pub reserved: u32,
 }
 
 /// The parameter of a backward kernel of the Hopper family, after its tensor maps. Tickets hand out bundles of dh units,
@@ -216,9 +212,7 @@ pub struct LoraSm90BackwardParams {
     pub r_blocks: u32,
     /// Units of dh: `m_groups` × `r_blocks`.
     pub dh_units: u32,
-    /// Units of dh that one ticket hands out, at most: t, t + `dh_tickets` and so on.
-    pub dh_bundle: u32,
-    /// Tickets of dh: `dh_units` over `dh_bundle`.
+    /// Tickets of dh: ticket t hands out units t, t + `dh_tickets` and so on.
     pub dh_tickets: u32,
     /// First ticket past dx: `dh_tickets` + `m_groups` × `k_blocks`.
     pub dx_end: u32,
@@ -242,6 +236,8 @@ pub struct LoraSm90BackwardParams {
     pub sync_words: u32,
     /// `LORA_ACCUMULATE_*` (which outputs add) and `LORA_*_F32` (which gradients are f32), or-ed.
     pub flags: u32,
+    /// Zero: the struct ends at a multiple of 8 bytes.
+    pub padding: u32,
 }
 
 /// The parameter of merge: merged = w + scale · B A, a tile per CTA, numbered along K first.
@@ -387,14 +383,14 @@ mod header {
             sync_words flags);
         same_layout!(LoraMergeParams: w a b merged n k r scale k_blocks flags);
         same_layout!(LoraRoundParams: a b rounded_a rounded_b n k r scale a_units k_blocks r_blocks flags);
-        same_layout!(LoraSm90ForwardParams: h bias sync m n k r scale m_groups n_blocks r_blocks h_units h_bundle
-            h_tickets tickets group_m flag_shift sync_words reserved);
+        same_layout!(LoraSm90ForwardParams: h bias sync m n k r scale m_groups n_blocks r_blocks h_units h_tickets
+            tickets group_m flag_shift sync_words);
         same_layout!(LoraSm90BackwardParams: dh dx da db dbias partials sync m n k r scale m_groups n_groups k_groups
-            k_blocks r_blocks dh_units dh_bundle dh_tickets dx_end db_end tickets chunks chunk_rows partial_stride
-            counters group_m flag_shift sync_words flags);
+            k_blocks r_blocks dh_units dh_tickets dx_end db_end tickets chunks chunk_rows partial_stride counters
+            group_m flag_shift sync_words flags padding);
     };
 
-    /// A block as `Launch::parameter_bytes` lays it out: maps, fields, and padding to whole 64 bytes.
+    /// A block as `Launch::parameter_bytes` lays it out: maps, fields, and padding to whole 128 bytes.
     macro_rules! same_block {
         ($name:ident: $fields:ident after $maps:ident) => {
             assert!(core::mem::offset_of!($name, params) == $maps as usize * super::MAP_BYTES);
@@ -416,7 +412,7 @@ mod header {
 /// Bytes of an encoded tensor map.
 pub const MAP_BYTES: usize = 128;
 /// Alignment of a tensor map, and so of a parameter block that holds some.
-pub const MAP_ALIGN: usize = 64;
+pub const MAP_ALIGN: usize = 128;
 
 /// The fields of a kernel's parameter.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -476,11 +472,10 @@ write_fields!(LoraBackwardParams: matrices dy w a b x h dh dx da db;
     words dbias partials sync m n k r scale m_blocks n_blocks k_blocks dh_units dx_end db_end units chunks chunk_rows
     partial_stride counters group_m flag_shift sync_words flags);
 write_fields!(LoraSm90ForwardParams: matrices h;
-    words bias sync m n k r scale m_groups n_blocks r_blocks h_units h_bundle h_tickets tickets group_m flag_shift
-    sync_words reserved);
+    words bias sync m n k r scale m_groups n_blocks r_blocks h_units h_tickets tickets group_m flag_shift sync_words);
 write_fields!(LoraSm90BackwardParams: matrices dh dx da db;
-    words dbias partials sync m n k r scale m_groups n_groups k_groups k_blocks r_blocks dh_units dh_bundle dh_tickets
-    dx_end db_end tickets chunks chunk_rows partial_stride counters group_m flag_shift sync_words flags);
+    words dbias partials sync m n k r scale m_groups n_groups k_groups k_blocks r_blocks dh_units dh_tickets
+    dx_end db_end tickets chunks chunk_rows partial_stride counters group_m flag_shift sync_words flags padding);
 write_fields!(LoraMergeParams: matrices w a b merged; words n k r scale k_blocks flags);
 write_fields!(LoraRoundParams: matrices a b rounded_a rounded_b;
     words n k r scale a_units k_blocks r_blocks flags);

@@ -8,6 +8,7 @@ mod device;
 mod explain;
 mod floor;
 mod launch;
+mod operands;
 mod options;
 mod portable;
 mod sm90;
@@ -34,8 +35,6 @@ pub const SYNC_BYTES: usize = LORA_SYNC_BYTES as usize;
 /// Alignment of a workspace in bytes.
 pub const WORKSPACE_ALIGN: u64 = 256;
 
-/// M-blocks (groups of them in the Hopper family) that pass over w together.
-const GROUP_M: u32 = 8;
 /// Words for flags; the rest of the synchronisation area counts the chunks of da and db tiles.
 const MAX_FLAGS: u64 = 8192;
 const MAX_COUNTERS: u64 = LORA_SYNC_BYTES as u64 / 4 - LORA_SYNC_FLAGS as u64 - MAX_FLAGS;
@@ -54,7 +53,11 @@ pub struct Plan {
     /// Where the arguments lie.
     ranges: Ranges,
     floor: Floor,
+    microseconds: Option<f64>,
 }
+
+/// Part of the data sheet's memory bandwidth that a kernel reaches. Not measured.
+const OF_BANDWIDTH: f64 = 0.9;
 
 /// What was chosen to run.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,8 +72,8 @@ struct Draft {
     launch: Launch,
     scratch: Scratch,
     notes: Vec<String>,
-    /// Predicted by the family's model.
-    microseconds: f64,
+    /// Predicted by the family's model, where it has a figure.
+    microseconds: Option<f64>,
 }
 
 /// Byte offsets into the workspace of what the call did not bring along.
@@ -82,16 +85,23 @@ struct Scratch {
 }
 
 impl Scratch {
+    /// Nothing but the synchronisation words.
+    fn new() -> Scratch {
+        Scratch { end: SYNC_BYTES as u64, ..Scratch::default() }
+    }
+
+    /// h or dh, whose address only a launch knows. Its rows start on 16 bytes, so that the fast loads apply.
+    fn reserve_middle(&mut self, m: usize, r: usize, dtype: Dtype) -> raw::Matrix {
+        let row_stride = r.next_multiple_of(8);
+        self.h = Some(self.reserve((m * row_stride * dtype.size()) as u64));
+        raw::Matrix { ptr: 0, rows: m, cols: r, row_stride }
+    }
+
     fn reserve(&mut self, bytes: u64) -> u64 {
         let offset = self.end;
         self.end = (offset + bytes).next_multiple_of(WORKSPACE_ALIGN);
         offset
     }
-}
-
-/// Row stride of h or dh in the workspace: 16-byte rows, so that the fast loads apply.
-fn scratch_stride(r: usize) -> usize {
-    r.next_multiple_of(8)
 }
 
 fn blocks(extent: usize, block: u32) -> u64 {
@@ -109,10 +119,6 @@ fn check_units(count: u64) -> Result<u32> {
         got: count,
         limit,
     })
-}
-
-fn matrix(matrix: raw::Matrix) -> LoraMatrix {
-    LoraMatrix { ptr: matrix.ptr, row_stride: matrix.row_stride as i64 }
 }
 
 pub(crate) fn check_dtype(dtype: Dtype) -> Result<()> {
@@ -170,10 +176,12 @@ fn draft(
         (None, true) => {
             let (sm90, mut portable) = (sm90()?, portable());
             match &mut portable {
-                Ok(other) if other.microseconds < sm90.microseconds => {
-                    other.notes.push(format!(
-                        "not the Hopper family: {:.1} us are predicted for it, {:.1} us for the portable one",
-                        sm90.microseconds, other.microseconds
+                Ok(Draft { microseconds: Some(other), notes, .. })
+                    if sm90.microseconds.is_some_and(|us| *other < us) =>
+                {
+                    notes.push(format!(
+                        "not the Hopper family: {:.1} us are predicted for it, {other:.1} us for the portable one",
+                        sm90.microseconds.unwrap_or_default()
                     ));
                     portable
                 }
@@ -260,8 +268,12 @@ impl Plan {
         floor: Floor,
         draft: Draft,
     ) -> Plan {
-        let Draft { choice, launch, scratch, notes, .. } = draft;
-        Plan { shape, dtype, device: device.clone(), options, choice, launch, scratch, notes, ranges, floor }
+        let Draft { choice, launch, scratch, notes, microseconds } = draft;
+        // The families' models reckon with tensor cores and L2; memory is the same to both.
+        let memory = floor.memory_microseconds().map_or(0.0, |us| us / OF_BANDWIDTH);
+        let microseconds = microseconds.map(|us| us.max(memory));
+        let device = device.clone();
+        Plan { shape, dtype, device, options, choice, launch, scratch, notes, ranges, floor, microseconds }
     }
 
     /// The family that was chosen.
@@ -272,13 +284,11 @@ impl Plan {
         }
     }
 
-    /// How long the launch takes by the planner's model, in microseconds; `None` for the portable family, whose model only
-    /// compares tile shapes. The model's constants are not measured: this is for choosing between plans.
+    /// How long the launch takes by the planner's model, in microseconds; `None` where it has nothing to reckon from: the
+    /// portable family on a GPU that is not in the table of data sheets or has other tensor instructions than `mma.sync`. The
+    /// model's constants are not measured: this is for choosing between plans.
     pub fn predicted_microseconds(&self) -> Option<f64> {
-        match &self.choice {
-            Choice::Portable(_) => None,
-            Choice::Sm90(choice) => Some(choice.microseconds),
-        }
+        self.microseconds
     }
 
     /// What no kernel can be faster than.

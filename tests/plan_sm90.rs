@@ -43,10 +43,11 @@ fn shapes() -> impl Strategy<Value = LoraShape> {
 fn choices() -> impl Strategy<Value = Options> {
     let tile = prop::option::of(prop::sample::select(TILES.to_vec()));
     let some = |most| prop::option::of(1..=most);
-    (tile, some(2_u32), some(70_u32), some(40_u32)).prop_map(|(tile, cluster, bundle, chunks)| {
+    let group_m = prop::option::of(prop_oneof![1..=20_u32, Just(u32::MAX)]);
+    (tile, some(2_u32), some(70_u32), some(40_u32), group_m).prop_map(|(tile, cluster, bundle, chunks, group_m)| {
         let mut options = Options::default().with_family(Family::Sm90);
         options.tile = tile.map(|tile| tile.0);
-        (options.cluster, options.bundle, options.chunks) = (cluster, bundle, chunks);
+        (options.cluster, options.bundle, options.chunks, options.group_m) = (cluster, bundle, chunks, group_m);
         options
     })
 }
@@ -131,7 +132,7 @@ fn check_launch(plan: &Plan, device: &Device, options: &Options, dtype: Dtype, o
     let stages = if columns == 128 { 6 } else { 4 };
     assert_eq!(launch.shared_bytes, stages * 128 * (128 + columns) + 4 * 8192 + 1024);
     let bytes = launch.parameter_bytes(encode).unwrap_or_else(|error| panic!("{error}: {launch:?}"));
-    assert_eq!(bytes.len(), if operation == "forward" { 896 } else { 1472 }, "the size of the struct");
+    assert_eq!(bytes.len(), if operation == "forward" { 896 } else { 1536 }, "the size of the struct");
     for (map, bytes) in launch.maps.iter().zip(bytes.chunks(128)) {
         assert_eq!(map.is_none(), bytes == [0; 128], "an absent map is zero bytes");
     }
@@ -165,12 +166,17 @@ fn check_flags(blocks: u32, flag_shift: u32, end: u32, sync_words: u32) {
 }
 
 /// Tickets of h or dh; every unit belongs to one.
-fn check_bundles(units: u32, bundle: u32, tickets: u32, options: &Options) {
-    assert_eq!(tickets, units.div_ceil(bundle));
-    assert!(units == 0 || bundle <= units);
+fn check_bundles(units: u32, tickets: u32, options: &Options) {
+    assert!(tickets <= units && (tickets == 0) == (units == 0), "{tickets} tickets for {units} units");
     if let Some(decided) = options.bundle {
-        assert_eq!(bundle, decided.min(units.max(1)));
+        assert_eq!(tickets, units.div_ceil(decided));
     }
+}
+
+/// The order of main tiles: as decided or the planner's, and within what the kernels' 32 bits can multiply.
+fn check_order(group_m: u32, groups: u32, columns: u32, options: &Options) {
+    assert_eq!(group_m, options.group_m.unwrap_or(8).min(groups));
+    assert!(group_m >= 1 && group_m.checked_mul(columns).is_some(), "{group_m} groups of {columns} tiles");
 }
 
 /// h or dh in the workspace.
@@ -198,7 +204,8 @@ fn check_forward(plan: &Plan, op: &raw::Forward, shape: LoraShape, device: &Devi
     assert_covers("N", p.n_blocks, columns.into(), n);
     assert_eq!(u64::from(p.r_blocks), (r as u64).div_ceil(NARROW));
     assert_eq!(p.h_units, p.m_groups * p.r_blocks);
-    check_bundles(p.h_units, p.h_bundle, p.h_tickets, options);
+    check_bundles(p.h_units, p.h_tickets, options);
+    check_order(p.group_m, p.m_groups, p.n_blocks, options);
     assert_eq!(u64::from(p.tickets), u64::from(p.h_tickets) + u64::from(p.m_groups) * u64::from(p.n_blocks));
     assert!(launch.grid[0] / cluster <= p.tickets, "every cluster has work");
     assert!(p.tickets.checked_add(launch.grid[0]).is_some(), "tickets fit in 32 bits");
@@ -249,7 +256,8 @@ fn check_backward(plan: &Plan, op: &raw::Backward, shape: LoraShape, device: &De
     let (wants_dx, wants_da, wants_db) = (op.dx.is_some(), op.da.is_some() && r > 0, op.db.is_some() && r > 0);
     let wants_dh = r > 0 && (wants_dx || wants_da);
     assert_eq!(p.dh_units, if wants_dh { p.m_groups * p.r_blocks } else { 0 });
-    check_bundles(p.dh_units, p.dh_bundle, p.dh_tickets, options);
+    check_bundles(p.dh_units, p.dh_tickets, options);
+    check_order(p.group_m, p.m_groups, if wants_dx { p.k_blocks } else { 1 }, options);
     let dx_tiles = if wants_dx { u64::from(p.m_groups) * u64::from(p.k_blocks) } else { 0 };
     assert_eq!(u64::from(p.dx_end), u64::from(p.dh_tickets) + dx_tiles);
     assert!(options.chunks.is_none_or(|most| p.chunks <= most));
@@ -462,6 +470,7 @@ fn contradictions_are_refused() {
         (default.with_cluster(2), "cluster", "2"), // of one SM
         (default.with_bundle(0), "bundle", "0"),
         (default.with_chunks(0), "chunks", "0"),
+        (default.with_group_m(0), "group_m", "0"),
         (default.with_family(Family::Portable).with_tile(TileSize::Sm90N128), "tile", "Sm90N128"),
         (default.with_family(Family::Sm90).with_tile(TileSize::Small), "tile", "Small"),
         (default.with_family(Family::Portable).with_cluster(1), "cluster", "1"),

@@ -288,6 +288,19 @@ fn shared_flags() {
     }
 }
 
+/// A chunk that waits for more flags of dh than are looked at together, and one more than that; one that waits for fewer.
+#[test]
+fn a_chunk_waits_for_all_its_flags() {
+    for (turn, m) in [7 * 128 + 1, 8 * 128, 8 * 128 + 1, 17 * 128].into_iter().enumerate() {
+        let spec =
+            Spec { placement: Placement::Aligned, outputs: [false, true, false, false], ..Spec::new(m, 64, 64, 16) };
+        for (sms, options) in [(2, variants()[turn % 6]), (33, variants()[(turn + 1) % 6])] {
+            let emulator = hopper(sms, options.with_chunks(1)).with_seed(turn as u64).with_copies(TIMINGS[turn % 3]);
+            check::backward::<bf16>(&Emulated(emulator), &spec);
+        }
+    }
+}
+
 fn counted(sms: u32, options: Options, spec: &Spec) -> [Counters; 2] {
     let emulator = hopper(sms, options).with_checks(Checks { counters: true, ..Checks::default() });
     let (mut forward, mut backward) = (spec.forward::<bf16>(), spec.backward::<bf16>());

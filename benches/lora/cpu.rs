@@ -5,10 +5,15 @@ use std::time::Instant;
 
 use fused_lora::{Accumulate, Dtype, Element, Gradient, LoraShape, Matrix, MatrixMut, Result, bf16, cpu, f16};
 
-use crate::{Backend, Case, Op, Timed, cases, values};
+use crate::{Backend, Case, Op, Timed, Way, cases, values};
 
-/// Many tokens, and a few: small enough that two cores finish the whole table in minutes.
-const SHAPES: &[(usize, usize, usize)] = &[(512, 1024, 1024), (16, 2048, 2048)];
+/// Many tokens through a projection of Llama-3-8B, and a few: two cores finish the whole table in minutes.
+const SHAPES: &[(usize, usize, usize)] = &[(512, 4096, 4096), (16, 2048, 2048)];
+
+#[cfg(feature = "candle")]
+const WAYS: &[Way] = &[Way::Fused, Way::Candle];
+#[cfg(not(feature = "candle"))]
+const WAYS: &[Way] = &[Way::Fused];
 
 pub struct Cpu {
     pub why: String,
@@ -24,10 +29,14 @@ impl Backend for Cpu {
     }
 
     fn cases(&self, op: Op) -> Vec<Case> {
-        cases(op, &[Dtype::F32, Dtype::Bf16], SHAPES, &[0, 16, 64])
+        cases(op, &[Dtype::F32, Dtype::Bf16], SHAPES, &[0, 16], WAYS)
     }
 
     fn prepare(&self, case: &Case) -> Result<Timed> {
+        #[cfg(feature = "candle")]
+        if case.way == Way::Candle {
+            return crate::candle::prepare(case);
+        }
         match case.dtype {
             Dtype::F16 => prepare::<f16>(case),
             Dtype::Bf16 => prepare::<bf16>(case),
@@ -41,6 +50,7 @@ fn prepare<T: Element>(case: &Case) -> Result<Timed> {
     let run = match case.op {
         Op::Forward => Layer::forward,
         Op::Backward => Layer::backward,
+        Op::Step => |layer: &mut Layer<T>| layer.forward().and_then(|()| layer.backward()),
     };
     run(&mut layer)?; // pages and caches are warm before anything is timed
     Ok(Box::new(move |iterations| {

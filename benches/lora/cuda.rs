@@ -10,7 +10,7 @@ use cuda::cudarc::driver::sys::{CUdevice_attribute, CUevent_flags};
 use cuda::cudarc::driver::{CudaSlice, CudaStream, DriverError};
 use fused_lora::{Accumulate, Dtype, Element, Error, Gradient, LoraShape, Matrix, MatrixMut, Result, bf16, cuda, f16};
 
-use crate::{Backend, Case, Op, Timed, cases, values};
+use crate::{Backend, Case, Op, Timed, Way, cases, values};
 
 /// Decoding, a small batch, a training batch through Llama-3-8B's attention and MLP projections.
 const SHAPES: &[(usize, usize, usize)] =
@@ -45,6 +45,7 @@ impl Gpu {
         let run = match case.op {
             Op::Forward => Layer::forward,
             Op::Backward => Layer::backward,
+            Op::Step => Layer::step,
         };
         let mut turn = 0;
         Ok(Box::new(move |iterations| {
@@ -70,7 +71,7 @@ impl Backend for Gpu {
     }
 
     fn cases(&self, op: Op) -> Vec<Case> {
-        cases(op, &[Dtype::Bf16, Dtype::F16], SHAPES, &[0, 16, 64])
+        cases(op, &[Dtype::Bf16, Dtype::F16], SHAPES, &[0, 16, 64], &[Way::Fused])
     }
 
     fn prepare(&self, case: &Case) -> Result<Timed> {
@@ -143,6 +144,16 @@ impl<T: Element> Layer<T> {
             y: MatrixMut::new(&mut self.y, m, n),
         };
         kernels.forward(stream, op, workspace)
+    }
+
+    fn step(
+        &mut self,
+        kernels: &cuda::Kernels,
+        stream: &Arc<CudaStream>,
+        workspace: &mut cuda::Workspace,
+    ) -> Result<()> {
+        self.forward(kernels, stream, workspace)?;
+        self.backward(kernels, stream, workspace)
     }
 
     fn backward(

@@ -1,16 +1,20 @@
-//! Times forward and backward against the plain product through the same backend, which is the same call with R = 0.
+//! Times forward, backward and both (a training step) against the plain products of the same run.
 //!
 //! `cargo bench` measures; `cargo bench -- --test` runs every case once; `cargo bench -- forward` runs what matches. The
-//! figure of merit is the LoRA tax: time with the adapter over time of the plain product, less one.
+//! figure of merit is the LoRA tax: time with the adapter over time of the plain product, less one. Each sample of a case is taken
+//! beside one of its plain product, and the tax is the median of their ratios, so that drifting clocks cancel.
+//! `FUSED_LORA_BENCH_JSON=FILE` writes what was measured to a file as well.
 
+#[cfg(feature = "candle")]
+mod candle;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
-mod table;
+mod report;
 
 use std::time::Duration;
 
-use criterion::{BenchmarkId, Criterion, Throughput};
+use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use fused_lora::{Dtype, LoraShape};
 
 /// Samples per case; the smallest number criterion accepts, so that the last ones recorded are always measurements.
@@ -20,12 +24,47 @@ const SAMPLES: usize = 10;
 enum Op {
     Forward,
     Backward,
+    /// Forward, then backward.
+    Step,
+}
+
+impl Op {
+    const ALL: [Op; 3] = [Op::Forward, Op::Backward, Op::Step];
+
+    fn name(self) -> &'static str {
+        match self {
+            Op::Forward => "forward",
+            Op::Backward => "backward",
+            Op::Step => "step",
+        }
+    }
+}
+
+/// Who computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// This crate. With R = 0 the plain product.
+    Fused,
+    /// candle's products and sums, one after the other, on the CPU.
+    #[cfg(feature = "candle")]
+    Candle,
+}
+
+impl Way {
+    fn name(self) -> &'static str {
+        match self {
+            Way::Fused => "fused",
+            #[cfg(feature = "candle")]
+            Way::Candle => "candle",
+        }
+    }
 }
 
 /// One thing to time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Case {
     op: Op,
+    way: Way,
     dtype: Dtype,
     shape: LoraShape,
 }
@@ -34,11 +73,17 @@ impl Case {
     /// Floating-point operations. Backward computes dx, da and db; with R = 0 dx alone, the plain product.
     fn flops(&self) -> u64 {
         let LoraShape { m, n, k, r } = self.shape;
-        let adapter = match self.op {
-            Op::Forward => m * r * (k + n),
-            Op::Backward => 2 * m * r * (k + n),
-        };
-        2 * (m * n * k + adapter) as u64
+        let (forward, backward) = (m * n * k + m * r * (k + n), m * n * k + 2 * m * r * (k + n));
+        2 * match self.op {
+            Op::Forward => forward as u64,
+            Op::Backward => backward as u64,
+            Op::Step => (forward + backward) as u64,
+        }
+    }
+
+    /// The plain product that this case extends; itself when it is one.
+    fn plain(&self) -> Case {
+        Case { way: Way::Fused, shape: LoraShape { r: 0, ..self.shape }, ..*self }
     }
 }
 
@@ -51,17 +96,19 @@ trait Backend {
     fn name(&self) -> &'static str;
     /// Why this backend runs.
     fn why(&self) -> String;
-    /// Cases in order: for every shape and type R = 0 first, the others beside it.
+    /// Cases in order.
     fn cases(&self, op: Op) -> Vec<Case>;
     fn prepare(&self, case: &Case) -> fused_lora::Result<Timed>;
 }
 
-/// Every shape in every type, with every rank.
-fn cases(op: Op, dtypes: &[Dtype], shapes: &[(usize, usize, usize)], ranks: &[usize]) -> Vec<Case> {
+/// Every shape in every type, with every rank, in every way.
+fn cases(op: Op, dtypes: &[Dtype], shapes: &[(usize, usize, usize)], ranks: &[usize], ways: &[Way]) -> Vec<Case> {
     let mut cases = Vec::new();
     for &(m, n, k) in shapes {
         for &dtype in dtypes {
-            cases.extend(ranks.iter().map(|&r| Case { op, dtype, shape: LoraShape { m, n, k, r } }));
+            for &r in ranks {
+                cases.extend(ways.iter().map(|&way| Case { op, way, dtype, shape: LoraShape { m, n, k, r } }));
+            }
         }
     }
     cases
@@ -82,38 +129,53 @@ fn values<T: fused_lora::Element>(count: usize, seed: u32) -> Vec<T> {
 /// What criterion measured of a case.
 struct Measurement {
     case: Case,
-    /// Median time of one run.
-    time: Duration,
-    /// (slowest − fastest) / median of the samples.
-    spread: f64,
+    /// Time of one run, of each sample.
+    times: Vec<Duration>,
+    /// Time over that of the plain product beside it, of each sample; empty for a plain product.
+    ratios: Vec<f64>,
+}
+
+/// A case and the plain product it is held against, both prepared.
+struct Pair {
+    timed: Timed,
+    plain: Option<Timed>,
+    times: Vec<Duration>,
+    ratios: Vec<f64>,
+}
+
+impl Pair {
+    fn prepare(backend: &dyn Backend, case: &Case) -> fused_lora::Result<Self> {
+        let plain = (*case != case.plain()).then(|| backend.prepare(&case.plain())).transpose()?;
+        Ok(Self { timed: backend.prepare(case)?, plain, times: Vec::new(), ratios: Vec::new() })
+    }
+
+    /// One sample of `iterations` runs, and as many of the plain product.
+    fn sample(&mut self, iterations: u64) -> fused_lora::Result<Duration> {
+        let plain = self.plain.as_mut().map(|plain| plain(iterations)).transpose()?;
+        let time = (self.timed)(iterations)?;
+        self.times.push(time.div_f64(iterations as f64));
+        self.ratios.extend(plain.map(|plain| time.as_secs_f64() / plain.as_secs_f64()));
+        Ok(time)
+    }
 }
 
 /// Times all cases of an operation in one criterion group; returns those that were measured.
 fn run(criterion: &mut Criterion, backend: &dyn Backend, op: Op) -> fused_lora::Result<Vec<Measurement>> {
-    let name = match op {
-        Op::Forward => "forward",
-        Op::Backward => "backward",
-    };
     let mut measured = Vec::new();
     let mut failure: Option<fused_lora::Error> = None;
-    let mut group = criterion.benchmark_group(format!("{name}/{}", backend.name()));
+    let mut group = criterion.benchmark_group(format!("{}/{}", op.name(), backend.name()));
+    group.sampling_mode(SamplingMode::Flat);
     for case in backend.cases(op) {
         let LoraShape { m, n, k, r } = case.shape;
-        let id = BenchmarkId::from_parameter(format!("{m}x{n}x{k}/{}/r{r}", case.dtype.name()));
+        let id = format!("{m}x{n}x{k}/{}/r{r}/{}", case.dtype.name(), case.way.name());
         group.throughput(Throughput::Elements(case.flops()));
         // Prepared when criterion asks for it: a case that the filter leaves out costs nothing.
-        let mut timed = None;
-        let mut samples = Vec::new();
-        let mut sample = |iterations: u64| {
-            let timed = match &mut timed {
-                Some(timed) => timed,
-                None => timed.insert(backend.prepare(&case)?),
-            };
-            let time = timed(iterations)?;
-            samples.push(time.div_f64(iterations as f64));
-            Ok(time)
+        let mut pair = None;
+        let mut sample = |iterations: u64| match &mut pair {
+            Some(pair) => Pair::sample(pair, iterations),
+            None => pair.insert(Pair::prepare(backend, &case)?).sample(iterations),
         };
-        group.bench_function(id, |bencher| {
+        group.bench_function(BenchmarkId::from_parameter(id), |bencher| {
             bencher.iter_custom(|iterations| {
                 // Criterion cannot stop midway: after a failure it gets a second per call, and the failure ends the run.
                 sample(iterations).unwrap_or_else(|error| {
@@ -125,19 +187,17 @@ fn run(criterion: &mut Criterion, backend: &dyn Backend, op: Op) -> fused_lora::
         if let Some(error) = failure {
             return Err(error);
         }
-        if samples.len() >= SAMPLES {
-            let mut last = samples.split_off(samples.len() - SAMPLES);
-            last.sort_unstable();
-            let time = (last[(SAMPLES - 1) / 2] + last[SAMPLES / 2]) / 2;
-            let spread = (last[SAMPLES - 1] - last[0]).as_secs_f64() / time.as_secs_f64();
-            measured.push(Measurement { case, time, spread });
+        if let Some(Pair { mut times, mut ratios, .. }) = pair.filter(|pair| pair.times.len() >= SAMPLES) {
+            let warm = times.len() - SAMPLES; // what came before were criterion's warm-up runs
+            ratios.drain(..warm.min(ratios.len()));
+            measured.push(Measurement { case, times: times.split_off(warm), ratios });
         }
     }
     group.finish();
     Ok(measured)
 }
 
-fn main() -> fused_lora::Result<()> {
+fn main() -> Result<(), Box<dyn std::error::Error>> {
     let backend: Box<dyn Backend> = select();
     println!("backend: {} ({})", backend.name(), backend.why());
     let mut criterion = Criterion::default()
@@ -146,10 +206,16 @@ fn main() -> fused_lora::Result<()> {
         .measurement_time(Duration::from_millis(1500))
         .without_plots()
         .configure_from_args();
-    let mut measured = run(&mut criterion, &*backend, Op::Forward)?;
-    measured.extend(run(&mut criterion, &*backend, Op::Backward)?);
+    let mut measured = Vec::new();
+    for op in Op::ALL {
+        measured.extend(run(&mut criterion, &*backend, op)?);
+    }
     criterion.final_summary();
-    table::print(&measured);
+    print!("{}", report::table(&measured));
+    if let Some(path) = std::env::var_os("FUSED_LORA_BENCH_JSON") {
+        std::fs::write(&path, format!("{:#}\n", report::json(&*backend, &measured)))?;
+        println!("written: {}", path.display());
+    }
     Ok(())
 }
 

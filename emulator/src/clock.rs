@@ -8,7 +8,7 @@
 
 use std::rc::Rc;
 
-use crate::shadow::{ASYNC, Access, WRITE};
+use crate::shadow::{ASYNC, Access, TOGETHER, WRITE};
 
 /// Lanes of an agent that are known further than all of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -386,7 +386,9 @@ impl View {
                 1 => waited,
                 _ => 0,
             };
-            if access.clock <= known {
+            if access.clock <= known && access.kind & TOGETHER != 0 {
+                return 0;
+            } else if access.clock <= known {
                 lanes &= !(1 << lane);
             }
         }

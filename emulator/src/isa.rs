@@ -356,9 +356,12 @@ pub(crate) enum Op {
         b: Src,
         c: Src,
         sem: Semantics,
+        /// `red`: what it reads begins no acquire pattern.
+        reduces: bool,
     },
     Fence {
         scope: Scope,
+        order: Order,
         /// `fence.sc`
         sc: bool,
     },

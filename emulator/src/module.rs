@@ -1,7 +1,10 @@
 //! A PTX file, ready to launch from.
 
 use std::collections::HashMap;
+use std::fmt::Write;
 use std::rc::Rc;
+
+use cpp_demangle::{DemangleOptions, Symbol};
 
 use crate::decode::{self, CallGraph, Frame, LOCAL_BASE, Layout, Names, SHARED_BASE};
 use crate::isa::{Instruction, Op};
@@ -100,6 +103,7 @@ pub struct Module {
     parameters: HashMap<String, Vec<Parameter>>,
     files: HashMap<u32, String>,
     locations: Vec<Location>,
+    strings: HashMap<String, String>,
     target: String,
     /// Where the variables begin, and which text they are of.
     base: u64,
@@ -120,8 +124,8 @@ impl Module {
         let entries = || source.functions.iter().filter(|function| function.entry);
         let parameters = entries().map(|function| (function.name.clone(), parameters(function))).collect();
         let kernels = entries().map(|function| (function.name.clone(), kernel(function, &source, &layout))).collect();
-        let Source { files, locations, target, .. } = source;
-        Ok(Module { kernels, parameters, files, locations, target, base, hash, variables })
+        let Source { files, locations, strings, target, .. } = source;
+        Ok(Module { kernels, parameters, files, locations, strings, target, base, hash, variables })
     }
 
     /// Address and bytes of a variable of the module (`__device__`, `__constant__`), which is loaded into `memory` if it was
@@ -193,16 +197,38 @@ impl Module {
     /// `file:line` of the source with the line it is inlined at; `None` without line information.
     pub(crate) fn source_line(&self, location: u32) -> Option<String> {
         let location = self.locations.get(location as usize).filter(|location| location.line != 0)?;
-        let place = |file: u32, line: u32| {
-            let file = self.files.get(&file).map_or("?", String::as_str);
-            format!("{}:{line}", file.rsplit(['/', '\\']).next().unwrap_or(file))
-        };
-        let mut text = place(location.file, location.line);
-        if let Some((file, line)) = location.inlined_at {
-            text += &format!(" inlined at {}", place(file, line));
+        let mut text = String::new();
+        let mut next = Some(location);
+        while let Some(Location { file, line, function, inlined_at }) = next {
+            let file = self.files.get(file).map_or("?", String::as_str);
+            // Writing to a String cannot fail.
+            let _ = write!(text, "{}:{line}", file.rsplit(['/', '\\']).next().unwrap_or(file));
+            let name = function.as_ref().and_then(|label| self.strings.get(label));
+            next = inlined_at.and_then(|outer| self.locations.get(outer as usize));
+            match (name, next) {
+                (Some(name), Some(_)) => drop(write!(text, " in {} inlined at ", readable(name))),
+                (None, Some(_)) => text.push_str(" inlined at "),
+                _ => {}
+            }
         }
         Some(text)
     }
+}
+
+/// A mangled name without the parameters and the arguments of templates, which may be pages long.
+fn readable(name: &str) -> String {
+    let options = DemangleOptions::new().no_params().no_return_type();
+    let demangled = Symbol::new(name).ok().and_then(|symbol| symbol.demangle_with_options(&options).ok());
+    let (mut depth, mut text) = (0usize, String::new());
+    for c in demangled.as_deref().unwrap_or(name).chars() {
+        match c {
+            '<' => depth += 1,
+            '>' => depth = depth.saturating_sub(1),
+            c if depth == 0 => text.push(c),
+            _ => {}
+        }
+    }
+    text
 }
 
 /// Where variables of modules begin; one module's from a multiple of [`MODULE_BYTES`] on. Below the windows of shared and

@@ -118,12 +118,15 @@ pub(crate) enum RegType {
     Bits(u8),
 }
 
-/// A `.loc` with the chain of calls it is inlined in.
+/// A `.loc`, with the one that it is inlined at.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Location {
     pub file: u32,
     pub line: u32,
-    pub inlined_at: Option<(u32, u32)>,
+    /// Label of the inlined function's name.
+    pub function: Option<String>,
+    /// An earlier location.
+    pub inlined_at: Option<u32>,
 }
 
 #[derive(Debug, Default)]
@@ -133,6 +136,8 @@ pub(crate) struct Source {
     pub globals: Vec<Global>,
     pub files: HashMap<u32, String>,
     pub locations: Vec<Location>,
+    /// By label: what `.debug_str` holds.
+    pub strings: HashMap<String, String>,
     pub target: String,
 }
 
@@ -155,13 +160,15 @@ struct Parser {
     at: usize,
     source: Source,
     location: u32,
+    /// The last location with this file, line and column.
+    places: HashMap<(u32, u32, u64), u32>,
     scopes: u32,
 }
 
 pub(crate) fn parse(text: &str) -> Result<Source, ParseError> {
     let mut source = Source { locations: vec![Location::default()], ..Source::default() };
     source.target = "unknown".to_owned();
-    let mut parser = Parser { tokens: tokens(text)?, at: 0, source, location: 0, scopes: 0 };
+    let mut parser = Parser { tokens: tokens(text)?, at: 0, source, location: 0, places: HashMap::new(), scopes: 0 };
     while parser.at < parser.tokens.len() {
         parser.module_item()?;
     }
@@ -251,6 +258,7 @@ impl Parser {
                     self.number()?;
                 }
             }
+            ".section" if self.accept(".debug_str") => self.strings()?,
             ".section" => {
                 self.next()?;
                 self.skip_block()?;
@@ -383,23 +391,58 @@ impl Parser {
     }
 
     fn loc(&mut self) -> Result<(), ParseError> {
-        let (file, line) = (self.small_number()?, self.small_number()?);
-        self.number()?;
-        let mut location = Location { file, line, inlined_at: None };
+        let (file, line, column) = (self.small_number()?, self.small_number()?, self.number()?);
+        let mut location = Location { file, line, ..Location::default() };
         while self.accept(",") {
             match self.next()?.as_str() {
                 "function_name" => {
-                    self.next()?;
+                    location.function = Some(self.next()?);
+                    if self.accept("+") {
+                        self.number()?;
+                    }
                 }
                 "inlined_at" => {
-                    location.inlined_at = Some((self.small_number()?, self.small_number()?));
-                    self.number()?;
+                    // "… must match a previous .loc": that one says where it is inlined itself.
+                    let (file, line) = (self.small_number()?, self.small_number()?);
+                    let place = (file, line, self.number()?);
+                    let outer = self.places.get(&place).copied().unwrap_or_else(|| {
+                        self.source.locations.push(Location { file, line, ..Location::default() });
+                        self.source.locations.len() as u32 - 1
+                    });
+                    location.inlined_at = Some(outer);
                 }
                 other => return error(self.line(), format!("`.loc … {other}` is not known")),
             }
         }
         self.location = self.source.locations.len() as u32;
         self.source.locations.push(location);
+        self.places.insert((file, line, column), self.location);
+        Ok(())
+    }
+
+    /// The block of `.debug_str`: labels with zero-terminated bytes.
+    fn strings(&mut self) -> Result<(), ParseError> {
+        self.expect("{")?;
+        let mut label = String::new();
+        while !self.accept("}") {
+            let word = self.next()?;
+            if self.accept(":") {
+                label = word;
+                continue;
+            }
+            if word == ".b8" {
+                let mut text = Vec::new();
+                loop {
+                    text.push(self.number()? as u8);
+                    if !self.accept(",") {
+                        break;
+                    }
+                }
+                text.retain(|byte| *byte != 0);
+                let text = String::from_utf8_lossy(&text);
+                self.source.strings.entry(label.clone()).or_default().push_str(&text);
+            }
+        }
         Ok(())
     }
 

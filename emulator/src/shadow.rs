@@ -9,6 +9,8 @@
 //! [`MOST`] that are unordered among themselves (reads by that many warps, say): then one of them, chosen at random, so
 //! that over several seeds no side of a race stays hidden.
 
+use std::collections::HashMap;
+
 use crate::clock::View;
 use crate::isa::Scope;
 
@@ -26,7 +28,7 @@ pub(crate) struct Access {
     pub agent: u16,
     /// Bytes of the cell; 0 in an empty slot.
     pub bytes: u16,
-    /// `WRITE`, `ATOMIC`, `UPDATE`, `ASYNC` and the scope.
+    /// `WRITE`, `ATOMIC`, `UPDATE`, `ASYNC`, `WGMMA`, `TOGETHER` and the scope.
     pub kind: u8,
     /// Not 0: neighbouring lanes each accessed `1 << (strip - 1)` bytes, one after the other.
     pub strip: u8,
@@ -43,6 +45,9 @@ const NARROW_CLUSTER: u8 = 16;
 pub(crate) const ASYNC: u8 = 32;
 /// By a warpgroup's `wgmma`.
 pub(crate) const WGMMA: u8 = 64;
+
+/// A read that all lanes of a warp have executed before any of them goes on.
+pub(crate) const TOGETHER: u8 = 128;
 
 /// The `kind` of a strong access.
 pub(crate) fn strong(scope: Scope) -> u8 {
@@ -103,9 +108,9 @@ impl Access {
         self.lanes_at(u16::MAX)
     }
 
-    /// Of one asynchronous operation, which reads before it writes.
+    /// Of one asynchronous operation, which reads before it writes. What the lanes of an instruction issue has one number.
     fn same_operation(&self, other: &Access) -> bool {
-        let both = self.kind & other.kind & ASYNC != 0;
+        let both = self.kind & other.kind & ASYNC != 0 && self.lanes_at(other.bytes) == other.all_lanes();
         both && self.clock == other.clock && self.agent == other.agent && self.cta == other.cta
     }
 
@@ -131,6 +136,21 @@ impl Access {
         let first = self.bytes.trailing_zeros();
         let fits = width < 16 && width.is_power_of_two() && first.is_multiple_of(width) && self.lanes.is_power_of_two();
         fits.then(|| (width.trailing_zeros() as u8 + 1, self.lanes.trailing_zeros().wrapping_sub(first / width)))
+    }
+
+    /// An atomic.
+    pub fn updates(&self) -> bool {
+        self.kind & UPDATE != 0
+    }
+
+    pub fn same_thread(&self, other: &Access) -> bool {
+        self.lanes == other.lanes && self.agent == other.agent && self.cta == other.cta
+    }
+
+    /// Whether this remembers the strong write of one lane.
+    fn is_of(&self, write: &Access) -> bool {
+        let same = self.clock == write.clock && self.agent == write.agent && self.cta == write.cta;
+        same && self.kind & WRITE != 0 && self.lanes_at(write.bytes) & write.lanes != 0 && self.bytes & write.bytes != 0
     }
 
     fn same_time(&self, other: &Access) -> bool {
@@ -190,13 +210,19 @@ pub(crate) struct Shadow {
     pages: Vec<Option<Box<[Cell; PAGE]>>>,
     /// What cells have no slots for.
     spills: Vec<Vec<Access>>,
+    /// By cell: strong writes with who has observed them.
+    observed: HashMap<usize, Observed>,
     random: u32,
 }
+
+/// Writes of one lane each, with strong reads of one lane each that they precede in observation order.
+type Observed = Vec<(Access, Access)>;
 
 impl Shadow {
     pub fn clear(&mut self) {
         self.pages.clear();
         self.spills.clear();
+        self.observed.clear();
     }
 
     /// What is remembered, with the offset of its first byte.
@@ -236,13 +262,89 @@ impl Shadow {
             let cell = &mut cells[at / CELL % PAGE];
             let access = Access { bytes: mask, ..access };
             let spill = (cell.spill as usize).checked_sub(1).and_then(|at| self.spills.get_mut(at));
-            if let Some(left) = cell.touch(spill, access, view, equal, clusters)? {
+            let observed = |write: &Access, lanes| match self.observed.get(&(at / CELL)) {
+                Some(observed) => unobserved(observed, (write, lanes), |read| view.covers(read)),
+                None => lanes,
+            };
+            let terms = Terms { view, equal, clusters, unobserved: &observed };
+            if let Some(left) = cell.touch(spill, access, &terms)? {
                 cell.remember(&mut self.spills, left, &mut self.random);
             }
             at = upto;
         }
         Ok(())
     }
+
+    /// A strong read by a lane has taken its value from a strong write of another, with which it is morally strong.
+    ///
+    /// PTX ISA, "Causality Order": what precedes an operation in observation order precedes what comes after that operation
+    /// in base causality order. This holds for the write alone, not for what came before it, so that clocks cannot say it.
+    /// An atomic stands for the write from then on; for other reads it is remembered who has observed what.
+    pub fn observe(&mut self, (at, bytes): (usize, usize), write: Access, read: Access) {
+        let index = at / CELL;
+        let mask = (u16::MAX >> (CELL - bytes.min(CELL))) << (at % CELL);
+        let (write, read) = (Access { bytes: mask, ..write }, Access { bytes: mask, ..read });
+        let cells = self.pages.get_mut(index / PAGE).and_then(Option::as_mut);
+        let Some(cell) = cells.map(|cells| &mut cells[index % PAGE]) else { return };
+        let spill = (cell.spill as usize).checked_sub(1).and_then(|at| self.spills.get_mut(at));
+        let mut entries = cell.slots.iter_mut().chain(spill.into_iter().flatten());
+        let Some(entry) = entries.find(|entry| entry.is_of(&write)) else { return };
+        let stands_for = read.kind & UPDATE != 0 && read.as_strong_as(&write);
+        if stands_for && entry.strip != 0 {
+            entry.bytes &= !mask;
+        } else if stands_for {
+            entry.lanes &= !write.lanes;
+            entry.bytes = if entry.lanes == 0 { 0 } else { entry.bytes };
+        }
+        if stands_for && !self.observed.contains_key(&index) {
+            return;
+        }
+        let observed = self.observed.entry(index).or_default();
+        let mut writes: Vec<Access> =
+            observed.iter().filter(|(_, through)| through.is_of(&write)).map(|(first, _)| *first).collect();
+        writes.extend(Some(write).filter(|_| !stands_for));
+        if observed.len() > MOST_OBSERVED {
+            let cells = self.pages.get(index / PAGE).and_then(Option::as_ref);
+            let Some(cell) = cells.map(|cells| &cells[index % PAGE]) else { return };
+            let spill = (cell.spill as usize).checked_sub(1).and_then(|at| self.spills.get(at));
+            observed
+                .retain(|(write, _)| cell.slots.iter().chain(spill.into_iter().flatten()).any(|it| it.is_of(write)));
+        }
+        for write in writes {
+            // Who is ordered after a later read of the thread is ordered after its first.
+            let known = |(first, by): &(Access, Access)| first.is_of(&write) && by.same_thread(&read);
+            if !observed.iter().any(known) {
+                observed.push((write, read));
+            }
+        }
+    }
+
+    /// Whether what a remembered write did precedes what comes after the reads that `covers` holds for.
+    pub fn is_observed(&self, offset: usize, write: &Access, covers: impl Fn(&Access) -> bool) -> bool {
+        let observed = self.observed.get(&(offset / CELL));
+        observed.is_some_and(|observed| unobserved(observed, (write, write.all_lanes()), covers) == 0)
+    }
+}
+
+/// Pairs that a cell holds before those are dropped whose writes it has forgotten.
+const MOST_OBSERVED: usize = 64;
+
+/// Of the lanes of a write, those that no read for which `covers` holds has observed.
+fn unobserved(observed: &Observed, (write, lanes): (&Access, u32), covers: impl Fn(&Access) -> bool) -> u32 {
+    let of_write = observed.iter().filter(|(other, _)| write.is_of(other));
+    of_write.fold(
+        lanes,
+        |left, (other, read)| if left & other.lanes != 0 && covers(read) { left & !other.lanes } else { left },
+    )
+}
+
+/// What an access is held against memory with.
+struct Terms<'a> {
+    view: &'a View,
+    equal: bool,
+    clusters: Clusters,
+    /// See [`unobserved`].
+    unobserved: &'a dyn Fn(&Access, u32) -> u32,
 }
 
 /// What an entry is to an access.
@@ -259,7 +361,8 @@ enum Entry {
 impl Access {
     /// Holds a new access against this remembered one.
     #[inline]
-    fn meet(&mut self, access: &Access, view: &View, equal: bool, clusters: Clusters) -> Result<Entry, Access> {
+    fn meet(&mut self, access: &Access, terms: &Terms<'_>) -> Result<Entry, Access> {
+        let Terms { view, equal, clusters, .. } = *terms;
         if self.bytes == 0 {
             return Ok(Entry::Free);
         }
@@ -293,9 +396,13 @@ impl Access {
                     self.bytes &= !overlap;
                 }
             } else if writes {
-                let one_instruction = together && self.pc == access.pc && equal && !issued;
+                let one_instruction = together && self.pc == access.pc && equal;
                 if !one_instruction && !clusters.strong(self, access) {
-                    return Err(Access { lanes: unordered, strip: 0, ..*self });
+                    let strong_write = self.kind & ATOMIC != 0 && self.kind & WRITE != 0;
+                    let unordered = if strong_write { (terms.unobserved)(self, unordered) } else { unordered };
+                    if unordered != 0 {
+                        return Err(Access { lanes: unordered, strip: 0, ..*self });
+                    }
                 }
             } else if stands_for && self.strip == 0 && overlap == self.bytes && self.agent == access.agent && !together
             {
@@ -316,13 +423,11 @@ impl Cell {
         &mut self,
         spill: Option<&mut Vec<Access>>,
         access: Access,
-        view: &View,
-        equal: bool,
-        clusters: Clusters,
+        terms: &Terms<'_>,
     ) -> Result<Option<Access>, Access> {
         let (mut place, mut merged) = (None, false);
         for slot in &mut self.slots {
-            match slot.meet(&access, view, equal, clusters)? {
+            match slot.meet(&access, terms)? {
                 // What else is remembered was checked then, or has been checked against this since.
                 Entry::Holds => return Ok(None),
                 Entry::Merged => merged = true,
@@ -333,7 +438,7 @@ impl Cell {
         if let Some(more) = spill {
             let mut at = 0;
             while at < more.len() {
-                match more[at].meet(&access, view, equal, clusters)? {
+                match more[at].meet(&access, terms)? {
                     Entry::Holds => return Ok(None),
                     Entry::Merged => merged = true,
                     Entry::Free => {

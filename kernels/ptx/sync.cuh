@@ -31,6 +31,16 @@ __device__ __forceinline__ void add_release(uint32_t* word, uint32_t value) {
                : "memory");
 }
 
+// Orders nothing by itself, so that many can be on their way at once; `fence_acquire` follows the last.
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* word) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];\n" : "=r"(value) : "l"(__cvta_generic_to_global(word)) : "memory");
+  return value;
+}
+
+// What was released before the values that relaxed loads have read is visible from here on.
+__device__ __forceinline__ void fence_acquire() { asm volatile("fence.acq_rel.gpu;\n" ::: "memory"); }
+
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* word) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(value) : "l"(__cvta_generic_to_global(word)) : "memory");

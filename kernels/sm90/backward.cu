@@ -26,13 +26,13 @@ class Backward : Operation<LoraSm90Backward> {
       const uint32_t n = block.col * Shape::kBlockN;
       producer.template wide<Major::kMn>(map(LORA_SM90_BACKWARD_DY), map(LORA_SM90_BACKWARD_W), m, n, n_steps());
       if (p_.r == 0) return;
-      wait_for_narrow(m / kBlockM, 1);
+      wait_for_block(flags(), m / kBlockM);
       producer.template wide<Major::kMn>(map(LORA_SM90_BACKWARD_DH), map(LORA_SM90_BACKWARD_A), m, n,
                                          (p_.r + kBlockK - 1) / kBlockK);
     } else {
       const bool is_db = ticket < p_.db_end;
       const GradientUnit unit = gradient_unit(ticket, is_db);
-      if (!is_db) wait_for_narrow(unit.token / kBlockM, (unit.tokens + kBlockM - 1) / kBlockM);
+      if (!is_db) wait_for_blocks(flags(), unit.token / kBlockM, (unit.tokens + kBlockM - 1) / kBlockM);
       const LoraTensorMap& wide = map(is_db ? LORA_SM90_BACKWARD_DY_TOKENS : LORA_SM90_BACKWARD_X_TOKENS);
       const LoraTensorMap& narrow = map(is_db ? LORA_SM90_BACKWARD_H_TOKENS : LORA_SM90_BACKWARD_DH_TOKENS);
       const bool product = has_product(is_db);

@@ -26,7 +26,7 @@ class Forward : Operation<LoraSm90Forward> {
     const uint32_t n = block.col * Shape::kBlockN;
     producer.template wide<Major::kK>(map(LORA_SM90_FORWARD_X), map(LORA_SM90_FORWARD_W), m, n, k_steps());
     if (p_.r == 0) return;
-    wait_for_narrow(m / kBlockM, 1);
+    wait_for_block(flags(), m / kBlockM);
     producer.template wide<Major::kK>(map(LORA_SM90_FORWARD_H), map(LORA_SM90_FORWARD_B), m, n,
                                       (p_.r + kBlockK - 1) / kBlockK);
   }

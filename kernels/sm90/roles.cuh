@@ -69,9 +69,9 @@ class Operation {
     }
   }
 
-  // The producer, before the tail of a main tile reads h or dh.
-  __device__ __forceinline__ void wait_for_narrow(uint32_t first_block, uint32_t blocks) const {
-    wait_for_blocks(p_.sync, p_.flag_shift, p_.m_groups * place_.size, kSlabs * p_.r_blocks, first_block, blocks);
+  // For the producer, before it reads h or dh.
+  __device__ __forceinline__ Flags flags() const {
+    return {p_.sync, p_.flag_shift, p_.m_groups * place_.size, kSlabs * p_.r_blocks};
   }
 
   // A consumer, when it has stored its slab of h or dh.

@@ -12,6 +12,9 @@
 
 namespace lora::sm90 {
 
+// Flags that are looked at together: each look is a trip to L2, and a chunk of tokens waits for many.
+constexpr uint32_t kPolled = 8;
+
 // The CTA's place in its cluster.
 struct Place {
   uint32_t smem;  // start of shared memory
@@ -99,17 +102,46 @@ __device__ __forceinline__ void for_each_ticket_consumed(const Place& place, uin
   }
 }
 
-// The producer waits until M-blocks [first, first + count) of `blocks` are published, each by `parts` slabs, and copies
-// that follow may read them.
-__device__ __forceinline__ void wait_for_blocks(uint64_t sync, uint32_t flag_shift, uint32_t blocks, uint32_t parts,
-                                                uint32_t first, uint32_t count) {
-  const uint32_t last_flag = (first + count - 1) >> flag_shift;
-#pragma unroll 1
-  for (uint32_t flag = first >> flag_shift; flag <= last_flag; ++flag) {
-    // The last flag may guard fewer blocks.
-    const uint32_t target = parts * min(1u << flag_shift, blocks - (flag << flag_shift));
-    while (ptx::load_acquire(sync_word(sync, LORA_SYNC_FLAGS + flag)) < target) __nanosleep(64);
+// What says which of `blocks` M-blocks are published, each by `parts` slabs: 2^shift of them share a word.
+struct Flags {
+  uint64_t sync;
+  uint32_t shift;
+  uint32_t blocks;
+  uint32_t parts;
+
+  __device__ __forceinline__ const uint32_t* word(uint32_t flag) const {
+    return sync_word(sync, LORA_SYNC_FLAGS + flag);
   }
+  // Arrivals that complete a flag; the last may guard fewer blocks.
+  __device__ __forceinline__ uint32_t target(uint32_t flag) const {
+    return parts * min(1u << shift, blocks - (flag << shift));
+  }
+};
+
+// The producer waits until M-block `block` is published, and copies that follow may read it.
+__device__ __forceinline__ void wait_for_block(const Flags& flags, uint32_t block) {
+  const uint32_t flag = block >> flags.shift;
+  while (ptx::load_acquire(flags.word(flag)) < flags.target(flag)) __nanosleep(64);
+  ptx::fence_async_global();
+}
+
+// The same for M-blocks [first, first + count).
+__device__ __forceinline__ void wait_for_blocks(const Flags& flags, uint32_t first, uint32_t count) {
+  const uint32_t last = (first + count - 1) >> flags.shift;
+#pragma unroll 1
+  for (uint32_t flag = first >> flags.shift; flag <= last; flag += kPolled) {
+    const auto are_published = [&] {
+      uint32_t arrived[kPolled];
+#pragma unroll
+      for (uint32_t i = 0; i < kPolled; ++i) arrived[i] = ptx::load_relaxed(flags.word(min(flag + i, last)));
+      bool all = true;
+#pragma unroll
+      for (uint32_t i = 0; i < kPolled; ++i) all = all && arrived[i] >= flags.target(min(flag + i, last));
+      return all;
+    };
+    while (!are_published()) __nanosleep(64);
+  }
+  ptx::fence_acquire();
   ptx::fence_async_global();
 }
 

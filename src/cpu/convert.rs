@@ -48,6 +48,10 @@ pub(super) fn narrow<T: Element>(source: &[f32], target: &mut [T]) {
 pub(super) trait Sum:
     Copy + Send + Sync + std::ops::AddAssign + std::ops::MulAssign + From<f32> + 'static
 {
+    /// The elements as they are, where they are of this type.
+    fn borrow<T: Element>(_: &[T]) -> Option<&[Self]> {
+        None
+    }
     /// Widens every element; both slices have the same length.
     fn load<T: Element>(source: &[T], target: &mut [Self]);
     /// Rounds every sum once, to nearest, ties to even; both slices have the same length.
@@ -55,6 +59,9 @@ pub(super) trait Sum:
 }
 
 impl Sum for f32 {
+    fn borrow<T: Element>(source: &[T]) -> Option<&[Self]> {
+        cast(source)
+    }
     fn load<T: Element>(source: &[T], target: &mut [Self]) {
         widen(source, target);
     }

@@ -5,15 +5,18 @@ use rayon::prelude::*;
 use super::convert::{Sum, widen};
 use crate::{Dtype, Element, Matrix, MatrixMut};
 
-/// Largest extent of an output tile. With the depth block it bounds the scratch of a thread to 1 MiB.
-const TILE: usize = 256;
+/// Largest extent of an output tile. With the depth block it bounds the scratch of a thread to 2 MiB (4 MiB where sums are in
+/// f64). Every tile packs its operands anew: half of this costs 5 % at M = 512, N = K = 4096.
+const TILE: usize = 512;
 /// Most terms summed in one chain.
 const DEPTH: usize = 256;
 /// Enough tiles to keep many cores busy.
-const ENOUGH_TILES: usize = 32;
+const ENOUGH_TILES: usize = 16;
+/// Terms from which operands that need no widening go to `gemm` in one piece. It cuts them into chains of about 512 by itself.
+const DEEP: usize = 4096;
 /// Multiply-adds up to which products of f32 operands are summed in f64: in small layers one rounding more or less shows,
 /// and time does not.
-const SMALL_WORK: usize = 1 << 27;
+const SMALL_WORK: usize = 1 << 22;
 /// Multiply-adds below which starting other threads costs more than it saves.
 const SERIAL_WORK: usize = 1 << 19;
 
@@ -38,15 +41,26 @@ impl<'a, T: Element> Side<'a, T> {
         if self.depth_along_rows { self.matrix.rows } else { self.matrix.cols }
     }
 
-    /// Widens outer `at.0 ..` × depth `at.1 ..` of extent `size` into `panel`; returns the panel's (outer, depth) strides.
-    fn load<S: Sum>(&self, at: (usize, usize), size: (usize, usize), panel: &mut [S]) -> (usize, usize) {
+    /// Outer `at.0 ..` × depth `at.1 ..` of extent `size`, with its (outer, depth) strides: where it lies when its elements
+    /// are of type `S` already, else widened into `scratch`.
+    fn panel<'s, S: Sum>(
+        &'s self,
+        at: (usize, usize),
+        size: (usize, usize),
+        scratch: &'s mut [S],
+    ) -> (&'s [S], (usize, usize)) {
         let swap = |(outer, depth)| if self.depth_along_rows { (depth, outer) } else { (outer, depth) };
         let ((row, col), (rows, cols)) = (swap(at), swap(size));
-        for (i, line) in panel[..rows * cols].chunks_exact_mut(cols).enumerate() {
-            let start = self.matrix.offset + (row + i) * self.matrix.row_stride + col;
-            S::load(&self.matrix.data[start..start + cols], line);
+        let Matrix { data, offset, row_stride, .. } = self.matrix;
+        let start = offset + row * row_stride + col;
+        if let Some(panel) = S::borrow(&data[start..start + (rows - 1) * row_stride + cols]) {
+            return (panel, swap((row_stride, 1)));
         }
-        if self.depth_along_rows { (1, cols) } else { (cols, 1) }
+        let panel = &mut scratch[..rows * cols];
+        for (source, line) in data[start..].chunks(row_stride).zip(panel.chunks_exact_mut(cols)) {
+            S::load(&source[..cols], line);
+        }
+        (panel, swap((cols, 1)))
     }
 }
 
@@ -168,12 +182,14 @@ fn fill<S: Sum, T: Element, O: Element>(
     let sums = &mut scratch.sums[..rows * cols];
     sums.fill(S::from(0.0));
     for Term { lhs, rhs } in terms {
-        let (depth, step) = (lhs.depth(), chain(lhs.depth()));
+        let depth = lhs.depth();
+        let in_one_piece = depth >= DEEP && S::borrow::<T>(&[]).is_some();
+        let step = if in_one_piece { depth } else { chain(depth) };
         for from in (0..depth).step_by(step) {
             let length = step.min(depth - from);
-            let lhs_strides = lhs.load((tile.row, from), (rows, length), &mut scratch.lhs);
-            let rhs_strides = rhs.load((tile.col, from), (cols, length), &mut scratch.rhs);
-            multiply_add(sums, (rows, cols, length), (&scratch.lhs, lhs_strides), (&scratch.rhs, rhs_strides));
+            let lhs = lhs.panel((tile.row, from), (rows, length), &mut scratch.lhs);
+            let rhs = rhs.panel((tile.col, from), (cols, length), &mut scratch.rhs);
+            multiply_add(sums, (rows, cols, length), lhs, rhs);
         }
     }
     let bias = epilogue.bias.map(|bias| &bias[tile.col..tile.col + cols]);

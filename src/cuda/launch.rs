@@ -14,7 +14,7 @@ use crate::params::MAP_ALIGN;
 use crate::plan::Launch;
 
 /// A stretch of a parameter block, aligned as the strictest parameter is.
-#[repr(C, align(64))]
+#[repr(C, align(128))]
 #[derive(Clone, Copy)]
 struct Stretch([u8; MAP_ALIGN]);
 

@@ -1,6 +1,7 @@
 //! Launches of the kernels for an adapter's factors: nothing is chosen, and no workspace is needed.
 
-use super::{Launch, Params, blocks, check_dtype, matrix};
+use super::operands::matrix;
+use super::{Launch, Params, blocks, check_dtype};
 use crate::error::{Error, Result};
 use crate::params::*;
 use crate::{Dtype, LoraShape, raw};

@@ -3,13 +3,14 @@
 /// `(key, name, compute capability, SMs, TFLOP/s, GB/s)` of GPUs to plan for without one. SMs are the CUDA cores of NVIDIA's
 /// data sheet or architecture white paper over the cores of an SM (64 in sm_75 and sm_80, 128 in the others); for the B200,
 /// whose data sheet gives no cores, they are what the driver reports. SXM modules where a name is also sold as a PCIe card.
-/// Rates as published there: 16-bit tensor products added in f32, without sparsity, at boost clock; 0 where the
-/// publications are not clear about that. Those of A100, H100, H200, L40S and RTX 4090 were compared with what others quote from
-/// these publications, the other rates not yet.
+/// Rates as published there: 16-bit tensor products added in f32, without sparsity, at boost clock, which GeForce cards do at half
+/// the rate of products added in f16. Those of T4, A100, L40S, RTX 4090, RTX 5090, H100, H200 and B200 were compared with what others
+/// quote from these publications; those of RTX 2080 Ti and RTX PRO 6000 are also SMs × products per clock × clock, and width of the
+/// bus × rate of a pin, as are the T4's 320 GB/s.
 #[rustfmt::skip]
 const NAMED: &[(&str, &str, u32, u32, u32, u32)] = &[
-    ("t4",         "NVIDIA T4",                    75,  40,   65,  300), // 2560 cores
-    ("rtx2080ti",  "NVIDIA GeForce RTX 2080 Ti",   75,  68,    0,    0), // 4352
+    ("t4",         "NVIDIA T4",                    75,  40,   65,  320), // 2560 cores
+    ("rtx2080ti",  "NVIDIA GeForce RTX 2080 Ti",   75,  68,   53,  616), // 4352
     ("a100",       "NVIDIA A100",                  80, 108,  312, 2039), // 6912; the 80 GB module
     ("a10",        "NVIDIA A10",                   86,  72,  125,  600), // 9216
     ("a40",        "NVIDIA A40",                   86,  84,  149,  696), // 10752
@@ -19,9 +20,9 @@ const NAMED: &[(&str, &str, u32, u32, u32, u32)] = &[
     ("rtx4090",    "NVIDIA GeForce RTX 4090",      89, 128,  165, 1008), // 16384
     ("h100",       "NVIDIA H100 SXM",              90, 132,  989, 3350), // 16896
     ("h200",       "NVIDIA H200",                  90, 132,  989, 4800), // 16896
-    ("b200",       "NVIDIA B200",                 100, 148,    0,    0),
-    ("rtx5090",    "NVIDIA GeForce RTX 5090",     120, 170,    0,    0), // 21760
-    ("rtxpro6000", "NVIDIA RTX PRO 6000 Blackwell", 120, 188,   0,    0), // 24064
+    ("b200",       "NVIDIA B200",                 100, 148, 2250, 8000),
+    ("rtx5090",    "NVIDIA GeForce RTX 5090",     120, 170,  209, 1792), // 21760
+    ("rtxpro6000", "NVIDIA RTX PRO 6000 Blackwell", 120, 188, 503, 1792), // 24064
 ];
 
 /// What drivers call some of these, where it is not the name above.
@@ -42,7 +43,7 @@ impl Peak {
     pub fn of(name: &str) -> Option<Peak> {
         let key = ALIASES.iter().find(|alias| alias.0 == name).map(|alias| alias.1);
         let row = NAMED.iter().find(|row| Some(row.0) == key || row.1 == name)?;
-        Some(Peak { teraflops: row.4, gigabytes_per_second: row.5 }).filter(|peak| peak.teraflops != 0)
+        Some(Peak { teraflops: row.4, gigabytes_per_second: row.5 })
     }
 }
 
@@ -148,7 +149,11 @@ mod tests {
         assert_eq!(Device::named("h200").unwrap().peak, Some(h200));
         assert_eq!(Peak::of("NVIDIA H200"), Some(h200));
         assert_eq!(Peak::of("NVIDIA H100 80GB HBM3"), Device::named("h100").unwrap().peak);
-        assert_eq!((Peak::of("NVIDIA B200"), Peak::of("")), (None, None));
+        assert_eq!((Peak::of("NVIDIA TITAN V"), Peak::of("")), (None, None));
+        for &(key, .., teraflops, gigabytes) in super::NAMED {
+            // Operations per byte: a slip of the pen leaves the range.
+            assert!((50..1000).contains(&(1000 * teraflops / gigabytes)), "{key}");
+        }
         for (_, key) in super::ALIASES {
             assert!(Device::named(key).is_some(), "{key}");
         }

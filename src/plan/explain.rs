@@ -135,7 +135,7 @@ impl Plan {
                     out,
                     "  units      {} of h ({} a ticket), then {} of y, each of {} CTA(s)",
                     p.h_units,
-                    p.h_bundle,
+                    p.h_units.div_ceil(p.h_tickets.max(1)),
                     p.tickets - p.h_tickets,
                     choice.cluster
                 );
@@ -146,7 +146,7 @@ impl Plan {
                 line!(
                     out,
                     "  tickets    {} unit(s) of dh a ticket, each unit of {} CTA(s)",
-                    p.dh_bundle,
+                    p.dh_units.div_ceil(p.dh_tickets.max(1)),
                     choice.cluster
                 );
             }

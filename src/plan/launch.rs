@@ -55,7 +55,7 @@ pub enum Swizzle {
 
 impl Launch {
     /// The kernel's parameter: the maps as `encode` writes them (zero bytes for one that is absent), the fields, and zeros up
-    /// to a whole number of 64 bytes when there are maps, because a map's alignment is that of the whole.
+    /// to a whole number of 128 bytes when there are maps, because a map's alignment is that of the whole.
     ///
     /// # Errors
     /// Those of `encode`.

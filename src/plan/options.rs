@@ -1,5 +1,7 @@
 //! What a caller may decide instead of the planner.
 
+use std::str::FromStr;
+
 use crate::error::{Error, Result};
 
 /// A set of kernels that one design covers.
@@ -37,6 +39,42 @@ impl TileSize {
     }
 }
 
+/// What programs call the families on their command lines.
+impl FromStr for Family {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Family> {
+        match name {
+            "portable" => Ok(Family::Portable),
+            "sm90" => Ok(Family::Sm90),
+            _ => refuse("family", name.to_owned(), "portable or sm90"),
+        }
+    }
+}
+
+/// What programs call the tile shapes on their command lines: those of the Hopper family by their columns.
+impl FromStr for TileSize {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<TileSize> {
+        match name {
+            "large" => Ok(TileSize::Large),
+            "small" => Ok(TileSize::Small),
+            "256" => Ok(TileSize::Sm90N256),
+            "192" => Ok(TileSize::Sm90N192),
+            "128" => Ok(TileSize::Sm90N128),
+            _ => refuse("tile", name.to_owned(), "large, small, 256, 192 or 128"),
+        }
+    }
+}
+
+fn refuse<T>(option: &'static str, got: String, expected: &str) -> Result<T> {
+    Err(Error::PlanOption { option, got, expected: expected.to_owned() })
+}
+
+/// Blocks of rows that pass over w together, where nobody decides: w and the rows of x stay in L2 meanwhile.
+const GROUP_M: u32 = 8;
+
 /// What a caller may decide instead of the planner: for tests, and for measuring what the planner chooses between. A choice
 /// that the call or the device rules out is an error, never ignored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,10 +84,12 @@ pub struct Options {
     pub family: Option<Family>,
     /// The tile shape; the fastest by the planner's model when absent. It implies its family.
     pub tile: Option<TileSize>,
-    /// CTAs per cluster: 1 or 2. Implies the Hopper family, as do the next two.
+    /// CTAs per cluster: 1 or 2. Implies the Hopper family, as do `bundle` and `chunks`.
     pub cluster: Option<u32>,
     /// Units of h (of dh in backward) per ticket, at least 1.
     pub bundle: Option<u32>,
+    /// Blocks of rows (groups of them in the Hopper family) that pass over w together, at least 1.
+    pub group_m: Option<u32>,
     /// Most chunks in which da and db reduce over tokens, at least 1. The workspace has to hold their sums.
     pub chunks: Option<u32>,
     /// The Hopper kernels are not there to be launched, because the build left them out: plan without them.
@@ -85,6 +125,13 @@ impl Options {
         self
     }
 
+    /// These options with so many blocks of rows (groups of them in the Hopper family) that pass over w together.
+    #[must_use]
+    pub fn with_group_m(mut self, blocks: u32) -> Options {
+        self.group_m = Some(blocks);
+        self
+    }
+
     /// These options with at most so many chunks of tokens for da and db.
     #[must_use]
     pub fn with_chunks(mut self, chunks: u32) -> Options {
@@ -97,6 +144,11 @@ impl Options {
     pub fn without_sm90(mut self) -> Options {
         self.without_sm90 = true;
         self
+    }
+
+    /// Of `blocks` blocks of rows those that pass over w together, at least 1.
+    pub(super) fn group_m(&self, blocks: u64) -> u32 {
+        u64::from(self.group_m.unwrap_or(GROUP_M)).clamp(1, blocks.max(1)) as u32
     }
 
     /// The option that decides the family, the family, and the option's value in words.
@@ -112,12 +164,10 @@ impl Options {
 
     /// Values out of range, and options that contradict one another.
     pub(super) fn check(&self) -> Result<()> {
-        let refuse =
-            |option, got: String, expected: &str| Err(Error::PlanOption { option, got, expected: expected.to_owned() });
         if let Some(cluster) = self.cluster.filter(|cluster| !(1..=2).contains(cluster)) {
             return refuse("cluster", cluster.to_string(), "1 or 2");
         }
-        for (option, value) in [("bundle", self.bundle), ("chunks", self.chunks)] {
+        for (option, value) in [("bundle", self.bundle), ("chunks", self.chunks), ("group_m", self.group_m)] {
             if value == Some(0) {
                 return refuse(option, "0".to_owned(), "at least 1");
             }

@@ -4,9 +4,9 @@ mod tile;
 
 pub(super) use tile::Tile;
 
+use super::operands::{Wanted, gradient, matrix, optional, read_by_backward, read_by_forward};
 use super::{
-    Choice, Device, Draft, GROUP_M, MAX_COUNTERS, Options, SYNC_BYTES, Scratch, blocks, check_units, explain, flags,
-    gradient_flags, matrix, scratch_stride,
+    Choice, Device, Draft, MAX_COUNTERS, Options, Scratch, blocks, check_units, explain, flags, gradient_flags,
 };
 use crate::error::Result;
 use crate::params::*;
@@ -27,21 +27,14 @@ pub(super) fn forward(op: &raw::Forward, shape: LoraShape, device: &Device, opti
     let units = check_units(h_units + m_blocks * n_blocks)?;
     let (flag_shift, flag_count) = flags(m_blocks);
 
-    let mut scratch = Scratch { end: SYNC_BYTES as u64, ..Scratch::default() };
-    let h = match op.h {
-        Some(h) => matrix(h),
-        None if r == 0 => LoraMatrix::default(),
-        None => {
-            scratch.h = Some(scratch.reserve((m * scratch_stride(r) * op.dtype.size()) as u64));
-            LoraMatrix { ptr: 0, row_stride: scratch_stride(r) as i64 }
-        }
-    };
+    let mut scratch = Scratch::new();
+    let h = op.h.or_else(|| (r != 0).then(|| scratch.reserve_middle(m, r, op.dtype)));
     let params = LoraForwardParams {
         x: matrix(op.x),
         w: matrix(op.w),
         a: matrix(op.a),
         b: matrix(op.b),
-        h,
+        h: optional(h),
         y: matrix(op.y),
         bias: op.bias.map_or(0, |bias| bias.ptr),
         sync: 0,
@@ -54,15 +47,12 @@ pub(super) fn forward(op: &raw::Forward, shape: LoraShape, device: &Device, opti
         n_blocks: n_blocks as u32,
         h_units: h_units as u32,
         units,
-        group_m: GROUP_M,
+        group_m: options.group_m(m_blocks),
         flag_shift,
         sync_words: LORA_SYNC_FLAGS + flag_count as u32,
     };
     let mut notes = Vec::new();
-    explain::slow_operands(
-        &mut notes,
-        &[("x", Some(op.x)), ("w", Some(op.w)), ("a", Some(op.a)), ("b", Some(op.b)), ("h", op.h)],
-    );
+    explain::slow_operands(&mut notes, &read_by_forward(op));
     let kernel = match (op.dtype, tile.is_large()) {
         (Dtype::Bf16, true) => "lora_forward_bf16_large",
         (Dtype::Bf16, false) => "lora_forward_bf16_small",
@@ -70,46 +60,36 @@ pub(super) fn forward(op: &raw::Forward, shape: LoraShape, device: &Device, opti
         (_, false) => "lora_forward_f16_small",
     };
     let launch = tile.launch("portable_forward", kernel, units, device, Params::Forward(params));
-    let microseconds = tile.microseconds(device, &products);
+    let microseconds = tile.microseconds(device, op.dtype, &products);
     Ok(Draft { choice: Choice::Portable(tile), launch, scratch, notes, microseconds })
 }
 
 /// Plans backward.
 pub(super) fn backward(op: &raw::Backward, shape: LoraShape, device: &Device, options: &Options) -> Result<Draft> {
     let LoraShape { m, n, k, r } = shape;
-    let has_adapter = r != 0;
-    let wants_da = op.da.is_some() && has_adapter;
-    let wants_db = op.db.is_some() && has_adapter;
-    let wants_dh = has_adapter && (op.dx.is_some() || wants_da);
-    let main = if op.dx.is_some() { vec![(m, k, n + r)] } else { vec![(m, r.max(1), n), (n, r.max(1), m)] };
+    let wanted = Wanted::of(op);
+    let main = if wanted.dx { vec![(m, k, n + r)] } else { vec![(m, r.max(1), n), (n, r.max(1), m)] };
     let tile = Tile::choose(device, options.tile, &main);
-    let microseconds = tile.microseconds(device, &main);
+    let microseconds = tile.microseconds(device, op.dtype, &main);
 
     let r_blocks = blocks(r, LORA_NARROW_N);
     let (m_blocks, n_blocks, k_blocks) = (blocks(m, tile.block), blocks(n, tile.block), blocks(k, tile.block));
-    let dh_units = if wants_dh { m_blocks * r_blocks } else { 0 };
-    let dx_units = if op.dx.is_some() { m_blocks * k_blocks } else { 0 };
+    let dh_units = if wanted.dh { m_blocks * r_blocks } else { 0 };
+    let dx_units = if wanted.dx { m_blocks * k_blocks } else { 0 };
     // dbias rides on the db tiles of the first block of ranks, which therefore exist even without db.
-    let db_tiles = n_blocks * if wants_db { r_blocks } else { u64::from(op.dbias.is_some()) };
-    let da_tiles = if wants_da { k_blocks * r_blocks } else { 0 };
+    let db_tiles = n_blocks * if wanted.db { r_blocks } else { u64::from(wanted.dbias) };
+    let da_tiles = if wanted.da { k_blocks * r_blocks } else { 0 };
     let (flag_shift, flag_count) = flags(m_blocks);
     let chunks = Chunks::choose(device, &tile, m, r, db_tiles + da_tiles);
     let dx_end = dh_units + dx_units;
     let db_end = dx_end + db_tiles * chunks.count;
     let units = check_units(db_end + da_tiles * chunks.count)?;
 
-    let mut scratch = Scratch { end: SYNC_BYTES as u64, ..Scratch::default() };
-    let dh_stride = scratch_stride(r);
-    if wants_dh {
-        scratch.h = Some(scratch.reserve((m * dh_stride * op.dtype.size()) as u64));
-    }
+    let mut scratch = Scratch::new();
+    let dh = wanted.dh.then(|| scratch.reserve_middle(m, r, op.dtype));
     if chunks.count > 1 {
         scratch.partials = Some(scratch.reserve(chunks.bytes(db_tiles + da_tiles)));
     }
-    let optional = |argument: Option<raw::Matrix>| argument.map(matrix).unwrap_or_default();
-    let gradient = |wanted: bool, argument: Option<raw::Gradient>| {
-        optional(argument.filter(|_| wanted).map(|gradient| gradient.matrix))
-    };
     let counters = LORA_SYNC_FLAGS + flag_count as u32;
     let counter_words = if chunks.count > 1 { (db_tiles + da_tiles) as u32 } else { 0 };
     let params = LoraBackwardParams {
@@ -119,11 +99,11 @@ pub(super) fn backward(op: &raw::Backward, shape: LoraShape, device: &Device, op
         b: matrix(op.b),
         x: optional(op.x),
         // Of db's narrow operand nothing is read when dbias alone is wanted; it is still an address.
-        h: if wants_db { optional(op.h) } else { matrix(op.dy) },
-        dh: LoraMatrix { ptr: 0, row_stride: dh_stride as i64 },
+        h: if wanted.db { optional(op.h) } else { matrix(op.dy) },
+        dh: optional(dh),
         dx: optional(op.dx),
-        da: gradient(wants_da, op.da),
-        db: gradient(wants_db, op.db),
+        da: gradient(wanted.da, op.da),
+        db: gradient(wanted.db, op.db),
         dbias: op.dbias.map_or(0, |dbias| dbias.matrix.ptr),
         partials: 0,
         sync: 0,
@@ -143,24 +123,13 @@ pub(super) fn backward(op: &raw::Backward, shape: LoraShape, device: &Device, op
         chunk_rows: chunks.rows as u32,
         partial_stride: chunks.partial_stride as u32,
         counters,
-        group_m: GROUP_M,
+        group_m: options.group_m(m_blocks),
         flag_shift,
         sync_words: counters + counter_words,
         flags: gradient_flags(op),
     };
     let mut notes = Vec::new();
-    explain::slow_operands(
-        &mut notes,
-        // Only what the requested outputs read.
-        &[
-            ("dy", Some(op.dy)),
-            ("w", op.dx.map(|_| op.w)),
-            ("a", op.dx.map(|_| op.a)),
-            ("b", Some(op.b).filter(|_| wants_dh)),
-            ("x", op.x.filter(|_| wants_da)),
-            ("h", op.h.filter(|_| wants_db)),
-        ],
-    );
+    explain::slow_operands(&mut notes, &read_by_backward(op));
     let kernel = match (op.dtype, tile.is_large()) {
         (Dtype::Bf16, true) => "lora_backward_bf16_large",
         (Dtype::Bf16, false) => "lora_backward_bf16_small",

@@ -83,8 +83,6 @@ pub(super) struct Choice {
     pub tile: Tile,
     /// CTAs per cluster.
     pub cluster: u32,
-    /// Predicted by the model.
-    pub microseconds: f64,
 }
 
 /// Columns of a narrow tile: the first of the compiled widths that holds `r`, or the widest.
@@ -135,8 +133,7 @@ fn ctas(tickets: u32, cluster: u32, device: &Device) -> u32 {
     tickets.clamp(1, (device.sms.min(MAX_SMS) / cluster).max(1)) * cluster
 }
 
-/// The tiles and cluster sizes that options, device and tokens leave, never none; the first of those that take equally long
-/// is chosen.
+/// The tiles and cluster sizes that options, device and tokens leave; the first of those that take equally long is chosen.
 fn candidates(options: &Options, device: &Device, m: usize) -> Result<Vec<(Tile, u32)>> {
     if let Some(cluster) = options.cluster.filter(|&cluster| cluster > device.sms) {
         return Err(Error::PlanOption {
@@ -157,19 +154,27 @@ fn candidates(options: &Options, device: &Device, m: usize) -> Result<Vec<(Tile,
 
 /// What `evaluate` makes of the candidate with the fewest clocks; its error when all have one.
 fn shortest<S>(
+    options: &Options,
     candidates: Vec<(Tile, u32)>,
     evaluate: impl Fn(Tile, u32) -> Result<S>,
     clocks: impl Fn(&S) -> f64,
 ) -> Result<S> {
-    let mut best = check_tickets(u64::MAX).and_then(|_| Err(Error::NoOutput));
+    let mut best: Option<Result<S>> = None;
     for (tile, cluster) in candidates {
         match (&best, evaluate(tile, cluster)) {
-            (Ok(best), Ok(found)) if clocks(&found) >= clocks(best) => {}
-            (Ok(_), Err(_)) => {}
-            (_, found) => best = found,
+            (Some(Ok(best)), Ok(found)) if clocks(&found) >= clocks(best) => {}
+            (Some(Ok(_)), Err(_)) => {}
+            (_, found) => best = Some(found),
         }
     }
-    best
+    // Only a tile of another family leaves no candidate.
+    best.unwrap_or_else(|| {
+        Err(Error::PlanOption {
+            option: "tile",
+            got: format!("{:?}", options.tile),
+            expected: "a tile shape of the Hopper family".to_owned(),
+        })
+    })
 }
 
 /// As [`super::check_units`], for tickets: a cluster draws one past the last.

@@ -123,13 +123,13 @@ pub const DEFECTS: &[Defect] = defects! {
     FORWARD Sm90N128 "a flag raised without release":
         (SYNC "red.release.gpu" => "red.relaxed.gpu");
     FORWARD Sm90N128 "a flag waited for one slab short":
-        (SCHEDULE "< target) __nanosleep" => "< target - 1) __nanosleep");
+        (SCHEDULE "< flags.target(flag)) __nanosleep" => "< flags.target(flag) - 1) __nanosleep");
     FORWARD Sm90N128 "a flag waited for without end":
-        (SCHEDULE "< target) __nanosleep" => "<= target) __nanosleep");
+        (SCHEDULE "< flags.target(flag)) __nanosleep" => "<= flags.target(flag)) __nanosleep");
     FORWARD Sm90N128 "another block's flag":
-        (FORWARD_CU "wait_for_narrow(m / kBlockM, 1);" => "wait_for_narrow((m / kBlockM) ^ 1, 1);");
+        (FORWARD_CU "wait_for_block(flags(), m / kBlockM);" => "wait_for_block(flags(), (m / kBlockM) ^ 1);");
     FORWARD Sm90N128 "copies of h not fenced":
-        (SCHEDULE "  ptx::fence_async_global();\n" => "");
+        (SCHEDULE "__nanosleep(64);\n  ptx::fence_async_global();" => "__nanosleep(64);");
     FORWARD Sm90N128 "h published before it is written":
         (EPILOGUE "uint32_t flag) {\n  consumer.barrier();" => "uint32_t flag) {");
     // Boxes on their way out.
@@ -220,8 +220,17 @@ pub const DEFECTS: &[Defect] = defects! {
         (BACKWARD_CU "(tokens + kBlockK - 1) / kBlockK" => "tokens / kBlockK");
     BACKWARD Sm90N128 "da waits for the first block of dh alone":
         (BACKWARD_CU "(unit.tokens + kBlockM - 1) / kBlockM);" => "1);");
+    BACKWARD Sm90N128 "the flags of a chunk looked at without acquire":
+        (SCHEDULE "  ptx::fence_acquire();\n" => "");
+    BACKWARD Sm90N128 "the last flag of a chunk left out":
+        (SCHEDULE "flag <= last; flag += kPolled" => "flag < last; flag += kPolled")
+        (SCHEDULE "flags.word(min(flag + i, last))" => "flags.word(min(flag + i, last - 1))");
+    BACKWARD Sm90N128 "flags looked at and taken as they are":
+        (SCHEDULE "while (!are_published()) __nanosleep(64);" => "are_published();");
     BACKWARD Sm90N128 "copies of dh not fenced":
-        (SCHEDULE "  ptx::fence_async_global();\n" => "");
+        (SCHEDULE "__nanosleep(64);\n  ptx::fence_async_global();" => "__nanosleep(64);");
+    BACKWARD Sm90N128 "copies of a chunk of dh not fenced":
+        (SCHEDULE "ptx::fence_acquire();\n  ptx::fence_async_global();" => "ptx::fence_acquire();");
     BACKWARD Sm90N192 "stages of sums laid out otherwise by the producer":
         (BACKWARD_CU "product ? width() : kSumsN, product," => "width(), product,");
     BACKWARD Sm90N128 "dx overwritten, not accumulated":

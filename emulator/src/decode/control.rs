@@ -14,7 +14,8 @@ impl Decoder<'_> {
                 Op::Bra { target: self.label(target)? }
             }
             ["ret"] | ["exit"] | ["ret", "uni"] => Op::Exit,
-            ["trap"] => Op::Trap,
+            // Without a debugger a breakpoint is an error.
+            ["trap" | "brkpt"] => Op::Trap,
             ["nanosleep", "u32"] => {
                 let [time] = self.operands()?;
                 self.src(time, Ty::U(32))?;

@@ -13,16 +13,21 @@ impl Decoder<'_> {
             ["atom", ..] => self.atom(&words[1..], true),
             ["red", ..] if !matches!(words.get(1), Some(&"async")) => self.atom(&words[1..], false),
             // "On sm_70 and higher membar is a synonym for fence.sc."
-            ["membar", "cta"] => Ok(Some(Op::Fence { scope: Scope::Cta, sc: true })),
-            ["membar", "gl" | "sys"] => Ok(Some(Op::Fence { scope: Scope::Gpu, sc: true })),
-            ["fence", order @ ("acq_rel" | "sc"), scope] => {
+            ["membar", "cta"] => Ok(Some(Op::Fence { scope: Scope::Cta, order: Order::AcqRel, sc: true })),
+            ["membar", "gl" | "sys"] => Ok(Some(Op::Fence { scope: Scope::Gpu, order: Order::AcqRel, sc: true })),
+            ["fence", order @ ("acq_rel" | "sc" | "acquire" | "release"), scope] => {
                 let scope = match scope {
                     "cta" => Scope::Cta,
                     "cluster" => Scope::Cluster,
                     "gpu" | "sys" => Scope::Gpu,
                     _ => return self.unsupported(),
                 };
-                Ok(Some(Op::Fence { scope, sc: order == "sc" }))
+                let (order, sc) = match order {
+                    "acquire" => (Order::Acquire, false),
+                    "release" => (Order::Release, false),
+                    order => (Order::AcqRel, order == "sc"),
+                };
+                Ok(Some(Op::Fence { scope, order, sc }))
             }
             ["cvta", space_word, "u64"] => self.cvta(space(space_word), false),
             ["cvta", "to", space_word, "u64"] => self.cvta(space(space_word), true),
@@ -38,11 +43,11 @@ impl Decoder<'_> {
                 let Operand::Literal(pending) = pending else { return self.unsupported() };
                 Ok(Some(Op::CpAsyncWait { pending: Some(*pending as u32) }))
             }
-            ["ldmatrix", "sync", "aligned", "m8n8", count @ ("x1" | "x2" | "x4"), ref rest @ ..] => {
-                let (trans, space) = self.matrix_form(rest)?;
+            ["ldmatrix", "sync", "aligned", ref form @ ..] => {
+                let (count, trans, space) = self.matrix_form(form)?;
                 let [d, addr] = self.operands()?;
                 let Operand::Vector(parts) = d else { return self.unsupported() };
-                if parts.len() != usize::from(count.as_bytes()[1] - b'0') {
+                if parts.len() != count {
                     return self.unsupported();
                 }
                 let d = parts.iter().map(|part| self.dst(part)).collect::<Result<Vec<_>>>()?;
@@ -188,6 +193,7 @@ impl Decoder<'_> {
             b: self.src(&rest[1], ty)?,
             c,
             sem,
+            reduces: !returns,
         }))
     }
 

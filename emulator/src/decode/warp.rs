@@ -8,10 +8,10 @@ impl Decoder<'_> {
     /// PTX ISA, "stmatrix", "movmatrix", "elect.sync", "match.sync", "redux.sync", "mma".
     pub(super) fn warp(&self, words: &[&str]) -> Result<Option<Op>> {
         let op = match *words {
-            ["stmatrix", "sync", "aligned", "m8n8", count @ ("x1" | "x2" | "x4"), ref rest @ ..] => {
-                let (trans, space) = self.matrix_form(rest)?;
+            ["stmatrix", "sync", "aligned", ref form @ ..] => {
+                let (count, trans, space) = self.matrix_form(form)?;
                 let [addr, a] = self.operands()?;
-                let a = self.list(a, usize::from(count.as_bytes()[1] - b'0'), Ty::B(32))?;
+                let a = self.list(a, count, Ty::B(32))?;
                 WarpOp::Stmatrix { trans, space, addr: self.address(addr)?, a }
             }
             ["movmatrix", "sync", "aligned", "m8n8", "trans", "b16"] => {
@@ -74,15 +74,19 @@ impl Decoder<'_> {
         }
     }
 
-    /// `[.trans][.shared].b16` of `ldmatrix` and `stmatrix`; without a space the address is generic.
-    pub(super) fn matrix_form(&self, words: &[&str]) -> Result<(bool, Space)> {
-        let (trans, rest) = match words {
-            ["trans", rest @ ..] => (true, rest),
-            rest => (false, rest),
+    /// `.m8n8.x1|.x2|.x4[.trans][.shared].b16` of `ldmatrix` and `stmatrix`; without a space the address is generic. ptxas takes
+    /// shape, number and `.trans` in any order, and CUTLASS has the number first.
+    pub(super) fn matrix_form(&self, words: &[&str]) -> Result<(usize, bool, Space)> {
+        let (form, space) = match words {
+            [form @ .., "shared" | "shared::cta", "b16"] => (form, Space::Shared),
+            [form @ .., "b16"] => (form, Space::Generic),
+            _ => return self.unsupported(),
         };
-        match rest {
-            ["shared" | "shared::cta", "b16"] => Ok((trans, Space::Shared)),
-            ["b16"] => Ok((trans, Space::Generic)),
+        let has = |word: &str| form.contains(&word);
+        let counts: Vec<usize> = [1, 2, 4].into_iter().filter(|count| has(&format!("x{count}"))).collect();
+        let trans = has("trans");
+        match counts[..] {
+            [count] if has("m8n8") && form.len() == 2 + usize::from(trans) => Ok((count, trans, space)),
             _ => self.unsupported(),
         }
     }

@@ -66,12 +66,9 @@ fn first_unwritten(written: &[u8]) -> Option<usize> {
     written.iter().position(|&written| written & 1 == 0)
 }
 
-/// Whether a weak write by a thread itself leaves the bytes as they are.
-fn lands_equal(there: &[u8], written: &[u8], data: &[u8], access: Access, view: &View) -> bool {
-    access.kind & ATOMIC == 0
-        && access.agent == view.agent
-        && there == data
-        && written.iter().all(|written| written & 1 != 0)
+/// Whether a weak write leaves the bytes as they are.
+fn lands_equal(there: &[u8], written: &[u8], data: &[u8], access: Access) -> bool {
+    access.kind & ATOMIC == 0 && there == data && written.iter().all(|written| written & 1 != 0)
 }
 
 /// Stores bytes; strong writes leave the marks of flags.
@@ -126,8 +123,7 @@ impl Context<'_> {
             let message = format!("`{}` at offset {offset} is constant and cannot be written", allocation.name);
             return Err(Fault::new(Rule::OutOfBounds, message));
         }
-        let equal =
-            lands_equal(&allocation.data[range.clone()], &allocation.written[range.clone()], data, access, view);
+        let equal = lands_equal(&allocation.data[range.clone()], &allocation.written[range.clone()], data, access);
         let flagged = access.kind & ATOMIC == 0 && flagged(&allocation.written[range.clone()]);
         self.check_global(index, (offset, data.len()), access, view, equal)?;
         if flagged {
@@ -225,8 +221,7 @@ impl Cta {
         let offset = self.shared_offset(address, data.len())?;
         self.refuse_mbarrier(address, data.len())?;
         let range = offset..offset + data.len();
-        let equal =
-            lands_equal(&self.shared.data[range.clone()], &self.shared.written[range.clone()], data, access, view);
+        let equal = lands_equal(&self.shared.data[range.clone()], &self.shared.written[range.clone()], data, access);
         self.check_shared(context, (offset, data.len()), access, view, equal)?;
         if access.kind & ATOMIC == 0 && flagged(&self.shared.written[range.clone()]) {
             context.end_flags((self.serial, address), data.len(), false);
@@ -316,7 +311,13 @@ impl Cta {
                 let found = self.load_lane(context, (warp, lane), (space, at, bytes), access)?;
                 data[part * bytes..(part + 1) * bytes].copy_from_slice(&found[..bytes]);
                 if !weak {
-                    self.acquire(context, (warp, lane), Word { space, address: at, bytes }, sem);
+                    self.acquire(
+                        context,
+                        (warp, lane),
+                        Word { space, address: at, bytes },
+                        access.of_lane(lane),
+                        (sem, true),
+                    );
                 }
             }
             for (i, d) in d.iter().enumerate() {
@@ -394,7 +395,8 @@ impl Cta {
                 let data = &data[part * bytes..(part + 1) * bytes];
                 self.store_lane(context, (warp, lane), (space, at, data), access)?;
                 if !weak {
-                    self.release(context, (warp, lane), Word { space, address: at, bytes }, sem, false);
+                    let write = access.of_lane(lane);
+                    self.release(context, (warp, lane), Word { space, address: at, bytes }, write, sem);
                 }
             }
         }
@@ -440,7 +442,7 @@ impl Cta {
         (pc, mask): (u32, u32),
         (space, op, ty): (Space, Atomic, Ty),
         (d, address, b, c): (Dst, Address, Src, Src),
-        sem: Semantics,
+        (sem, reduces): (Semantics, bool),
     ) -> Outcome<()> {
         let addresses = self.warps[warp].addresses(context, self, address);
         let (b, c) = (self.warps[warp].read(context, self, b), self.warps[warp].read(context, self, c));
@@ -460,11 +462,11 @@ impl Cta {
             .map_err(|fault| fault.lane(lane))?;
             let old = element(&data[..bytes], ty, ty.bits() as u8);
             let word = Word { space, address: at, bytes };
-            self.acquire(context, (warp, lane), word, sem);
-            let new = alu::atomic(op, ty, old, b[lane as usize], c[lane as usize]);
             let write = Access { kind: read.kind | WRITE, ..read };
+            self.acquire(context, (warp, lane), word, write, (sem, !reduces));
+            let new = alu::atomic(op, ty, old, b[lane as usize], c[lane as usize]);
             self.store_lane(context, (warp, lane), (space, at, &new.to_le_bytes()[..bytes]), write)?;
-            self.release(context, (warp, lane), word, sem, true);
+            self.release(context, (warp, lane), word, write, sem);
             if new != old {
                 context.idle = 0;
             }

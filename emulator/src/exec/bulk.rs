@@ -91,8 +91,9 @@ pub(super) struct InFlight {
 pub(super) struct Groups {
     /// Groups each lane has committed.
     pub committed: [u32; 32],
-    /// Number of the last copy.
+    /// Number of the last copies, those of one instruction having the same, and that instruction.
     pub number: u32,
+    pub issue: u64,
     /// The agents of reads and writes, once there is a copy.
     pub agents: Option<(u16, u16)>,
 }
@@ -204,6 +205,12 @@ impl Context<'_> {
         let mut copy = InFlight::new(cta, warp, (pc, lane), manner);
         copy.done = Done::Copies { mbarrier: mbarrier as u32, epoch };
         self.in_flight.push(copy);
+    }
+
+    /// Whether an mbarrier will say when the `cp.async` of a lane up to this epoch have landed.
+    pub fn arrives_for(&self, owner: (u32, u32), lane: u32, epoch: u32) -> bool {
+        let theirs = self.in_flight.iter().filter(|copy| copy.owner == owner && copy.lane == lane);
+        theirs.into_iter().any(|copy| matches!(copy.done, Done::Copies { epoch: upto, .. } if upto >= epoch))
     }
 
     /// At the exit of lanes: nothing in shared memory may still have to be read for them.

@@ -7,6 +7,7 @@ use super::warp::{Flow, Wait};
 use super::{Clock, Context, Cta, Fault, Outcome};
 use crate::isa::Scope;
 use crate::report::Rule;
+use crate::shadow::Access;
 
 pub(super) const RANK_SHIFT: u32 = 24;
 /// The part of a shared address that lies within its CTA.
@@ -223,7 +224,9 @@ impl Cta {
             return Ok(());
         }
         for (offset, access) in self.shared.shadow.remembered() {
-            if access.cta != self.serial && !self.exited.covers(access) {
+            let known = |access: &Access| self.exited.covers(access);
+            let observed = || self.shared.shadow.is_observed(offset, access, known);
+            if access.cta != self.serial && !known(access) && !observed() {
                 let message = format!(
                     "the CTA exits before an access by another CTA to its shared memory at offset {offset} is ordered"
                 );

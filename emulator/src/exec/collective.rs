@@ -7,7 +7,7 @@ use crate::alu;
 use crate::clock::View;
 use crate::isa::{Address, Dst, Pred, Shuffle, Space, Src, Ty, Vote};
 use crate::report::Rule;
-use crate::shadow::Access;
+use crate::shadow::{Access, TOGETHER};
 
 impl Cta {
     /// PTX ISA, "ldmatrix": lane 8 j + i gives the address of row i of matrix j; of each row, lane 4 i + t receives the
@@ -23,7 +23,9 @@ impl Cta {
         let addresses = self.warps[warp].addresses(context, self, address);
         context.count_rows(pc, &addresses[..8 * d.len()]);
         let views = &self.warps[warp].views;
-        let (access, common) = (views.access(self.serial, pc, 0), views.common());
+        // "… causes the executing thread to wait until all threads in the warp execute the same ldmatrix instruction before
+        // resuming execution": what a lane writes next comes after what was read for the others.
+        let (access, common) = (views.access(self.serial, pc, TOGETHER), views.common());
         for (matrix, d) in d.iter().enumerate() {
             let mut rows = [[0u16; 8]; 8];
             for (row, elements) in rows.iter_mut().enumerate() {

@@ -40,8 +40,10 @@ pub(super) struct Copies {
 }
 
 impl Copies {
-    pub fn of_lanes(&self, mask: u32) -> usize {
-        self.queue.iter().filter(|copy| mask >> copy.lane & 1 != 0).count()
+    /// Instruction, lane and number of the copies of these lanes that nobody has waited for, and their epochs.
+    pub fn of_lanes(&self, mask: u32) -> impl Iterator<Item = (u32, u32, u32)> {
+        let theirs = self.queue.iter().filter(move |copy| mask >> copy.lane & 1 != 0);
+        theirs.map(|copy| (copy.pc, u32::from(copy.lane), copy.epoch))
     }
 
     /// Sets what has been issued apart from what follows; returns the last epoch of the former.

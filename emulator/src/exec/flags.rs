@@ -14,8 +14,9 @@ use std::rc::Rc;
 use super::cluster::OFFSET;
 use super::views::Views;
 use super::warp::Warp;
-use super::{Clock, Context, Cta};
+use super::{Access, Clock, Context, Cta};
 use crate::isa::{Order, Scope, Semantics, Space};
+use crate::memory::Allocation;
 
 /// What a release pattern published.
 #[derive(Clone, Debug)]
@@ -25,6 +26,15 @@ pub(super) struct Released {
     scope: Scope,
     /// By whom; `None`: by threads of several CTAs.
     cta: Option<u32>,
+}
+
+/// What lanes have read and not acquired yet.
+#[derive(Clone, Debug)]
+pub(super) struct Seen {
+    lanes: u32,
+    /// `None`: at any of several places.
+    place: Option<Place>,
+    released: Rc<Released>,
 }
 
 /// What lanes knew and had done at a fence.
@@ -72,19 +82,24 @@ pub(super) struct Word {
 /// CTA (`u32::MAX`: global memory) and address.
 pub(super) type Place = (u32, u64);
 
-/// A word through which threads synchronise, with what its last releases published.
+/// A word that was last written by a strong write, with what its last releases published.
 #[derive(Debug)]
 pub(super) struct Flag {
     bytes: usize,
-    /// Scope and CTA of the last write.
-    last: (Scope, u32),
+    /// The last write and its scope.
+    last: (Scope, Access),
     releases: Vec<Rc<Released>>,
+    /// What the last release operations on it have published: a strong write that follows one in its thread is part of
+    /// a release pattern, too. The agent and lane.
+    operations: Vec<(u16, u32, Released)>,
     /// What came before each `fence.sc` that came before one of the writes.
     fenced: Option<Rc<Clock>>,
 }
 
-/// Releases by different CTAs that a flag tells apart.
+/// Releases by different CTAs that a flag tells apart, and threads whose release operations it remembers.
 const RELEASES: usize = 8;
+/// What lanes have seen in different flags is told apart up to here.
+const MOST_SEEN: usize = 64;
 
 impl Flag {
     fn add(&mut self, released: Released) {
@@ -122,6 +137,12 @@ impl Context<'_> {
             self.flags.range(range).filter(|(place, flag)| overlaps(place, flag)).map(|(place, _)| *place).collect();
         ended.iter().for_each(|place| drop(self.flags.remove(place)));
     }
+
+    /// The shared memory of a CTA is gone.
+    pub(super) fn forget_flags(&mut self, cta: u32) {
+        let mut later = self.flags.split_off(&(cta, 0));
+        self.flags.append(&mut later.split_off(&(cta + 1, 0)));
+    }
 }
 
 impl Views {
@@ -133,21 +154,22 @@ impl Views {
 
     /// A fence by these lanes. It acquires what they have read of what was `within` the scopes, and makes what went before
     /// ready for their next strong writes.
-    pub fn fence(&mut self, (lanes, live): (u32, u32), (scope, sc): (Scope, bool), within: impl Fn(&Released) -> bool) {
+    pub fn fence(
+        &mut self,
+        (lanes, live): (u32, u32),
+        (scope, order, sc): (Scope, Order, bool),
+        within: impl Fn(&Released) -> bool,
+    ) {
         // A narrower one has no order with all others.
         let sc = sc && scope == Scope::Gpu;
         if sc {
             self.learn_heard(lanes, live);
         }
-        for (by, released) in std::mem::take(&mut self.seen) {
-            let within = within(&released);
-            if within && by & lanes != 0 {
-                self.learn(by & lanes, live, &released.clock);
-            }
-            let left = if within { by & !lanes } else { by };
-            if left != 0 {
-                self.seen.push((left, released));
-            }
+        if order != Order::Release {
+            self.learn_seen((lanes, live), None, within);
+        }
+        if order == Order::Acquire {
+            return;
         }
         if sc {
             // What the releases that were read had heard.
@@ -163,20 +185,46 @@ impl Views {
         self.next_epoch();
     }
 
+    /// These lanes acquire what they have read, at this place or anywhere.
+    fn learn_seen(&mut self, (lanes, live): (u32, u32), place: Option<Place>, within: impl Fn(&Released) -> bool) {
+        for Seen { lanes: by, place: at, released } in std::mem::take(&mut self.seen) {
+            let within = (place.is_none() || at == place) && within(&released);
+            if within && by & lanes != 0 {
+                self.learn(by & lanes, live, &released.clock);
+            }
+            let left = if within { by & !lanes } else { by };
+            if left != 0 {
+                self.seen.push(Seen { lanes: left, place: at, released });
+            }
+        }
+    }
+
     /// A relaxed read by these lanes sees what was published: their next fence acquires it.
     pub fn see(&mut self, lanes: u32, clock: Clock) {
-        see(&mut self.seen, lanes, &Rc::new(Released { clock, scope: Scope::Gpu, cta: None }));
+        self.see_at(lanes, None, &Rc::new(Released { clock, scope: Scope::Gpu, cta: None }));
+    }
+
+    /// Remembers what lanes have read, once per place, scope and origin.
+    fn see_at(&mut self, lanes: u32, place: Option<Place>, released: &Rc<Released>) {
+        let place = place.filter(|_| self.seen.len() < MOST_SEEN);
+        let same = |seen: &Seen| {
+            let origin = (seen.released.scope, seen.released.cta) == (released.scope, released.cta);
+            seen.lanes == lanes && seen.place == place && origin
+        };
+        match self.seen.iter_mut().find(|seen| same(seen)) {
+            Some(seen) if Rc::ptr_eq(&seen.released, released) => {}
+            Some(seen) => Rc::make_mut(&mut seen.released).clock.join(&released.clock),
+            None => self.seen.push(Seen { lanes, place, released: Rc::clone(released) }),
+        }
     }
 }
 
 impl Cta {
-    /// Before a strong write: flags on other bytes that it overlaps end. If it publishes, its bytes are a flag's from now on.
-    pub(super) fn mark_flag(&mut self, context: &mut Context<'_>, word: Word, publishes: bool) {
+    /// Before a strong write: flags on other bytes that it overlaps end. Its bytes are a flag's from now on.
+    fn mark_flag(&mut self, context: &mut Context<'_>, word: Word) {
         let mark = |written: &mut [u8]| {
             let was_flagged = flagged(written);
-            if publishes {
-                written.iter_mut().for_each(|written| *written |= FLAGGED);
-            }
+            written.iter_mut().for_each(|written| *written |= FLAGGED);
             was_flagged
         };
         let was_flagged = if word.space == Space::Shared {
@@ -194,6 +242,21 @@ impl Cta {
         }
     }
 
+    /// A strong read has observed a write, see [`Shadow::observe`](crate::shadow::Shadow::observe).
+    fn observe(&mut self, context: &mut Context<'_>, word: Word, write: Access, read: Access) {
+        if word.space == Space::Shared {
+            // Its bytes have been read: they exist.
+            let _ = self.on(context, word.address, |cta, _, at| {
+                let offset = cta.shared_offset(at, word.bytes)?;
+                cta.shared.shadow.observe((offset, word.bytes), write, read);
+                Ok(())
+            });
+        } else if let Ok((index, offset)) = context.memory.find(word.address, word.bytes) {
+            let Allocation { shadow, base, .. } = &mut context.memory.allocations[index];
+            shadow.observe(((*base % 16) as usize + offset, word.bytes), write, read);
+        }
+    }
+
     fn place(&self, context: &Context<'_>, space: Space, address: u64) -> Place {
         if space != Space::Shared {
             return (u32::MAX, address);
@@ -205,33 +268,51 @@ impl Cta {
         (serial, address & OFFSET)
     }
 
-    /// What a lane's load, or the read of its atomic, learns from the word.
+    /// What a lane's load, or the read of its atomic, learns from the word; `acquires`: it can begin or end an acquire pattern.
     ///
     /// PTX ISA, "Release and Acquire Patterns", "Observation Order", "Synchronizes-with": the read must be morally strong
     /// with the write whose value it takes; what began the release and what ends the acquisition, operation or fence, too.
-    pub(super) fn acquire(&mut self, context: &Context<'_>, (warp, lane): (usize, u32), word: Word, sem: Semantics) {
+    pub(super) fn acquire(
+        &mut self,
+        context: &mut Context<'_>,
+        (warp, lane): (usize, u32),
+        word: Word,
+        read: Access,
+        (sem, acquires): (Semantics, bool),
+    ) {
         if word.space == Space::Local {
             return;
         }
-        let Some(flag) = context.flags.get(&self.place(context, word.space, word.address)) else { return };
+        let (serial, clusters) = (self.serial, context.clusters);
         let near = |scope, cta, other_scope| {
-            context.clusters.includes(scope, cta, self.serial)
-                && context.clusters.includes(other_scope, self.serial, cta)
+            clusters.includes(scope, cta, serial) && clusters.includes(other_scope, serial, cta)
         };
-        if flag.bytes != word.bytes || !near(flag.last.0, flag.last.1, sem.scope) {
+        let within = |released: &Released| released.cta.is_none_or(|cta| near(released.scope, cta, sem.scope));
+        let place = self.place(context, word.space, word.address);
+        let is_acquire = acquires && matches!(sem.order, Order::Acquire | Order::AcqRel);
+        if is_acquire {
+            // A strong read followed by an acquire operation on the same location.
+            let Warp { views, live, .. } = &mut self.warps[warp];
+            views.learn_seen((1 << lane, *live), Some(place), within);
+        }
+        let Some(flag) = context.flags.get(&place) else { return };
+        let (scope, write) = flag.last;
+        if flag.bytes != word.bytes || !near(scope, write.cta, sem.scope) {
             return;
         }
         let Warp { views, live, .. } = &mut self.warps[warp];
         if let Some(fenced) = &flag.fenced {
             views.hear(lane, *live, fenced);
         }
-        for released in &flag.releases {
-            let within = released.cta.is_none_or(|cta| near(released.scope, cta, sem.scope));
-            if within && matches!(sem.order, Order::Acquire | Order::AcqRel) {
+        for released in flag.releases.iter().filter(|_| acquires) {
+            if is_acquire && within(released) {
                 views.learn(1 << lane, *live, &released.clock);
             } else {
-                see(&mut views.seen, 1 << lane, released);
+                views.see_at(1 << lane, Some(place), released);
             }
+        }
+        if context.options.checks.races && !write.same_thread(&read) {
+            self.observe(context, word, write, read);
         }
     }
 
@@ -242,72 +323,71 @@ impl Cta {
         context: &mut Context<'_>,
         (warp, lane): (usize, u32),
         word: Word,
+        write: Access,
         sem: Semantics,
-        atomic: bool,
     ) {
         if word.space == Space::Local {
             return;
         }
         let views = &self.warps[warp].views;
-        let mut published: Vec<Released> = Vec::new();
         let cta = Some(self.serial);
-        if matches!(sem.order, Order::Release | Order::AcqRel) {
-            published.push(Released { clock: views.published(1 << lane, u32::MAX), scope: sem.scope, cta });
-        }
-        published.extend(views.fenced_by(1 << lane).map(|(clock, scope)| Released { clock, scope, cta }));
+        let operation = matches!(sem.order, Order::Release | Order::AcqRel);
+        let operation =
+            operation.then(|| Released { clock: views.published(1 << lane, u32::MAX), scope: sem.scope, cta });
+        let mut published: Vec<Released> =
+            views.fenced_by(1 << lane).map(|(clock, scope)| Released { clock, scope, cta }).collect();
         let fenced = views.before_fences_sc(lane);
         let place = self.place(context, word.space, word.address);
-        let publishes = fenced.is_some() || !published.is_empty();
-        self.mark_flag(context, word, publishes);
+        self.mark_flag(context, word);
         let clusters = context.clusters;
         let flag = match context.flags.entry(place) {
-            btree_map::Entry::Vacant(_) if !publishes => return,
             btree_map::Entry::Vacant(entry) => entry.insert(Flag {
                 bytes: word.bytes,
-                last: (sem.scope, self.serial),
+                last: (sem.scope, write),
                 releases: Vec::new(),
+                operations: Vec::new(),
                 fenced: None,
             }),
             btree_map::Entry::Occupied(entry) => entry.into_mut(),
         };
-        let (scope, writer) = flag.last;
+        let (scope, last) = flag.last;
         let continues =
-            clusters.includes(scope, writer, self.serial) && clusters.includes(sem.scope, self.serial, writer);
-        if !(atomic && continues) {
+            clusters.includes(scope, last.cta, self.serial) && clusters.includes(sem.scope, self.serial, last.cta);
+        if !(write.updates() && continues) {
             flag.releases.clear();
             flag.fenced = None;
         }
-        flag.last = (sem.scope, self.serial);
+        flag.last = (sem.scope, write);
+        // Release operations by this thread, which this write follows.
+        let mine =
+            |(agent, by, released): &(u16, u32, Released)| (*agent, *by, released.cta) == (write.agent, lane, cta);
+        published.extend(flag.operations.iter().filter(|entry| mine(entry)).map(|(.., released)| released.clone()));
+        if let Some(released) = operation {
+            flag.operations.retain(|entry| !mine(entry) || entry.2.scope > sem.scope);
+            if flag.operations.len() >= RELEASES {
+                flag.operations.remove(0);
+            }
+            flag.operations.push((write.agent, lane, released.clone()));
+            published.push(released);
+        }
         published.into_iter().for_each(|released| flag.add(released));
         match (&mut flag.fenced, fenced) {
             (Some(all), Some(fenced)) if !Rc::ptr_eq(all, &fenced) => Rc::make_mut(all).join(&fenced),
             (none @ None, fenced) => *none = fenced,
             _ => {}
         }
-        if flag.releases.is_empty() && flag.fenced.is_none() {
-            context.flags.remove(&place);
-        }
     }
 
     /// Orders what relaxed reads have seen before what follows, and what went before relaxed writes to come; `sc`: what came
     /// before other `fence.sc` as well.
-    pub(super) fn fence(&mut self, context: &Context<'_>, warp: usize, lanes: u32, (scope, sc): (Scope, bool)) {
+    pub(super) fn fence(&mut self, context: &Context<'_>, warp: usize, lanes: u32, kind: (Scope, Order, bool)) {
         let (serial, clusters) = (self.serial, context.clusters);
         let Warp { views, live, .. } = &mut self.warps[warp];
-        views.fence((lanes, *live), (scope, sc), |released| {
+        let scope = kind.0;
+        views.fence((lanes, *live), kind, |released| {
             released.cta.is_none_or(|cta| {
                 clusters.includes(released.scope, cta, serial) && clusters.includes(scope, serial, cta)
             })
         });
-    }
-}
-
-/// Remembers what lanes have read, once per scope and origin.
-fn see(seen: &mut Vec<(u32, Rc<Released>)>, lanes: u32, released: &Rc<Released>) {
-    let same = |other: &Released| other.scope == released.scope && other.cta == released.cta;
-    match seen.iter_mut().find(|(by, other)| *by == lanes && same(other)) {
-        Some((_, other)) if Rc::ptr_eq(other, released) => {}
-        Some((_, other)) => Rc::make_mut(other).clock.join(&released.clock),
-        None => seen.push((lanes, Rc::clone(released))),
     }
 }

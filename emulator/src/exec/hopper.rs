@@ -8,7 +8,7 @@ use super::warp::Flow;
 use super::{Context, Cta, Fault, Outcome};
 use crate::alu::Lanes;
 use crate::clock::Proxy;
-use crate::isa::{Hopper, Mbarrier, MbarrierKind, Space};
+use crate::isa::{Hopper, Mbarrier, MbarrierKind, Order, Space};
 use crate::report::Rule;
 
 pub(super) fn step(
@@ -56,7 +56,7 @@ pub(super) fn step(
         }
         Hopper::TensorMapFence { scope, map } => {
             // A release is one in the generic proxy; an acquire also orders what it learns before later uses of tensor maps.
-            cta.fence(context, warp, mask, (*scope, false));
+            cta.fence(context, warp, mask, (*scope, Order::AcqRel, false));
             if map.is_some() {
                 cta.fence_proxy(warp, mask, &[Proxy::TensorMap]);
             }

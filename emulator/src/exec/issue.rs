@@ -28,6 +28,7 @@ impl Cta {
         let coords: Vec<_> = op.coords.iter().map(|coord| state.read(context, self, *coord)).collect();
         let mbarrier = op.mbarrier.map(|mbarrier| state.addresses(context, self, mbarrier));
         let multicast = op.multicast.map(|mask| state.read(context, self, mask));
+        context.issues += 1;
         for lane in lanes_of(mask) {
             let at = lane as usize;
             let place = |fault: Fault| fault.lane(lane);
@@ -73,7 +74,7 @@ impl Cta {
         let manner = (context.is_eager(), context.options.fence_reads);
         let groups = &mut self.warps[warp].groups;
         groups.agents = Some((read, write));
-        groups.number += 1;
+        groups.number += u32::from(std::mem::replace(&mut groups.issue, context.issues) != context.issues);
         let (number, group) = (groups.number, groups.committed[lane as usize]);
         let mut copy = InFlight::new(self, warp, (pc, lane), manner);
         for agent in [read, write] {
@@ -158,6 +159,7 @@ impl Cta {
         let values: Vec<_> = values.iter().map(|value| state.read(context, self, *value)).collect();
         let each = ty.bits() as usize / 8;
         let bytes = each * values.len();
+        context.issues += 1;
         for lane in lanes_of(mask) {
             let at = lane as usize;
             if !to[at].is_multiple_of(bytes as u64) {

@@ -33,8 +33,9 @@ pub(super) struct Mbarrier {
     done: Option<Clock>,
     /// The agent that bulk copies which complete here belong to: CTA and agent.
     agent: Option<(u32, u16)>,
-    /// Number of the last such copy, and those under way.
+    /// Number of the last such copies, those of one instruction having the same, that instruction, and what is under way.
     issued: u32,
+    issue: u64,
     under_way: Vec<u32>,
     /// By warp and lane: the phase in which a test has failed and that is waited for since.
     failed: HashMap<(usize, u32), u64>,
@@ -146,6 +147,7 @@ impl Cta {
             done: None,
             agent: None,
             issued: 0,
+            issue: 0,
             under_way: Vec::new(),
             failed: HashMap::new(),
             unseen: None,
@@ -205,7 +207,7 @@ impl Cta {
         };
         let mbarrier = self.mbarrier_mut(address)?;
         mbarrier.agent = Some(agent);
-        mbarrier.issued += 1;
+        mbarrier.issued += u32::from(std::mem::replace(&mut mbarrier.issue, context.issues) != context.issues);
         mbarrier.under_way.push(mbarrier.issued);
         Ok((agent, mbarrier.issued))
     }
@@ -220,7 +222,9 @@ impl Cta {
         site: (u32, (u32, u32)),
     ) -> Outcome<()> {
         let mbarrier = self.mbarrier_mut(address)?;
-        mbarrier.under_way.retain(|other| *other != number);
+        if let Some(at) = mbarrier.under_way.iter().position(|other| *other == number) {
+            mbarrier.under_way.swap_remove(at);
+        }
         mbarrier.unseen = Some(site);
         mbarrier.transact(-i64::from(bytes))?;
         self.complete_phase(context, address)

@@ -98,6 +98,8 @@ struct Context<'a> {
     cluster_barriers: HashMap<usize, ClusterBarrier>,
     /// Bulk copies that have not landed, or that their groups have not been waited for.
     in_flight: Vec<InFlight>,
+    /// Instructions that have issued bulk copies.
+    issues: u64,
     /// CTA and warp that issued the last operation of an agent that is not a warp's own.
     issuers: HashMap<(u32, u16), (u32, u32)>,
 }
@@ -219,6 +221,7 @@ impl Module {
             ctas: Vec::new(),
             cluster_barriers: HashMap::new(),
             in_flight: Vec::new(),
+            issues: 0,
             issuers: HashMap::new(),
         };
         let (waiting, runnable) = (Vec::new(), Vec::new());
@@ -282,6 +285,9 @@ impl Machine<'_> {
                 cta.live_warps -= 1;
             }
             let done = cta.live_warps == 0;
+            if done {
+                self.context.forget_flags(cta.serial);
+            }
             self.context.ctas[slot] = Some(cta).filter(|_| !done);
             if done {
                 let size = self.context.cluster_size();
@@ -368,12 +374,17 @@ impl Machine<'_> {
         lines.concat()
     }
 
-    /// Warps that wait for others of their warpgroup, which will never come.
+    /// Warps that wait for others of their warpgroup, which have gone past it and wait at a barrier of the CTA. What else
+    /// holds the others up is a deadlock.
     fn diverged(&self) -> Option<Box<Report>> {
         let mut ctas = self.context.ctas.iter().flatten();
         let (cta, first, (pc, here)) = ctas.find_map(|cta| {
             let mut groups = cta.warpgroups.iter().enumerate();
-            groups.find_map(|(group, state)| Some((cta, 4 * group as u32, state.waits()?)))
+            groups.find_map(|(group, state)| {
+                let (pc, here) = state.waits()?;
+                let mut missing = (0..4).filter(|warp| here >> warp & 1 == 0).map(|warp| &cta.warps[4 * group + warp]);
+                missing.all(|warp| warp.blocked.is_some()).then_some((cta, 4 * group as u32, (pc, here)))
+            })
         })?;
         let missing: Vec<String> =
             (0..4).filter(|warp| here >> warp & 1 == 0).map(|warp| (first + warp).to_string()).collect();

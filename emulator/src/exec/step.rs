@@ -70,10 +70,10 @@ fn effect(context: &mut Context<'_>, cta: &mut Cta, warp: usize, (pc, mask): (u3
         }
         Op::Ld { space, ty, to, d, addr, sem } => cta.load(context, warp, at, (*space, *ty, *to), (d, *addr), *sem)?,
         Op::St { space, ty, addr, a, sem } => cta.store(context, warp, at, (*space, *ty), (a, *addr), *sem)?,
-        Op::Atom { space, op, ty, d, addr, b, c, sem } => {
-            cta.atomic(context, warp, at, (*space, *op, *ty), (*d, *addr, *b, *c), *sem)?;
+        Op::Atom { space, op, ty, d, addr, b, c, sem, reduces } => {
+            cta.atomic(context, warp, at, (*space, *op, *ty), (*d, *addr, *b, *c), (*sem, *reduces))?;
         }
-        Op::Fence { scope, sc } => cta.fence(context, warp, mask, (*scope, *sc)),
+        Op::Fence { scope, order, sc } => cta.fence(context, warp, mask, (*scope, *order, *sc)),
         Op::CpAsync { bytes, dst, src, valid } => {
             cta.issue_copies(context, warp, at, *bytes, (*dst, *src, *valid))?;
         }

@@ -7,7 +7,7 @@
 
 use std::rc::Rc;
 
-use super::flags::{Fenced, Released};
+use super::flags::{Fenced, Seen};
 use crate::clock::{Clock, Proxied, Proxy, View};
 use crate::shadow::Access;
 
@@ -25,7 +25,7 @@ pub(super) struct Views {
     /// By proxy that was fenced: up to which epochs each lane's own steps and copies are ordered there.
     fenced_in: Vec<(Proxy, [(u32, u32); 32])>,
     /// What lanes have read through a flag, and acquire with their next fence.
-    pub seen: Vec<(u32, Rc<Released>)>,
+    pub seen: Vec<Seen>,
     /// What lanes' fences have made ready for their next strong writes.
     pub fenced: Vec<Fenced>,
 }
@@ -272,7 +272,7 @@ impl Views {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::isa::Scope;
+    use crate::isa::{Order, Scope};
     use crate::shadow::{ASYNC, ATOMIC, Clusters, Shadow, WRITE};
 
     /// Thread `t` is lane `t % 3` of warp `t / 3 % 2` of CTA `t / 6`.
@@ -374,7 +374,7 @@ mod tests {
 
         /// Lanes of a warp execute `fence.sc`, each for itself.
         fn fence_sc(&mut self, warp: usize, lanes: u32) {
-            self.views[warp].fence((lanes, LANES), (Scope::Gpu, true), |_| true);
+            self.views[warp].fence((lanes, LANES), (Scope::Gpu, Order::AcqRel, true), |_| true);
             for thread in (0..3).filter(|lane| lanes >> lane & 1 != 0).map(|lane| 3 * warp + lane) {
                 let heard = std::mem::take(&mut self.heard[thread]);
                 self.known[thread].join(&heard);

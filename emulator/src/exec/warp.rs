@@ -447,10 +447,13 @@ fn run_split(context: &mut Context<'_>, cta: &mut Cta, warp: usize, split: Split
 
 fn exit(context: &mut Context<'_>, cta: &mut Cta, warp: usize, lanes: u32) -> Outcome<()> {
     let state = &mut cta.warps[warp];
-    let left = state.copies.of_lanes(lanes);
-    if left != 0 {
-        let message = format!("{left} asynchronous copies were never waited for");
-        return Err(Fault::new(Rule::AsyncLeft, message).lane(lanes.trailing_zeros()));
+    // What an mbarrier is told of may be waited for by others.
+    let owner = (cta.serial, warp as u32);
+    let mut left: Vec<_> = state.copies.of_lanes(lanes).collect();
+    left.retain(|(_, lane, epoch)| !context.arrives_for(owner, *lane, *epoch));
+    if let Some((pc, lane, _)) = left.first() {
+        let message = format!("{} asynchronous copies were never waited for", left.len());
+        return Err(Fault { pc: Some(*pc), ..Fault::new(Rule::AsyncLeft, message) }.lane(*lane));
     }
     if state.wgmma.issued > state.wgmma.waited {
         let count = state.wgmma.issued - state.wgmma.waited;

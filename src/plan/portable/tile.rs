@@ -1,5 +1,6 @@
 //! Tile shapes of the portable family and the choice between them.
 
+use crate::Dtype;
 use crate::error::{Error, Result};
 use crate::params::*;
 use crate::plan::{Device, Launch, MAX_CTAS, TileSize, blocks};
@@ -36,6 +37,8 @@ const SMALL: Tile = Tile {
 /// 10^6 floating-point operations per second of an SM of compute capability 9.0 that is full of large tiles. Not measured:
 /// half of what the same SM does with wgmma, as others' kernels of this kind reach.
 const HOPPER_SM_FLOPS_PER_US: f64 = 3.1e6;
+/// The same elsewhere, as part of the data sheet's rate. Not measured.
+const OF_PEAK: f64 = 0.7;
 /// What one CTA alone gets of an SM that several would fill. Not measured.
 const ALONE: f64 = 0.5;
 /// Microseconds of a launch before the first and after the last step. Not measured.
@@ -95,10 +98,21 @@ impl Tile {
             .sum()
     }
 
-    /// Predicted time on a GPU of compute capability 9.0, to weigh the families there.
-    pub(in crate::plan) fn microseconds(&self, device: &Device, products: &[(usize, usize, usize)]) -> f64 {
+    /// Predicted time, to weigh the families where there are two; `None` where nothing is known that it could be reckoned from.
+    pub(in crate::plan) fn microseconds(
+        &self,
+        device: &Device,
+        dtype: Dtype,
+        products: &[(usize, usize, usize)],
+    ) -> Option<f64> {
         let (sms, most) = (u64::from(device.sms), u64::from(self.ctas_per_sm(device)));
-        let flops_per_us = HOPPER_SM_FLOPS_PER_US * self.rate;
+        let of_sm = match (device.arch, dtype) {
+            (90, _) => HOPPER_SM_FLOPS_PER_US,
+            // The data sheet's rate is that of tcgen05, or there is no tensor instruction.
+            (100..=119, _) | (75, Dtype::Bf16) => return None,
+            _ => OF_PEAK * f64::from(device.peak?.teraflops) * 1e6 / sms as f64,
+        };
+        let flops_per_us = of_sm * self.rate;
         let time = |&(rows, cols, depth): &(usize, usize, usize)| {
             let tiles = blocks(rows, self.block).saturating_mul(blocks(cols, self.block));
             // Of the SM with the most tiles: whole waves, and one that may not fill it.
@@ -107,7 +121,7 @@ impl Tile {
             let shared = per_sm.min(most) as f64 / most as f64;
             per_sm as f64 * flops / (flops_per_us * shared.max(ALONE))
         };
-        LAUNCH_US + products.iter().map(time).sum::<f64>()
+        Some(LAUNCH_US + products.iter().map(time).sum::<f64>())
     }
 
     /// The tile shape asked for, or the one with the shortest predicted time; the large one when they tie.

@@ -5,44 +5,15 @@ use super::maps::Maps;
 use super::middle::{Middle, Ran};
 use super::model::{Machine, microseconds};
 use super::{Choice, Tile, candidates, check_tickets, ctas, groups, narrow_columns, shortest};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::params::*;
-use crate::plan::{
-    Device, Draft, GROUP_M, Options, SYNC_BYTES, Scratch, TensorMap, blocks, flags, gradient_flags, matrix,
-    scratch_stride,
-};
+use crate::plan::operands::{Wanted, gradient, optional, read_by_backward};
+use crate::plan::{Device, Draft, Options, Scratch, TensorMap, blocks, flags, gradient_flags};
 use crate::{Dtype, LoraShape, raw};
 
-/// What a call computes.
-#[derive(Clone, Copy)]
-struct Wanted {
-    dh: bool,
-    dx: bool,
-    da: bool,
-    db: bool,
-    dbias: bool,
-}
-
-impl Wanted {
-    fn of(op: &raw::Backward) -> Wanted {
-        let has_adapter = op.a.rows != 0;
-        let (dx, da, db) = (op.dx.is_some(), op.da.is_some() && has_adapter, op.db.is_some() && has_adapter);
-        Wanted { dh: has_adapter && (dx || da), dx, da, db, dbias: op.dbias.is_some() }
-    }
-}
-
 /// The matrices that go through tensor maps.
-pub(in crate::plan) fn operands(op: &raw::Backward) -> [(&'static str, Option<raw::Matrix>); 7] {
-    let wanted = Wanted::of(op);
-    [
-        ("dy", Some(op.dy)),
-        ("w", op.dx.map(|_| op.w)),
-        ("a", op.dx.map(|_| op.a)),
-        ("b", Some(op.b).filter(|_| wanted.dh)),
-        ("x", op.x.filter(|_| wanted.da)),
-        ("h", op.h.filter(|_| wanted.db)),
-        ("dx", op.dx),
-    ]
+pub(in crate::plan) fn operands(op: &raw::Backward) -> Vec<(&'static str, Option<raw::Matrix>)> {
+    read_by_backward(op).into_iter().chain([("dx", op.dx)]).collect()
 }
 
 /// Plans a call that nothing stands against.
@@ -65,21 +36,15 @@ pub(in crate::plan) fn backward(
     let ctas = ctas(tickets, cluster, device);
     let (flag_shift, flag_count) = flags(m_groups * u64::from(cluster));
 
-    let mut scratch = Scratch { end: SYNC_BYTES as u64, ..Scratch::default() };
-    let dh = raw::Matrix { ptr: 0, rows: m, cols: r, row_stride: scratch_stride(r) };
-    if wanted.dh {
-        scratch.h = Some(scratch.reserve((m * dh.row_stride * op.dtype.size()) as u64));
-    }
+    let mut scratch = Scratch::new();
+    let dh = wanted.dh.then(|| scratch.reserve_middle(m, r, op.dtype));
     if slabs > 0 {
         scratch.partials = Some(scratch.reserve(chunks::partial_bytes(chunks, r, slabs, ctas)));
     }
-    let gradient = |wanted: bool, argument: Option<raw::Gradient>| {
-        argument.filter(|_| wanted).map(|gradient| matrix(gradient.matrix)).unwrap_or_default()
-    };
     let counters = LORA_SYNC_FLAGS + flag_count as u32;
     let params = LoraSm90BackwardParams {
-        dh: if wanted.dh { matrix(dh) } else { LoraMatrix::default() },
-        dx: op.dx.map(matrix).unwrap_or_default(),
+        dh: optional(dh),
+        dx: optional(op.dx),
         da: gradient(wanted.da, op.da),
         db: gradient(wanted.db, op.db),
         dbias: op.dbias.map_or(0, |dbias| dbias.matrix.ptr),
@@ -96,7 +61,6 @@ pub(in crate::plan) fn backward(
         k_blocks: k_blocks as u32,
         r_blocks: r_blocks as u32,
         dh_units: dh_units as u32,
-        dh_bundle: bundle as u32,
         dh_tickets: dh_tickets as u32,
         dx_end: dx_end as u32,
         db_end: db_end as u32,
@@ -105,17 +69,17 @@ pub(in crate::plan) fn backward(
         chunk_rows: chunks.rows as u32,
         partial_stride: chunks::partial_stride(r) as u32,
         counters,
-        group_m: GROUP_M,
+        group_m: options.group_m(m_groups),
         flag_shift,
         sync_words: counters + if chunks.count > 1 { slabs as u32 } else { 0 },
         flags: gradient_flags(op),
+        padding: 0,
     };
     let maps = maps(op, dh, wanted);
     let is_bf16 = op.dtype == Dtype::Bf16;
     let launch = tile.launch(cluster, tickets, device, maps, Params::Sm90Backward(params), is_bf16);
-    let microseconds = microseconds(clocks);
-    let choice = crate::plan::Choice::Sm90(Choice { tile, cluster, microseconds });
-    Ok(Draft { choice, launch, scratch, notes: Vec::new(), microseconds })
+    let choice = crate::plan::Choice::Sm90(Choice { tile, cluster });
+    Ok(Draft { choice, launch, scratch, notes: Vec::new(), microseconds: Some(microseconds(clocks)) })
 }
 
 /// Units and tiles of a call, for one tile shape and cluster size.
@@ -178,6 +142,7 @@ fn choose(wanted: Wanted, shape: LoraShape, device: &Device, options: &Options) 
         candidates.retain(|(tile, _)| Some(tile.size) == size);
     }
     shortest(
+        options,
         candidates,
         |tile, cluster| choose_for(wanted, shape, device, options, tile, cluster),
         |setup| setup.clocks,
@@ -208,16 +173,23 @@ fn choose_for(
         depth: n,
         rank: r,
         main: machine.main(&tile, n, r),
+        group_m: options.group_m(counts.m_groups),
     };
-    let mut best: Option<Setup> = None;
+    let whole = Chunks::cut(m, 1);
+    let mut best = Setup { tile, cluster, bundle: 1, chunks: whole, clocks: f64::INFINITY };
+    let mut refused = Ok(());
     let machine = Machine::new(device, cluster, clusters);
     for bundle in middle(&machine).bundles(&machine, options.bundle) {
         for &chunks in &cuts {
             let total = counts.dh_units.div_ceil(bundle) + dx_tiles + gradient_tiles * chunks.count;
-            if best.is_some() && check_tickets(total).is_err() {
-                continue;
-            }
-            let clusters = ctas(check_tickets(total)?, cluster, device) / cluster;
+            let tickets = match check_tickets(total) {
+                Ok(tickets) => tickets,
+                Err(error) => {
+                    refused = Err(error);
+                    continue;
+                }
+            };
+            let clusters = ctas(tickets, cluster, device) / cluster;
             let machine = Machine::new(device, cluster, clusters);
             let Ran { mut timeline, ready, stall } = middle(&machine).run(&machine, bundle);
             let left = 4.0 * (u64::from(LORA_SM90_SLABS) * chunks::partial_stride(r)) as f64;
@@ -228,16 +200,16 @@ fn choose_for(
             }
             timeline.draw(counts.da_tiles * chunks.count, unit);
             let clocks = timeline.end() + stall;
-            if best.is_none_or(|best| clocks < best.clocks) {
-                best = Some(Setup { tile, cluster, bundle, chunks, clocks });
+            if clocks < best.clocks {
+                best = Setup { tile, cluster, bundle, chunks, clocks };
             }
         }
     }
-    // There is always a bundle, and a cut.
-    best.ok_or(Error::NoOutput)
+    // Where every cut has too many tickets, the error of the last says so.
+    if best.clocks.is_finite() { Ok(best) } else { refused.map(|_| best) }
 }
 
-fn maps(op: &raw::Backward, dh: raw::Matrix, wanted: Wanted) -> Vec<Option<TensorMap>> {
+fn maps(op: &raw::Backward, dh: Option<raw::Matrix>, wanted: Wanted) -> Vec<Option<TensorMap>> {
     let maps = Maps { dtype: op.dtype };
     let rows = [LORA_SM90_BLOCK_K, LORA_SM90_BLOCK_M];
     // A matrix that is read across its rows: blocks of 64 columns.
@@ -249,13 +221,13 @@ fn maps(op: &raw::Backward, dh: raw::Matrix, wanted: Wanted) -> Vec<Option<Tenso
         (LORA_SM90_BACKWARD_DY, maps.read(when(wanted.dh || wanted.dx, op.dy), rows)),
         (LORA_SM90_BACKWARD_W, maps.read(when(wanted.dx, op.w), across)),
         (LORA_SM90_BACKWARD_B, maps.read(when(wanted.dh, op.b), narrow)),
-        (LORA_SM90_BACKWARD_DH, maps.read(when(wanted.dx, dh), rows)),
+        (LORA_SM90_BACKWARD_DH, maps.read(dh.filter(|_| wanted.dx), rows)),
         (LORA_SM90_BACKWARD_A, maps.read(when(wanted.dx, op.a), across)),
         (LORA_SM90_BACKWARD_DX, maps.written(op.dx)),
         (LORA_SM90_BACKWARD_DY_TOKENS, maps.read(when(wanted.db || wanted.dbias, op.dy), across)),
         (LORA_SM90_BACKWARD_H_TOKENS, maps.read(op.h.filter(|_| wanted.db), narrow)),
         (LORA_SM90_BACKWARD_X_TOKENS, maps.read(op.x.filter(|_| wanted.da), across)),
-        (LORA_SM90_BACKWARD_DH_TOKENS, maps.read(when(wanted.da, dh), narrow)),
+        (LORA_SM90_BACKWARD_DH_TOKENS, maps.read(dh.filter(|_| wanted.da), narrow)),
     ] {
         all[index as usize] = map;
     }

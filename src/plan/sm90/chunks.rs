@@ -19,7 +19,7 @@ pub(super) struct Chunks {
 }
 
 impl Chunks {
-    fn cut(m: usize, count: u64) -> Chunks {
+    pub(super) fn cut(m: usize, count: u64) -> Chunks {
         let rows = (m as u64).div_ceil(count.max(1)).next_multiple_of(u64::from(LORA_SM90_BLOCK_M));
         Chunks { count: (m as u64).div_ceil(rows), rows }
     }

@@ -6,13 +6,13 @@ use super::model::{Machine, microseconds};
 use super::{Choice, Tile, candidates, check_tickets, ctas, groups, narrow_columns, shortest};
 use crate::error::Result;
 use crate::params::*;
-use crate::plan::{Device, Draft, GROUP_M, Options, SYNC_BYTES, Scratch, blocks, flags, matrix, scratch_stride};
+use crate::plan::operands::{optional, read_by_forward};
+use crate::plan::{Device, Draft, Options, Scratch, blocks, flags};
 use crate::{Dtype, LoraShape, raw};
 
 /// The matrices that go through tensor maps.
-pub(in crate::plan) fn operands(op: &raw::Forward) -> [(&'static str, Option<raw::Matrix>); 6] {
-    let [x, w, a, b, y] = [op.x, op.w, op.a, op.b, op.y].map(Some);
-    [("x", x), ("w", w), ("a", a), ("b", b), ("h", op.h), ("y", y)]
+pub(in crate::plan) fn operands(op: &raw::Forward) -> Vec<(&'static str, Option<raw::Matrix>)> {
+    read_by_forward(op).into_iter().chain([("y", Some(op.y))]).collect()
 }
 
 /// Plans a call that nothing stands against.
@@ -32,15 +32,10 @@ pub(in crate::plan) fn forward(
     let tickets = check_tickets(h_tickets + m_groups * n_blocks)?;
     let (flag_shift, flag_count) = flags(m_groups * u64::from(cluster));
 
-    let mut scratch = Scratch { end: SYNC_BYTES as u64, ..Scratch::default() };
-    let h = op.h.unwrap_or_else(|| {
-        if r != 0 {
-            scratch.h = Some(scratch.reserve((m * scratch_stride(r) * op.dtype.size()) as u64));
-        }
-        raw::Matrix { ptr: 0, rows: m, cols: r, row_stride: scratch_stride(r) }
-    });
+    let mut scratch = Scratch::new();
+    let h = op.h.filter(|_| r != 0).or_else(|| (r != 0).then(|| scratch.reserve_middle(m, r, op.dtype)));
     let params = LoraSm90ForwardParams {
-        h: if r == 0 { LoraMatrix::default() } else { matrix(h) },
+        h: optional(h),
         bias: op.bias.map_or(0, |bias| bias.ptr),
         sync: 0,
         m: m as u32,
@@ -52,20 +47,17 @@ pub(in crate::plan) fn forward(
         n_blocks: n_blocks as u32,
         r_blocks: r_blocks as u32,
         h_units: h_units as u32,
-        h_bundle: bundle as u32,
         h_tickets: h_tickets as u32,
         tickets,
-        group_m: GROUP_M,
+        group_m: options.group_m(m_groups),
         flag_shift,
         sync_words: LORA_SYNC_FLAGS + flag_count as u32,
-        reserved: 0,
     };
     let maps = maps(op, h, &tile);
     let is_bf16 = op.dtype == Dtype::Bf16;
     let launch = tile.launch(cluster, tickets, device, maps, Params::Sm90Forward(params), is_bf16);
-    let microseconds = microseconds(clocks);
-    let choice = crate::plan::Choice::Sm90(Choice { tile, cluster, microseconds });
-    Ok(Draft { choice, launch, scratch, notes: Vec::new(), microseconds })
+    let choice = crate::plan::Choice::Sm90(Choice { tile, cluster });
+    Ok(Draft { choice, launch, scratch, notes: Vec::new(), microseconds: Some(microseconds(clocks)) })
 }
 
 /// One way to run a call, and how long it takes by the model.
@@ -80,19 +72,25 @@ struct Setup {
 /// The way with the shortest predicted time among those that the options leave.
 fn choose(shape: LoraShape, device: &Device, options: &Options) -> Result<Setup> {
     let candidates = candidates(options, device, shape.m)?;
-    shortest(candidates, |tile, cluster| choose_for(shape, device, options, tile, cluster), |setup| setup.clocks)
+    shortest(
+        options,
+        candidates,
+        |tile, cluster| choose_for(shape, device, options, tile, cluster),
+        |setup| setup.clocks,
+    )
 }
 
 /// The bundle for one tile shape and cluster size.
 fn choose_for(shape: LoraShape, device: &Device, options: &Options, tile: Tile, cluster: u32) -> Result<Setup> {
     let LoraShape { m, n, k, r } = shape;
     let (m_groups, n_blocks) = (groups(m, cluster), blocks(n, tile.columns));
+    let group_m = options.group_m(m_groups);
     let units = m_groups * blocks(r, LORA_SM90_NARROW_N);
     let most = ctas(check_tickets(units + m_groups * n_blocks)?, cluster, device) / cluster;
     let setup = |bundle: u64, clusters: u32| {
         let machine = Machine::new(device, cluster, clusters);
         let main = machine.main(&tile, k, r);
-        let middle = Middle { groups: m_groups, columns: n_blocks, units, depth: k, rank: r, main };
+        let middle = Middle { groups: m_groups, columns: n_blocks, units, depth: k, rank: r, main, group_m };
         (middle, machine, Setup { tile, cluster, bundle, clocks: f64::INFINITY })
     };
     let (middle, machine, mut best) = setup(1, most);
@@ -108,7 +106,7 @@ fn choose_for(shape: LoraShape, device: &Device, options: &Options, tile: Tile, 
     Ok(best)
 }
 
-fn maps(op: &raw::Forward, h: raw::Matrix, tile: &Tile) -> Vec<Option<crate::plan::TensorMap>> {
+fn maps(op: &raw::Forward, h: Option<raw::Matrix>, tile: &Tile) -> Vec<Option<crate::plan::TensorMap>> {
     let maps = Maps { dtype: op.dtype };
     let rows = [LORA_SM90_BLOCK_K, LORA_SM90_BLOCK_M];
     // Each CTA of a pair fetches a half for both.
@@ -119,7 +117,7 @@ fn maps(op: &raw::Forward, h: raw::Matrix, tile: &Tile) -> Vec<Option<crate::pla
         (LORA_SM90_FORWARD_X, maps.read(Some(op.x), rows)),
         (LORA_SM90_FORWARD_W, maps.read(Some(op.w), columns)),
         (LORA_SM90_FORWARD_A, maps.read(Some(op.a), narrow)),
-        (LORA_SM90_FORWARD_H, maps.read(Some(h), rows)),
+        (LORA_SM90_FORWARD_H, maps.read(h, rows)),
         (LORA_SM90_FORWARD_B, maps.read(Some(op.b), columns)),
         (LORA_SM90_FORWARD_Y, maps.written(Some(op.y))),
     ] {

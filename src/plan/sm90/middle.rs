@@ -2,7 +2,6 @@
 
 use super::model::{Machine, MainTile};
 use super::schedule::Timeline;
-use crate::plan::GROUP_M;
 
 /// Units of h (or dh), and the main tiles that read it.
 #[derive(Clone, Copy, Debug)]
@@ -17,6 +16,8 @@ pub(super) struct Middle {
     pub depth: usize,
     pub rank: usize,
     pub main: MainTile,
+    /// Groups of rows that pass over w together.
+    pub group_m: u32,
 }
 
 /// What remains to be told after both kinds.
@@ -75,15 +76,16 @@ impl Middle {
         Ran { timeline, ready, stall }
     }
 
-    /// The longest that a main tile waits. Tiles come in passes of [`GROUP_M`] groups of rows over all columns, so each
+    /// The longest that a main tile waits. Tiles come in passes of `group_m` groups of rows over all columns, so each
     /// pass wants the next few units of h; looked at are passes 0, 1, 3, 7 and so on.
     fn stall(&self, machine: &Machine, tickets: u64, unit: f64, after_h: &Timeline) -> f64 {
         if self.units == 0 {
             return 0.0;
         }
+        let group_m = u64::from(self.group_m);
         let rounds = tickets.div_ceil(u64::from(machine.clusters));
         let last_of_pass = |pass: u64| {
-            let group = ((pass + 1) * u64::from(GROUP_M)).min(self.groups) - 1;
+            let group = ((pass + 1) * group_m).min(self.groups) - 1;
             // The last narrow tile of that group.
             self.units - self.groups + group
         };
@@ -94,11 +96,11 @@ impl Middle {
             (round * bundle + index / tickets + 1) as f64 * unit
         };
         let all_ready = (rounds * bundle) as f64 * unit;
-        let passes = self.groups.div_ceil(u64::from(GROUP_M));
+        let passes = self.groups.div_ceil(group_m);
         let (mut timeline, mut stall, mut pass) = (after_h.clone(), 0.0_f64, 0);
         let mut drawn = 0;
         while pass < passes {
-            let first = pass * u64::from(GROUP_M) * self.columns;
+            let first = pass * group_m * self.columns;
             timeline.draw(first - drawn, self.main.clocks);
             drawn = first;
             let wanted = timeline.next() + self.main.until_tail;

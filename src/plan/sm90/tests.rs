@@ -52,7 +52,6 @@ struct Tickets {
     groups: u32,
     columns: u32,
     units: u32,
-    bundle: u32,
     tickets: u32,
     group_m: u32,
     depth: u32,
@@ -66,7 +65,6 @@ fn tickets(plan: &Plan) -> (Tickets, Tile, Machine, MainTile) {
             groups: p.m_groups,
             columns: p.n_blocks,
             units: p.h_units,
-            bundle: p.h_bundle,
             tickets: p.h_tickets,
             group_m: p.group_m,
             depth: p.k,
@@ -76,7 +74,6 @@ fn tickets(plan: &Plan) -> (Tickets, Tile, Machine, MainTile) {
             groups: p.m_groups,
             columns: p.k_blocks,
             units: p.dh_units,
-            bundle: p.dh_bundle,
             tickets: p.dh_tickets,
             group_m: p.group_m,
             depth: p.n,
@@ -106,7 +103,6 @@ fn simulate(plan: &Plan) -> (f64, f64) {
     for ticket in 0..t.tickets {
         let units = (ticket..t.units).step_by(t.tickets as usize);
         let (start, _) = draw(&|_| unit * units.len() as f64);
-        assert!(units.len() <= t.bundle as usize);
         for (done, index) in units.enumerate() {
             let group = &mut ready[(index % t.groups) as usize];
             *group = group.max(start + unit * (done + 1) as f64);

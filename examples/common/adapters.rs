@@ -1,0 +1,208 @@
+//! Adapters in PEFT's format, on their way into the model and out of it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor, Var};
+use fused_lora::Dtype;
+use fused_lora::peft;
+
+use super::config::Config;
+use super::failure::{Failure, Result};
+use super::linear::Lora;
+use super::llama::{Changes, HEAD, linear_layers};
+use super::rng::Rng;
+
+/// Where an adapter for training comes from; what is not given is the default, or what the adapter in `init` says.
+#[derive(Default)]
+pub struct Start {
+    pub init: Option<PathBuf>,
+    pub targets: Option<Targets>,
+    pub rank: Option<usize>,
+    pub alpha: Option<f64>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Targets {
+    AllLinear,
+    Names(Vec<String>),
+}
+
+/// A trained tensor and its name in checkpoints.
+#[derive(Clone, Debug)]
+pub struct Parameter {
+    pub name: String,
+    pub var: Var,
+}
+
+/// An adapter that fits the model.
+pub struct Adapter(peft::Adapter);
+
+impl Adapter {
+    pub fn read(directory: &Path, config: &Config) -> Result<Self> {
+        let adapter = peft::Adapter::load(directory)?;
+        let layers = linear_layers(config);
+        let linears: Vec<_> = layers.iter().map(|&(ref name, n, k)| peft::Linear { name, n, k }).collect();
+        adapter.check_base(&linears, Some(HEAD))?;
+        if adapter.config().lora_bias {
+            return Err(Failure::NotBuilt("a bias on lora_B (`lora_bias`)".into()));
+        }
+        Ok(Self(adapter))
+    }
+
+    /// For training: from disk or new.
+    pub fn start(start: &Start, config: &Config, model: &Path, seed: u64) -> Result<Self> {
+        let Some(directory) = &start.init else { return Self::new(start, config, model, seed) };
+        let adapter = Self::read(directory, config)?;
+        start.agrees_with(adapter.0.config(), config)?;
+        let peft::Config { lora_dropout, bias, modules_to_save, .. } = adapter.0.config();
+        if *lora_dropout != 0.0 {
+            return Err(Failure::NotBuilt(format!("dropout in training (`lora_dropout` is {lora_dropout})")));
+        }
+        if *bias != peft::Bias::None || !modules_to_save.is_empty() {
+            return Err(Failure::NotBuilt("training of biases (`bias`) or whole modules (`modules_to_save`)".into()));
+        }
+        Ok(adapter)
+    }
+
+    /// As PEFT begins: A uniform within ±1/√K (Kaiming with a = √5), B zero.
+    fn new(start: &Start, config: &Config, model: &Path, seed: u64) -> Result<Self> {
+        let (rank, alpha) = (start.rank.unwrap_or(8), start.alpha.unwrap_or(16.0));
+        let mut described = start.targets().config(rank, alpha, config)?;
+        described.task_type = Some("CAUSAL_LM".into());
+        described.base_model_name_or_path = Some(model.display().to_string());
+        let mut adapter = peft::Adapter::new(described.clone());
+        let mut rng = Rng::new(seed);
+        let matcher = described.matcher()?;
+        for (name, n, k) in linear_layers(config) {
+            let Some(module) = matcher.targets(&name)? else { continue };
+            let bound = 1.0 / (k as f64).sqrt();
+            let a: Vec<f32> = (0..module.r * k).map(|_| ((2.0 * rng.uniform() - 1.0) * bound) as f32).collect();
+            let a = peft::Tensor::from_f32(Dtype::F32, &[module.r, k], &a)?;
+            let b = peft::Tensor::from_f32(Dtype::F32, &[n, module.r], &vec![0.0; n * module.r])?;
+            adapter.insert(name, peft::Factors::new(a, b))?;
+        }
+        Ok(Self(adapter))
+    }
+
+    /// The scale of each layer.
+    pub fn scales(&self) -> BTreeMap<&str, f64> {
+        self.0.modules().map(|(name, module, _)| (name, module.scale)).collect()
+    }
+
+    /// What the adapter changes in the model.
+    pub fn changes(&self, device: &Device) -> Result<Changes> {
+        let mut changes = Changes::default();
+        for (name, module, factors) in self.0.modules() {
+            let (a, b) = (tensor(&factors.a, device)?, tensor(&factors.b, device)?);
+            changes.lora.insert(name.into(), Lora { a, b, scale: module.scale });
+            for (part, value) in [("weight", &factors.weight), ("bias", &factors.bias)] {
+                if let Some(value) = value {
+                    changes.parameters.insert(format!("{name}.{part}"), tensor(value, device)?);
+                }
+            }
+        }
+        for (name, value) in self.0.saved().chain(self.0.biases()) {
+            changes.parameters.insert(name.into(), tensor(value, device)?);
+        }
+        Ok(changes)
+    }
+
+    /// The same with variables for A and B, which are listed in the order of their modules.
+    pub fn variables(&self, device: &Device) -> Result<(Changes, Vec<Parameter>)> {
+        let mut changes = self.changes(device)?;
+        let mut parameters = Vec::new();
+        for (module, lora) in &mut changes.lora {
+            for (part, value) in [("lora_A", &mut lora.a), ("lora_B", &mut lora.b)] {
+                let var = Var::from_tensor(value)?;
+                *value = var.as_tensor().clone();
+                parameters.push(Parameter { name: format!("{module}.{part}.weight"), var });
+            }
+        }
+        Ok((changes, parameters))
+    }
+
+    /// Saves the adapter with the values of [`variables`](Self::variables).
+    pub fn save(&self, parameters: &[Parameter], directory: &Path) -> Result<()> {
+        let mut adapter = self.0.clone();
+        for ((name, _, factors), pair) in self.0.modules().zip(parameters.chunks_exact(2)) {
+            let mut factors = factors.clone();
+            (factors.a, factors.b) = (stored(&pair[0].var)?, stored(&pair[1].var)?);
+            adapter.insert(name, factors)?;
+        }
+        Ok(adapter.save(directory)?)
+    }
+}
+
+/// In f32, as PEFT holds adapters by default whatever the type on disk.
+fn tensor(stored: &peft::Tensor, device: &Device) -> Result<Tensor> {
+    Ok(Tensor::from_vec(stored.to_f32(), stored.shape(), device)?)
+}
+
+fn stored(var: &Var) -> Result<peft::Tensor> {
+    let values: Vec<f32> = var.as_detached_tensor().to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+    Ok(peft::Tensor::from_f32(Dtype::F32, var.dims(), &values)?)
+}
+
+impl Start {
+    fn targets(&self) -> Targets {
+        self.targets.clone().unwrap_or_else(|| Targets::Names(vec!["q_proj".into(), "v_proj".into()]))
+    }
+
+    /// Flags that are given beside `--init` must say what its config says.
+    fn agrees_with(&self, described: &peft::Config, config: &Config) -> Result<()> {
+        let differs = |flag: &str, given: String, known: String| {
+            Err(Failure::Usage(format!("`--{flag}` is {given}, but the adapter of `--init` has {known}")))
+        };
+        if let Some(rank) = self.rank.filter(|&rank| rank != described.r) {
+            return differs("rank", rank.to_string(), described.r.to_string());
+        }
+        if let Some(alpha) = self.alpha.filter(|&alpha| alpha != described.lora_alpha) {
+            return differs("alpha", alpha.to_string(), described.lora_alpha.to_string());
+        }
+        if let Some(targets) = &self.targets {
+            let asked = targets.config(described.r, described.lora_alpha, config)?;
+            let (asked, known) = (modules(&asked, config)?, modules(described, config)?);
+            if asked != known {
+                let only = |ones: &[String], others: &[String]| {
+                    ones.iter().find(|name| !others.contains(name)).cloned().unwrap_or_else(|| "no other layer".into())
+                };
+                return differs("targets", only(&asked, &known), only(&known, &asked));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Targets {
+    fn config(&self, rank: usize, alpha: f64, config: &Config) -> Result<peft::Config> {
+        let layers = linear_layers(config);
+        let Self::Names(names) = self else {
+            let mut described = peft::Config::new(rank, alpha, [""; 0]);
+            described.target_modules = peft::Targets::AllLinear;
+            described.expand_all_linear(layers.iter().map(|(name, ..)| name.as_str()), Some(HEAD));
+            return Ok(described);
+        };
+        for name in names {
+            if modules(&peft::Config::new(rank, alpha, [name]), config)?.is_empty() {
+                return Err(Failure::Usage(format!(
+                    "`--targets` is `{name}`, expected all-linear or linear layers of the model: q_proj, k_proj, v_proj, \
+                     o_proj, gate_proj, up_proj, down_proj, lm_head"
+                )));
+            }
+        }
+        Ok(peft::Config::new(rank, alpha, names))
+    }
+}
+
+/// The linear layers that a config targets.
+fn modules(described: &peft::Config, config: &Config) -> Result<Vec<String>> {
+    let matcher = described.matcher()?;
+    let mut targeted = Vec::new();
+    for (name, ..) in linear_layers(config) {
+        if matcher.targets(&name)?.is_some() {
+            targeted.push(name);
+        }
+    }
+    Ok(targeted)
+}

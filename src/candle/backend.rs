@@ -1,0 +1,86 @@
+//! What the op needs of a backend: the two operations over one of candle's storages.
+
+use candle_core::{Result, Storage, WithDType};
+
+use super::view::View;
+use crate::Element;
+
+/// A matrix in one of candle's storages.
+#[derive(Debug)]
+pub(super) struct Operand<'a, S> {
+    pub(super) storage: &'a S,
+    pub(super) view: View,
+}
+
+impl<S> Clone for Operand<'_, S> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<S> Copy for Operand<'_, S> {}
+
+/// [`crate::Forward`] that allocates what it writes.
+pub(super) struct Forward<'a, S> {
+    pub(super) x: Operand<'a, S>,
+    pub(super) w: Operand<'a, S>,
+    pub(super) a: Operand<'a, S>,
+    pub(super) b: Operand<'a, S>,
+    pub(super) bias: Option<Operand<'a, S>>,
+    pub(super) scale: f32,
+    pub(super) keep_h: bool,
+}
+
+/// y, and h where it is kept.
+pub(super) struct Outputs<S> {
+    pub(super) y: S,
+    pub(super) h: Option<S>,
+}
+
+/// [`crate::Backward`] that allocates what it writes.
+pub(super) struct Backward<'a, S> {
+    pub(super) dy: Operand<'a, S>,
+    pub(super) w: Operand<'a, S>,
+    pub(super) a: Operand<'a, S>,
+    pub(super) b: Operand<'a, S>,
+    pub(super) x: Operand<'a, S>,
+    pub(super) h: Option<Operand<'a, S>>,
+    pub(super) scale: f32,
+    pub(super) dx: bool,
+    pub(super) da: Option<Precision>,
+    pub(super) db: Option<Precision>,
+}
+
+/// The type of an adapter's gradient: that of the adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Precision {
+    Storage,
+    F32,
+}
+
+/// What [`Backward`] asked for.
+pub(super) struct Gradients<S> {
+    pub(super) dx: Option<S>,
+    pub(super) da: Option<S>,
+    pub(super) db: Option<S>,
+}
+
+/// An element type that candle has, too.
+#[cfg(not(feature = "candle-cuda"))]
+pub(super) trait Scalar: Element + WithDType {}
+#[cfg(not(feature = "candle-cuda"))]
+impl<T: Element + WithDType> Scalar for T {}
+
+/// An element type that candle has, too, in host and device memory.
+#[cfg(feature = "candle-cuda")]
+pub(super) trait Scalar: Element + WithDType + candle_core::cuda::CudaDType {}
+#[cfg(feature = "candle-cuda")]
+impl<T: Element + WithDType + candle_core::cuda::CudaDType> Scalar for T {}
+
+pub(super) trait Backend {
+    type Storage;
+    /// The storage of this backend; an error for another's.
+    fn of(storage: &Storage) -> Result<&Self::Storage>;
+    fn wrap(storage: Self::Storage) -> Storage;
+    fn forward<T: Scalar>(op: &Forward<'_, Self::Storage>) -> Result<Outputs<Self::Storage>>;
+    fn backward<T: Scalar>(op: &Backward<'_, Self::Storage>) -> Result<Gradients<Self::Storage>>;
+}

@@ -1,0 +1,79 @@
+//! What tensors can get wrong that matrices cannot: types, dimensions, devices, the wish for a gradient.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::error::{Error, Result};
+
+/// The frozen part: N × K, and N.
+pub(super) fn base(w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
+    frozen("w", w)?;
+    rank("w", w, 2)?;
+    match (w.dtype(), w.device()) {
+        (DType::F16 | DType::BF16, _) | (DType::F32, Device::Cpu) => {}
+        (_, Device::Cpu) => return Err(dtype("w", w, "f32, f16 or bf16".to_owned())),
+        _ => return Err(dtype("w", w, "f16 or bf16, what GPUs compute in".to_owned())),
+    }
+    let Some(bias) = bias else { return Ok(()) };
+    frozen("bias", bias)?;
+    rank("bias", bias, 1)?;
+    as_weight("bias", bias, w)?;
+    dimension("bias", "elements", bias.elem_count(), w.dims()[0])
+}
+
+/// R × K and N × R, of the weight's type or f32.
+pub(super) fn adapter(w: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
+    for (arg, tensor) in [("a", a), ("b", b)] {
+        rank(arg, tensor, 2)?;
+        if tensor.dtype() != w.dtype() && tensor.dtype() != DType::F32 {
+            return Err(dtype(arg, tensor, format!("{}, that of w, or f32", w.dtype().as_str())));
+        }
+    }
+    if a.dims()[0] == 0 {
+        return Err(Error::ZeroDimension { arg: "a", axis: "rows" });
+    }
+    dimension("a", "columns", a.dims()[1], w.dims()[1])?;
+    dimension("b", "rows", b.dims()[0], w.dims()[0])?;
+    dimension("b", "columns", b.dims()[1], a.dims()[0])
+}
+
+/// … × K, of the weight's type; the number of features is judged with the matrices.
+pub(super) fn input(w: &Tensor, x: &Tensor) -> Result<()> {
+    if x.rank() < 2 {
+        return Err(Error::Rank { arg: "x", got: x.rank(), expected: "at least 2 (tokens, features)" });
+    }
+    as_weight("x", x, w)
+}
+
+fn frozen(arg: &'static str, tensor: &Tensor) -> Result<()> {
+    if tensor.track_op() { Err(Error::Tracked { arg }) } else { Ok(()) }
+}
+
+fn rank(arg: &'static str, tensor: &Tensor, expected: usize) -> Result<()> {
+    let got = tensor.rank();
+    if got == expected {
+        Ok(())
+    } else {
+        Err(Error::Rank { arg, got, expected: if expected == 1 { "1" } else { "2" } })
+    }
+}
+
+fn as_weight(arg: &'static str, tensor: &Tensor, w: &Tensor) -> Result<()> {
+    if tensor.dtype() == w.dtype() {
+        return Ok(());
+    }
+    Err(dtype(arg, tensor, format!("{}, that of w", w.dtype().as_str())))
+}
+
+fn dtype(arg: &'static str, tensor: &Tensor, expected: String) -> Error {
+    Error::ArgumentDtype { arg, got: tensor.dtype().as_str().to_owned(), expected }
+}
+
+fn dimension(arg: &'static str, axis: &'static str, got: usize, expected: usize) -> Result<()> {
+    if got == expected { Ok(()) } else { Err(Error::Dimension { arg, axis, got, expected }) }
+}
+
+/// Finite in f32, which the products take it in.
+pub(super) fn scale(scale: f64) -> Result<()> {
+    let got = scale as f32;
+    if got.is_finite() { Ok(()) } else { Err(Error::Scale { got }) }
+}

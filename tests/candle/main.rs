@@ -1,0 +1,11 @@
+//! The candle op and layer, against candle's own autograd of the composed expression and the f64 oracle.
+
+#![allow(clippy::panic)] // how a test fails
+
+mod case;
+#[cfg(feature = "candle-cuda")]
+mod gpu;
+mod gradients;
+mod layer;
+mod refused;
+mod training;
