@@ -9,11 +9,12 @@
 use std::sync::Arc;
 
 use burn_backend::{DType, Shape};
+use burn_cubecl::CubeDevice;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
-use cubecl::Runtime;
 use cubecl::cuda::CudaRuntime;
+use cubecl_runtime::runtime::Runtime;
 use fused_lora::cuda::Kernels;
 use fused_lora::cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtrMut};
 use fused_lora::plan::{Plan, WORKSPACE_ALIGN};
@@ -47,8 +48,14 @@ struct Pinned {
     _resource: Box<dyn std::any::Any>,
 }
 
-/// A contiguous tensor of any number of dimensions as a matrix of all its rows.
-fn pin(tensor: &CubeTensor) -> Result<Pinned, Error> {
+/// A contiguous tensor of any number of dimensions as a matrix of all its rows. It must lie on that GPU and be of that type: of
+/// both the kernels see nothing.
+fn pin(tensor: &CubeTensor, ordinal: usize, dtype: DType) -> Result<Pinned, Error> {
+    let on_gpu = matches!(&tensor.device, CubeDevice::Cuda(device) if device.index == ordinal);
+    if !on_gpu || tensor.dtype != dtype {
+        let (got, on) = (tensor.dtype, &tensor.device);
+        return Err(format!("a tensor of {got:?} on {on:?}, expected {dtype:?} on CUDA device {ordinal}").into());
+    }
     let shape = tensor.meta.shape();
     let cols = shape.iter().next_back().copied().ok_or("a tensor without dimensions, expected a matrix")?;
     let rows = shape.iter().product::<usize>() / cols.max(1);
@@ -99,9 +106,11 @@ impl Lora {
         scale: f32,
     ) -> Result<(CubeTensor, CubeTensor), Error> {
         let [x, w, a, b] = [x, w, a, b].map(into_contiguous);
-        let (n, r) = (w.meta.shape()[0], a.meta.shape()[0]);
-        let (y, h) = (empty(&x, with_columns(&x, n), x.dtype), empty(&x, with_columns(&x, r), x.dtype));
-        let [px, pw, pa, pb, ph, py] = [pin(&x)?, pin(&w)?, pin(&a)?, pin(&b)?, pin(&h)?, pin(&y)?];
+        let pin = |tensor: &CubeTensor| pin(tensor, self.kernels.context().ordinal(), x.dtype);
+        let [px, pw, pa, pb] = [pin(&x)?, pin(&w)?, pin(&a)?, pin(&b)?];
+        let y = empty(&x, with_columns(&x, pw.matrix.rows), x.dtype);
+        let h = empty(&x, with_columns(&x, pa.matrix.rows), x.dtype);
+        let [ph, py] = [pin(&h)?, pin(&y)?];
         let op = raw::Forward {
             dtype: dtype(&x)?,
             x: px.matrix,
@@ -116,8 +125,8 @@ impl Lora {
         let plan = Plan::forward_with(&op, self.kernels.device(), self.kernels.plan_options())?;
         let workspace = self.reserve(plan.workspace_bytes())?;
         wait_for(&x)?;
-        // SAFETY: the tensors are pinned, contiguous and of the operation's type (h, y by construction, the inputs because the
-        // client has finished what writes them), in the primary context. Nothing else runs on them before `synchronize`.
+        // SAFETY: the tensors are pinned, contiguous, of the operation's type and on the kernels' GPU, in its primary context, and the
+        // client has finished what it was given. Nothing else runs on them before `synchronize`; the workspace is `reserve`'s.
         unsafe { self.kernels.forward_raw(&op, workspace, plan.workspace_bytes(), self.stream.cu_stream().cast()) }?;
         self.stream.synchronize()?;
         Ok((y, h))
@@ -139,8 +148,10 @@ impl Lora {
         let dx = empty(&x, x.meta.shape().clone(), x.dtype);
         let da = empty(&x, a.meta.shape().clone(), DType::F32);
         let db = empty(&x, b.meta.shape().clone(), DType::F32);
-        let [pdy, px, pw, pa, pb, ph] = [pin(&dy)?, pin(&x)?, pin(&w)?, pin(&a)?, pin(&b)?, pin(&h)?];
-        let [pdx, pda, pdb] = [pin(&dx)?, pin(&da)?, pin(&db)?];
+        let pin = |tensor: &CubeTensor, dtype| pin(tensor, self.kernels.context().ordinal(), dtype);
+        let stored = |tensor: &CubeTensor| pin(tensor, x.dtype);
+        let [pdy, px, pw, pa, pb, ph] = [stored(&dy)?, stored(&x)?, stored(&w)?, stored(&a)?, stored(&b)?, stored(&h)?];
+        let [pdx, pda, pdb] = [stored(&dx)?, pin(&da, DType::F32)?, pin(&db, DType::F32)?];
         let f32 = |pinned: &Pinned| Some(raw::Gradient { matrix: pinned.matrix, f32: true });
         let op = raw::Backward {
             dtype: dtype(&x)?,
