@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, Linear, VarBuilder, init};
 
+use super::view::addressable;
 use super::{check, lora, wrap};
 use crate::error::Error;
 
@@ -77,14 +78,15 @@ impl LoraLinear {
         Ok(layer)
     }
 
-    /// A layer without an adapter.
+    /// A layer without an adapter. A weight that lies transposed is copied.
     ///
     /// # Errors
     /// [`Error::Tracked`] for a weight or bias that gradients are asked of; [`Error::Rank`], [`Error::Dimension`],
     /// [`Error::ArgumentDtype`].
     pub fn frozen(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         check::base(&weight, bias.as_ref()).map_err(wrap)?;
-        let base = Linear::new(weight, bias);
+        // Once, instead of in every forward.
+        let base = Linear::new(addressable(&weight)?, bias);
         Ok(Self { base, adapters: BTreeMap::new(), active: None, enabled: true, merged: None })
     }
 

@@ -106,6 +106,15 @@ fn adapters_can_be_exchanged_and_switched_off() -> Result<()> {
 }
 
 #[test]
+fn a_weight_may_lie_transposed() -> Result<()> {
+    let case = Case::new(&[5], (6, 8, 2), DType::F32, DType::F32)?;
+    let layer = |weight| LoraLinear::from_tensors(weight, None, case.a.clone(), case.b.clone(), 2.0)?.forward(&case.x);
+    let transposed = layer(case.w.t()?.contiguous()?.t()?)?;
+    assert_eq!(bits(&transposed), bits(&layer(case.w.clone())?));
+    Ok(())
+}
+
+#[test]
 fn variables_survive_a_file() -> Result<()> {
     let case = Case::new(&[5], (6, 8, 2), DType::F32, DType::F32)?;
     let config = LoraConfig { r: 2, alpha: 3.0, rslora: true };
