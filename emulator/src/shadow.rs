@@ -211,12 +211,18 @@ pub(crate) struct Shadow {
     /// What cells have no slots for.
     spills: Vec<Vec<Access>>,
     /// By cell: strong writes with who has observed them.
-    observed: HashMap<usize, Observed>,
+    observed: HashMap<usize, Vec<Pair>>,
     random: u32,
 }
 
-/// Writes of one lane each, with strong reads of one lane each that they precede in observation order.
-type Observed = Vec<(Access, Access)>;
+/// A strong write of one lane, and a strong read of one that it precedes in observation order.
+#[derive(Clone, Copy, Debug)]
+struct Pair {
+    write: Access,
+    read: Access,
+    /// See [`Shadow::observe`].
+    blindly: bool,
+}
 
 impl Shadow {
     pub fn clear(&mut self) {
@@ -279,42 +285,47 @@ impl Shadow {
     ///
     /// PTX ISA, "Causality Order": what precedes an operation in observation order precedes what comes after that operation
     /// in base causality order. This holds for the write alone, not for what came before it, so that clocks cannot say it.
-    /// An atomic stands for the write from then on; for other reads it is remembered who has observed what.
-    pub fn observe(&mut self, (at, bytes): (usize, usize), write: Access, read: Access) {
+    /// An atomic stands for the write from then on; for other reads it is remembered who has observed what. `blindly`: an
+    /// atomic whose result nobody looks at. It passes the order on, but that it came later is chance: following that would
+    /// hide races.
+    pub fn observe(&mut self, (at, bytes): (usize, usize), write: Access, read: Access, blindly: bool) {
         let index = at / CELL;
         let mask = (u16::MAX >> (CELL - bytes.min(CELL))) << (at % CELL);
         let (write, read) = (Access { bytes: mask, ..write }, Access { bytes: mask, ..read });
-        let cells = self.pages.get_mut(index / PAGE).and_then(Option::as_mut);
-        let Some(cell) = cells.map(|cells| &mut cells[index % PAGE]) else { return };
+        let Some(cells) = self.pages.get_mut(index / PAGE).and_then(Option::as_mut) else { return };
+        let cell = &mut cells[index % PAGE];
         let spill = (cell.spill as usize).checked_sub(1).and_then(|at| self.spills.get_mut(at));
-        let mut entries = cell.slots.iter_mut().chain(spill.into_iter().flatten());
-        let Some(entry) = entries.find(|entry| entry.is_of(&write)) else { return };
-        let stands_for = read.kind & UPDATE != 0 && read.as_strong_as(&write);
-        if stands_for && entry.strip != 0 {
-            entry.bytes &= !mask;
-        } else if stands_for {
-            entry.lanes &= !write.lanes;
-            entry.bytes = if entry.lanes == 0 { 0 } else { entry.bytes };
+        let mut entries: Vec<&mut Access> = cell.slots.iter_mut().chain(spill.into_iter().flatten()).collect();
+        let stands_for = !blindly && read.kind & UPDATE != 0 && read.as_strong_as(&write);
+        if let Some(entry) = entries.iter_mut().find(|entry| stands_for && entry.is_of(&write)) {
+            if entry.strip == 0 {
+                entry.lanes &= !write.lanes;
+            }
+            if entry.strip != 0 || entry.lanes == 0 {
+                entry.bytes &= !mask;
+            }
         }
         if stands_for && !self.observed.contains_key(&index) {
             return;
         }
         let observed = self.observed.entry(index).or_default();
-        let mut writes: Vec<Access> =
-            observed.iter().filter(|(_, through)| through.is_of(&write)).map(|(first, _)| *first).collect();
-        writes.extend(Some(write).filter(|_| !stands_for));
         if observed.len() > MOST_OBSERVED {
-            let cells = self.pages.get(index / PAGE).and_then(Option::as_ref);
-            let Some(cell) = cells.map(|cells| &cells[index % PAGE]) else { return };
-            let spill = (cell.spill as usize).checked_sub(1).and_then(|at| self.spills.get(at));
-            observed
-                .retain(|(write, _)| cell.slots.iter().chain(spill.into_iter().flatten()).any(|it| it.is_of(write)));
+            observed.retain(|pair| entries.iter().any(|entry| entry.is_of(&pair.write)));
         }
-        for write in writes {
+        // What the write has observed itself, in the order in which that was.
+        let mut writes = vec![write];
+        for pair in observed.iter().rev().filter(|_| !blindly) {
+            if writes.iter().any(|write| pair.read.is_of(write)) && !writes.iter().any(|write| pair.write.is_of(write))
+            {
+                writes.push(pair.write);
+            }
+        }
+        for write in writes.into_iter().skip(usize::from(stands_for)) {
             // Who is ordered after a later read of the thread is ordered after its first.
-            let known = |(first, by): &(Access, Access)| first.is_of(&write) && by.same_thread(&read);
+            let known =
+                |pair: &Pair| pair.blindly == blindly && pair.write.is_of(&write) && pair.read.same_thread(&read);
             if !observed.iter().any(known) {
-                observed.push((write, read));
+                observed.push(Pair { write, read, blindly });
             }
         }
     }
@@ -330,12 +341,12 @@ impl Shadow {
 const MOST_OBSERVED: usize = 64;
 
 /// Of the lanes of a write, those that no read for which `covers` holds has observed.
-fn unobserved(observed: &Observed, (write, lanes): (&Access, u32), covers: impl Fn(&Access) -> bool) -> u32 {
-    let of_write = observed.iter().filter(|(other, _)| write.is_of(other));
-    of_write.fold(
-        lanes,
-        |left, (other, read)| if left & other.lanes != 0 && covers(read) { left & !other.lanes } else { left },
-    )
+fn unobserved(observed: &[Pair], (write, lanes): (&Access, u32), covers: impl Fn(&Access) -> bool) -> u32 {
+    let pairs = observed.iter().filter(|pair| !pair.blindly && write.is_of(&pair.write));
+    pairs.fold(lanes, |left, pair| {
+        let news = left & pair.write.lanes != 0 && covers(&pair.read);
+        if news { left & !pair.write.lanes } else { left }
+    })
 }
 
 /// What an access is held against memory with.

@@ -41,7 +41,12 @@ fn the_last_cta_sets_the_counter_back() {
                 "",
             ),
             // What came before the others' atomics is not ordered by that.
-            ("ld.global.u32 %r2, [%in]", "ld.global.u32 %r2, [%in+64]", Rule::Race, "`ld.global.u32 %r2, [%in+64]`"),
+            (
+                "ld.global.u32 %r2, [%in]",
+                "ld.global.u32 %r2, [%in+64];\n    ld.global.u32 %r2, [%in+384]",
+                Rule::Race,
+                "`ld.global.u32 %r2, [%in+",
+            ),
         ],
     );
     // By another thread, after a barrier.
@@ -88,7 +93,6 @@ fn a_flag_is_taken_down_by_who_has_seen_it() {
     TWO_CTAS.twins(
         TAKEN_DOWN,
         &[
-            ("    @%p3 bra SECOND;\n", "", Rule::Race, ""),
             ("    ld.relaxed.gpu", "    ld.relaxed.cta", Rule::Race, "of `in` at offset 0"),
             ("    fence.acq_rel.gpu;\n    ld", "    ld", Rule::Race, "`ld.global.u32 %r2, [%in+256]`"),
             ("    fence.acq_rel.gpu;\n    st", "    st", Rule::Race, "`ld.global.u32 %r2, [%in+256]`"),
@@ -191,4 +195,39 @@ fn an_acquire_follows_a_strong_read_of_its_location() {
         "    ld.volatile.global.u32 %r1, [%in];\n    setp.eq.u32 %p3, %r1, 0;\n    @%p3 bra SECOND;\n",
     );
     TWO_CTAS.passes(&counts);
+}
+
+/// An atomic whose result nobody looks at has not seen the others: that it came last is chance.
+#[test]
+fn what_nobody_looks_at_is_not_observed() {
+    let unused = RESET.replace("    setp.ne.u32 %p2, %r1, 5;\n    @%p2 bra DONE;\n    st.global.u32 [%in], 0;\n", "");
+    SIX.reports(&unused, Rule::Race, "`ld.global.u32 %r2, [%in]`");
+    SIX.reports(
+        &unused.replace("atom.relaxed.gpu.global.add.u32 %r1,", "red.relaxed.gpu.global.add.u32"),
+        Rule::Race,
+        "[%in]`",
+    );
+    // It passes on what came before it, though.
+    let counted = RESET.replace(
+        "    atom",
+        "    setp.eq.u32 %p2, %c, 3;\n    @%p2 bra LAST;\n    red.relaxed.gpu.global.add.u32 [%in], 1;\n    bra DONE;\n\
+         LAST:\n    ld.relaxed.gpu.global.u32 %r3, [%in];\n    setp.ne.u32 %p3, %r3, 5;\n    @%p3 bra LAST;\n    atom",
+    );
+    SIX.twins(&counted, &[("    red.relaxed.gpu", "    red.relaxed.cta", Rule::Race, "of `in` at offset 0")]);
+}
+
+/// A fence that acquires or releases only.
+#[test]
+fn fences_of_one_side() {
+    let at = "`ld.global.u32 %r2, [%in+256]`";
+    let sides = TAKEN_DOWN
+        .replace("    fence.acq_rel.gpu;\n    st", "    fence.release.gpu;\n    st")
+        .replace("    fence.acq_rel.gpu;\n    ld", "    fence.acquire.gpu;\n    ld");
+    TWO_CTAS.twins(
+        &sides,
+        &[
+            ("fence.release.gpu", "fence.acquire.gpu", Rule::Race, at),
+            ("fence.acquire.gpu", "fence.release.gpu", Rule::Race, at),
+        ],
+    );
 }

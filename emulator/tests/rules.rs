@@ -111,6 +111,7 @@ DONE:
     ret;";
     ONE_WARP.reports(split, Rule::Diverged, "bar.sync 0");
     ONE_WARP.reports("setp.lt.u32 %p1, %t, 16;\n @%p1 bar.sync 0;\n ret;", Rule::Diverged, "the predicate lets only");
+    ONE_WARP.reports("setp.eq.u32 %p1, %t, 7;\n @%p1 brkpt;\n ret;", Rule::Trap, "@%p1 brkpt");
     ONE_WARP.reports("setp.lt.u32 %p1, %t, 16;\n @%p1 ret;\n mma_here:\n activemask.b32 %r1;\n shfl.sync.idx.b32 %r2, %r1, 0, 31, -1;\n ret;", Rule::Diverged, "have exited");
 }
 

@@ -204,6 +204,19 @@ impl Views {
         self.see_at(lanes, None, &Rc::new(Released { clock, scope: Scope::Gpu, cta: None }));
     }
 
+    /// The lane reads a place again: an acquire operation there acquires what the last read saw. That earlier ones came in
+    /// between other writes is chance, though a fence acquires them, too.
+    fn forget_place(&mut self, lane: u32, place: Place) {
+        let lane = 1 << lane;
+        let mut again = Vec::new();
+        for seen in self.seen.iter_mut().filter(|seen| seen.lanes & lane != 0 && seen.place == Some(place)) {
+            seen.lanes &= !lane;
+            again.push(Rc::clone(&seen.released));
+        }
+        self.seen.retain(|seen| seen.lanes != 0);
+        again.iter().for_each(|released| self.see_at(lane, None, released));
+    }
+
     /// Remembers what lanes have read, once per place, scope and origin.
     fn see_at(&mut self, lanes: u32, place: Option<Place>, released: &Rc<Released>) {
         let place = place.filter(|_| self.seen.len() < MOST_SEEN);
@@ -243,17 +256,17 @@ impl Cta {
     }
 
     /// A strong read has observed a write, see [`Shadow::observe`](crate::shadow::Shadow::observe).
-    fn observe(&mut self, context: &mut Context<'_>, word: Word, write: Access, read: Access) {
+    fn observe(&mut self, context: &mut Context<'_>, word: Word, (write, read): (Access, Access), blindly: bool) {
         if word.space == Space::Shared {
             // Its bytes have been read: they exist.
             let _ = self.on(context, word.address, |cta, _, at| {
                 let offset = cta.shared_offset(at, word.bytes)?;
-                cta.shared.shadow.observe((offset, word.bytes), write, read);
+                cta.shared.shadow.observe((offset, word.bytes), write, read, blindly);
                 Ok(())
             });
         } else if let Ok((index, offset)) = context.memory.find(word.address, word.bytes) {
             let Allocation { shadow, base, .. } = &mut context.memory.allocations[index];
-            shadow.observe(((*base % 16) as usize + offset, word.bytes), write, read);
+            shadow.observe(((*base % 16) as usize + offset, word.bytes), write, read, blindly);
         }
     }
 
@@ -268,7 +281,8 @@ impl Cta {
         (serial, address & OFFSET)
     }
 
-    /// What a lane's load, or the read of its atomic, learns from the word; `acquires`: it can begin or end an acquire pattern.
+    /// What a lane's load, or the read of its atomic, learns from the word; `acquires`: it can begin or end an acquire
+    /// pattern; `blindly`: nobody looks at the value.
     ///
     /// PTX ISA, "Release and Acquire Patterns", "Observation Order", "Synchronizes-with": the read must be morally strong
     /// with the write whose value it takes; what began the release and what ends the acquisition, operation or fence, too.
@@ -278,7 +292,7 @@ impl Cta {
         (warp, lane): (usize, u32),
         word: Word,
         read: Access,
-        (sem, acquires): (Semantics, bool),
+        (sem, acquires, blindly): (Semantics, bool, bool),
     ) {
         if word.space == Space::Local {
             return;
@@ -295,6 +309,7 @@ impl Cta {
             let Warp { views, live, .. } = &mut self.warps[warp];
             views.learn_seen((1 << lane, *live), Some(place), within);
         }
+        self.warps[warp].views.forget_place(lane, place);
         let Some(flag) = context.flags.get(&place) else { return };
         let (scope, write) = flag.last;
         if flag.bytes != word.bytes || !near(scope, write.cta, sem.scope) {
@@ -312,7 +327,7 @@ impl Cta {
             }
         }
         if context.options.checks.races && !write.same_thread(&read) {
-            self.observe(context, word, write, read);
+            self.observe(context, word, (write, read), blindly);
         }
     }
 

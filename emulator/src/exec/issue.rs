@@ -196,7 +196,7 @@ impl Cta {
             match what {
                 Prefetched::Bytes => {
                     check_units("prefetch", &[at], bytes).map_err(place)?;
-                    context.memory.find(at, bytes as usize).map_err(super::access::memory_fault).map_err(place)?;
+                    context.memory.find(at, bytes as usize).map_err(super::bytes::memory_fault).map_err(place)?;
                 }
                 Prefetched::Tensor | Prefetched::TensorMap => {
                     let map = self.tensor_map(context, (warp, lane, pc), at).map_err(place)?;

@@ -2,6 +2,7 @@
 
 mod access;
 mod bulk;
+mod bytes;
 mod call;
 mod cluster;
 mod collective;

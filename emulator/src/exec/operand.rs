@@ -1,6 +1,6 @@
 //! What a `wgmma` reads of its operands in shared memory, and the rules that hold for it.
 
-use super::access::race;
+use super::bytes::race;
 use super::warpgroup::Issued;
 use super::{Context, Cta, Fault, Outcome, Shared};
 use crate::alu;

@@ -59,14 +59,16 @@ fn products() {
 fn matrices_from_shared_memory() {
     for (count, matrices) in [("x1", 1usize), ("x2", 2), ("x4", 4)] {
         for trans in [false, true] {
-            for space in ["shared", "shared::cta"] {
+            // ptxas takes shape and number in either order.
+            for (space, form) in [("shared", "m8n8.x"), ("shared::cta", "m8n8.x"), ("shared", "x.m8n8")] {
+                let form = form.replace('x', count);
                 for matrix in 0..matrices {
                     let registers: Vec<String> = (0..matrices).map(|i| format!("%r{i}")).collect();
                     // Row r of matrix m holds 64m + 8r + column, at 16 bytes · (8m + r).
                     let text = format!(
                         ".shared .align 16 .b8 tile[512]; mov.u32 %r7, tile; mad.lo.u32 %r7, %t, 16, %r7; \
                          st.shared.v2.b64 [%r7], {{%a, %b}}; bar.warp.sync -1; \
-                         ldmatrix.sync.aligned.m8n8.{count}{}.{space}.b16 {{{}}}, [%r7]; mov.u32 %d, %r{matrix};",
+                         ldmatrix.sync.aligned.{form}{}.{space}.b16 {{{}}}, [%r7]; mov.u32 %d, %r{matrix};",
                         if trans { ".trans" } else { "" },
                         registers.join(", ")
                     );
