@@ -35,6 +35,10 @@ check: ## Check formatting, lints on all feature sets, documentation, dependenci
 cute-check: toolchain ## Hold the emulator's matrix layouts against CuTe's headers, which it installs
 	@scripts/cute-check
 
+.PHONY: peft-check
+peft-check: toolchain ## Hold saved adapters against PEFT itself, which it installs (several gigabytes)
+	@scripts/peft-check
+
 .PHONY: bench
 bench: toolchain ## Measure on this machine
 	@. .toolchain/env; cargo bench -- $(ARGS)
