@@ -81,6 +81,8 @@
 )]
 //! | [`cpu`] | the same operations over slices, on all cores |
 //! | `emulator` | runs the same launches on a CPU model of the PTX ISA, for tests (features `emulator` and `cuda`) |
+#![cfg_attr(feature = "peft", doc = "| [`peft`] | adapters in PEFT's format, read and written |")]
+#![cfg_attr(not(feature = "peft"), doc = "| `peft` | adapters in PEFT's format, read and written (feature `peft`) |")]
 //! | [`plan`] | from a shape and a device to a launch and a workspace size, as data; explains itself |
 //! | [`raw`] | addresses instead of views, for stacks with another cudarc or none; judges dimensions and overlap |
 //! | [`kernels`] | the compiled kernels this build carries |
@@ -119,8 +121,12 @@
 //! - `cuda` (default): the GPU backend. Building needs nvcc (CUDA 12 or later) and libclang; running needs the driver, and
 //!   without one the constructor returns [`Error::NoDriver`].
 //! - `emulator`, with `cuda`: runs the kernels' PTX on the CPU.
+<<<<<<< HEAD
 //! - `candle`: the op and the layer for candle 0.11, on CPUs. `candle-cuda`: on GPUs as well, with candle's own `cuda` feature,
 //!   which needs nvcc and links the driver.
+=======
+//! - `peft`: adapters in PEFT's format, read and written.
+>>>>>>> peft
 //!
 //! Without features only [`cpu`], [`plan`], [`raw`] and [`mod@reference`] have something to do, and neither nvcc nor libclang is
 //! needed.
