@@ -35,7 +35,6 @@ check: ## Check formatting, lints on all feature sets, documentation, dependenci
 cute-check: toolchain ## Hold the emulator's matrix layouts against CuTe's headers, which it installs
 	@scripts/cute-check
 
-<<<<<<< HEAD
 .PHONY: burn-check
 burn-check: toolchain ## Type-check interop/burn, which takes some minutes and gigabytes
 	@. .toolchain/env; cd interop/burn && DOCS_RS=1 cargo check
@@ -43,11 +42,10 @@ burn-check: toolchain ## Type-check interop/burn, which takes some minutes and g
 .PHONY: candle-cuda
 candle-cuda: toolchain ## Lint the candle op on GPUs against candle's CUDA backend, its kernels left out
 	@scripts/candle-cuda check
-=======
+
 .PHONY: peft-check
 peft-check: toolchain ## Hold saved adapters against PEFT itself, which it installs (several gigabytes)
 	@scripts/peft-check
->>>>>>> peft
 
 .PHONY: bench
 bench: toolchain ## Measure on this machine

@@ -121,12 +121,9 @@
 //! - `cuda` (default): the GPU backend. Building needs nvcc (CUDA 12 or later) and libclang; running needs the driver, and
 //!   without one the constructor returns [`Error::NoDriver`].
 //! - `emulator`, with `cuda`: runs the kernels' PTX on the CPU.
-<<<<<<< HEAD
 //! - `candle`: the op and the layer for candle 0.11, on CPUs. `candle-cuda`: on GPUs as well, with candle's own `cuda` feature,
 //!   which needs nvcc and links the driver.
-=======
 //! - `peft`: adapters in PEFT's format, read and written.
->>>>>>> peft
 //!
 //! Without features only [`cpu`], [`plan`], [`raw`] and [`mod@reference`] have something to do, and neither nvcc nor libclang is
 //! needed.
