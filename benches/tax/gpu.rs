@@ -185,7 +185,7 @@ impl Gpu {
     fn time(&self, job: &Job<'_>, layers: &[Layer], count: usize) -> Result<f64, Failure> {
         let event = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(failed("cuEventRecord"));
         let mut turns = layers.iter().cycle();
-        let mut next = || turns.next().map_or(Ok(()), |layer| job(layer));
+        let mut next = || turns.next().map_or(Ok(()), job);
         next()?;
         let start = event()?;
         for _ in 0..count {
