@@ -159,7 +159,7 @@ impl Access {
 
     /// Strong alike: what is morally strong with the one is with the other.
     fn as_strong_as(&self, other: &Access) -> bool {
-        (self.kind ^ other.kind) & !(WRITE | UPDATE) == 0 && self.element() == other.element()
+        (self.kind ^ other.kind) & !(WRITE | UPDATE | TOGETHER) == 0 && self.element() == other.element()
     }
 
     /// Whether `other`, of the same time, is remembered by this already.
@@ -320,7 +320,7 @@ impl Shadow {
                 writes.push(pair.write);
             }
         }
-        for write in writes.into_iter().skip(usize::from(stands_for)) {
+        for write in writes.into_iter().skip(usize::from(stands_for || write.same_thread(&read))) {
             // Who is ordered after a later read of the thread is ordered after its first.
             let known =
                 |pair: &Pair| pair.blindly == blindly && pair.write.is_of(&write) && pair.read.same_thread(&read);

@@ -178,10 +178,10 @@ fn grids_that_synchronise() {
         input: input.iter().flat_map(|word| word.to_le_bytes()).collect(),
         expected,
     };
-    let neighbour = |i: u32| (0..3).map(|round| round * 1000 + (i / 64 + 1) % 6 + (i % 64 ^ 33)).sum();
+    let neighbour = |i: u32| (0..3).map(|round| round * 1000 + (i / 64 + 1) % 6 + ((i % 64) ^ 33)).sum();
     let at = "of `work` at offset";
     kernel(6, (0..6 * 64).map(neighbour).collect()).check(&module, "barrier", &[(RACE, at); 4]);
-    let sum = |i: u32| (0..5).map(|cta| input[(cta * 64 + (i % 64 ^ 33)) as usize] * (i / 64 + 1)).sum();
+    let sum = |i: u32| (0..5).map(|cta| input[(cta * 64 + ((i % 64) ^ 33)) as usize] * (i / 64 + 1)).sum();
     kernel(5, (0..3 * 64).map(sum).collect()).check(&module, "last_block", &[(RACE, at); 5]);
     let pair = |i: u32| {
         let (round, pair, t) = (i / 192, i / 64 % 3, i % 64);

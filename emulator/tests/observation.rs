@@ -231,3 +231,28 @@ fn fences_of_one_side() {
         ],
     );
 }
+
+/// Each CTA counts without looking; the first one looks until all have, and sets the counter back.
+#[test]
+fn who_polls_has_observed_all() {
+    let body = "
+    setp.ne.u32 %p1, %t, 0;
+    @%p1 bra DONE;
+    red.relaxed.gpu.global.add.u32 [%in], 1;
+    setp.ne.u32 %p2, %c, 0;
+    @%p2 bra DONE;
+WAIT:
+    ld.relaxed.gpu.global.u32 %r1, [%in];
+    setp.ne.u32 %p3, %r1, 6;
+    @%p3 bra WAIT;
+    st.global.u32 [%in], 0;
+DONE:
+    ret;";
+    SIX.twins(
+        body,
+        &[
+            ("ld.relaxed.gpu", "ld.relaxed.cta", Rule::Race, "of `in` at offset 0"),
+            ("    red.relaxed.gpu", "    red.relaxed.cta", Rule::Race, "of `in` at offset 0"),
+        ],
+    );
+}

@@ -145,6 +145,30 @@ fn a_producer_may_exit_when_others_wait() {
     run.reports_some(&alone, &[Rule::AsyncLeft]);
 }
 
+/// One lane of those that have waited ends the mbarrier (`cuda::pipeline`).
+#[test]
+fn an_mbarrier_ends_after_the_tests_of_the_warp() {
+    let body = "
+    setp.ne.u32 %p1, %t, 0;
+    @!%p1 mbarrier.init.shared.b64 [%bar], 1;
+    bar.sync 0;
+    @!%p1 mbarrier.arrive.shared.b64 _, [%bar];
+    setp.ge.u32 %p3, %t, 32;
+    @%p3 bra DONE;
+WAIT:
+    mbarrier.try_wait.parity.shared.b64 %p2, [%bar], 0;
+    @!%p2 bra WAIT;
+    vote.sync.all.pred %p2, %p2, -1;
+    @!%p1 mbarrier.inval.shared.b64 [%bar];
+DONE:
+    ret;";
+    warps(2).passes(body);
+    let other = body
+        .replace("    @!%p1 mbarrier.inval.shared.b64 [%bar];\n", "")
+        .replace("DONE:\n", "DONE:\n    setp.eq.u32 %p1, %t, 32;\n    @%p1 mbarrier.inval.shared.b64 [%bar];\n");
+    warps(2).reports(&other, &[Rule::Race, Rule::MbarrierMisuse], "mbarrier");
+}
+
 /// One warp of a warpgroup waits for what never comes; the others wait for it.
 #[test]
 fn a_warpgroup_that_is_held_up_is_a_deadlock() {

@@ -326,7 +326,7 @@ impl Cta {
                 views.see_at(1 << lane, Some(place), released);
             }
         }
-        if context.options.checks.races && !write.same_thread(&read) {
+        if context.options.checks.races && !(blindly && write.same_thread(&read)) {
             self.observe(context, word, (write, read), blindly);
         }
     }

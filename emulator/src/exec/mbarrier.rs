@@ -9,7 +9,7 @@ use crate::alu::Lanes;
 use crate::clock::{Proxy, View};
 use crate::isa::{Mbarrier as Instruction, MbarrierKind, Order, Scope};
 use crate::report::Rule;
-use crate::shadow::{ATOMIC, Access, UPDATE, WRITE};
+use crate::shadow::{ATOMIC, Access, TOGETHER, UPDATE, WRITE};
 
 /// Counts and transaction counts reach from 1 (or minus this) to this.
 const MOST: i64 = (1 << 20) - 1;
@@ -348,7 +348,9 @@ impl Cta {
             let place = |fault: Fault| fault.lane(lane);
             let (_, address) = self.resolve(op.space, addresses[lane as usize]).map_err(place)?;
             let at = self.own_shared(address).map_err(place)?;
-            let user = self.mbarrier_user(warp, lane, pc);
+            let mut user = self.mbarrier_user(warp, lane, pc);
+            // What a lane does once the test has let it go, such as to end the mbarrier, comes after those of its warp.
+            user.access.kind |= TOGETHER;
             self.use_mbarrier(context, at, &user).map_err(place)?;
             let mbarrier = self.mbarrier_mut(at)?;
             let is_complete = mbarrier.test(warp, lane, op, values[lane as usize]).map_err(place)?;

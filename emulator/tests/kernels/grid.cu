@@ -32,7 +32,7 @@ __device__ void grid_barrier(Word* count, volatile Word* sense, Word& mine) {
       if (BROKEN == 4) *sense = mine;
       *count = 0;
       __threadfence();
-      *sense = mine;
+      if (BROKEN != 4) *sense = mine;
     } else {
       while (*sense != mine) {}
     }
@@ -75,7 +75,7 @@ __device__ void last_block(const Word* in, Word* out, Word* work, int rounds) {
         if (BROKEN == 4) store_release(work + 1, round + 1);
         work[0] = 0;
         if (BROKEN == 5) *(volatile Word*)(work + 1) = round + 1;
-        else store_release(work + 1, round + 1);
+        else if (BROKEN != 4) store_release(work + 1, round + 1);
       }
     } else if (t == 0) {
       while (load_acquire(work + 1) != round + 1) {}
