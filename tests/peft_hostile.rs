@@ -1,4 +1,5 @@
-//! Hostile adapters: damaged in thousands of ways, they are refused or loaded, without a panic and in bounded memory and time.
+//! Hostile adapters: damaged in thousands of ways, they are refused or loaded, without a panic and in bounded memory
+//! and time.
 #![cfg(feature = "peft")]
 
 mod common;
