@@ -153,7 +153,7 @@ fn matching_agrees(file: &str) -> usize {
             config.insert(key.clone(), Value::Object(patterns));
         }
         let text = Value::Object(config).to_string();
-        let config = Config::from_json(&text).unwrap_or_else(|error| panic!("{text}: {error}"));
+        let config = Config::from_json(&text).expect(&text);
         let again = Config::from_json(&config.to_json()).expect("what was written is read");
         for name in &names {
             let expected = case["matched"].get(*name).filter(|matched| matched.is_object()).map(|matched| {
