@@ -106,7 +106,9 @@ fn recorded_adapters_round_trip() {
         assert_eq!(fs::read_dir(&out).expect("the folder").count(), 2, "{name}: nothing but the two files is left");
         loaded += 1;
     }
-    assert_eq!((loaded, unsupported), (28, refused.len()));
+    // At least those that were there when this was written: recordings for other tests may be added.
+    assert!(loaded >= 33, "{loaded}");
+    assert_eq!(unsupported, refused.len());
 }
 
 /// The recorded ranks, α and scales of the Llama's adapters, and their dimensions.
@@ -670,6 +672,17 @@ fn missing_files_are_named() {
     fs::write(out.join("adapter_config.json"), config_with(json!({}))).expect("written");
     let error = Adapter::load(&out).expect_err("a folder is no file");
     assert_eq!(error.file, Some(out.join("adapter_model.safetensors")));
+    // A pipe that nobody writes to: opening it would wait for ever.
+    let pipe = fresh("pipe");
+    fs::create_dir_all(&pipe).expect("a folder");
+    if Command::new("mkfifo").arg(pipe.join("adapter_config.json")).status().is_ok_and(|status| status.success()) {
+        let (send, receive) = std::sync::mpsc::channel();
+        let folder = pipe.clone();
+        std::thread::spawn(move || send.send(Adapter::load(folder).expect_err("a pipe is no file")));
+        let error = receive.recv_timeout(std::time::Duration::from_secs(60)).expect("an answer");
+        assert!(error.to_string().contains("not a regular file"), "{error}");
+        assert_eq!(error.file, Some(pipe.join("adapter_config.json")));
+    }
 }
 
 /// PEFT itself, where it is installed, loads what is saved here and computes the recorded logits: `make peft-check`.
