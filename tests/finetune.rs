@@ -20,10 +20,15 @@ struct Output {
 }
 
 fn run(arguments: &[&str]) -> Output {
+    interrupted(arguments, false)
+}
+
+/// A run before which Ctrl-C was pressed, or not.
+fn interrupted(arguments: &[&str], interrupt: bool) -> Output {
     let (mut out, mut err) = (Vec::new(), Vec::new());
     let mut streams = Streams { out: &mut out, err: &mut err, terminal: false };
     let arguments = arguments.iter().map(OsString::from).collect();
-    let status = finetune::run(arguments, &AtomicBool::new(false), &mut streams);
+    let status = finetune::run(arguments, &AtomicBool::new(interrupt), &mut streams);
     let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
     Output { status, out: text(out), err: text(err) }
 }
@@ -331,12 +336,40 @@ fn ctrl_c_saves_and_the_run_can_go_on() {
 }
 
 #[test]
+fn ctrl_c_before_the_first_step_saves_the_start() {
+    let (model, text) = (golden("llama/base"), text());
+    let outs = [scratch("stopped"), scratch("stopped-whole")];
+    let common = ["--model", &model, "--data", &text, "--device", "cpu", "--batch", "1", "--seq", "8", "--steps", "3"];
+    let output = interrupted(&[&common[..], &["--out", &outs[0]]].concat(), true);
+    assert_eq!(output.status, 130, "{}{}", output.out, output.err);
+    assert!(output.out.contains("stopped by Ctrl-C"), "{}", output.out);
+    assert!(Adapter::load(&outs[0]).is_ok());
+    done(&[&common[..], &["--out", &outs[0], "--resume"]].concat());
+    done(&[&common[..], &["--out", &outs[1]]].concat());
+    assert_eq!(read(&outs[0], "adapter_model.safetensors"), read(&outs[1], "adapter_model.safetensors"));
+}
+
+#[test]
+fn a_file_that_cannot_be_replaced_leaves_no_part_of_itself() {
+    let (model, text, out) = (golden("llama/base"), text(), scratch("blocked"));
+    fs::create_dir(Path::new(&out).join("loss.csv")).expect("a folder");
+    let output =
+        run(&["--model", &model, "--data", &text, "--device", "cpu", "--seq", "8", "--steps", "1", "--out", &out]);
+    assert_eq!(output.status, 1, "{}", output.err);
+    assert!(output.err.contains("loss.csv"), "{}", output.err);
+    let entries = fs::read_dir(&out).expect("a folder").map(|entry| entry.expect("an entry").file_name());
+    let mut entries: Vec<_> = entries.filter_map(|name| name.into_string().ok()).collect();
+    entries.sort();
+    assert_eq!(entries, ["checkpoint.safetensors", "loss.csv"]);
+}
+
+#[test]
 fn what_cannot_be_is_refused_and_leaves_nothing() {
     let (model, text, data) = (golden("llama/base"), text(), golden("training/llama/data.safetensors"));
     let out = scratch("refused");
     let init = golden("training/llama/qv_sgd/adapter_initial");
     let started = |more: &str| format!("--model {model} --data {data} --out {out} {more}");
-    let cases: [(String, u8, &[&str]); 26] = [
+    let cases: [(String, u8, &[&str]); 27] = [
         (String::new(), 3, &["`--model` is missing"]),
         (format!("--model {model} --out {out}"), 3, &["`--data` is missing"]),
         (format!("--model {model} --data {data}"), 3, &["`--out` is missing"]),
@@ -355,6 +388,7 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
         (started("--targets q_proj,qq"), 3, &["`--targets` is `qq`", "q_proj, k_proj"]),
         (started("--targets q_proj,,"), 3, &["`--targets` is `q_proj,,`"]),
         (started("--steps 21"), 3, &["`--steps` is 21, but the data holds 20 batches"]),
+        (started(&format!("--data {text} --batch {}", usize::MAX)), 3, &["`--batch` is ", "tokens a step"]),
         (started("--batch 5"), 3, &["`--batch` is 5, but 4 is recorded"]),
         (started(&format!("--init {init} --rank 4")), 3, &["`--rank` is 4, but the adapter of `--init` has 8"]),
         (started(&format!("--init {init} --targets k_proj")), 3, &["`--targets` is model.layers.0.self_attn.k_proj"]),

@@ -133,6 +133,48 @@ fn every_option_of_the_configuration_is_as_in_transformers() {
     assert!((f64::from(loss) - recorded).abs() < 1e-6 * recorded, "{loss}, recorded {recorded}");
 }
 
+/// As PEFT: `modules_to_save` copies the embedding, and what was tied to the original stays so.
+#[test]
+fn an_embedding_that_an_adapter_brings_leaves_a_tied_head_as_it_was() {
+    let folder = golden("llama_variant");
+    let config = Config::read(&folder.join("config.json")).expect("it can be read");
+    assert!(config.tied);
+    let weights = Weights::open(&folder, DType::F32, &Device::Cpu).expect("it can be read");
+    let own = weights.get("model.embed_tokens.weight", &[config.vocab, config.hidden]).expect("the embedding");
+    let other = (&own + 1.0).expect("another one");
+    let ids = Tensor::new(&[[1u32, 2, 3]], &Device::Cpu).expect("ids");
+    let error = |names: &[&str], head: &Tensor| {
+        let parameters = names.iter().map(|name| (format!("{name}.weight"), other.clone())).collect();
+        let changes = Changes { parameters, ..Changes::default() };
+        let model = Llama::load(&config, &weights, changes).expect("it can be read");
+        let hidden = model.hidden(&ids, None).and_then(|hidden| hidden.flatten_to(1)).expect("states");
+        let expected = hidden.matmul(&head.t().expect("turned")).expect("logits");
+        distance(&model.logits(&hidden).expect("logits"), &expected)
+    };
+    assert!(error(&["model.embed_tokens"], &own) < 1e-6);
+    assert!(error(&["model.embed_tokens"], &other) > 1e-2);
+    assert!(error(&["model.embed_tokens", "lm_head"], &other) < 1e-6);
+}
+
+/// Its older name, its newer one, or both, as transformers wrote for a while.
+#[test]
+fn the_kind_of_rotary_embedding_is_read_by_either_name() {
+    use generate::common::config::Scaling;
+    let text = fs::read_to_string(golden("peft/llama/base/config.json")).expect("a config");
+    let mut config: Value = serde_json::from_str(&text).expect("JSON");
+    config.as_object_mut().expect("an object").remove("rope_parameters");
+    let path = scratch("rope").join("config.json");
+    for names in [&["rope_type"][..], &["type"], &["rope_type", "type"]] {
+        config["rope_scaling"] = json!({"factor": 2.0});
+        for name in names {
+            config["rope_scaling"][name] = json!("linear");
+        }
+        fs::write(&path, config.to_string()).expect("a file");
+        let scaling = Config::read(&path).map(|config| config.rope.scaling);
+        assert_eq!(scaling.expect("it can be read"), Scaling::Linear { factor: 2.0 }, "{names:?}");
+    }
+}
+
 #[test]
 fn parts_named_by_an_index_are_the_whole() {
     let base = golden("peft/llama/base");

@@ -290,6 +290,29 @@ fn memory_follows_the_file() {
     check("a deep list", list.into_bytes(), claim(2), false, 1);
 }
 
+/// Names and lists whose product would be slow: a key of a million dots, and many modules to save against many biases.
+#[test]
+fn time_follows_the_file() {
+    let config = |more: &str| format!(r#"{{"peft_type": "LORA", "target_modules": ["q"], "bias": "all"{more}}}"#);
+    let one = |name: &str| {
+        let tensor = format!(r#"{{"base_model.model.{name}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}}}"#);
+        join(&tensor, &[])
+    };
+    let refused = |config: String, tensors: Vec<u8>, expected: &str| {
+        let start = Instant::now();
+        let error = Adapter::load_bytes(config.as_bytes(), tensors).expect_err("refused").to_string();
+        assert!(error.contains(expected) && error.len() < 2_000, "{}", error.get(..200).unwrap_or(&error));
+        assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    };
+    let dots = "q.".repeat(1_000_000);
+    let saved = r#", "modules_to_save": ["head"]"#;
+    for name in [format!("{dots}q.lora_A.weight"), format!("{dots}bias"), dots.clone()] {
+        refused(config(saved), one(&name), "at most 1024 are accepted");
+    }
+    let many = format!(r#", "modules_to_save": [{}"head"]"#, r#""zz","#.repeat(300_000));
+    refused(config(&many), one("a.bias"), "`modules_to_save` is a list of 300001, expected at most 256 names");
+}
+
 /// Every way in which an expression may be dear: refused when it is compiled, or stopped when it is matched.
 #[test]
 fn expressions_are_bounded() {

@@ -77,8 +77,10 @@ struct File {
 
 #[derive(Deserialize)]
 struct RopeFile {
-    #[serde(alias = "type")]
     rope_type: Option<String>,
+    /// Its older name; some files have both.
+    #[serde(rename = "type")]
+    older_type: Option<String>,
     rope_theta: Option<f64>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
@@ -143,7 +145,7 @@ impl File {
         if self.quantization_config.as_ref().is_some_and(|config| !config.is_null()) {
             return Err(Failure::NotBuilt("a quantised model (`quantization_config`)".into()));
         }
-        match self.rope().and_then(|rope| rope.rope_type.as_deref()) {
+        match self.rope().and_then(RopeFile::kind) {
             None | Some("default" | "linear" | "llama3") => Ok(()),
             Some(other) => Err(Failure::NotBuilt(format!("the rotary embedding `{other}`"))),
         }
@@ -184,13 +186,17 @@ impl File {
 }
 
 impl RopeFile {
+    fn kind(&self) -> Option<&str> {
+        self.rope_type.as_deref().or(self.older_type.as_deref())
+    }
+
     fn scaling(&self) -> Result<Scaling, String> {
         let positive = |name: &str, number: Option<f64>| match number {
             Some(number) if number.is_finite() && number > 0.0 => Ok(number),
             Some(number) => Err(format!("{name} of the rotary embedding is {number}, expected a positive number")),
             None => Err(format!("{name} of the rotary embedding is missing")),
         };
-        match self.rope_type.as_deref() {
+        match self.kind() {
             Some("linear") => Ok(Scaling::Linear { factor: positive("factor", self.factor)? }),
             Some("llama3") => {
                 let low = positive("low_freq_factor", self.low_freq_factor)?;

@@ -156,12 +156,15 @@ impl Source<'_> {
 impl Llama {
     pub fn load(config: &Config, weights: &Weights, changes: Changes) -> Result<Self> {
         let mut source = Source { weights, changes };
-        let embedding = source.get("model.embed_tokens.weight", &[config.vocab, config.hidden])?;
+        let (embedding_name, shape) = ("model.embed_tokens.weight", [config.vocab, config.hidden]);
+        let own_embedding = source.changes.parameters.contains_key(embedding_name);
+        let embedding = source.get(embedding_name, &shape)?;
         let layers = (0..config.layers).map(|index| source.layer(index, config)).collect::<Result<_>>()?;
         let norm = source.norm("model.norm", config)?;
-        // An adapter that brings a head of its own unties it.
+        // An adapter that brings a head of its own unties it; one that brings an embedding alone leaves the head the model's.
         let head = if config.tied && !source.changes.parameters.contains_key("lm_head.weight") {
-            source.linear_over(HEAD, embedding.clone(), false)?
+            let w = if own_embedding { weights.get(embedding_name, &shape)? } else { embedding.clone() };
+            source.linear_over(HEAD, w, false)?
         } else {
             source.linear(HEAD, config.vocab, config.hidden, false)?
         };

@@ -9,6 +9,9 @@ use super::common::llama::IGNORED;
 use super::common::rng::Rng;
 use super::common::tokens::Tokens;
 
+/// Tokens of one step: their numbers are u32, their logits could be held nowhere.
+const MAX_TOKENS: usize = 1 << 31;
+
 /// B × T tokens, row-major, and their labels.
 pub struct Batch {
     pub ids: Vec<u32>,
@@ -59,6 +62,11 @@ impl Data {
             return Self::recorded(path, &bytes, shape);
         }
         let (batch, seq) = (shape.batch.unwrap_or(4), shape.seq.unwrap_or(128));
+        if batch.checked_mul(seq).is_none_or(|tokens| tokens > MAX_TOKENS) {
+            let problem =
+                format!("`--batch` is {batch} with `--seq` {seq}, expected at most {MAX_TOKENS} tokens a step");
+            return Err(Failure::Usage(problem));
+        }
         let tokens = tokens.encode(&bytes, &path.display().to_string(), shape.vocab, false)?;
         if tokens.len() < seq {
             let problem = format!("holds {} tokens, expected at least one sequence, `--seq` {seq}", tokens.len());

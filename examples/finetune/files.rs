@@ -16,5 +16,8 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
         file.sync_all()?;
         std::fs::rename(&name, path)
     };
-    write().map_err(|error| Failure::output(path.display(), error))
+    write().map_err(|error| {
+        let _ = std::fs::remove_file(&name); // part of it at most, or none
+        Failure::output(path.display(), error)
+    })
 }

@@ -58,7 +58,7 @@ impl Progress {
         if !self.json && (due || self.last_line.elapsed() > Duration::from_secs(60)) {
             self.last_line = Instant::now();
             let per_step = self.began.elapsed().as_secs_f64() / (step + 1 - self.first) as f64;
-            let left = Duration::from_secs_f64(per_step * (self.steps - step - 1) as f64);
+            let left = Duration::try_from_secs_f64(per_step * (self.steps - step - 1) as f64).unwrap_or(Duration::MAX);
             writeln!(
                 streams.err,
                 "step {}/{}: loss {loss:.4}, {tokens_per_second:.0} tokens/s, {} left",

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use safetensors::SafeTensors;
 
+use super::error::shorten;
 use super::key::{Key, Part};
 use super::{Bias, Config, Error, ErrorKind, Matcher, Module, Result, Tensor, file};
 use crate::Dtype;
@@ -14,6 +15,8 @@ const CONFIG_FILE: &str = "adapter_config.json";
 const TENSOR_FILE: &str = "adapter_model.safetensors";
 /// Bytes of the header of adapter_model.safetensors beyond which it is not read: a hundred thousand tensors.
 const MAX_HEADER_BYTES: u64 = 16 << 20;
+/// Bytes of one tensor's key: the work on a module's name grows faster than the name.
+const MAX_KEY_BYTES: usize = 1 << 10;
 
 /// What an adapter holds for one linear module.
 #[derive(Debug, Clone, PartialEq)]
@@ -317,6 +320,10 @@ fn tensors(bytes: Vec<u8>) -> Result<impl Iterator<Item = (String, Result<Tensor
         .into_iter()
         .map(|(name, info)| {
             let dtype = match info.dtype {
+                _ if name.len() > MAX_KEY_BYTES => {
+                    let because = format!("its name has {} bytes, at most {MAX_KEY_BYTES} are accepted", name.len());
+                    Err(ErrorKind::Unexpected { tensor: shorten(&name), because }.into())
+                }
                 safetensors::Dtype::F32 => Ok(Dtype::F32),
                 safetensors::Dtype::F16 => Ok(Dtype::F16),
                 safetensors::Dtype::BF16 => Ok(Dtype::Bf16),

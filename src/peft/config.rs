@@ -12,6 +12,9 @@ use super::{ErrorKind, Matcher, Result};
 /// each.
 const MAX_CONFIG_BYTES: u64 = 8 << 20;
 
+/// Entries of `modules_to_save`, each of which is held against every part of every name.
+const MAX_SAVED_MODULES: usize = 256;
+
 /// Which biases the adapter trained (`bias`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Bias {
@@ -231,6 +234,10 @@ impl Config {
         }
         if !(0.0..=1.0).contains(&self.lora_dropout) {
             return refuse("lora_dropout", self.lora_dropout.to_string(), "a number from 0 to 1");
+        }
+        if self.modules_to_save.len() > MAX_SAVED_MODULES {
+            let got = format!("a list of {}", self.modules_to_save.len());
+            return refuse("modules_to_save", got, &format!("at most {MAX_SAVED_MODULES} names"));
         }
         let by_list = matches!(self.target_modules, Targets::Names(Names::List(_)));
         if !by_list && self.layers_to_transform.is_some() {

@@ -13,10 +13,15 @@ fn io(what: &'static str) -> impl Fn(std::io::Error) -> Error {
 
 /// Reads a regular file of at most `max` bytes into one allocation of its size.
 pub(super) fn read(path: &Path, max: u64) -> Result<Vec<u8>> {
-    let file = File::open(path).map_err(io("open"))?;
-    let meta = file.metadata().map_err(io("inspect"))?;
+    // Asked before it is opened, too: opening a pipe waits for a writer.
+    let named = std::fs::metadata(path).map_err(io("open"))?;
     let refuse =
         |message: String| Error::from(ErrorKind::Io { what: "read", kind: std::io::ErrorKind::InvalidInput, message });
+    if !named.is_file() {
+        return Err(refuse("it is not a regular file".into()));
+    }
+    let file = File::open(path).map_err(io("open"))?;
+    let meta = file.metadata().map_err(io("inspect"))?;
     if !meta.is_file() {
         return Err(refuse("it is not a regular file".into()));
     }

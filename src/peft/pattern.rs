@@ -224,20 +224,26 @@ impl Patterns {
         }
         let characters: Vec<char> = name.chars().collect();
         let dots = characters.iter().enumerate().filter(|(_, character)| **character == '.').map(|(at, _)| at);
-        let starts: Vec<usize> = [0].into_iter().chain(dots.clone().map(|dot| dot + 1)).collect();
-        let mut ends = vec![characters.len()];
+        let starts = [0].into_iter().chain(dots.map(|dot| dot + 1));
+        let first_of = |start: usize, span: &[char], candidates: &[usize]| {
+            let mut candidates = candidates.iter().filter_map(|&index| self.plain.get(index));
+            candidates.find(|plain| (start == 0 || !plain.anchored) && plain.matches(span)).map(|plain| plain.place)
+        };
         if self.ancestors {
-            ends.extend(dots);
+            // By the lengths there are: a name may have as many ends as starts.
+            let spans =
+                starts.flat_map(|start| self.by_length.iter().map(move |(length, list)| (start, *length, list)));
+            return spans
+                .filter_map(|(start, length, list)| {
+                    let (span, rest) = characters.get(start..)?.split_at_checked(length)?;
+                    matches!(rest.first(), None | Some('.')).then(|| first_of(start, span, list))?
+                })
+                .min();
         }
-        let spans = starts.iter().flat_map(|start| ends.iter().map(move |end| (*start, *end)));
-        spans
-            .filter_map(|(start, end)| {
-                let span = characters.get(start..end)?;
-                let candidates = self.by_length.get(&span.len())?.iter().filter_map(|&index| self.plain.get(index));
-                candidates
-                    .into_iter()
-                    .find(|plain| (start == 0 || !plain.anchored) && plain.matches(span))
-                    .map(|plain| plain.place)
+        starts
+            .filter_map(|start| {
+                let span = characters.get(start..)?;
+                first_of(start, span, self.by_length.get(&span.len())?)
             })
             .min()
     }
