@@ -351,16 +351,41 @@ fn ctrl_c_before_the_first_step_saves_the_start() {
 
 #[test]
 fn a_file_that_cannot_be_replaced_leaves_no_part_of_itself() {
-    let (model, text, out) = (golden("llama/base"), text(), scratch("blocked"));
-    fs::create_dir(Path::new(&out).join("loss.csv")).expect("a folder");
-    let output =
-        run(&["--model", &model, "--data", &text, "--device", "cpu", "--seq", "8", "--steps", "1", "--out", &out]);
-    assert_eq!(output.status, 1, "{}", output.err);
-    assert!(output.err.contains("loss.csv"), "{}", output.err);
-    let entries = fs::read_dir(&out).expect("a folder").map(|entry| entry.expect("an entry").file_name());
-    let mut entries: Vec<_> = entries.filter_map(|name| name.into_string().ok()).collect();
-    entries.sort();
-    assert_eq!(entries, ["checkpoint.safetensors", "loss.csv"]);
+    let (model, text) = (golden("llama/base"), text());
+    let left = [
+        ("loss.csv", &["checkpoint.safetensors", "loss.csv"][..]),
+        ("adapter_config.json", &["adapter_config.json", "checkpoint.safetensors", "loss.csv", "loss.svg"]),
+    ];
+    for (file, expected) in left {
+        let out = scratch(&format!("blocked-{file}"));
+        fs::create_dir(Path::new(&out).join(file)).expect("a folder");
+        let output =
+            run(&["--model", &model, "--data", &text, "--device", "cpu", "--seq", "8", "--steps", "1", "--out", &out]);
+        assert_eq!(output.status, 1, "{}", output.err);
+        assert!(output.err.contains(&format!("cannot write {out}/{file}: ")), "{}", output.err);
+        let entries = fs::read_dir(&out).expect("a folder").map(|entry| entry.expect("an entry").file_name());
+        let mut entries: Vec<_> = entries.filter_map(|name| name.into_string().ok()).collect();
+        entries.sort();
+        assert_eq!(entries, expected);
+    }
+}
+
+/// A configuration that claims more than the files hold is refused before anything of its size is made.
+#[test]
+fn a_model_that_claims_too_much_costs_nothing() {
+    let (folder, text, base) = (scratch("claims"), text(), golden("llama/base"));
+    fs::copy(format!("{base}/model.safetensors"), format!("{folder}/model.safetensors")).expect("a copy");
+    let good: Value = serde_json::from_slice(&read(&base, "config.json")).expect("JSON");
+    for (key, expected) in [("hidden_size", "expected ["), ("num_hidden_layers", "expected at most 2^16")] {
+        let mut config = good.clone();
+        config[key] = (1u64 << 31).into();
+        fs::write(format!("{folder}/config.json"), config.to_string()).expect("a file");
+        let out = format!("{folder}/out");
+        let output = run(&["--model", &folder, "--data", &text, "--out", &out, "--device", "cpu"]);
+        assert_eq!(output.status, 3, "{key}: {}", output.err);
+        assert!(output.err.contains(expected), "{key}: {}", output.err);
+        assert!(!Path::new(&out).exists());
+    }
 }
 
 #[test]
@@ -369,7 +394,7 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
     let out = scratch("refused");
     let init = golden("training/llama/qv_sgd/adapter_initial");
     let started = |more: &str| format!("--model {model} --data {data} --out {out} {more}");
-    let cases: [(String, u8, &[&str]); 27] = [
+    let cases: [(String, u8, &[&str]); 28] = [
         (String::new(), 3, &["`--model` is missing"]),
         (format!("--model {model} --out {out}"), 3, &["`--data` is missing"]),
         (format!("--model {model} --data {data}"), 3, &["`--out` is missing"]),
@@ -382,6 +407,7 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
         (started("--optimizer sgd --betas 0.9,0.99"), 3, &["`--betas`", "`--optimizer sgd`", "expected adamw"]),
         (started("--momentum 0.9"), 3, &["`--momentum`", "expected sgd"]),
         (started("--rank 0"), 3, &["`--rank` is `0`, expected a whole number of at least 1"]),
+        (started(&format!("--rank {}", usize::MAX)), 3, &["`--rank` is `1", "at most 65536"]),
         (started("--alpha 0"), 3, &["`--alpha` is `0`, expected a positive number"]),
         (started("--dtype f64"), 3, &["`--dtype` is `f64`, expected f32, f16 or bf16"]),
         (started("--device tpu"), 3, &["`--device` is `tpu`, expected cpu or cuda"]),

@@ -130,7 +130,14 @@ impl Adapter {
             (factors.a, factors.b) = (stored(&pair[0].var)?, stored(&pair[1].var)?);
             adapter.insert(name, factors)?;
         }
-        Ok(adapter.save(directory)?)
+        adapter.save(directory).map_err(|error| match &error.kind {
+            // Not as an adapter that cannot be read.
+            peft::ErrorKind::Io { kind, message, .. } => {
+                let file = error.file.as_deref().unwrap_or(directory);
+                Failure::output(file.display(), std::io::Error::new(*kind, message.clone()))
+            }
+            _ => error.into(),
+        })
     }
 }
 

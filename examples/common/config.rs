@@ -116,6 +116,10 @@ impl Config {
                 return Err(format!("{name} is {size}, expected 1 to 2^31"));
             }
         }
+        // A list of the layers is made before a tensor is looked for.
+        if self.layers > 1 << 16 {
+            return Err(format!("num_hidden_layers is {}, expected at most 2^16", self.layers));
+        }
         if !self.heads.is_multiple_of(self.kv_heads) {
             let (heads, kv_heads) = (self.heads, self.kv_heads);
             return Err(format!(

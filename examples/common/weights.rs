@@ -32,6 +32,12 @@ impl Weights {
 
     /// The tensor, which must be there, have this shape and hold floating-point numbers.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.check(name, shape)?;
+        Ok(self.files.load(name, &self.device)?.to_dtype(self.dtype)?)
+    }
+
+    /// That [`get`](Self::get) would find what it wants, without reading it.
+    pub fn check(&self, name: &str, shape: &[usize]) -> Result<()> {
         let malformed = |problem: String| Failure::malformed(&self.directory, problem);
         let view = self.files.get(name).map_err(|_| malformed(format!("holds no tensor `{name}`")))?;
         if view.shape() != shape {
@@ -41,7 +47,7 @@ impl Weights {
         if stored.is_none_or(|dtype| dtype.size_in_bytes() == 1) {
             return Err(malformed(format!("`{name}` is {:?}, expected F64, F32, F16 or BF16", view.dtype())));
         }
-        Ok(self.files.load(name, &self.device)?.to_dtype(self.dtype)?)
+        Ok(())
     }
 }
 

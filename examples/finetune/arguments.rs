@@ -96,7 +96,7 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>> {
             Long("data") => data = Some(flags::path(&mut parser)?),
             Long("out") => out = Some(flags::path(&mut parser)?),
             Long("targets") => adapter.targets = Some(targets(&mut parser)?),
-            Long("rank") => adapter.rank = Some(flags::count(&mut parser, "rank", 1)?),
+            Long("rank") => adapter.rank = Some(rank(&mut parser)?),
             Long("alpha") => {
                 adapter.alpha = Some(flags::number(&mut parser, "alpha", "a positive number", |a| a > 0.0)?)
             }
@@ -134,6 +134,14 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>> {
         resume,
         json,
     }))
+}
+
+/// Bounded, because the factors are made before anything of the model is.
+fn rank(parser: &mut lexopt::Parser) -> Result<usize> {
+    const MOST: usize = 1 << 16;
+    flags::value(parser, "rank", &format!("a whole number of at least 1 and at most {MOST}"), |text| {
+        text.parse().ok().filter(|rank| (1..=MOST).contains(rank))
+    })
 }
 
 fn targets(parser: &mut lexopt::Parser) -> Result<Targets> {

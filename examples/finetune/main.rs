@@ -28,7 +28,7 @@ use candle_core::DType;
 use common::adapters::Adapter;
 use common::config::Config;
 use common::failure::{self, Failure, Result};
-use common::llama::Llama;
+use common::llama::{HEAD, Llama, linear_layers};
 use common::tokens::Tokens;
 use common::weights::Weights;
 use data::{Data, Shape};
@@ -76,11 +76,15 @@ fn prepare(arguments: &Arguments) -> Result<Training> {
     let tokens = Tokens::open(&arguments.model)?;
     let Arguments { batch, seq, seed, .. } = *arguments;
     let data = Data::open(&arguments.data, &tokens, &Shape { batch, seq, seed, vocab: config.vocab })?;
+    let weights = Weights::open(&arguments.model, dtype, &device)?;
+    // Before factors of the sizes that the configuration claims are made.
+    for (name, n, k) in linear_layers(&config).iter().filter(|(name, ..)| name != HEAD || !config.tied) {
+        weights.check(&format!("{name}.weight"), &[*n, *k])?;
+    }
     let adapter = Adapter::start(&arguments.adapter, &config, &arguments.model, seed)?;
     std::fs::create_dir_all(&arguments.out).map_err(|error| Failure::output(arguments.out.display(), error))?;
 
     let (changes, parameters) = adapter.variables(&device)?;
-    let weights = Weights::open(&arguments.model, dtype, &device)?;
     let model = Llama::load(&config, &weights, changes)?;
     Ok(Training {
         model,
