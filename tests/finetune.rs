@@ -350,6 +350,31 @@ fn ctrl_c_before_the_first_step_saves_the_start() {
 }
 
 #[test]
+fn a_reader_that_goes_away_costs_no_step() {
+    struct Gone(usize);
+    impl std::io::Write for Gone {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0 = self.0.checked_sub(bytes.len()).ok_or(std::io::ErrorKind::BrokenPipe)?;
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let (model, text, out) = (golden("llama/base"), text(), scratch("gone"));
+    let arguments = ["--model", &model, "--data", &text, "--device", "cpu", "--seq", "8", "--json", "--out", &out];
+    let (mut stdout, mut err) = (Gone(250), Vec::new()); // two lines, not three
+    let mut streams = Streams { out: &mut stdout, err: &mut err, terminal: false };
+    let status = finetune::run(arguments.iter().map(OsString::from).collect(), &AtomicBool::new(false), &mut streams);
+    assert_eq!(status, 1);
+    assert!(String::from_utf8_lossy(&err).contains("cannot write stdout"));
+    let made = String::from_utf8(read(&out, "loss.csv")).expect("UTF-8").lines().count() - 1;
+    assert!((2..5).contains(&made), "{made}");
+    let rest = json_lines(&done(&[&arguments[..], &["--steps", "6", "--resume"]].concat()).out);
+    assert_eq!(rest.len(), 6 - made);
+}
+
+#[test]
 fn a_file_that_cannot_be_replaced_leaves_no_part_of_itself() {
     let (model, text) = (golden("llama/base"), text());
     let left = [

@@ -66,7 +66,10 @@ impl Training {
             }
             let record = self.step(step)?;
             self.history.0.push(record);
-            progress.step(step, &record, streams)?;
+            if let Err(failure) = progress.step(step, &record, streams) {
+                self.save()?; // whoever read along is gone, the work need not be
+                return Err(failure);
+            }
             if self.checkpoint != 0 && (step + 1).is_multiple_of(self.checkpoint) && step + 1 < steps {
                 self.save()?;
             }
