@@ -132,8 +132,10 @@ fn check_elements(arg: &'static str, got: usize, expected: usize) -> Result<()> 
 /// rows · cols, or an error where that overflows.
 fn elements(what: &'static str, rows: usize, cols: usize) -> Result<usize> {
     let limit = (isize::MAX as usize) / 8;
-    let count = rows.checked_mul(cols).filter(|&count| count <= limit);
-    count.ok_or(Error::TooLarge { what, got: u64::MAX, limit: limit as u64 })
+    match rows.checked_mul(cols) {
+        Some(count) if count <= limit => Ok(count),
+        count => Err(Error::TooLarge { what, got: count.map_or(u64::MAX, |count| count as u64), limit: limit as u64 }),
+    }
 }
 
 impl<B: Backend, T: Element> LoraLinear<B, T> {
