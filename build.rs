@@ -40,8 +40,9 @@ mod cuda {
     /// `scripts/kernel-bars`, which finds these lines in `<image>.remarks`.
     const SLOW_REMARKS: &[&str] = &["C7508", "C7510", "C7511", "C7515", "Potential Performance Loss"];
 
-    /// Flags that nvcc adds to those it is called with, and where its host compiler looks for headers.
-    const NVCC_VARIABLES: &[&str] = &["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CPATH", "CPLUS_INCLUDE_PATH"];
+    /// Flags that nvcc adds to those it is called with, its host compiler, and where that looks for headers.
+    const NVCC_VARIABLES: &[&str] =
+        &["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CPATH", "CPLUS_INCLUDE_PATH"];
 
     type Result<T> = std::result::Result<T, String>;
 
@@ -51,7 +52,8 @@ mod cuda {
     }
 
     pub fn build() -> Result<()> {
-        for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "LIBCLANG_PATH", ARCHS_VARIABLE].iter().chain(NVCC_VARIABLES) {
+        let variables = ["NVCC", "CUDA_HOME", "CUDA_PATH", "LIBCLANG_PATH", ARCHS_VARIABLE];
+        for variable in variables.iter().chain(NVCC_VARIABLES) {
             println!("cargo:rerun-if-env-changed={variable}");
         }
         // The folder as a whole: a header that changes must rebuild every image.
