@@ -89,6 +89,8 @@ class Report(unittest.TestCase):
         self.assertIn("a.json has no command", self.report(status=1))
         self.write("a.json", run_file("2026-01-01", [{"op": "forward"}]))
         self.assertIn("a row of", self.report(status=1))
+        self.write("a.json", run_file("2026-01-01", [], label="poll 4"))
+        self.assertIn("labelled `poll 4`", self.report(status=1))
 
 
 if __name__ == "__main__":

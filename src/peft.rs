@@ -1,7 +1,8 @@
 //! Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, read and written (feature `peft`).
 //!
-//! [`Adapter::load`] takes what PEFT 0.21 loads and this crate computes, [`Adapter::save`] writes what PEFT loads. Names of modules
-//! are relative to the base model, as `model.layers.0.self_attn.q_proj`; A is R × K, B is N × R, row-major, and never transposed.
+//! [`Adapter::load`] takes what PEFT 0.21 loads and this crate computes, [`Adapter::save`] writes what PEFT loads.
+//! Names of modules are relative to the base model, as `model.layers.0.self_attn.q_proj`; A is R × K, B is N × R,
+//! row-major, and never transposed.
 //!
 //! ```
 //! use fused_lora::Dtype;
@@ -27,18 +28,18 @@
 //! # What is refused
 //!
 //! Features that change the maths are refused by name ([`ErrorKind::Unsupported`]), never ignored: DoRA, aLoRA, QALoRA,
-//! BD-LoRA, KaSA, Arrow, MonteCLoRA, VeLoRA, Megatron, `target_parameters`, `trainable_token_indices`, `layer_replication`;
-//! initialisations that change the base; factors of embeddings and convolutions; and any `use_…` that is not known. The
-//! crate is stricter than PEFT where that only warns: every tensor must be asked for by the configuration, named with the
-//! prefix `base_model.model.` and accompanied by its partner, and ranks must agree with the shapes. Keys of the
-//! configuration that PEFT 0.21 does not know are kept, and listed by [`Config::unknown_keys`].
+//! BD-LoRA, KaSA, Arrow, MonteCLoRA, VeLoRA, Megatron, `target_parameters`, `trainable_token_indices`,
+//! `layer_replication`; initialisations that change the base; factors of embeddings and convolutions; and any `use_…`
+//! that is not known. The crate is stricter than PEFT where that only warns: every tensor must be asked for by the
+//! configuration, named with the prefix `base_model.model.` and accompanied by its partner, and ranks must agree with
+//! the shapes. Keys of the configuration that PEFT 0.21 does not know are kept, and listed by [`Config::unknown_keys`].
 //!
 //! Whether the adapter fits a base model, [`Adapter::check_base`] says.
 //!
 //! # Regular expressions
 //!
-//! They are read in Python's syntax, as far as `fancy-regex` knows it. Their size is bounded when they are compiled, and the
-//! work of matching them, over all names that one [`Matcher`] is asked about ([`ErrorKind::PatternCost`]).
+//! They are read in Python's syntax, as far as `fancy-regex` knows it. Their size is bounded when they are compiled,
+//! and the work of matching them, over all names that one [`Matcher`] is asked about ([`ErrorKind::PatternCost`]).
 
 mod adapter;
 mod config;

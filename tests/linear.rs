@@ -1,5 +1,6 @@
 //! Layers: every operation against the oracle on the CPU and on the emulator, merge and rounding bit by bit, adapters that come
 //! and go, PEFT's recorded layers, and misuse.
+#![allow(clippy::useless_vec, reason = "buffers are vectors, as a layer's are")]
 
 mod common;
 

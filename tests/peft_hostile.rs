@@ -1,4 +1,5 @@
-//! Hostile adapters: damaged in thousands of ways, they are refused or loaded, without a panic and in bounded memory and time.
+//! Hostile adapters: damaged in thousands of ways, they are refused or loaded, without a panic and in bounded memory
+//! and time.
 #![cfg(feature = "peft")]
 
 mod common;
@@ -135,7 +136,7 @@ fn flip(bytes: &mut [u8], rng: &mut Rng, limit: usize) {
     for _ in 0..=rng.bits() % 3 {
         let at = rng.bits() as usize % limit.min(bytes.len()).max(1);
         if let Some(byte) = bytes.get_mut(at) {
-            *byte = if rng.bits() % 2 == 0 { *byte ^ (1 << (rng.bits() % 8)) } else { rng.bits() as u8 };
+            *byte = if rng.bits().is_multiple_of(2) { *byte ^ (1 << (rng.bits() % 8)) } else { rng.bits() as u8 };
         }
     }
 }
@@ -157,8 +158,8 @@ fn mutate_header(header: &mut Map<String, Value>, rng: &mut Rng) {
             let field = any_key(&fields, rng);
             match fields.get_mut("shape").and_then(Value::as_array_mut) {
                 // Another shape of as many elements.
-                Some(shape) if field == "shape" && rng.bits() % 2 == 0 => shape.reverse(),
-                Some(shape) if field == "shape" && rng.bits() % 2 == 0 => shape.insert(0, json!(1)),
+                Some(shape) if field == "shape" && rng.bits().is_multiple_of(2) => shape.reverse(),
+                Some(shape) if field == "shape" && rng.bits().is_multiple_of(2) => shape.insert(0, json!(1)),
                 _ => fields[&field] = odd(rng),
             }
             header[&key] = Value::Object(fields);

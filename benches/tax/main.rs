@@ -70,6 +70,7 @@ fn run(arguments: Vec<OsString>) -> Result<u8, Failure> {
         cublaslt: rival.as_ref().map(|rival| rival.version.to_string()),
         commit: option_env!("FUSED_LORA_COMMIT").map(str::to_owned).or_else(here).unwrap_or_else(unknown),
         command: format!("tax {command}"),
+        date: gpu::said("date", &["-u", "+%Y-%m-%dT%H:%M:%SZ"]).unwrap_or_else(unknown),
         label: arguments.label.clone(),
         settled: true,
     };

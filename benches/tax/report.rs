@@ -71,6 +71,7 @@ pub struct Machine {
     pub cublaslt: Option<String>,
     pub commit: String,
     pub command: String,
+    pub date: String,
     /// Of the measurement: where constants or plan options are other than usual.
     pub label: String,
     pub settled: bool,
@@ -190,6 +191,7 @@ pub fn json(machine: &Machine, rows: &[Row]) -> Value {
         "cublaslt": machine.cublaslt,
         "commit": machine.commit,
         "command": machine.command,
+        "date": machine.date,
         "label": machine.label,
         "settled": machine.settled,
         "rows": rows,

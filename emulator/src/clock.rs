@@ -8,7 +8,7 @@
 
 use std::rc::Rc;
 
-use crate::shadow::{ASYNC, Access, TOGETHER, WRITE};
+use crate::shadow::{ASYNC, ATOMIC, Access, TOGETHER, WRITE};
 
 /// Lanes of an agent that are known further than all of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -393,6 +393,11 @@ impl View {
             }
         }
         if lanes == 0 || clock.covers_lanes(access, lanes) {
+            return 0;
+        }
+        // A test of an mbarrier: one lane speaks for its warp, as `cuda::pipeline` has it after a `match.any`.
+        let test = TOGETHER | ATOMIC;
+        if access.kind & test == test && (0..32).any(|lane| clock.covers_lanes(access, 1 << lane)) {
             return 0;
         }
         (0..32).map(|lane| lanes & 1 << lane).filter(|lane| *lane != 0 && !clock.covers_lanes(access, *lane)).sum()

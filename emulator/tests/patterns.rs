@@ -163,6 +163,20 @@ WAIT:
 DONE:
     ret;";
     warps(2).passes(body);
+    // By the other warp, which one lane has told.
+    let told = body
+        .replace("[%bar], 1;\n    bar", "[%bar], 1;\n    @!%p1 st.shared.u32 [%tile], 0;\n    bar")
+        .replace(
+            "    @!%p1 mbarrier.inval.shared.b64 [%bar];\n",
+            "    @!%p1 st.release.cta.shared.u32 [%tile], 1;\n    bra OVER;\n",
+        )
+        .replace(
+            "DONE:\n",
+            "DONE:\n    setp.ne.u32 %p1, %t, 32;\n    @%p1 bra OVER;\n    ld.acquire.cta.shared.u32 %r1, [%tile];\n    \
+             setp.eq.u32 %p2, %r1, 0;\n    @%p2 bra DONE;\n    mbarrier.inval.shared.b64 [%bar];\nOVER:\n",
+        );
+    warps(2).passes(&told);
+    warps(2).reports(&told.replace("st.release.cta", "st.relaxed.cta"), &[Rule::Race], "mbarrier.inval");
     let other = body
         .replace("    @!%p1 mbarrier.inval.shared.b64 [%bar];\n", "")
         .replace("DONE:\n", "DONE:\n    setp.eq.u32 %p1, %t, 32;\n    @%p1 mbarrier.inval.shared.b64 [%bar];\n");

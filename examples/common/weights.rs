@@ -30,10 +30,6 @@ impl Weights {
         Ok(Self { directory: directory.into(), files, dtype, device: device.clone() })
     }
 
-    pub fn has(&self, name: &str) -> bool {
-        self.files.get(name).is_ok()
-    }
-
     /// The tensor, which must be there, have this shape and hold floating-point numbers.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let malformed = |problem: String| Failure::malformed(&self.directory, problem);

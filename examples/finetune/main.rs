@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run --release --features candle,peft --example finetune -- \
-//!     --model tests/golden/peft/llama/base --data README.md --out target/readme-adapter
+//!     --model tests/golden/peft/llama/base --data LICENSE-APACHE --out target/licence
 //! ```
 
 mod arguments;
@@ -12,7 +12,7 @@ mod checkpoint;
 pub(crate) mod common;
 pub(crate) mod data;
 mod files;
-pub(crate) mod history;
+mod history;
 mod optimizer;
 pub(crate) mod progress;
 mod train;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run --release --features candle,peft --example generate -- \
-//!     --model tests/golden/peft/llama/base --adapter target/readme-adapter --prompt 'LoRA is'
+//!     --model tests/golden/peft/llama/base --adapter target/licence --prompt "the License"
 //! ```
 
 #[path = "../common/mod.rs"]

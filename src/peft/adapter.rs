@@ -23,7 +23,8 @@ pub struct Factors {
     pub a: Tensor,
     /// N × R, `lora_B.weight`.
     pub b: Tensor,
-    /// N, `lora_B.bias`, inside the scale: y += s · (B A x + this). Present if and only if the configuration's `lora_bias` is set.
+    /// N, `lora_B.bias`, inside the scale: y += s · (B A x + this). Present if and only if the configuration's
+    /// `lora_bias` is set.
     pub b_bias: Option<Tensor>,
     /// N, a trained bias that takes the place of the base layer's (`bias` other than `"none"`).
     pub bias: Option<Tensor>,
@@ -68,11 +69,13 @@ impl Adapter {
     }
 
     /// Reads the folder that PEFT's `save_pretrained` wrote. The file of tensors is
-    /// held once, and shared by them; reading its header and the configuration takes at most a hundred times their size for a while.
+    /// held once, and shared by them; reading its header and the configuration takes at most a hundred times their size
+    /// for a while.
     ///
     /// # Errors
     ///
-    /// Everything but a complete and consistent adapter of supported features is refused, with the file and the tensor or key.
+    /// Everything but a complete and consistent adapter of supported features is refused, with the file and the tensor
+    /// or key.
     pub fn load(dir: impl AsRef<Path>) -> Result<Self> {
         let dir = dir.as_ref();
         let config = Config::read(dir.join(CONFIG_FILE))?;
@@ -230,11 +233,11 @@ impl Adapter {
         Ok(())
     }
 
-    /// Writes the folder as PEFT does, in F32, F16 or BF16 as the tensors are. Both files are complete beside the old ones before
-    /// either takes its place, so that a failure leaves those as they were.
+    /// Writes the folder as PEFT does, in F32, F16 or BF16 as the tensors are. Both files are complete beside the old
+    /// ones before either takes its place, so that a failure leaves those as they were.
     ///
-    /// Where the order of `rank_pattern` or `alpha_pattern` matters, names of modules take their place: PEFT sorts them on saving,
-    /// which could change a rank or a scale.
+    /// Where the order of `rank_pattern` or `alpha_pattern` matters, names of modules take their place: PEFT sorts them
+    /// on saving, which could change a rank or a scale.
     ///
     /// # Errors
     ///

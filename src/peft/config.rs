@@ -8,7 +8,8 @@ use super::error::shorten;
 use super::field::Fields;
 use super::{ErrorKind, Matcher, Result};
 
-/// Bytes of adapter_config.json beyond which it is not read: room for twenty thousand module names with a rank and an α each.
+/// Bytes of adapter_config.json beyond which it is not read: room for twenty thousand module names with a rank and an α
+/// each.
 const MAX_CONFIG_BYTES: u64 = 8 << 20;
 
 /// Which biases the adapter trained (`bias`).
@@ -62,7 +63,8 @@ pub struct Config {
     pub r: usize,
     /// α where no pattern says otherwise.
     pub lora_alpha: f64,
-    /// Ranks of modules by regular expression (after a dot or from the start, to the end of the name); the first match wins.
+    /// Ranks of modules by regular expression (after a dot or from the start, to the end of the name); the first match
+    /// wins.
     pub rank_pattern: Vec<(String, usize)>,
     /// α of modules, likewise.
     pub alpha_pattern: Vec<(String, f64)>,
@@ -99,10 +101,10 @@ impl Config {
     ///
     /// ```
     /// # use fused_lora::peft::Config;
-    /// let config = Config::new(16, 32.0, ["q_proj", "v_proj"]).with_rslora(true).with_rank("layers.0.self_attn.q_proj", 4);
-    /// let module = config.targets("model.layers.0.self_attn.q_proj")?.expect("targeted");
-    /// assert_eq!((module.r, module.scale), (4, 16.0));
-    /// assert_eq!(config.targets("model.layers.0.mlp.up_proj")?, None);
+    /// let config = Config::new(16, 32.0, ["q_proj",
+    /// "v_proj"]).with_rslora(true).with_rank("layers.0.self_attn.q_proj", 4); let module =
+    /// config.targets("model.layers.0.self_attn.q_proj")?.expect("targeted"); assert_eq!((module.r, module.scale), (4,
+    /// 16.0)); assert_eq!(config.targets("model.layers.0.mlp.up_proj")?, None);
     /// # Ok::<(), fused_lora::peft::Error>(())
     /// ```
     pub fn new(r: usize, alpha: f64, targets: impl IntoIterator<Item = impl Into<String>>) -> Self {
@@ -171,8 +173,9 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Json`], [`ErrorKind::Field`] for a value that PEFT does not accept, [`ErrorKind::Unsupported`] for a feature
-    /// that this crate does not compute, and [`ErrorKind::Pattern`] for a regular expression that cannot be used.
+    /// [`ErrorKind::Json`], [`ErrorKind::Field`] for a value that PEFT does not accept, [`ErrorKind::Unsupported`] for
+    /// a feature that this crate does not compute, and [`ErrorKind::Pattern`] for a regular expression that cannot be
+    /// used.
     pub fn from_json(text: &str) -> Result<Self> {
         Self::from_slice(text.as_bytes())
     }
@@ -242,15 +245,15 @@ impl Config {
         Ok(())
     }
 
-    /// Keys that PEFT 0.21 does not know either. Like PEFT, this crate keeps them and computes without them; what they stand for
-    /// is worth a warning.
+    /// Keys that PEFT 0.21 does not know either. Like PEFT, this crate keeps them and computes without them; what they
+    /// stand for is worth a warning.
     pub fn unknown_keys(&self) -> impl Iterator<Item = &str> {
         let known = defaults();
         self.raw.keys().map(String::as_str).filter(move |key| !known.contains_key(*key) && *key != "runtime_config")
     }
 
-    /// Rank, α and scale of the module of this name (relative to the base model, as `model.layers.0.self_attn.q_proj`), or `None`
-    /// where it carries no factors, by PEFT's own rule. For many names make a [`Config::matcher`] once.
+    /// Rank, α and scale of the module of this name (relative to the base model, as `model.layers.0.self_attn.q_proj`),
+    /// or `None` where it carries no factors, by PEFT's own rule. For many names make a [`Config::matcher`] once.
     ///
     /// # Errors
     ///
@@ -263,14 +266,14 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Pattern`] for a regular expression that cannot be used, [`ErrorKind::Field`] for fields set to what PEFT
-    /// does not accept.
+    /// [`ErrorKind::Pattern`] for a regular expression that cannot be used, [`ErrorKind::Field`] for fields set to what
+    /// PEFT does not accept.
     pub fn matcher(&self) -> Result<Matcher<'_>> {
         Matcher::new(self)
     }
 
-    /// Puts the names behind `"all-linear"`, as PEFT does: every linear module of the base model but the output head. Other
-    /// targets stay as they are.
+    /// Puts the names behind `"all-linear"`, as PEFT does: every linear module of the base model but the output head.
+    /// Other targets stay as they are.
     pub fn expand_all_linear<'a>(&mut self, linear: impl IntoIterator<Item = &'a str>, head: Option<&str>) {
         if self.target_modules == Targets::AllLinear {
             let names = linear.into_iter().filter(|&name| Some(name) != head).map(str::to_owned);
@@ -278,15 +281,15 @@ impl Config {
         }
     }
 
-    /// As PEFT 0.21 writes it: every key, sorted, two spaces deep. Only within `rank_pattern` and `alpha_pattern` the order stays,
-    /// because the first match wins; [`Adapter::save`](super::Adapter::save) makes theirs immaterial.
+    /// As PEFT 0.21 writes it: every key, sorted, two spaces deep. Only within `rank_pattern` and `alpha_pattern` the
+    /// order stays, because the first match wins; [`Adapter::save`](super::Adapter::save) makes theirs immaterial.
     pub fn to_json(&self) -> String {
         let mut map = defaults();
         let read = Self::from_map(self.raw.clone()).map(|read| read.typed()).unwrap_or_default();
         map.extend(self.raw.clone());
         for (key, value) in self.typed() {
-            // What was not changed is written as it was read: 16.0 stays 16.0, and 1 does not become [1]. As text, because the
-            // order of patterns matters.
+            // What was not changed is written as it was read: 16.0 stays 16.0, and 1 does not become [1]. As text,
+            // because the order of patterns matters.
             let changed = read.get(&key).map(Value::to_string) != Some(value.to_string());
             if changed || !self.raw.contains_key(&key) {
                 map.insert(key, value);
@@ -363,7 +366,8 @@ fn number(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 9e15 { Value::from(value as i64) } else { Value::from(value) }
 }
 
-/// Escapes what is not ASCII, as Python does, so that no reader's encoding matters. In JSON it stands only within strings.
+/// Escapes what is not ASCII, as Python does, so that no reader's encoding matters. In JSON it stands only within
+/// strings.
 fn ascii(json: &str) -> String {
     let mut units = [0; 2];
     json.chars().fold(String::with_capacity(json.len()), |mut out, character| {

@@ -143,9 +143,7 @@ pub enum ErrorKind {
         expected: usize,
     },
     /// `all-linear` was asked about a name before the base model's linear modules were named.
-    #[error(
-        "`target_modules` is \"all-linear\", expected a call of `expand_all_linear` with the base model's linear modules before `{name}` is looked up"
-    )]
+    #[error("`target_modules` is \"all-linear\", expected `expand_all_linear` before `{name}` is looked up")]
     AllLinear {
         /// The name that was looked up.
         name: String,

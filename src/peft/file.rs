@@ -30,8 +30,8 @@ pub(super) fn read(path: &Path, max: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Writes `files` (name and content) into `dir`, which is made where it is absent. All are complete on the disk, under other
-/// names, before the first takes its own.
+/// Writes `files` (name and content) into `dir`, which is made where it is absent. All are complete on the disk, under
+/// other names, before the first takes its own.
 pub(super) fn replace<const N: usize>(dir: &Path, files: [(&str, &[u8]); N]) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(|error| io("make the folder")(error).at(dir))?;
     let mut pending = Vec::with_capacity(N);

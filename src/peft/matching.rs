@@ -25,7 +25,7 @@ enum Selector<'a> {
     /// Everything.
     All,
     List(HashSet<&'a str>),
-    Regex(Regex),
+    Regex(Box<Regex>),
 }
 
 impl<'a> Matcher<'a> {
@@ -34,9 +34,8 @@ impl<'a> Matcher<'a> {
         let mut count = 0;
         let mut selector = |key, names: &'a Names| match names {
             Names::List(list) => Ok(Selector::List(list.iter().map(String::as_str).collect())),
-            Names::Regex(pattern) => {
-                Regex::new(key, pattern, &format!(r"\A(?:{pattern})\z"), &mut count).map(Selector::Regex)
-            }
+            Names::Regex(pattern) => Regex::new(key, pattern, &format!(r"\A(?:{pattern})\z"), &mut count)
+                .map(|regex| Selector::Regex(Box::new(regex))),
         };
         let targets = match &config.target_modules {
             Targets::Names(names) => selector("target_modules", names)?,
@@ -73,8 +72,8 @@ impl<'a> Matcher<'a> {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::AllLinear`] before [`Config::expand_all_linear`]; [`ErrorKind::PatternCost`] where a regular expression takes
-    /// too long on this name, or all of them did on the names so far.
+    /// [`ErrorKind::AllLinear`] before [`Config::expand_all_linear`]; [`ErrorKind::PatternCost`] where a regular
+    /// expression takes too long on this name, or all of them did on the names so far.
     pub fn targets(&self, name: &str) -> Result<Option<Module>> {
         if self.config.target_modules == Targets::AllLinear {
             return Err(ErrorKind::AllLinear { name: name.to_owned() }.into());
@@ -96,7 +95,8 @@ impl<'a> Matcher<'a> {
         }
         // A name that is listed whole is targeted in whatever layer it is.
         let listed = matches!(&self.targets, Selector::List(list) if list.contains(name));
-        if !listed && !(self.targets.matches(name, fuel)? && self.in_layers(name, fuel)?) {
+        let targeted = listed || (self.targets.matches(name, fuel)? && self.in_layers(name, fuel)?);
+        if !targeted {
             return Ok(None);
         }
         let rank = self.ranks.first(name, fuel)?.and_then(|index| self.config.rank_pattern.get(index));

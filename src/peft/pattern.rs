@@ -1,8 +1,8 @@
 //! Regular expressions in Python's syntax, and the bounds on compiling and matching them.
 //!
-//! Most patterns of real adapters are plain names, and there may be one for every module: those are compared as text and found
-//! by their length. The others are compiled as Python reads them: without look-around and backreferences they match in time
-//! linear in the name, with them by backtracking. [`Fuel`] bounds both over all names.
+//! Most patterns of real adapters are plain names, and there may be one for every module: those are compared as text
+//! and found by their length. The others are compiled as Python reads them: without look-around and backreferences they
+//! match in time linear in the name, with them by backtracking. [`Fuel`] bounds both over all names.
 
 use std::cell::OnceCell;
 use std::collections::HashMap;
