@@ -148,6 +148,7 @@ struct Chunks {
 }
 
 /// Most bytes of partial sums of any call of up to `m` tokens.
+#[cfg(feature = "cuda")]
 pub(super) fn most_partial_bytes(m: usize) -> u64 {
     if m as u64 / MIN_CHUNK_ROWS <= 1 { 0 } else { MAX_PARTIAL_BYTES }
 }

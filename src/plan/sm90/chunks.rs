@@ -1,8 +1,8 @@
 //! How the tokens are cut for the reductions of db and da.
 
-use super::{MAX_SMS, narrow_columns};
+use super::narrow_columns;
 use crate::params::*;
-use crate::plan::{Device, MAX_COUNTERS, Options};
+use crate::plan::{MAX_COUNTERS, Options};
 
 /// f32 partial sums of da and db may take this much of the workspace, however many CTAs there are.
 const MAX_PARTIAL_BYTES: u64 = 30 << 20;
@@ -69,9 +69,10 @@ pub(super) fn partial_bytes(chunks: Chunks, r: usize, slabs: u64, ctas: u32) -> 
 }
 
 /// Most bytes of partial sums of any call of up to `m` tokens and a rank of up to `r`, where the planner cuts the tokens.
-pub(in crate::plan) fn most_partial_bytes(device: &Device, options: &Options, m: usize, r: usize) -> u64 {
+#[cfg(feature = "cuda")]
+pub(in crate::plan) fn most_partial_bytes(device: &crate::plan::Device, options: &Options, m: usize, r: usize) -> u64 {
     // At most a CTA per SM: `ctas`.
-    let places = u64::from(device.sms.clamp(1, MAX_SMS) * LORA_SM90_SLABS);
+    let places = u64::from(device.sms.clamp(1, super::MAX_SMS) * LORA_SM90_SLABS);
     let is_cut = options.chunks.is_some() || m as u64 / MIN_CHUNK_ROWS > 1;
     (4 * partial_stride(r) * places).max(if is_cut { MAX_PARTIAL_BYTES } else { 0 })
 }
