@@ -4,6 +4,7 @@
 //! workspace and can [`explain`](Plan::explain) all of it. [`Plan::launch`] then only fills in the workspace address.
 
 mod adapter;
+mod calibration;
 mod device;
 mod explain;
 mod floor;

@@ -3,6 +3,7 @@
 use crate::Dtype;
 use crate::error::{Error, Result};
 use crate::params::*;
+use crate::plan::calibration::PORTABLE;
 use crate::plan::{Device, Launch, MAX_CTAS, TileSize, blocks};
 
 /// One of the tile shapes compiled into the portable family.
@@ -14,8 +15,7 @@ pub(in crate::plan) struct Tile {
     stages: u32,
     /// CTAs per SM that the registers allow: `kCtasPerSm` of the kernel.
     ctas_by_registers: u32,
-    /// Work per SM and unit of time relative to the large tile: smaller tiles load more per product.
-    /// Not measured; from the ratio of shared-memory reads to products.
+    /// Work per SM and unit of time relative to the large tile.
     rate: f64,
 }
 
@@ -31,18 +31,8 @@ const SMALL: Tile = Tile {
     threads: LORA_SMALL_THREADS,
     stages: LORA_SMALL_STAGES,
     ctas_by_registers: 4,
-    rate: 0.7,
+    rate: PORTABLE.small_rate,
 };
-
-/// 10^6 floating-point operations per second of an SM of compute capability 9.0 that is full of large tiles. Not measured:
-/// half of what the same SM does with wgmma, as others' kernels of this kind reach.
-const HOPPER_SM_FLOPS_PER_US: f64 = 3.1e6;
-/// The same elsewhere, as part of the data sheet's rate. Not measured.
-const OF_PEAK: f64 = 0.7;
-/// What one CTA alone gets of an SM that several would fill. Not measured.
-const ALONE: f64 = 0.5;
-/// Microseconds of a launch before the first and after the last step. Not measured.
-const LAUNCH_US: f64 = 4.0;
 
 /// Static shared memory of a kernel and what the system reserves per CTA.
 const SHARED_OVERHEAD: u32 = 1024 + 128;
@@ -107,10 +97,10 @@ impl Tile {
     ) -> Option<f64> {
         let (sms, most) = (u64::from(device.sms), u64::from(self.ctas_per_sm(device)));
         let of_sm = match (device.arch, dtype) {
-            (90, _) => HOPPER_SM_FLOPS_PER_US,
+            (90, _) => PORTABLE.hopper_sm_flops_per_us,
             // The data sheet's rate is that of tcgen05, or there is no tensor instruction.
             (100..=119, _) | (75, Dtype::Bf16) => return None,
-            _ => OF_PEAK * f64::from(device.peak?.teraflops) * 1e6 / sms as f64,
+            _ => PORTABLE.of_peak * f64::from(device.peak?.teraflops) * 1e6 / sms as f64,
         };
         let flops_per_us = of_sm * self.rate;
         let time = |&(rows, cols, depth): &(usize, usize, usize)| {
@@ -119,9 +109,9 @@ impl Tile {
             let per_sm = tiles.div_ceil(sms);
             let flops = 2.0 * f64::from(self.block) * f64::from(self.block) * depth as f64;
             let shared = per_sm.min(most) as f64 / most as f64;
-            per_sm as f64 * flops / (flops_per_us * shared.max(ALONE))
+            per_sm as f64 * flops / (flops_per_us * shared.max(PORTABLE.alone))
         };
-        Some(LAUNCH_US + products.iter().map(time).sum::<f64>())
+        Some(PORTABLE.launch + products.iter().map(time).sum::<f64>())
     }
 
     /// The tile shape asked for, or the one with the shortest predicted time; the large one when they tie.

@@ -1,69 +1,17 @@
 //! What units of work are taken to cost, in clocks of an SM.
 //!
-//! Every figure of [`CALIBRATION`] is arithmetic or somebody else's, none was measured on these kernels. They decide between
-//! tile shapes, cluster sizes, bundles and chunks; results do not depend on them.
+//! The figures are those of `src/plan/calibration.rs`. They decide between tile shapes, cluster sizes, bundles and chunks; results
+//! do not depend on them.
 
 use super::{Tile, narrow_columns};
 use crate::params::*;
 use crate::plan::Device;
-
-/// The figures of the model.
-struct Calibration {
-    /// Clocks per microsecond under the power limit. Not measured: chosen so that the widest tile comes to the rate at which
-    /// cuBLAS multiplies large matrices on an H200 (790 TFLOP/s, of whole waves 814).
-    clocks_per_us: f64,
-    /// Clocks of a k16 step of one slab per column: m64nNk16 at the tensor peak of 4096 FLOP per clock and SM. Not measured.
-    mma_per_column: f64,
-    /// The same when shared memory limits it: 16 clocks for the rows, 1/4 per column (128 bytes per clock). Not measured.
-    mma_rows: f64,
-    mma_shared_per_column: f64,
-    /// Clocks that a step of 64 takes beside its products: barriers and issue. Not measured.
-    step: f64,
-    /// Clocks per KiB that a step fetches, for the power that moving it takes from the products. Not measured.
-    per_kib: f64,
-    /// Bytes per clock that L2 delivers, to all SMs together and to one at most. Not measured.
-    l2: f64,
-    l2_per_sm: f64,
-    /// Bytes per clock that one SM can stream from memory with its ring full. Not measured.
-    stream: f64,
-    /// Part of the data sheet's memory bandwidth that is reached. Not measured.
-    memory: f64,
-    /// GB/s where the data sheet is not known.
-    unknown_gigabytes: f64,
-    /// Clocks of a main tile beside its steps, and per column of its epilogue. Not measured.
-    tile: f64,
-    column: f64,
-    /// Clocks for two CTAs to wait for one another, per ticket. Not measured.
-    pair: f64,
-    /// Clocks of a narrow tile beside its steps: start, store, flag or counter. Not measured.
-    unit: f64,
-    /// Microseconds of a launch before the first and after the last step. Not measured.
-    launch: f64,
-}
-
-const CALIBRATION: Calibration = Calibration {
-    clocks_per_us: 1750.0,
-    mma_per_column: 0.5,
-    mma_rows: 16.0,
-    mma_shared_per_column: 0.25,
-    step: 100.0,
-    per_kib: 2.0,
-    l2: 6154.0,
-    l2_per_sm: 64.0,
-    stream: 51.0,
-    memory: 0.9,
-    unknown_gigabytes: 3000.0,
-    tile: 600.0,
-    column: 6.0,
-    pair: 200.0,
-    unit: 2000.0,
-    launch: 4.0,
-};
+use crate::plan::calibration::SM90;
 
 /// Clocks of a k16 step of one slab with so many columns.
 fn mma(columns: u32) -> f64 {
     let columns = f64::from(columns);
-    let c = &CALIBRATION;
+    let c = &SM90;
     (columns * c.mma_per_column).max(c.mma_rows + columns * c.mma_shared_per_column)
 }
 
@@ -84,7 +32,7 @@ fn whole(clocks: f64) -> f64 {
 
 /// Microseconds of a launch whose clusters are done after `clocks`.
 pub(super) fn microseconds(clocks: f64) -> f64 {
-    clocks / CALIBRATION.clocks_per_us + CALIBRATION.launch
+    clocks / SM90.clocks_per_us + SM90.launch
 }
 
 /// A device, cut into clusters.
@@ -100,14 +48,14 @@ pub(super) struct Machine {
 
 impl Machine {
     pub(super) fn new(device: &Device, cluster: u32, clusters: u32) -> Machine {
-        let c = &CALIBRATION;
+        let c = &SM90;
         let gigabytes = device.peak.map_or(c.unknown_gigabytes, |peak| f64::from(peak.gigabytes_per_second));
         Machine { cluster, clusters, memory: gigabytes * 1000.0 * c.memory / c.clocks_per_us }
     }
 
     /// A step of 64 of a main tile: products, or what L2 has to deliver. A cluster fetches the columns once.
     fn main_step(&self, tile: &Tile) -> f64 {
-        let c = &CALIBRATION;
+        let c = &SM90;
         let fetched = bytes(LORA_SM90_BLOCK_M) + bytes(tile.columns) / f64::from(self.cluster);
         let rate = c.l2_per_sm.min(c.l2 / f64::from(self.cluster * self.clusters));
         (products(tile.columns) + c.step + c.per_kib * fetched / 1024.0).max(fetched / rate)
@@ -115,7 +63,7 @@ impl Machine {
 
     /// A main tile over `depth`, with a tail of `rank`.
     pub(super) fn main(&self, tile: &Tile, depth: usize, rank: usize) -> MainTile {
-        let c = &CALIBRATION;
+        let c = &SM90;
         let step = self.main_step(tile);
         let steps = depth.div_ceil(LORA_SM90_BLOCK_K as usize) as f64;
         let tail = rank.div_ceil(16) as f64 / 4.0;
@@ -129,7 +77,7 @@ impl Machine {
 
     /// A step of 64 of a narrow tile, when `streaming` CTAs read rows from memory at once.
     fn narrow_step(&self, columns: u32, streaming: u64) -> f64 {
-        let c = &CALIBRATION;
+        let c = &SM90;
         let fetched = bytes(LORA_SM90_BLOCK_M) + bytes(columns);
         let from_memory = bytes(LORA_SM90_BLOCK_M) * streaming as f64 / self.memory;
         (products(columns) + c.step / 2.0).max(fetched / c.stream).max(from_memory)
@@ -142,7 +90,7 @@ impl Machine {
     /// A unit of h or dh over `depth`, of which `tickets` can run at once.
     pub(super) fn narrow(&self, depth: usize, rank: usize, tickets: u64) -> f64 {
         let steps = depth.div_ceil(LORA_SM90_BLOCK_K as usize) as f64;
-        whole(steps * self.narrow_step(narrow_columns(rank), self.streaming(tickets)) + CALIBRATION.unit)
+        whole(steps * self.narrow_step(narrow_columns(rank), self.streaming(tickets)) + SM90.unit)
     }
 
     /// A unit of db or da over `tokens`, of which `tickets` can run at once; `partial_bytes` is what a CTA leaves, and reads
@@ -150,7 +98,7 @@ impl Machine {
     pub(super) fn gradient(&self, tokens: u64, rank: usize, tickets: u64, partial_bytes: f64) -> f64 {
         let steps = tokens.div_ceil(u64::from(LORA_SM90_BLOCK_K)) as f64;
         let step = self.narrow_step(narrow_columns(rank), self.streaming(tickets));
-        whole(steps * step + CALIBRATION.unit + 2.0 * partial_bytes / CALIBRATION.stream)
+        whole(steps * step + SM90.unit + 2.0 * partial_bytes / SM90.stream)
     }
 }
 
