@@ -40,6 +40,10 @@ mod cuda {
     /// `scripts/kernel-bars`, which finds these lines in `<image>.remarks`.
     const SLOW_REMARKS: &[&str] = &["C7508", "C7510", "C7511", "C7515", "Potential Performance Loss"];
 
+    /// Flags that nvcc adds to those it is called with, its host compiler, and where that looks for headers.
+    const NVCC_VARIABLES: &[&str] =
+        &["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CPATH", "CPLUS_INCLUDE_PATH"];
+
     type Result<T> = std::result::Result<T, String>;
 
     struct Archs {
@@ -48,7 +52,8 @@ mod cuda {
     }
 
     pub fn build() -> Result<()> {
-        for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "LIBCLANG_PATH", ARCHS_VARIABLE] {
+        let variables = ["NVCC", "CUDA_HOME", "CUDA_PATH", "LIBCLANG_PATH", ARCHS_VARIABLE];
+        for variable in variables.iter().chain(NVCC_VARIABLES) {
             println!("cargo:rerun-if-env-changed={variable}");
         }
         // The folder as a whole: a header that changes must rebuild every image.
@@ -280,12 +285,22 @@ mod cuda {
     /// kernel, and compiling all of them takes minutes.
     struct Kept {
         folder: PathBuf,
-        /// Of nvcc's version and of everything in `kernels`.
+        nvcc: Vec<u8>,
+        /// Of nvcc's version, its variables and everything in `kernels`.
         digest: u64,
     }
 
     impl Kept {
         fn new(nvcc: &Path, out: &Path) -> Result<Kept> {
+            let version = Command::new(nvcc).arg("--version").output();
+            let nvcc = version.map_err(|error| format!("cannot run {}: {error}", nvcc.display()))?.stdout;
+            let digest = Kept::digest(&nvcc)?;
+            // OUT_DIR is <target>/<profile>/build/<package>/out.
+            let target = out.ancestors().nth(4).unwrap_or(out);
+            Ok(Kept { folder: target.join("fused-lora-kernels"), nvcc, digest })
+        }
+
+        fn digest(nvcc: &[u8]) -> Result<u64> {
             fn add(folder: &Path, hasher: &mut DefaultHasher) -> std::io::Result<()> {
                 let mut paths: Vec<PathBuf> =
                     fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>()?;
@@ -297,12 +312,13 @@ mod cuda {
                 Ok(())
             }
             let mut hasher = DefaultHasher::new();
-            let version = Command::new(nvcc).arg("--version").output();
-            version.map_err(|error| format!("cannot run {}: {error}", nvcc.display()))?.stdout.hash(&mut hasher);
+            nvcc.hash(&mut hasher);
             add(Path::new("kernels"), &mut hasher).map_err(|error| format!("cannot read kernels: {error}"))?;
-            // OUT_DIR is <target>/<profile>/build/<package>/out.
-            let target = out.ancestors().nth(4).unwrap_or(out);
-            Ok(Kept { folder: target.join("fused-lora-kernels"), digest: hasher.finish() })
+            NVCC_VARIABLES
+                .iter()
+                .filter_map(|name| Some((name, env::var_os(name)?)))
+                .for_each(|set| set.hash(&mut hasher));
+            Ok(hasher.finish())
         }
 
         /// Makes `path` from `source` by nvcc, or takes what the same command made before; returns what nvcc said, of which
@@ -311,19 +327,28 @@ mod cuda {
             let mut hasher = DefaultHasher::new();
             (self.digest, command.get_program(), source).hash(&mut hasher);
             command.get_args().for_each(|arg| arg.hash(&mut hasher));
+            // Line information names the sources by their full paths, which tests follow: other checkouts have their own.
+            if command.get_args().any(|arg| arg == "-lineinfo") {
+                env::current_dir().ok().hash(&mut hasher);
+            }
             let kept = self.folder.join(format!("{:016x}", hasher.finish()));
             let kept_said = kept.with_extension("said");
             let said = match fs::read_to_string(&kept_said) {
                 Ok(said) if fs::copy(&kept, path).is_ok() => said,
                 _ => {
                     let said = run(command.arg("-o").arg(path).arg(source), source)?;
-                    // Under its name only when complete, what was said last. That nothing can be kept is no error.
-                    let partial = self.folder.join(format!("{:016x}.{}", hasher.finish(), std::process::id()));
-                    let _ = fs::create_dir_all(&self.folder)
-                        .and_then(|()| fs::copy(path, &partial))
-                        .and_then(|_| fs::rename(&partial, &kept))
-                        .and_then(|()| fs::write(&partial, &said))
-                        .and_then(|()| fs::rename(&partial, &kept_said));
+                    // What was edited meanwhile may be in there, under the name of what it was before.
+                    if Kept::digest(&self.nvcc)? == self.digest {
+                        let partial = self.folder.join(format!("{:016x}.{}", hasher.finish(), std::process::id()));
+                        // Under its name only when complete and on the disk, what was said last. That nothing can be kept
+                        // is no error.
+                        let _ = fs::create_dir_all(&self.folder)
+                            .and_then(|()| fs::copy(path, &partial))
+                            .and_then(|_| fs::File::open(&partial)?.sync_all())
+                            .and_then(|()| fs::rename(&partial, &kept))
+                            .and_then(|()| fs::write(&partial, &said))
+                            .and_then(|()| fs::rename(&partial, &kept_said));
+                    }
                     said
                 }
             };

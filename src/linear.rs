@@ -53,7 +53,8 @@
 //! contributions add up: their factors are copied side by side into one pair of rank Σ R, so that forward stays one launch.
 //! The scale of the pair is the largest of theirs, sᵢ, and B of every other adapter is multiplied by sᵢ / s in f32
 //! and rounded to the storage type. So adapters of equal scale keep their bits, and 16-bit factors of others take one more
-//! rounding of B; f32 factors take none more, as they are rounded once in any case.
+//! rounding of B; f32 factors take none more, as they are rounded once in any case. h of the pair is x Aᵀ by the largest scale:
+//! in f16 it can pass 65504 where that of an adapter of smaller scale would not by itself.
 //!
 //! # Merging
 //!
@@ -132,8 +133,10 @@ fn check_elements(arg: &'static str, got: usize, expected: usize) -> Result<()> 
 /// rows · cols, or an error where that overflows.
 fn elements(what: &'static str, rows: usize, cols: usize) -> Result<usize> {
     let limit = (isize::MAX as usize) / 8;
-    let count = rows.checked_mul(cols).filter(|&count| count <= limit);
-    count.ok_or(Error::TooLarge { what, got: u64::MAX, limit: limit as u64 })
+    match rows.checked_mul(cols) {
+        Some(count) if count <= limit => Ok(count),
+        count => Err(Error::TooLarge { what, got: count.map_or(u64::MAX, |count| count as u64), limit: limit as u64 }),
+    }
 }
 
 impl<B: Backend, T: Element> LoraLinear<B, T> {

@@ -171,7 +171,7 @@ pub enum Factors<'a, D: ?Sized, F: ?Sized> {
 pub struct Merge<'a, D: ?Sized, O: ?Sized, F: ?Sized> {
     /// N × K; when absent, what `merged` holds.
     pub w: Option<Matrix<'a, D>>,
-    /// A and B. R = 0 copies w.
+    /// A and B. R = 0 copies w, but that −0 may become 0.
     pub factors: Factors<'a, D, F>,
     /// α/r or α/√r.
     pub scale: f32,

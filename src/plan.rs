@@ -105,6 +105,17 @@ impl Scratch {
     }
 }
 
+/// Bytes of workspace that suffice for every call of up to `m` tokens and a rank of up to `r`, whatever else it asks for. What one
+/// shape needs is no bound for smaller ones: how many chunks the tokens are cut into does not grow evenly with them.
+#[cfg(feature = "cuda")]
+pub(crate) fn workspace_up_to(m: usize, r: usize, dtype: Dtype, device: &Device, options: &Options) -> u64 {
+    let mut scratch = Scratch::new();
+    scratch.reserve_middle(m, r, dtype);
+    let sm90 = if device.arch == sm90::ARCH { sm90::most_partial_bytes(device, options, m, r) } else { 0 };
+    scratch.reserve(portable::most_partial_bytes(m).max(sm90));
+    scratch.end
+}
+
 fn blocks(extent: usize, block: u32) -> u64 {
     (extent as u64).div_ceil(u64::from(block))
 }

@@ -189,7 +189,11 @@ fn layers_of_wrong_buffers_are_refused_with_the_buffers() {
     assert_eq!(new(12, Some(4), 3, 4), Err((elements("bias", 4, 3), 12, Some(4))));
     assert_eq!(new(0, None, 0, 4), Err((Error::ZeroDimension { arg: "w", axis: "rows" }, 0, None)));
     assert_eq!(new(0, None, 3, 0), Err((Error::ZeroDimension { arg: "w", axis: "columns" }, 0, None)));
-    assert!(matches!(new(1, None, usize::MAX, 2), Err((Error::TooLarge { .. }, 1, None))));
+    let limit = isize::MAX as u64 / 8;
+    for (n, got) in [(1 << 60, 1 << 61), (usize::MAX, u64::MAX)] {
+        let too_large = Error::TooLarge { what: "the number of elements of w", got, limit };
+        assert_eq!(new(1, None, n, 2), Err((too_large, 1, None)));
+    }
 }
 
 #[test]
@@ -341,7 +345,7 @@ fn wrong_arguments_are_named_and_nothing_is_lost() {
         let gradients = Gradients { da: Some(MatrixMut::new(&mut da[..], rows, 4)), ..Gradients::default() };
         layer.backward(&pass, dy, gradients)
     };
-    assert_eq!(backward(taller, 2), dimension("x", "rows", 2, 3));
+    assert_eq!(backward(taller, 2), dimension("dy", "rows", 3, 2));
     assert_eq!(backward(dy, 1), dimension("da", "rows", 1, 2));
     assert_eq!(backward(dy, 2), Ok(()));
     assert!(da.iter().all(|&v| v != 9.0));

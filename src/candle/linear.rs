@@ -34,7 +34,8 @@ impl LoraConfig {
 /// whatever tensors they were added as: variables of a `VarMap`, a [`Var`](candle_core::Var)'s tensor, or constants. A layer
 /// without dropout: PEFT's `lora_dropout` is not offered.
 ///
-/// Without an active adapter, and while one is merged, forward is that of `candle_nn::Linear`.
+/// Without an active adapter, and while one is merged, forward is that of `candle_nn::Linear`, for x of more than four dimensions
+/// as well.
 #[derive(Clone, Debug)]
 pub struct LoraLinear {
     base: Linear,
@@ -138,6 +139,8 @@ impl LoraLinear {
             return Err(wrap(Error::State { operation: "remove", got, expected: "another `activate` first" }));
         }
         let Some(Adapter { a, b, scale }) = self.adapters.remove(name) else { return Err(wrap(self.unknown(name))) };
+        // `enable` finds none then.
+        self.active.take_if(|active| active == name);
         Ok((a, b, scale))
     }
 
@@ -262,9 +265,20 @@ impl Module for LoraLinear {
     /// x of … × K, two dimensions or more, to … × N.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match (&self.merged, self.takes_part()) {
-            (Some(merged), _) => merged.forward(x),
+            (Some(merged), _) => plain(merged, x),
             (None, Some(Adapter { a, b, scale })) => lora(x, self.base.weight(), a, b, *scale, self.base.bias()),
-            (None, None) => self.base.forward(x),
+            (None, None) => plain(&self.base, x),
         }
+    }
+}
+
+/// candle's linear layer knows at most four dimensions.
+fn plain(linear: &Linear, x: &Tensor) -> Result<Tensor> {
+    match x.dims() {
+        [tokens @ .., _] if tokens.len() > 3 => {
+            let y = linear.forward(&x.flatten(0, tokens.len() - 1)?)?;
+            y.reshape([tokens, &[linear.weight().dim(0)?]].concat())
+        }
+        _ => linear.forward(x),
     }
 }

@@ -108,6 +108,11 @@ impl Kernels {
         size::backward(dtype, shape, self.device(), self.options)
     }
 
+    /// Bytes of workspace that suffice for `shape` and for every shape with fewer tokens or a lower rank.
+    pub(super) fn workspace_bytes_up_to(&self, dtype: Dtype, shape: LoraShape) -> Result<usize> {
+        size::up_to(dtype, shape, self.device(), self.options)
+    }
+
     /// What [`forward`](Self::forward) would do: [`Plan::explain`] says it in words, and [`Plan::workspace_bytes`] is
     /// exactly what it needs. Nothing is launched.
     ///

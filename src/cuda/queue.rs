@@ -120,9 +120,14 @@ impl<T> DevicePtrMut<T> for Output<'_, T> {
     }
 }
 
+/// Bytes of so many elements; cudarc multiplies without looking, and a product that wraps would give a buffer shorter than it
+/// says.
+fn bytes_of<T>(len: usize) -> Result<usize> {
+    len.checked_mul(size_of::<T>()).ok_or(Error::OutOfMemory { bytes: usize::MAX })
+}
+
 /// Turns the error of an allocation into ours.
-fn refused<T>(call: &'static str, len: usize) -> impl FnOnce(DriverError) -> Error {
-    let bytes = len.saturating_mul(size_of::<T>());
+fn refused(call: &'static str, bytes: usize) -> impl FnOnce(DriverError) -> Error {
     move |error| match error.0 {
         CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { bytes },
         _ => failed(call)(error),
@@ -146,8 +151,9 @@ impl Backend for Queue {
 
     /// CUDA has no empty allocations: there is one element at least.
     fn alloc<T: Element>(&self, len: usize) -> Result<CudaSlice<T>> {
+        let bytes = bytes_of::<T>(len)?;
         // SAFETY: any bits are a value of the element types, and the operations write all of an output or refuse it.
-        unsafe { self.stream.alloc::<T>(len.max(1)) }.map_err(refused::<T>("cuMemAllocAsync", len))
+        unsafe { self.stream.alloc::<T>(len.max(1)) }.map_err(refused("cuMemAllocAsync", bytes))
     }
     fn upload<T: Element>(&self, from: &[T]) -> Result<CudaSlice<T>> {
         let mut buffer = self.alloc::<T>(from.len())?;
@@ -173,7 +179,7 @@ impl Backend for Queue {
         check_dtype(dtype)
     }
     fn reserve(&self, dtype: Dtype, shape: LoraShape) -> Result<()> {
-        let bytes = self.kernels.workspace_bytes(dtype, shape)?;
+        let bytes = self.kernels.workspace_bytes_up_to(dtype, shape)?;
         self.workspace().reserve(&self.stream, bytes)
     }
 
@@ -221,5 +227,20 @@ impl Backend for Queue {
         let Round { factors: pair, scale, rounded_a, rounded_b } = op;
         let (rounded_a, rounded_b) = (matrix_mut(rounded_a), matrix_mut(rounded_b));
         self.kernels.round(&self.stream, super::Round { factors: factors(pair), scale, rounded_a, rounded_b })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bytes_of;
+    use crate::error::Error;
+    use crate::f16;
+
+    #[test]
+    fn no_length_wraps() {
+        assert_eq!((bytes_of::<f16>(0), bytes_of::<f32>(3)), (Ok(0), Ok(12)));
+        for refused in [bytes_of::<f32>((1 << 62) + 1), bytes_of::<f16>(usize::MAX)] {
+            assert_eq!(refused, Err(Error::OutOfMemory { bytes: usize::MAX }));
+        }
     }
 }

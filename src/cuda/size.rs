@@ -1,7 +1,7 @@
 //! The workspace that suffices for a shape, before there are any buffers.
 
 use crate::error::{Error, Result};
-use crate::plan::{Device, Family, Options, Plan};
+use crate::plan::{Device, Family, Options, Plan, workspace_up_to};
 use crate::{Accumulate, Dtype, LoraShape, raw};
 
 /// Hands out disjoint stretches of an address space that no one looks into: what a plan needs depends on shapes alone.
@@ -84,9 +84,16 @@ pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device, options:
     Ok(most)
 }
 
+/// What suffices for forward and backward of `shape`, and of every shape with fewer tokens or a lower rank.
+pub(super) fn up_to(dtype: Dtype, shape: LoraShape, device: &Device, options: Options) -> Result<usize> {
+    let exactly = forward(dtype, shape, device, options)?.max(backward(dtype, shape, device, options)?);
+    let bound = workspace_up_to(shape.m, shape.r, dtype, device, &options);
+    Ok(exactly.max(usize::try_from(bound).unwrap_or(usize::MAX)))
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{backward, forward};
+    use super::{backward, forward, up_to};
     use crate::error::Error;
     use crate::plan::{Device, Options, Plan, SYNC_BYTES};
     use crate::{Accumulate, Dtype, LoraShape, raw};
@@ -146,6 +153,33 @@ mod tests {
                 assert!(plan.workspace_bytes() <= backward_bound, "{}", plan.explain());
             }
         }
+    }
+
+    /// More tokens may need less: they are cut into fewer chunks.
+    #[test]
+    fn what_is_reserved_holds_every_smaller_call() {
+        let options = Options::default();
+        let mut grew = 0;
+        for (arch, sms) in [(80, 108), (90, 132), (75, 40)] {
+            let device = Device::of_arch("test", arch, sms);
+            for (n, k, most_r) in [(4096, 4096, 16), (256, 512, 128), (64, 64, 8), (11008, 4096, 256)] {
+                for most in [1, 700, 1100, 3600, 5000, 8200] {
+                    let shape = LoraShape { m: most, n, k, r: most_r };
+                    let reserved = up_to(Dtype::F16, shape, &device, options).expect("a bound");
+                    let exactly = backward(Dtype::F16, shape, &device, options).expect("a bound");
+                    for m in [most, most.div_ceil(2), most / 512 * 512, most.saturating_sub(100), 1024, 1] {
+                        for r in [most_r, most_r - 1, most_r / 2, 1, 0] {
+                            let smaller = LoraShape { m: m.clamp(1, most), r, ..shape };
+                            let forward = forward(Dtype::F16, smaller, &device, options).expect("a bound");
+                            let backward = backward(Dtype::F16, smaller, &device, options).expect("a bound");
+                            assert!(forward.max(backward) <= reserved, "{smaller:?} needs more than {shape:?}");
+                            grew += usize::from(backward > exactly);
+                        }
+                    }
+                }
+            }
+        }
+        assert!(grew > 0, "no smaller call needs more than a larger one: the bound is needless");
     }
 
     #[test]

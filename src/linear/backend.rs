@@ -53,7 +53,7 @@ pub trait Backend: Clone {
     /// # Errors
     /// [`Error::Dtype`].
     fn check_dtype(&self, dtype: Dtype) -> Result<()>;
-    /// Makes the workspace large enough for forward and backward of a shape.
+    /// Makes the workspace large enough for forward and backward of a shape, and of every one with fewer tokens or a lower rank.
     ///
     /// # Errors
     /// Those of planning and of [`alloc`](Self::alloc).

@@ -146,6 +146,9 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         self.check_unmerged("backward")?;
         let Operands { w, a, b, scale } = self.operands_of(&pass.kept)?;
         let Gradients { dx, da, db, dbias, accumulate } = gradients;
+        if dy.rows != pass.kept.tokens {
+            return Err(Error::Dimension { arg: "dy", axis: "rows", got: dy.rows, expected: pass.kept.tokens });
+        }
         let nothing = Matrix { rows: pass.kept.tokens, cols: 0, row_stride: 0, offset: 0, ..dy };
         let h = pass.kept.h.as_ref().map_or(nothing, |h| Matrix::new(B::read(h), pass.kept.tokens, pass.kept.rank));
         self.backend.backward(Backward {

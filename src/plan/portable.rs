@@ -147,6 +147,12 @@ struct Chunks {
     partial_stride: u64,
 }
 
+/// Most bytes of partial sums of any call of up to `m` tokens.
+#[cfg(feature = "cuda")]
+pub(super) fn most_partial_bytes(m: usize) -> u64 {
+    if m as u64 / MIN_CHUNK_ROWS <= 1 { 0 } else { MAX_PARTIAL_BYTES }
+}
+
 impl Chunks {
     /// Enough chunks for two db and da tiles per SM, within the memory for partial sums.
     fn choose(device: &Device, tile: &Tile, m: usize, r: usize, tiles: u64) -> Chunks {

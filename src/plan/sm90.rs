@@ -11,6 +11,8 @@ mod schedule;
 mod tests;
 
 pub(super) use backward::{backward, operands as backward_operands};
+#[cfg(feature = "cuda")]
+pub(super) use chunks::most_partial_bytes;
 pub(super) use forward::{forward, operands as forward_operands};
 pub(super) use maps::obstacles;
 

@@ -105,6 +105,44 @@ fn adapters_can_be_exchanged_and_switched_off() -> Result<()> {
     Ok(())
 }
 
+/// An adapter that is taken out while the layer is disabled does not come back with `enable`, nor under its name.
+#[test]
+fn a_removed_adapter_is_not_active() -> Result<()> {
+    let case = Case::new(&[7], (9, 8, 3), DType::F32, DType::F32)?;
+    let mut layer = LoraLinear::from_tensors(case.w.clone(), None, case.a.clone(), case.b.clone(), 2.0)?;
+    layer.disable()?;
+    let (a, b, scale) = layer.remove("default")?;
+    layer.enable();
+    assert_eq!((layer.active(), layer.names().count()), (None, 0));
+    layer.add_tensors("default", a, b, scale)?;
+    assert_eq!(layer.active(), None);
+    let base = Linear::new(case.w.clone(), None).forward(&case.x)?;
+    assert_eq!(bits(&layer.forward(&case.x)?), bits(&base));
+    Ok(())
+}
+
+/// Any number of dimensions that forward takes with an adapter it takes without one, and while one is merged.
+#[test]
+fn every_state_takes_the_same_dimensions() -> Result<()> {
+    for tokens in [&[6][..], &[2, 3], &[1, 2, 3], &[1, 2, 1, 3], &[2, 1, 1, 1, 3]] {
+        let case = Case::new(tokens, (5, 8, 2), DType::F32, DType::F32)?;
+        let flat = case.x.reshape((6, 8))?;
+        let mut layer = LoraLinear::from_tensors(case.w.clone(), case.bias.clone(), case.a, case.b, 2.0)?;
+        let same = |layer: &LoraLinear| -> Result<_> {
+            let (y, flat) = (layer.forward(&case.x)?, layer.forward(&flat)?);
+            assert_eq!((y.dims(), bits(&y)), (case.dy.dims(), bits(&flat)), "{tokens:?}");
+            Ok(())
+        };
+        same(&layer)?;
+        layer.merge()?;
+        same(&layer)?;
+        layer.unmerge()?;
+        layer.disable()?;
+        same(&layer)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_weight_may_lie_transposed() -> Result<()> {
     let case = Case::new(&[5], (6, 8, 2), DType::F32, DType::F32)?;

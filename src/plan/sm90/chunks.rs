@@ -67,3 +67,12 @@ pub(super) fn partial_bytes(chunks: Chunks, r: usize, slabs: u64, ctas: u32) -> 
     let places = if chunks.count > 1 { slabs * chunks.count } else { u64::from(ctas * LORA_SM90_SLABS) };
     if slabs == 0 { 0 } else { 4 * partial_stride(r) * places }
 }
+
+/// Most bytes of partial sums of any call of up to `m` tokens and a rank of up to `r`, where the planner cuts the tokens.
+#[cfg(feature = "cuda")]
+pub(in crate::plan) fn most_partial_bytes(device: &crate::plan::Device, options: &Options, m: usize, r: usize) -> u64 {
+    // At most a CTA per SM: `ctas`.
+    let places = u64::from(device.sms.clamp(1, super::MAX_SMS) * LORA_SM90_SLABS);
+    let is_cut = options.chunks.is_some() || m as u64 / MIN_CHUNK_ROWS > 1;
+    (4 * partial_stride(r) * places).max(if is_cut { MAX_PARTIAL_BYTES } else { 0 })
+}
