@@ -43,13 +43,14 @@
 //! layer.merge()?; // forward is the plain product by W + s · B A
 //! layer.unmerge()?; // W has its bits again: it was kept
 //! layer.disable()?; // forward is the plain product by W
+//! layer.enable()?; // and with the adapter again
 //! # Ok::<(), fused_lora::Error>(())
 //! ```
 //!
 //! # Which adapters take part
 //!
-//! None at first. [`activate`](LoraLinear::activate) chooses one, which can then be trained; changing it, or
-//! [`disable`](LoraLinear::disable), moves no data. [`activate_all`](LoraLinear::activate_all) chooses several for inference, whose
+//! None at first. [`activate`](LoraLinear::activate) chooses one, which can then be trained; changing it moves no data, nor do
+//! [`disable`](LoraLinear::disable) and [`enable`](LoraLinear::enable). [`activate_all`](LoraLinear::activate_all) chooses several for inference, whose
 //! contributions add up: their factors are copied side by side into one pair of rank Σ R, so that forward stays one launch.
 //! The scale of the pair is the largest of theirs, sᵢ, and B of every other adapter is multiplied by sᵢ / s in f32
 //! and rounded to the storage type. So adapters of equal scale keep their bits, and 16-bit factors of others take one more
@@ -102,6 +103,8 @@ pub struct LoraLinear<B: Backend, T: Element> {
     bias: Option<B::Buffer<T>>,
     adapters: Vec<Named<B, T>>,
     active: Active<B, T>,
+    /// What `disable` put aside for `enable`; none while adapters are active.
+    disabled: Active<B, T>,
     /// Another number whenever W changes.
     version: u64,
 }
@@ -173,6 +176,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
                 bias,
                 adapters: Vec::new(),
                 active: Active::None,
+                disabled: Active::None,
                 version: next_version(),
             }),
             Err(error) => Err(Rejected { error, value: (w, bias) }),

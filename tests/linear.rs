@@ -238,10 +238,62 @@ fn adapters_come_and_go() {
     let taken = layer.remove("one").expect("an inactive adapter");
     assert_eq!((layer.names(), y(&layer)), (vec!["other"], other));
     layer.disable().expect("no adapter");
-    assert_eq!((layer.active(), y(&layer)), (vec![], plain));
+    assert_eq!((layer.active(), y(&layer)), (vec![], plain.clone()));
     layer.add("back", taken).expect("an added adapter");
     layer.activate("back").expect("an adapter");
     assert_eq!(y(&layer), one);
+}
+
+/// What `enable` brings back: what was active, with the factors that it has by then, unless something else was chosen or an
+/// adapter has left.
+#[test]
+fn disabled_adapters_are_enabled_again() {
+    let mut layer = small();
+    let x = vec![bf16::ONE; 8];
+    let y = |layer: &LoraLinear<Cpu, bf16>| layer.forward(Matrix::new(&x[..], 2, 4)).expect("forward");
+    let plain = y(&layer);
+    layer.enable().expect("nothing to do");
+    assert_eq!((layer.active(), y(&layer)), (vec![], plain.clone()));
+    for names in [&["one"][..], &["other", "one"]] {
+        layer.activate_all(names).expect("adapters");
+        let with = y(&layer);
+        assert_ne!(with, plain);
+        layer.disable().expect("no adapter");
+        layer.disable().expect("still none");
+        assert_eq!(y(&layer), plain);
+        layer.enable().expect("adapters");
+        layer.enable().expect("the same adapters");
+        assert_eq!((layer.active(), y(&layer)), (names.to_vec(), with));
+    }
+
+    // Factors that change meanwhile: as if they had changed while active.
+    let double = |factors: BuffersMut<'_, Cpu, bf16>| -> Result<()> {
+        match factors {
+            BuffersMut::Storage { b, .. } => b.iter_mut().for_each(|b| *b = bf16::from_f32(2.0 * b.to_f32())),
+            BuffersMut::F32 { b, .. } => b.iter_mut().for_each(|b| *b *= 2.0),
+        }
+        Ok(())
+    };
+    layer.disable().expect("no adapter");
+    layer.update("one", double).expect("factors");
+    layer.enable().expect("adapters");
+    let changed = y(&layer);
+    layer.activate_all(&["other", "one"]).expect("adapters");
+    assert_eq!(y(&layer), changed);
+
+    layer.disable().expect("no adapter");
+    layer.activate("one").expect("another choice");
+    layer.disable().expect("no adapter");
+    layer.remove("other").expect("an adapter");
+    layer.enable().expect("the later choice");
+    assert_eq!(layer.active(), ["one"]);
+    layer.merge().expect("a merge");
+    assert!(state(&layer.enable().expect_err("merged"), "enable"));
+    layer.unmerge().expect("an unmerge");
+    layer.disable().expect("no adapter");
+    layer.remove("one").expect("an adapter");
+    layer.enable().expect("nothing to do");
+    assert_eq!((layer.active(), y(&layer)), (vec![], plain));
 }
 
 #[test]

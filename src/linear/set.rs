@@ -1,5 +1,7 @@
 //! The adapters of a layer, and which of them take part.
 
+use std::mem;
+
 use super::{Adapter, Backend, Buffers, BuffersMut, LoraLinear, Operands, Rejected, elements, next_version};
 use crate::error::{Error, Result};
 use crate::{Element, Matrix, MatrixMut, Round};
@@ -24,6 +26,16 @@ pub(super) enum Active<B: Backend, T: Element> {
     /// By its id.
     One(u64),
     Several(Joined<B, T>),
+}
+
+impl<B: Backend, T: Element> Active<B, T> {
+    fn ids(&self) -> &[u64] {
+        match self {
+            Active::None => &[],
+            Active::One(id) => std::slice::from_ref(id),
+            Active::Several(joined) => &joined.ids,
+        }
+    }
 }
 
 /// Several adapters side by side.
@@ -177,6 +189,9 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             let got = format!("adapter `{name}` is active");
             return Err(Error::State { operation: "remove", got, expected: "`disable` or another `activate` first" });
         }
+        if self.disabled.ids().contains(&self.adapters[at].id) {
+            self.disabled = Active::None;
+        }
         Ok(self.adapters.remove(at).adapter)
     }
 
@@ -203,6 +218,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     pub fn activate(&mut self, name: &str) -> Result<()> {
         self.check_unmerged("activate")?;
         self.active = Active::One(self.adapters[self.position(name)?].id);
+        self.disabled = Active::None;
         Ok(())
     }
 
@@ -226,16 +242,33 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             [one] => Active::One(one.id),
             several => Active::Several(Joined::new(self, several)?),
         };
+        self.disabled = Active::None;
         Ok(())
     }
 
-    /// Lets no adapter take part: forward is the plain product. The adapters stay in the layer.
+    /// Lets no adapter take part: forward is the plain product. The adapters stay in the layer, and [`enable`](Self::enable)
+    /// lets those that took part do so again. No data moves.
     ///
     /// # Errors
     /// [`Error::State`] while adapters are merged.
     pub fn disable(&mut self) -> Result<()> {
         self.check_unmerged("disable")?;
-        self.active = Active::None;
+        if !self.active.ids().is_empty() {
+            self.disabled = mem::replace(&mut self.active, Active::None);
+        }
+        Ok(())
+    }
+
+    /// Takes [`disable`](Self::disable) back, where no adapter was activated since. An adapter that has left the layer takes
+    /// those that it took part with out of this.
+    ///
+    /// # Errors
+    /// [`Error::State`] while adapters are merged.
+    pub fn enable(&mut self) -> Result<()> {
+        self.check_unmerged("enable")?;
+        if self.active.ids().is_empty() {
+            self.active = mem::replace(&mut self.disabled, Active::None);
+        }
         Ok(())
     }
 
@@ -279,18 +312,23 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         named.version = next_version();
         named.is_stale = named.rounded.is_some();
         let id = named.id;
-        if let Active::Several(joined) = &mut self.active {
-            joined.is_stale |= joined.ids.contains(&id);
+        for chosen in [&mut self.active, &mut self.disabled] {
+            if let Active::Several(joined) = chosen {
+                joined.is_stale |= joined.ids.contains(&id);
+            }
         }
     }
 
     fn renew(&mut self, at: usize) -> Result<()> {
         let (n, k) = (self.n, self.k);
         self.adapters[at].refresh(&self.backend, n, k)?;
-        match &mut self.active {
-            Active::Several(joined) if joined.is_stale => joined.refresh(&self.backend, (n, k), &self.adapters),
-            _ => Ok(()),
+        for chosen in [&mut self.active, &mut self.disabled] {
+            match chosen {
+                Active::Several(joined) if joined.is_stale => joined.refresh(&self.backend, (n, k), &self.adapters)?,
+                _ => {}
+            }
         }
+        Ok(())
     }
 
     pub(super) fn position(&self, name: &str) -> Result<usize> {
@@ -306,22 +344,20 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     }
 
     pub(super) fn active_ids(&self) -> &[u64] {
-        match &self.active {
-            Active::None => &[],
-            Active::One(id) => std::slice::from_ref(id),
-            Active::Several(joined) => &joined.ids,
-        }
+        self.active.ids()
     }
 
     fn is_active(&self, id: u64) -> bool {
         self.active_ids().contains(&id)
     }
 
+    /// Of several that are active, or that `enable` would make so.
     pub(super) fn active_rank(&self) -> usize {
-        match &self.active {
+        let rank = |chosen: &Active<B, T>| match chosen {
             Active::Several(joined) => joined.rank,
             _ => 0,
-        }
+        };
+        rank(&self.active).max(rank(&self.disabled))
     }
 
     pub(super) fn check_unmerged(&self, operation: &'static str) -> Result<()> {
