@@ -17,6 +17,8 @@ pub mod hopper;
 #[cfg(feature = "cuda")]
 pub mod hopper_defects;
 pub mod layers;
+#[cfg(feature = "peft")]
+pub mod peft;
 pub mod raw;
 
 use std::io::Write;
