@@ -1,8 +1,8 @@
 //! The CPU backend: the same operations over slices in host memory, on all cores, for f16, bf16 and f32.
 //!
 //! Products run on the f32 kernels of the [`gemm`](https://docs.rs/gemm) crate; 16-bit operands are widened block by
-//! block, so no matrix is ever copied. Scratch is at most 2 MiB per thread (4 MiB for sums in f64), plus the bias in f32, 16 bytes for each row of an
-//! output and tile of its columns, and the M × R middle where the caller does not pass one.
+//! block, so no matrix is ever copied. Scratch is at most 2 MiB per thread (4 MiB for sums in f64), plus the bias in f32,
+//! 16 bytes for each row of an output and tile of its columns, and the M × R middle where the caller does not pass one.
 //!
 //! **Rounding.** As the GPU kernels: sums in f32; h and dh are rounded to the storage type and used as rounded; y and dx
 //! get one rounding at the end, of both products, the bias and what is accumulated into. Products of

@@ -10,7 +10,7 @@ use crate::{Dtype, Element, Matrix, MatrixMut};
 const TILE: usize = 512;
 /// Most terms summed in one chain.
 const DEPTH: usize = 256;
-/// Enough tiles to keep many cores busy.
+/// Tiles to cut an output into at least, where it is large enough: more would keep more cores busy, and pack more often.
 const ENOUGH_TILES: usize = 16;
 /// Terms from which operands that need no widening go to `gemm` in one piece. It cuts them into chains of about 512 by itself.
 const DEEP: usize = 4096;
