@@ -9,6 +9,7 @@
 #include "../params.h"
 #include "../ptx/copy.cuh"
 #include "../ptx/matrix.cuh"
+#include "../ptx/scalar.cuh"
 #include "../ptx/sync.cuh"
 
 namespace lora {
@@ -127,7 +128,8 @@ __device__ __forceinline__ void copy_chunk(uint32_t smem, const uint16_t* gmem, 
 
 // Loads kMn x kBlockK elements of an operand, from (mn, k) on, into one stage; outside the matrix they are zero.
 template <Major kMajor, int kMn, int kThreads>
-__device__ __forceinline__ void load_operand(uint32_t smem, const Operand& op, uint32_t mn, uint32_t k) {
+__device__ __forceinline__ void load_operand(uint32_t thread, uint32_t smem, const Operand& op, uint32_t mn,
+                                             uint32_t k) {
   constexpr int kRows = kMajor == Major::kK ? kMn : kBlockK;
   constexpr int kRowChunks = (kMajor == Major::kK ? kBlockK : kMn) / kChunkElems;
   static_assert(kRows * kRowChunks % kThreads == 0, "every thread copies the same number of chunks");
@@ -136,42 +138,52 @@ __device__ __forceinline__ void load_operand(uint32_t smem, const Operand& op, u
   const uint32_t col_begin = kMajor == Major::kK ? k : mn;
   const uint32_t col_end = kMajor == Major::kK ? op.k_end : op.mn_end;
   const bool aligned = ((reinterpret_cast<uint64_t>(op.gmem) | static_cast<uint64_t>(op.row_stride) * 2) & 15) == 0;
+  // A thread's chunks lie below each other, whole periods of the swizzle apart: two addresses, and steps from there.
+  constexpr int kRowStep = kThreads / kRowChunks;
+  static_assert(kThreads % kRowChunks == 0 && kRowStep % 8 == 0, "a thread's chunks have one column and one phase");
+  const uint32_t chunk = thread % kRowChunks;
+  const uint32_t row = row_begin + thread / kRowChunks;
+  const uint32_t col = col_begin + chunk * kChunkElems;
+  const uint32_t cols = col < col_end ? min(col_end - col, static_cast<uint32_t>(kChunkElems)) : 0;
+  const uint32_t first = smem + swizzled<kRowChunks>(thread / kRowChunks, chunk);
+  const uint16_t* gmem = op.gmem + row * op.row_stride + col;
 #pragma unroll
-  for (int i = 0; i < kRows * kRowChunks / kThreads; ++i) {
-    const uint32_t index = threadIdx.x + i * kThreads;
-    const uint32_t row = index / kRowChunks;
-    const uint32_t chunk = index % kRowChunks;
-    const uint32_t gmem_row = row_begin + row;
-    const uint32_t gmem_col = col_begin + chunk * kChunkElems;
-    const bool inside = gmem_row < row_end && gmem_col < col_end;
-    const uint32_t valid = inside ? min(col_end - gmem_col, static_cast<uint32_t>(kChunkElems)) : 0;
+  for (int i = 0; i < kRows / kRowStep; ++i) {
+    const uint32_t valid = row + i * kRowStep < row_end ? cols : 0;
     // Outside the matrix nothing is read, but the address of a zero-byte copy must still be a valid one.
-    const uint16_t* gmem = inside ? op.gmem + gmem_row * op.row_stride + gmem_col : op.gmem;
-    copy_chunk(smem + swizzled<kRowChunks>(row, chunk), gmem, valid, aligned);
+    copy_chunk(first + i * kThreads * 16, valid != 0 ? gmem : op.gmem, valid, aligned);
+    gmem += op.row_stride * kRowStep;
   }
 }
 
+// The swizzle repeats every 8 rows and a fragment starts at a multiple of them: its first row is a plain offset, so
+// that one address in a register serves all fragments of a warp that lie below each other.
+
 // The 16 x 16 fragment of A at (row, k) of a stage.
 template <Major kMajor, int kMn>
-__device__ __forceinline__ void load_fragment_a(uint32_t (&a)[4], uint32_t smem, uint32_t row, uint32_t k) {
-  const uint32_t lane = threadIdx.x % 32;
+__device__ __forceinline__ void load_fragment_a(uint32_t thread, uint32_t (&a)[4], uint32_t smem, uint32_t row,
+                                                uint32_t k) {
+  const uint32_t lane = thread % 32;
   if (kMajor == Major::kK) {
-    ptx::ldmatrix_x4(a, smem + swizzled<kBlockK / kChunkElems>(row + lane % 16, k / kChunkElems + lane / 16));
+    const uint32_t chunk = k / kChunkElems + lane / 16;
+    ptx::ldmatrix_x4(a, smem + swizzled<kBlockK / kChunkElems>(lane % 16, chunk) + row * kBlockK * 2);
   } else {
-    const uint32_t stage_row = k + lane % 8 + lane / 16 * 8;
-    ptx::ldmatrix_x4_trans(a, smem + swizzled<kMn / kChunkElems>(stage_row, row / kChunkElems + lane / 8 % 2));
+    const uint32_t chunk = row / kChunkElems + lane / 8 % 2;
+    ptx::ldmatrix_x4_trans(a, smem + swizzled<kMn / kChunkElems>(lane % 8 + lane / 16 * 8, chunk) + k * kMn * 2);
   }
 }
 
 // The two 16 x 8 fragments of B at (k, col) of a stage: registers 0, 1 and 2, 3.
 template <Major kMajor, int kMn>
-__device__ __forceinline__ void load_fragment_b(uint32_t (&b)[4], uint32_t smem, uint32_t col, uint32_t k) {
-  const uint32_t lane = threadIdx.x % 32;
+__device__ __forceinline__ void load_fragment_b(uint32_t thread, uint32_t (&b)[4], uint32_t smem, uint32_t col,
+                                                uint32_t k) {
+  const uint32_t lane = thread % 32;
   if (kMajor == Major::kK) {
-    const uint32_t stage_row = col + lane % 8 + lane / 16 * 8;
-    ptx::ldmatrix_x4(b, smem + swizzled<kBlockK / kChunkElems>(stage_row, k / kChunkElems + lane / 8 % 2));
+    const uint32_t chunk = k / kChunkElems + lane / 8 % 2;
+    ptx::ldmatrix_x4(b, smem + swizzled<kBlockK / kChunkElems>(lane % 8 + lane / 16 * 8, chunk) + col * kBlockK * 2);
   } else {
-    ptx::ldmatrix_x4_trans(b, smem + swizzled<kMn / kChunkElems>(k + lane % 16, col / kChunkElems + lane / 16));
+    const uint32_t chunk = col / kChunkElems + lane / 16;
+    ptx::ldmatrix_x4_trans(b, smem + swizzled<kMn / kChunkElems>(lane % 16, chunk) + k * kMn * 2);
   }
 }
 
@@ -202,6 +214,7 @@ struct Tile {
   float acc[kFragsM][kFragsN][4] = {};      // (16 rows, 8 columns) per fragment
   float sums[kSums ? kFragsM : 1][4] = {};  // row sums of A, the same in every column
   bool wants_sums = kSums;
+  const uint32_t thread = ptx::thread_index();
 
   // Row and first of two columns, relative to the tile, of elements {0, 1} (half 0) or {2, 3} (half 1) of a fragment.
   static __device__ __forceinline__ uint32_t row_of(int frag_m, int half) {
@@ -222,8 +235,8 @@ struct Tile {
         const bool in_main = step < main.steps;
         const uint32_t k = (in_main ? main.k_begin + step * kBlockK : tail.k_begin + (step - main.steps) * kBlockK);
         const uint32_t stage = smem + step % kStages * kStageBytes;
-        load_operand<kMajorA, kBlockM, kThreads>(stage, select(in_main, main.a, tail.a), m, k);
-        load_operand<kMajorB, kBlockN, kThreads>(stage + kBytesA, select(in_main, main.b, tail.b), n, k);
+        load_operand<kMajorA, kBlockM, kThreads>(thread, stage, select(in_main, main.a, tail.a), m, k);
+        load_operand<kMajorB, kBlockN, kThreads>(thread, stage + kBytesA, select(in_main, main.b, tail.b), n, k);
       }
       ptx::cp_async_commit();  // an empty group past the end keeps the count of groups in step with `step`
     };
@@ -241,14 +254,14 @@ struct Tile {
 
  private:
   __device__ __forceinline__ void multiply(uint32_t stage, uint32_t active_n) {
-    const uint32_t warp = threadIdx.x / 32;
+    const uint32_t warp = thread / 32;
     const uint32_t warp_row = warp / kWarpsN * kWarpM_;
     const uint32_t warp_col = warp % kWarpsN * kWarpN_;
 #pragma unroll
     for (uint32_t k = 0; k < kBlockK; k += 16) {
       uint32_t a[kFragsM][4];
 #pragma unroll
-      for (int i = 0; i < kFragsM; ++i) load_fragment_a<kMajorA, kBlockM>(a[i], stage, warp_row + i * 16, k);
+      for (int i = 0; i < kFragsM; ++i) load_fragment_a<kMajorA, kBlockM>(thread, a[i], stage, warp_row + i * 16, k);
       if (kSums && wants_sums) {
 #pragma unroll
         for (int i = 0; i < kFragsM; ++i) ptx::mma_m16n8k16<T>(sums[i], a[i], kOnes<T>, kOnes<T>);
@@ -258,7 +271,7 @@ struct Tile {
         // R decides how many columns of a narrow tile exist; main tiles of its width pass all.
         if (kBlockN == kNarrowN && warp_col + j * 8 >= active_n) break;
         uint32_t b[4];
-        load_fragment_b<kMajorB, kBlockN>(b, stage + kBytesA, warp_col + j * 8, k);
+        load_fragment_b<kMajorB, kBlockN>(thread, b, stage + kBytesA, warp_col + j * 8, k);
 #pragma unroll
         for (int i = 0; i < kFragsM; ++i) {
           ptx::mma_m16n8k16<T>(acc[i][j], a[i], b[0], b[1]);
