@@ -14,8 +14,9 @@ __device__ __forceinline__ void forward_h(const LoraForwardParams& p, TicketSche
   const uint32_t m_block = unit % p.m_blocks;
   const uint32_t m = m_block * Shape::kBlock;
   const uint32_t n = unit / p.m_blocks * kNarrowN;
-  NarrowTile<T, Shape, Major::kK> tile;
-  tile.accumulate(segment(operand(p.x, p.m, p.k), operand(p.a, p.r, p.k), 0), Segment{}, m, n, p.r - n, {}, smem);
+  NarrowTile<T, Shape, Major::kK, Drops::kA> tile;
+  tile.accumulate(segment(operand(p.x, p.m, p.k), operand(p.a, p.r, p.k), 0), Segment{}, m, n, p.r - n, {}, p.dropout,
+                  smem);
   store_tile(tile, p.h, m, n, p.m, p.r, p.scale, static_cast<const T*>(nullptr), false);
   schedule.publish(m_block >> p.flag_shift);
 }
@@ -31,8 +32,8 @@ __device__ __forceinline__ void forward_y(const LoraForwardParams& p, uint32_t u
   if (p.r != 0) {
     h = depends_on(p.sync, p.flag_shift, p.m_blocks, p.h_units / p.m_blocks, block.row, 1, main.steps);
   }
-  MainTile<T, Shape, Major::kK> tile;
-  tile.accumulate(main, tail, m, n, Shape::kBlock, h, smem);
+  MainTile<T, Shape, Major::kK, Drops::kNone> tile;
+  tile.accumulate(main, tail, m, n, Shape::kBlock, h, {}, smem);
   store_tile(tile, p.y, m, n, p.m, p.n, 1.0f, reinterpret_cast<const T*>(p.bias), false);
 }
 

@@ -6,6 +6,7 @@
 // so nothing is ever transposed in memory.
 #pragma once
 
+#include "../dropout.cuh"
 #include "../params.h"
 #include "../ptx/copy.cuh"
 #include "../ptx/matrix.cuh"
@@ -195,7 +196,11 @@ constexpr uint32_t kOnes<__half> = 0x3c003c00u;
 template <>
 constexpr uint32_t kOnes<__nv_bfloat16> = 0x3f803f80u;
 
-template <typename T_, class Shape, int kBlockN_, int kWarpM_, int kWarpN_, Major kMajorA, Major kMajorB, bool kSums>
+// What dropout acts on: nothing, the operand A, which is x, or the product of the tail, which is then done first.
+enum class Drops { kNone, kA, kTail };
+
+template <typename T_, class Shape, int kBlockN_, int kWarpM_, int kWarpN_, Major kMajorA, Major kMajorB, Drops kDrops,
+          bool kSums>
 struct Tile {
   using T = T_;
   static constexpr int kBlockM = Shape::kBlock;
@@ -224,16 +229,21 @@ struct Tile {
     return threadIdx.x / 32 % kWarpsN * kWarpN_ + frag_n * 8 + threadIdx.x % 4 * 2;
   }
 
-  // Accumulates main and then tail for the tile at (m, n). Columns from `active_n` on, rounded up to 16, are left out.
-  // Leaves no copy in flight: the last step has waited for every group but the empty ones.
+  // Accumulates main and then tail for the tile at (m, n), or tail first when it is to be dropped from. Columns from
+  // `active_n` on, rounded up to 16, are left out. Leaves no copy in flight: the last step has waited for every group
+  // but the empty ones.
   __device__ __forceinline__ void accumulate(const Segment& main, const Segment& tail, uint32_t m, uint32_t n,
-                                             uint32_t active_n, const Dependency& dependency, uint32_t smem) {
+                                             uint32_t active_n, const Dependency& dependency,
+                                             const LoraDropout& dropout, uint32_t smem) {
     const uint32_t steps = main.steps + tail.steps;
+    const bool tail_first = kDrops == Drops::kTail && tail.steps != 0 && dropout.threshold != 0;
+    const uint32_t first_steps = tail_first ? tail.steps : main.steps;
     const auto issue = [&](uint32_t step) {
       if (step < steps) {
         if (dependency.flags != nullptr && step == dependency.step) wait_for(dependency);
-        const bool in_main = step < main.steps;
-        const uint32_t k = (in_main ? main.k_begin + step * kBlockK : tail.k_begin + (step - main.steps) * kBlockK);
+        const bool in_first = step < first_steps;
+        const bool in_main = in_first != tail_first;
+        const uint32_t k = (in_main ? main.k_begin : tail.k_begin) + (in_first ? step : step - first_steps) * kBlockK;
         const uint32_t stage = smem + step % kStages * kStageBytes;
         load_operand<kMajorA, kBlockM, kThreads>(thread, stage, select(in_main, main.a, tail.a), m, k);
         load_operand<kMajorB, kBlockN, kThreads>(thread, stage + kBytesA, select(in_main, main.b, tail.b), n, k);
@@ -243,53 +253,106 @@ struct Tile {
 
 #pragma unroll 1
     for (uint32_t step = 0; step < kStages - 1; ++step) issue(step);
+    const Dropout drops_a(kDrops == Drops::kA ? dropout : LoraDropout{});
+    uint32_t step = 0;
 #pragma unroll 1
-    for (uint32_t step = 0; step < steps; ++step) {
-      ptx::cp_async_wait<kStages - 2>();
-      __syncthreads();  // the stage is complete for all, and the one about to be overwritten was read by all
-      issue(step + kStages - 1);
-      multiply(smem + step % kStages * kStageBytes, active_n);
+    for (bool drops = tail_first;; drops = false) {
+      const uint32_t end = drops ? first_steps : steps;
+#pragma unroll 1
+      for (; step < end; ++step) {
+        ptx::cp_async_wait<kStages - 2>();
+        __syncthreads();  // the stage is complete for all, and the one about to be overwritten was read by all
+        issue(step + kStages - 1);
+        multiply(smem + step % kStages * kStageBytes, active_n, drops_a, m, main.k_begin + step * kBlockK);
+      }
+      if (!drops) break;
+      drop_accumulators(Dropout(dropout), m, n);
     }
   }
 
  private:
-  __device__ __forceinline__ void multiply(uint32_t stage, uint32_t active_n) {
+  // Zeroes what the adapter branch contributed to dropped elements. The columns of the output are those of x.
+  __device__ __forceinline__ void drop_accumulators(const Dropout& dropout, uint32_t m, uint32_t n) {
+    const uint32_t row = (m + row_of(0, 0)) / 16;
+    const uint32_t col = (n + col_of(0)) / 16;
+#pragma unroll
+    for (int i = 0; i < kFragsM; ++i) {
+#pragma unroll
+      for (int j = 0; j < kFragsN; j += 2) {
+        const uint32_t lane = thread % 32;
+        const PhiloxWords random = dropout.words(row + i, col + j / 2, lane / 4, lane % 4);
+#pragma unroll
+        for (int word = 0; word < 4; ++word) {
+          float* const pair = acc[i][j + word / 2] + word % 2 * 2;
+          pair[0] = dropout.keeps_low(random.of[word]) ? pair[0] : 0.0f;
+          pair[1] = dropout.keeps_high(random.of[word]) ? pair[1] : 0.0f;
+        }
+      }
+    }
+  }
+
+  // `m` and `first_k`: indices of the first row and of the first k of the stage in A.
+  __device__ __forceinline__ void multiply(uint32_t stage, uint32_t active_n, const Dropout& drops_a, uint32_t m,
+                                           uint32_t first_k) {
+    if (kDrops == Drops::kA && drops_a.is_on()) {
+      // Rolled up: two copies of the generator would cost the other loops of the kernel registers.
+#pragma unroll 1
+      for (uint32_t k = 0; k < kBlockK; k += 16) {
+        multiply_16(stage, k, active_n, [&](uint32_t(&a)[4], uint32_t row) {
+          if (kMajorA == Major::kK) {
+            drops_a.drop_fragment(a, m + row, first_k + k, thread % 32);
+          } else {
+            drops_a.drop_transposed(a, first_k + k, m + row, thread % 32);
+          }
+        });
+      }
+      return;
+    }
+#pragma unroll
+    for (uint32_t k = 0; k < kBlockK; k += 16) {
+      multiply_16(stage, k, active_n, [](uint32_t(&)[4], uint32_t) {});
+    }
+  }
+
+  // `drop` sees each fragment of A with its first row.
+  template <class Drop>
+  __device__ __forceinline__ void multiply_16(uint32_t stage, uint32_t k, uint32_t active_n, const Drop& drop) {
     const uint32_t warp = thread / 32;
     const uint32_t warp_row = warp / kWarpsN * kWarpM_;
     const uint32_t warp_col = warp % kWarpsN * kWarpN_;
+    uint32_t a[kFragsM][4];
 #pragma unroll
-    for (uint32_t k = 0; k < kBlockK; k += 16) {
-      uint32_t a[kFragsM][4];
+    for (int i = 0; i < kFragsM; ++i) {
+      load_fragment_a<kMajorA, kBlockM>(thread, a[i], stage, warp_row + i * 16, k);
+      drop(a[i], warp_row + i * 16);
+    }
+    if (kSums && wants_sums) {
 #pragma unroll
-      for (int i = 0; i < kFragsM; ++i) load_fragment_a<kMajorA, kBlockM>(thread, a[i], stage, warp_row + i * 16, k);
-      if (kSums && wants_sums) {
+      for (int i = 0; i < kFragsM; ++i) ptx::mma_m16n8k16<T>(sums[i], a[i], kOnes<T>, kOnes<T>);
+    }
 #pragma unroll
-        for (int i = 0; i < kFragsM; ++i) ptx::mma_m16n8k16<T>(sums[i], a[i], kOnes<T>, kOnes<T>);
-      }
+    for (int j = 0; j < kFragsN; j += 2) {
+      // R decides how many columns of a narrow tile exist; main tiles of its width pass all.
+      if (kBlockN == kNarrowN && warp_col + j * 8 >= active_n) break;
+      uint32_t b[4];
+      load_fragment_b<kMajorB, kBlockN>(thread, b, stage + kBytesA, warp_col + j * 8, k);
 #pragma unroll
-      for (int j = 0; j < kFragsN; j += 2) {
-        // R decides how many columns of a narrow tile exist; main tiles of its width pass all.
-        if (kBlockN == kNarrowN && warp_col + j * 8 >= active_n) break;
-        uint32_t b[4];
-        load_fragment_b<kMajorB, kBlockN>(thread, b, stage + kBytesA, warp_col + j * 8, k);
-#pragma unroll
-        for (int i = 0; i < kFragsM; ++i) {
-          ptx::mma_m16n8k16<T>(acc[i][j], a[i], b[0], b[1]);
-          ptx::mma_m16n8k16<T>(acc[i][j + 1], a[i], b[2], b[3]);
-        }
+      for (int i = 0; i < kFragsM; ++i) {
+        ptx::mma_m16n8k16<T>(acc[i][j], a[i], b[0], b[1]);
+        ptx::mma_m16n8k16<T>(acc[i][j + 1], a[i], b[2], b[3]);
       }
     }
   }
 };
 
 // y or dx: the wide product with its K-extension.
-template <typename T, class Shape, Major kMajorB>
-using MainTile = Tile<T, Shape, Shape::kBlock, Shape::kWarpM, Shape::kWarpN, Major::kK, kMajorB, false>;
+template <typename T, class Shape, Major kMajorB, Drops kDrops>
+using MainTile = Tile<T, Shape, Shape::kBlock, Shape::kWarpM, Shape::kWarpN, Major::kK, kMajorB, kDrops, false>;
 // h or dh: at most kNarrowN columns, every warp 16 rows.
-template <typename T, class Shape, Major kMajorB>
-using NarrowTile = Tile<T, Shape, kNarrowN, 16, kNarrowN, Major::kK, kMajorB, false>;
+template <typename T, class Shape, Major kMajorB, Drops kDrops>
+using NarrowTile = Tile<T, Shape, kNarrowN, 16, kNarrowN, Major::kK, kMajorB, kDrops, false>;
 // db or daᵀ: reduces over tokens, both operands stored [token][..].
 template <typename T, class Shape>
-using GradientTile = Tile<T, Shape, kNarrowN, 16, kNarrowN, Major::kMn, Major::kMn, true>;
+using GradientTile = Tile<T, Shape, kNarrowN, 16, kNarrowN, Major::kMn, Major::kMn, Drops::kA, true>;
 
 }  // namespace lora
