@@ -149,6 +149,7 @@ pub mod peft;
 pub mod plan;
 pub mod raw;
 pub mod reference;
+mod routing;
 mod shape;
 
 pub use dtype::{Dtype, Element};
@@ -157,6 +158,7 @@ pub use half::{bf16, f16};
 pub use ops::{
     Accumulate, Backward, Dropout, Factors, Forward, Gradient, Matrix, MatrixMut, Merge, Round, Seed, Variant,
 };
+pub use routing::{MAX_ROUTED_RANK, Routing, Slot};
 pub use shape::{LoraShape, MAX_DIMENSION};
 
 /// The code of the README runs as a test; half of it is about `cuda`, some about `candle`.

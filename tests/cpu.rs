@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::data::{Placement, Spec, dropout_table, integer_table, shape_table, subset_table};
+use common::data::{Placement, Spec, dropout_table, integer_table, routes_table, shape_table, subset_table};
 use common::{Backend, Cpu, Host, HostBackward, HostDropout, HostForward, HostGradient, check};
 use fused_lora::{Dtype, Element, Error, bf16, f16};
 use proptest::prelude::*;
@@ -62,6 +62,19 @@ fn dropout_as_the_seed_says() {
         let exact = Spec { dropout: spec.dropout.map(|dropout| HostDropout { p: 0.5, ..dropout }), ..spec.integers() };
         check::forward::<f32>(&Cpu, &exact);
         check::backward::<f32>(&Cpu, &exact);
+    }
+}
+
+/// Each row through its own adapter, in values and as small integers.
+#[test]
+fn many_adapters_in_one_batch() {
+    for spec in routes_table() {
+        check::forward::<f16>(&Cpu, &spec);
+        check::forward::<f32>(&Cpu, &spec);
+        check::backward::<bf16>(&Cpu, &spec);
+        check::backward::<f32>(&Cpu, &spec);
+        check::forward::<f32>(&Cpu, &spec.integers());
+        check::backward::<f32>(&Cpu, &spec.integers());
     }
 }
 

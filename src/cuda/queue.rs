@@ -71,7 +71,8 @@ fn variant<'a>(given: crate::Variant<'a, dyn DevicePtr<u64>>) -> super::Variant<
         Seed::Value { seed, offset } => Seed::Value { seed, offset },
         Seed::Memory(state) => Seed::Memory(matrix(state)),
     };
-    super::Variant { dropout: given.dropout.map(|given| Dropout { p: given.p, seed: seed(given.seed) }) }
+    let dropout = given.dropout.map(|given| Dropout { p: given.p, seed: seed(given.seed) });
+    super::Variant { dropout, routes: given.routes.map(matrix) }
 }
 
 type StaticGradient<'a, T> = Gradient<'a, dyn DevicePtrMut<T>, dyn DevicePtrMut<f32>>;

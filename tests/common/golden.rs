@@ -137,6 +137,7 @@ impl Golden {
             dy: self.tensor("dY").mat(),
             scale: 1.0,
             keep: None,
+            gate: None,
         }
     }
 

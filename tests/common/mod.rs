@@ -136,6 +136,11 @@ impl HostDropout {
     }
 }
 
+fn variant<'a>(dropout: &'a Option<HostDropout>, routes: &'a Option<Vec<u64>>) -> Variant<'a, [u64]> {
+    let routes = routes.as_ref().map(|words| Matrix::new(&words[..], 1, words.len()));
+    Variant { dropout: dropout.as_ref().map(HostDropout::view), routes }
+}
+
 /// Forward over host buffers; `h` and `y` are written in place.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostForward<T> {
@@ -148,12 +153,14 @@ pub struct HostForward<T> {
     pub h: Option<Host<T>>,
     pub y: Host<T>,
     pub dropout: Option<HostDropout>,
+    /// Words of a routing.
+    pub routes: Option<Vec<u64>>,
 }
 
 impl<T: Element> HostForward<T> {
     /// As the backends that compute on slices take it.
     pub fn views(&mut self) -> cpu::Forward<'_, T> {
-        let Self { x, w, a, b, scale, bias, h, y, dropout } = self;
+        let Self { x, w, a, b, scale, bias, h, y, dropout, routes } = self;
         cpu::Forward {
             x: x.view(),
             w: w.view(),
@@ -163,7 +170,7 @@ impl<T: Element> HostForward<T> {
             bias: bias.as_ref().map(Host::view),
             h: h.as_mut().map(Host::view_mut),
             y: y.view_mut(),
-            variant: Variant { dropout: dropout.as_ref().map(HostDropout::view) },
+            variant: variant(dropout, routes),
         }
     }
 }
@@ -184,12 +191,14 @@ pub struct HostBackward<T> {
     pub dbias: Option<HostGradient<T>>,
     pub accumulate: Accumulate,
     pub dropout: Option<HostDropout>,
+    /// Words of a routing.
+    pub routes: Option<Vec<u64>>,
 }
 
 impl<T: Element> HostBackward<T> {
     /// As the backends that compute on slices take it.
     pub fn views(&mut self) -> cpu::Backward<'_, T> {
-        let Self { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, dropout } = self;
+        let Self { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, dropout, routes } = self;
         cpu::Backward {
             dy: dy.view(),
             w: w.view(),
@@ -203,7 +212,7 @@ impl<T: Element> HostBackward<T> {
             db: db.as_mut().map(HostGradient::view_mut),
             dbias: dbias.as_mut().map(HostGradient::view_mut),
             accumulate: *accumulate,
-            variant: Variant { dropout: dropout.as_ref().map(HostDropout::view) },
+            variant: variant(dropout, routes),
         }
     }
 }
