@@ -150,6 +150,7 @@ impl Backend for Queue {
     type Read<T: Element> = dyn DevicePtr<T>;
     type Write<T: Element> = dyn DevicePtrMut<T>;
     type Words = dyn DevicePtr<u64>;
+    type WordBuffer = CudaSlice<u64>;
 
     fn read<T: Element>(buffer: &CudaSlice<T>) -> &Self::Read<T> {
         buffer
@@ -171,6 +172,17 @@ impl Backend for Queue {
         let mut buffer = self.alloc::<T>(from.len())?;
         self.overwrite(from, &mut buffer)?;
         Ok(buffer)
+    }
+    fn upload_words(&self, from: &[u64]) -> Result<CudaSlice<u64>> {
+        let bytes = size_of_val(from);
+        // SAFETY: any bits are a value of u64, and the copy below fills all of it.
+        let mut words =
+            unsafe { self.stream.alloc::<u64>(from.len().max(1)) }.map_err(refused("cuMemAllocAsync", bytes))?;
+        self.stream.memcpy_htod(from, &mut words).map_err(failed("cuMemcpyHtoDAsync"))?;
+        Ok(words)
+    }
+    fn words(buffer: &CudaSlice<u64>) -> &Self::Words {
+        buffer
     }
     fn overwrite<T: Element>(&self, from: &[T], to: &mut Self::Write<T>) -> Result<()> {
         if from.is_empty() {
