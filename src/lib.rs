@@ -26,6 +26,9 @@
 //! [`Forward`] writes h where the caller wants to keep it, and [`Backward`] reads it: M · R elements, little beside x. R = 0 is
 //! the plain product x Wᵀ through the same code, for comparison.
 //!
+//! [`Variant`] has what the same launches do beside that: [`Dropout`] on the adapter branch, whose mask follows from seed, offset and
+//! element alone, and routes of many adapters in one batch ([`Routing`]), each row of x through its own.
+//!
 //! # Example
 //!
 //! On the CPU, so that it runs anywhere; on a GPU the matrices are over device memory and the rest is the same.
