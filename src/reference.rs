@@ -7,7 +7,7 @@
 mod tolerance;
 
 use crate::Element;
-pub use tolerance::{Expected, check, unit_roundoff};
+pub use tolerance::{Expected, check, element_bound, unit_roundoff};
 
 /// A row-major, contiguous f64 matrix; a vector is a matrix of one row.
 #[derive(Clone, Debug, PartialEq)]

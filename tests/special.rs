@@ -114,9 +114,11 @@ fn spread(
     rounds: usize,
     case: impl Fn(&Any, &'static str, f64, usize) + Sync,
 ) {
-    let cases: Vec<_> = (0..rounds).flat_map(|_| args.iter().flat_map(|&arg| SPECIALS.map(|value| (arg, value)))).collect();
+    let cases: Vec<_> =
+        (0..rounds).flat_map(|_| args.iter().flat_map(|&arg| SPECIALS.map(|value| (arg, value)))).collect();
     for (number, backend) in backends(kind, test).iter().enumerate() {
-        let run = |(at, &(arg, value)): (usize, &(&'static str, f64))| case(backend, arg, value, at + at / 15 + 7 * number);
+        let run =
+            |(at, &(arg, value)): (usize, &(&'static str, f64))| case(backend, arg, value, at + at / 15 + 7 * number);
         // A GPU has one workspace here; the emulator computes in each thread.
         match backend {
             #[cfg(feature = "cuda")]
@@ -193,7 +195,8 @@ fn keeps_subnormals<T: Element>(backend: &Any, kind: Kind, smallest: f64, factor
     op.a.fill(|_, _| factor);
     op.b.fill(|_, _| 1.0);
     backend.forward(&mut op).expect("forward runs");
-    let what = |name: &str| format!("{name} of {smallest:e} = {tiny:e} · {factor:e} on {}, {:?}", backend.name(), T::DTYPE);
+    let what =
+        |name: &str| format!("{name} of {smallest:e} = {tiny:e} · {factor:e} on {}, {:?}", backend.name(), T::DTYPE);
     all(op.h.as_ref().expect("h"), |_, _| smallest, &what("h"));
     all(&op.y, |_, _| smallest * (1.0 + r), &what("y"));
 
@@ -276,7 +279,10 @@ fn an_infinite_middle_goes_on_as_in_separate_products() {
         op.a.fill(|_, col| if col == 0 { 512.0 } else { 0.0 });
         op.b.fill(|n, r| if n % 2 == 1 && r == 0 { -1.0 } else { 0.5 });
         let (h, y) = reference::naive_forward::<f16>(&inputs(&op));
-        assert!(h.data[0] == f64::INFINITY && y.data[0] == f64::INFINITY && y.data[1].is_nan(), "the data is too small");
+        assert!(
+            h.data[0] == f64::INFINITY && y.data[0] == f64::INFINITY && y.data[1].is_nan(),
+            "the data is too small"
+        );
         backend.forward(&mut op).expect("forward runs");
         let class = |value: f64| if value.is_finite() { 0.0 } else { value };
         for (got, expected) in [(op.h.as_ref().expect("h"), h), (&op.y, y)] {
