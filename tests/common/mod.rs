@@ -11,6 +11,7 @@ pub mod data;
 #[cfg(all(feature = "emulator", feature = "cuda"))]
 pub mod emulated;
 pub mod every;
+pub mod factors;
 pub mod golden;
 #[cfg(feature = "cuda")]
 pub mod gpu;
