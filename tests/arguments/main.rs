@@ -1,5 +1,6 @@
 //! The rules for arguments: each broken one gets the error that names the argument, and what is legal passes.
 
+mod call;
 #[path = "../common/mod.rs"]
 mod common;
 mod hostile;
