@@ -1,4 +1,5 @@
 //! The error matrix: every argument of every operation, every way in which it can be wrong, and the error it gives.
+#![allow(dead_code)] // each test binary uses its part
 
 use fused_lora::{Error, LoraShape, MAX_DIMENSION};
 

@@ -10,6 +10,8 @@ mod faults;
 mod graphs;
 mod launches;
 mod lifetimes;
+#[path = "../arguments/on_device.rs"]
+mod on_device;
 mod refused;
 mod stub;
 #[path = "../arguments/table.rs"]
