@@ -296,8 +296,10 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// Whether x is what it says: M is not to be trusted before.
     fn check_input(&self, x: Matrix<'_, B::Read<T>>) -> Result<()> {
         let Matrix { data, offset, rows, cols, row_stride } = x;
-        if rows == 0 {
-            return Err(Error::ZeroDimension { arg: "x", axis: "rows" });
+        for (axis, size) in [("rows", rows), ("columns", cols)] {
+            if size == 0 {
+                return Err(Error::ZeroDimension { arg: "x", axis });
+            }
         }
         if cols != self.k {
             return Err(Error::Dimension { arg: "x", axis: "columns", got: cols, expected: self.k });

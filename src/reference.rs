@@ -9,7 +9,7 @@ mod tolerance;
 use crate::Element;
 use crate::dropout::Keep;
 use crate::routing::Route;
-pub use tolerance::{Expected, check, unit_roundoff};
+pub use tolerance::{Expected, check, element_bound, unit_roundoff};
 
 /// A row-major, contiguous f64 matrix; a vector is a matrix of one row.
 #[derive(Clone, Debug, PartialEq)]

@@ -238,7 +238,9 @@ impl Backward {
     /// Dimensions, strides, addresses, overlap, scale and presence; returns the shape when all are right.
     ///
     /// # Errors
-    /// As [`Forward::check`], and [`Error::NoOutput`], [`Error::Missing`].
+    /// [`Error::NoOutput`], [`Error::Missing`], and as forward [`Error::ZeroDimension`], [`Error::Dimension`],
+    /// [`Error::TooLarge`], [`Error::Scale`], [`Error::Stride`], [`Error::NullPointer`], [`Error::Misaligned`],
+    /// [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
         self.judge().map(|(shape, _)| shape)
     }
@@ -299,7 +301,8 @@ impl Merge {
     /// Dimensions, strides, addresses, overlap and scale; returns the shape, with M = 1, when all are right.
     ///
     /// # Errors
-    /// As [`Forward::check`].
+    /// [`Error::ZeroDimension`], [`Error::Dimension`], [`Error::TooLarge`], [`Error::Scale`], [`Error::Stride`],
+    /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
         nonzero("merged", &self.merged)?;
         let shape = LoraShape { m: 1, n: self.merged.rows, k: self.merged.cols, r: self.a.rows };
@@ -318,7 +321,8 @@ impl Round {
     /// Dimensions, strides, addresses, overlap and scale; returns the shape, with M = 1, when all are right.
     ///
     /// # Errors
-    /// As [`Forward::check`].
+    /// Matrices may be empty: [`Error::Dimension`], [`Error::TooLarge`], [`Error::Scale`], [`Error::Stride`],
+    /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
         let shape = LoraShape { m: 1, n: self.b.rows, k: self.a.cols, r: self.a.rows };
         let LoraShape { n, k, r, .. } = shape;

@@ -6,7 +6,7 @@ use cudarc::driver::sys::{CUdeviceptr, CUresult};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceSlice, DriverError, SyncOnDrop};
 
 use super::access::check_context;
-use super::driver::failed;
+use super::driver::{failed, is_capturing};
 use super::kernels::Room;
 use super::{Kernels, Workspace};
 use crate::error::{Error, Result};
@@ -19,8 +19,12 @@ use crate::{
 /// The kernels with a stream and a workspace: what [`LoraLinear`](crate::linear::LoraLinear) computes on.
 ///
 /// A handle: clones share the workspace, which grows when an operation needs more than any before it. Operations are launched on
-/// the stream in the order in which they are called, from any thread. Growing allocates and frees in the order of the stream, and
-/// cannot happen while it is captured into a graph: [`LoraLinear::reserve`](crate::linear::LoraLinear::reserve) before.
+/// the stream in the order in which they are called, from any thread. Growing allocates and frees in the order of the stream.
+///
+/// While the stream is captured into a graph nothing is allocated and nothing is copied from or to the host: what would do so
+/// gives [`Error::Capturing`]. Before the capture, let
+/// [`LoraLinear::reserve`](crate::linear::LoraLinear::reserve) make the workspace large enough; in it, the methods that end in
+/// `_into` write where they are told.
 #[derive(Clone, Debug)]
 pub struct Queue {
     kernels: Kernels,
@@ -47,6 +51,11 @@ impl Queue {
     /// The stream.
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
+    }
+
+    /// A graph would allocate and copy each time it runs, from and to host memory that is not there any more.
+    fn check_not_captured(&self, what: &'static str) -> Result<()> {
+        if is_capturing(&self.stream)? { Err(Error::Capturing { what }) } else { Ok(()) }
     }
 
     /// A panic elsewhere leaves the workspace as good as it was.
@@ -165,6 +174,7 @@ impl Backend for Queue {
     /// CUDA has no empty allocations: there is one element at least.
     fn alloc<T: Element>(&self, len: usize) -> Result<CudaSlice<T>> {
         let bytes = bytes_of::<T>(len)?;
+        self.check_not_captured("a buffer is allocated")?;
         // SAFETY: any bits are a value of the element types, and the operations write all of an output or refuse it.
         unsafe { self.stream.alloc::<T>(len.max(1)) }.map_err(refused("cuMemAllocAsync", bytes))
     }
@@ -191,9 +201,11 @@ impl Backend for Queue {
         if to.len() < from.len() {
             return Err(Error::BufferTooShort { arg: "to", got: to.len(), needed: from.len() });
         }
+        self.check_not_captured("host memory is copied to a buffer")?;
         self.stream.memcpy_htod(from, &mut Output(to)).map_err(failed("cuMemcpyHtoDAsync"))
     }
     fn download<T: Element>(&self, from: &Self::Read<T>) -> Result<Vec<T>> {
+        self.check_not_captured("a buffer is copied to host memory")?;
         let to = self.stream.clone_dtoh(&Operand(from)).map_err(failed("cuMemcpyDtoHAsync"))?;
         self.stream.synchronize().map_err(failed("cuStreamSynchronize"))?;
         Ok(to)

@@ -34,7 +34,7 @@ pub trait Backend: Clone {
     /// Memory for `len` elements, which hold anything. For 0 elements there may be more.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`], [`Error::Driver`].
+    /// [`Error::OutOfMemory`], [`Error::Capturing`], [`Error::Driver`].
     fn alloc<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>>;
     /// A copy of host memory.
     ///
@@ -44,12 +44,12 @@ pub trait Backend: Clone {
     /// Copies host memory into the first elements of a buffer.
     ///
     /// # Errors
-    /// [`Error::BufferTooShort`], [`Error::Driver`].
+    /// [`Error::BufferTooShort`], [`Error::Capturing`], [`Error::Driver`].
     fn overwrite<T: Element>(&self, from: &[T], to: &mut Self::Write<T>) -> Result<()>;
     /// A copy in host memory, after all operations that were called before.
     ///
     /// # Errors
-    /// [`Error::Driver`].
+    /// [`Error::OutOfMemory`], [`Error::Capturing`], [`Error::Driver`].
     fn download<T: Element>(&self, from: &Self::Read<T>) -> Result<Vec<T>>;
 
     /// A copy of words in host memory.

@@ -130,7 +130,8 @@ struct Judge<'a, O> {
 impl<O: Element> Judge<'_, O> {
     fn judge(&self, mut expected: Expected) -> Result<(), String> {
         let Self { name, before, after, accumulated, values } = *self;
-        if let Some(at) = (0..after.data.len()).find(|&at| !after.is_element(at) && after.data[at] != before.data[at]) {
+        let same = |at: usize| after.data[at].to_f32().to_bits() == before.data[at].to_f32().to_bits();
+        if let Some(at) = (0..after.data.len()).find(|&at| !after.is_element(at) && !same(at)) {
             return Err(format!("{name}: position {at} outside the matrix was written ({:?})", after.data[at]));
         }
         if accumulated {
@@ -140,7 +141,8 @@ impl<O: Element> Judge<'_, O> {
             expected.truth = expected.truth.plus(&old);
             expected.depth += 1;
         }
-        let out = after.to_mat();
+        let mut out = after.to_mat();
+        settle_what_is_not_finite::<O>(&mut out, &mut expected).map_err(|complaint| format!("{name}: {complaint}"))?;
         if values == Values::Integers {
             let exact = expected.truth.map(|v| O::from_f64(v).to_f64());
             if let Some(at) = (0..out.data.len()).find(|&at| out.data[at] != exact.data[at]) {
@@ -150,6 +152,24 @@ impl<O: Element> Judge<'_, O> {
         }
         reference::check(&out, &expected).map_err(|complaint| format!("{name}: {complaint}"))
     }
+}
+
+/// Where the truth is NaN or infinite (or rounds to infinity), so must the result be; there is nothing else to hold it to, and all
+/// sides become 0. A NaN anywhere else is left for the tolerance rule to refuse.
+fn settle_what_is_not_finite<O: Element>(out: &mut Mat, expected: &mut Expected) -> Result<(), String> {
+    for at in 0..expected.truth.data.len().min(out.data.len()) {
+        let (truth, got) = (O::from_f64(expected.truth.data[at]).to_f64(), out.data[at]);
+        if truth.is_finite() {
+            continue;
+        }
+        if !(truth == got || (truth.is_nan() && got.is_nan())) {
+            return Err(format!("element {at} is {got}, expected {truth}"));
+        }
+        for side in [&mut *out, &mut expected.truth, &mut expected.naive, &mut expected.magnitude] {
+            side.data[at] = 0.0;
+        }
+    }
+    Ok(())
 }
 
 /// In integer cases the middle must be exact in the storage type, or "exact" would not be what is asked of the rest.

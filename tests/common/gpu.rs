@@ -221,6 +221,21 @@ impl<T: Element> DeviceForward<T> {
         }
     }
 
+    /// Exchanges the buffer of an argument with that of another call.
+    pub fn exchange(&mut self, arg: &str, other: &mut Self) {
+        let swap = std::mem::swap::<CudaSlice<T>>;
+        let optional = std::mem::swap::<Option<CudaSlice<T>>>;
+        match arg {
+            "x" => swap(&mut self.x, &mut other.x),
+            "w" => swap(&mut self.w, &mut other.w),
+            "a" => swap(&mut self.a, &mut other.a),
+            "b" => swap(&mut self.b, &mut other.b),
+            "bias" => optional(&mut self.bias, &mut other.bias),
+            "h" => optional(&mut self.h, &mut other.h),
+            _ => swap(&mut self.y, &mut other.y),
+        }
+    }
+
     pub fn shape(&self) -> LoraShape {
         LoraShape { m: self.host.x.rows, n: self.host.w.rows, k: self.host.w.cols, r: self.host.a.rows }
     }
@@ -261,6 +276,24 @@ impl<T: Element> DeviceBackward<T> {
             dbias: gradient(dbias, &host.dbias),
             accumulate: host.accumulate,
             variant: variant(host.dropout, seed, routes),
+        }
+    }
+
+    /// Exchanges the buffer of an argument with that of another call.
+    pub fn exchange(&mut self, arg: &str, other: &mut Self) {
+        let swap = std::mem::swap::<CudaSlice<T>>;
+        let optional = std::mem::swap::<Option<CudaSlice<T>>>;
+        match arg {
+            "dy" => swap(&mut self.dy, &mut other.dy),
+            "w" => swap(&mut self.w, &mut other.w),
+            "a" => swap(&mut self.a, &mut other.a),
+            "b" => swap(&mut self.b, &mut other.b),
+            "x" => optional(&mut self.x, &mut other.x),
+            "h" => optional(&mut self.h, &mut other.h),
+            "dx" => optional(&mut self.dx, &mut other.dx),
+            "da" => std::mem::swap(&mut self.da, &mut other.da),
+            "db" => std::mem::swap(&mut self.db, &mut other.db),
+            _ => std::mem::swap(&mut self.dbias, &mut other.dbias),
         }
     }
 

@@ -10,6 +10,8 @@ pub mod check;
 pub mod data;
 #[cfg(all(feature = "emulator", feature = "cuda"))]
 pub mod emulated;
+pub mod every;
+pub mod factors;
 pub mod golden;
 #[cfg(feature = "cuda")]
 pub mod gpu;
@@ -83,6 +85,18 @@ impl<T: Element> Host<T> {
     /// Position of element (row, col) in `data`.
     pub fn index(&self, row: usize, col: usize) -> usize {
         self.offset + row * self.row_stride + col
+    }
+
+    pub fn set(&mut self, row: usize, col: usize, value: f64) {
+        let at = self.index(row, col);
+        self.data[at] = T::from_f64(value);
+    }
+
+    /// Every element of the matrix, and nothing around it.
+    pub fn fill(&mut self, element: impl Fn(usize, usize) -> f64) {
+        for row in 0..self.rows {
+            (0..self.cols).for_each(|col| self.set(row, col, element(row, col)));
+        }
     }
 
     /// Whether `data[at]` belongs to the matrix (and not to what surrounds it).
