@@ -10,6 +10,9 @@ pub mod check;
 pub mod data;
 #[cfg(all(feature = "emulator", feature = "cuda"))]
 pub mod emulated;
+#[cfg(feature = "peft")]
+pub mod fuzz_peft;
+pub mod fuzz_plan;
 pub mod golden;
 #[cfg(feature = "cuda")]
 pub mod gpu;
@@ -17,6 +20,7 @@ pub mod hopper;
 #[cfg(feature = "cuda")]
 pub mod hopper_defects;
 pub mod layers;
+pub mod legal;
 #[cfg(feature = "peft")]
 pub mod peft;
 pub mod raw;
