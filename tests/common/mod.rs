@@ -12,6 +12,9 @@ pub mod data;
 pub mod emulated;
 pub mod every;
 pub mod factors;
+#[cfg(feature = "peft")]
+pub mod fuzz_peft;
+pub mod fuzz_plan;
 pub mod golden;
 #[cfg(feature = "cuda")]
 pub mod gpu;
@@ -19,6 +22,7 @@ pub mod hopper;
 #[cfg(feature = "cuda")]
 pub mod hopper_defects;
 pub mod layers;
+pub mod legal;
 #[cfg(feature = "peft")]
 pub mod peft;
 pub mod raw;
