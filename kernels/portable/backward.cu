@@ -5,6 +5,7 @@
 // tokens in chunks: each chunk leaves its f32 partial sums, and the CTA that finishes a tile's last chunk adds them in
 // order of chunk, so the bits do not depend on which CTA was last.
 #include "epilogue.cuh"
+#include "middle.cuh"
 #include "schedule.cuh"
 #include "tile.cuh"
 
@@ -17,8 +18,7 @@ __device__ __forceinline__ void backward_dh(const LoraBackwardParams& p, TicketS
   const uint32_t m = m_block * Shape::kBlock;
   const uint32_t n = unit / p.m_blocks * kNarrowN;
   NarrowTile<T, Shape, Major::kMn, Drops::kNone> tile;
-  tile.accumulate(segment(operand(p.dy, p.m, p.n), operand(p.b, p.r, p.n), 0), Segment{}, m, n, p.r - n, {}, {}, smem);
-  store_tile(tile, p.dh, m, n, p.m, p.r, p.scale, static_cast<const T*>(nullptr), false);
+  narrow_tile(tile, segment(operand(p.dy, p.m, p.n), operand(p.b, p.r, p.n), 0), p, p.dh, m, n, {}, smem);
   schedule.publish(m_block >> p.flag_shift);
 }
 
@@ -28,7 +28,7 @@ __device__ __forceinline__ void backward_dx(const LoraBackwardParams& p, uint32_
   const uint32_t m = block.row * Shape::kBlock;
   const uint32_t n = block.col * Shape::kBlock;
   const Segment main = segment(operand(p.dy, p.m, p.n), operand(p.w, p.k, p.n), 0);
-  const Segment tail = segment(operand(p.dh, p.m, p.r), operand(p.a, p.k, p.r), 0);
+  const Segment tail = segment(operand(p.dh, p.m, p.r), operand(p.a, p.k, p.r), 0, ranks<Shape>(p, m));
   Dependency dh = {};
   if (p.r != 0) {
     const uint32_t step = p.dropout.threshold != 0 ? 0 : main.steps;
@@ -92,7 +92,13 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
   Gradient tile;
   tile.wants_sums = sums_out.ptr != 0 && n == 0;
   // With no gradient wanted (dbias alone) there is no narrow operand: an extent of zero reads nothing.
-  const Segment tokens = segment(operand(wide, out.rows, token_end), operand(narrow, out.cols, token_end), token);
+  // Rows that go through other adapters add nothing, but to dbias.
+  const Routes routes(p.routes, p.m);
+  const uint32_t count = token_end - token;
+  const Picks picks =
+      routes.is_on() && !tile.wants_sums ? routes.rows_of(token, count, n, kNarrowN) : everything(count);
+  const Segment tokens =
+      segment(operand(wide, out.rows, token_end), operand(narrow, out.cols, token_end), token, picks);
   LoraDropout dropout = p.dropout;
   if (!is_da) dropout.threshold = 0;
   tile.accumulate(tokens, Segment{}, m, n, active_n, {}, dropout, smem);

@@ -12,6 +12,7 @@
 #include "../ptx/matrix.cuh"
 #include "../ptx/scalar.cuh"
 #include "../ptx/sync.cuh"
+#include "../routes.cuh"
 
 namespace lora {
 
@@ -65,16 +66,24 @@ __device__ __forceinline__ Operand select(bool first, const Operand& a, const Op
           first ? a.k_end : b.k_end};
 }
 
-// A run of the reduction: operands and the first index; as many steps of kBlockK as reach k_end.
+// A run of the reduction: operands, the first index, and which blocks from there on take part, in steps of kBlockK.
 struct Segment {
   Operand a;
   Operand b;
   uint32_t k_begin;
   uint32_t steps;
+  Picks picks;
+
+  __device__ __forceinline__ uint32_t k_of(uint32_t step) const { return k_begin + picks.start(step, kBlockK); }
 };
 
+__device__ __forceinline__ Segment segment(const Operand& a, const Operand& b, uint32_t k_begin, const Picks& picks) {
+  return {a, b, k_begin, picks.steps(kBlockK, a.k_end - k_begin), picks};
+}
+
+// All from k_begin to the operands' end.
 __device__ __forceinline__ Segment segment(const Operand& a, const Operand& b, uint32_t k_begin) {
-  return {a, b, k_begin, (a.k_end - k_begin + kBlockK - 1) / kBlockK};
+  return {a, b, k_begin, (a.k_end - k_begin + kBlockK - 1) / kBlockK, everything(a.k_end - k_begin)};
 }
 
 // Flags that must have reached their targets before step `step` may read what they guard.
@@ -243,7 +252,13 @@ struct Tile {
         if (dependency.flags != nullptr && step == dependency.step) wait_for(dependency);
         const bool in_first = step < first_steps;
         const bool in_main = in_first != tail_first;
-        const uint32_t k = (in_main ? main.k_begin : tail.k_begin) + (in_first ? step : step - first_steps) * kBlockK;
+        const uint32_t within = in_first ? step : step - first_steps;
+        uint32_t k;
+        if (in_main) {
+          k = main.k_of(within);
+        } else {
+          k = tail.k_of(within);
+        }
         const uint32_t stage = smem + step % kStages * kStageBytes;
         load_operand<kMajorA, kBlockM, kThreads>(thread, stage, select(in_main, main.a, tail.a), m, k);
         load_operand<kMajorB, kBlockN, kThreads>(thread, stage + kBytesA, select(in_main, main.b, tail.b), n, k);
@@ -263,7 +278,7 @@ struct Tile {
         ptx::cp_async_wait<kStages - 2>();
         __syncthreads();  // the stage is complete for all, and the one about to be overwritten was read by all
         issue(step + kStages - 1);
-        multiply(smem + step % kStages * kStageBytes, active_n, drops_a, m, main.k_begin + step * kBlockK);
+        multiply(smem + step % kStages * kStageBytes, active_n, drops_a, m, kDrops == Drops::kA ? main.k_of(step) : 0);
       }
       if (!drops) break;
       drop_accumulators(Dropout(dropout), m, n);
