@@ -17,7 +17,7 @@ fn spec(kind: Kind, turn: usize) -> Spec {
     let spec = match kind {
         Kind::Ragged => Spec { placement: Placement::ALL[turn % 4], ..Spec::new(70, 67, 37, 13) },
         Kind::Hopper => {
-            let (m, k) = if turn % 4 == 0 { (131, 136) } else { (3, 72) };
+            let (m, k) = if turn.is_multiple_of(4) { (131, 136) } else { (3, 72) };
             Spec { placement: common::hopper::PLACEMENTS[turn % 3], ..Spec::new(m, 72, k, 24) }
         }
     };
