@@ -51,6 +51,9 @@ candle-cuda: toolchain ## Lint the candle op on GPUs against candle's CUDA backe
 peft-check: toolchain ## Hold saved adapters against PEFT itself, which it installs (several gigabytes)
 	@scripts/peft-check
 
+# What was typed, for the files of results; as a variable, so that no shell reads it.
+bench tax: export FUSED_LORA_COMMAND = make $@$(if $(ARGS), ARGS="$(ARGS)")
+
 .PHONY: bench
 bench: toolchain ## Measure on this machine
 	@. .toolchain/env; cargo bench --features candle,peft -- $(ARGS)

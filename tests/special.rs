@@ -264,7 +264,17 @@ fn inputs<T: Element>(op: &HostForward<T>) -> Inputs {
     let HostForward { x, w, a, b, bias, scale, .. } = op;
     let dy = Mat::from_fn(x.rows, w.rows, |_, _| 0.0);
     let bias = bias.as_ref().map(Host::to_mat);
-    Inputs { x: x.to_mat(), w: w.to_mat(), a: a.to_mat(), b: b.to_mat(), bias, dy, scale: f64::from(*scale) }
+    Inputs {
+        x: x.to_mat(),
+        w: w.to_mat(),
+        a: a.to_mat(),
+        b: b.to_mat(),
+        bias,
+        dy,
+        scale: f64::from(*scale),
+        keep: None,
+        gate: None,
+    }
 }
 
 /// An h past the largest f16 is infinite, and y is what separate products make of that: infinite, or NaN where two meet.

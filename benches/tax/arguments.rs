@@ -10,7 +10,7 @@ use super::report::Op;
 
 pub const HELP: &str = "\
 Usage: tax [--m M,..] [--nk NxK,..] [--ranks R,..] [--dtype bf16|f16] [--op forward|backward] [--rounds N] [--quick]
-           [--no-unfused] [--hot] [--family F] [--tile T] [--cluster C] [--bundle U] [--chunks C] [--group-m G]
+           [--once] [--no-unfused] [--hot] [--family F] [--tile T] [--cluster C] [--bundle U] [--chunks C] [--group-m G]
            [--json FILE] [--label TEXT]
 
 The LoRA tax on GPU 0: what forward and backward (dx, da and db) take beside cuBLASLt's x W^T and dy W alone, and beside the same
@@ -23,6 +23,8 @@ operations as separate products of cuBLASLt.
   --op OP        only forward or only backward
   --rounds N     samples of each way, default 40
   --quick        the first layer, 10 rounds, a short warm-up: to see that all runs
+  --once         launches each operation of this crate once, in the order of the rows, and times nothing: for a profiler,
+                 whose counts benches/peers/dram.py puts beside these rows
   --no-unfused   without the separate products
   --hot          the same buffers every time: what fits in L2 stays there
   --family .. --group-m
@@ -44,6 +46,7 @@ pub struct Arguments {
     pub ops: Vec<Op>,
     pub rounds: usize,
     pub quick: bool,
+    pub once: bool,
     pub unfused: bool,
     pub hot: bool,
     pub options: Options,
@@ -61,6 +64,7 @@ impl Default for Arguments {
             ops: vec![Op::Forward, Op::Backward],
             rounds: 40,
             quick: false,
+            once: false,
             unfused: true,
             hot: false,
             options: Options::default(),
@@ -96,6 +100,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Arg
             }
             Long("rounds") => parsed.rounds = parser.value()?.parse_with(positive)?,
             Long("quick") => parsed.quick = true,
+            Long("once") => parsed.once = true,
             Long("no-unfused") => parsed.unfused = false,
             Long("hot") => parsed.hot = true,
             Long("family") => parsed.options.family = Some(parser.value()?.parse()?),

@@ -1,7 +1,6 @@
 //! The GPU: buffers of a layer, what runs on them, and the time it takes by CUDA events.
 
 use std::ffi::c_void;
-use std::process::Command;
 use std::sync::Arc;
 
 use cuda::cudarc::driver::sys::{CUdevice_attribute, CUevent_flags};
@@ -20,12 +19,6 @@ const SAMPLE: f64 = 4_000.0;
 const PERIOD: usize = 1_000_003;
 /// Elements in which cuBLASLt's result and ours are compared.
 const COMPARED: usize = 1 << 16;
-
-/// The first line that a program prints.
-pub fn said(program: &str, arguments: &[&str]) -> Option<String> {
-    let output = Command::new(program).args(arguments).output().ok().filter(|output| output.status.success())?;
-    Some(String::from_utf8_lossy(&output.stdout).lines().next()?.trim().to_owned())
-}
 
 fn failed(call: &'static str) -> impl Fn(DriverError) -> Error {
     move |error| Error::Driver { call, message: error.to_string() }
@@ -72,6 +65,7 @@ impl Layer {
             bias: None,
             h: Some(raw::Matrix::new(self.h, m, r)).filter(|_| r != 0),
             y: raw::Matrix::new(self.y, m, n),
+            variant: raw::Variant::default(),
         }
     }
 
@@ -91,6 +85,7 @@ impl Layer {
             db: Some(gradient(self.db, n, r)).filter(|_| r != 0),
             dbias: None,
             accumulate: Accumulate::default(),
+            variant: raw::Variant::default(),
         }
     }
 
@@ -273,6 +268,26 @@ impl Gpu {
         Ok((Box::new(job), plan))
     }
 
+    /// Launches every operation of this crate once, at one number of tokens and layer, for a profiler: one row per launch, in
+    /// their order, without times.
+    pub fn once(&self, arguments: &Arguments, (m, n, k): (usize, usize, usize)) -> Result<Vec<Row>, Failure> {
+        let shape = |r| LoraShape { m, n, k, r };
+        let most = arguments.ranks.iter().copied().max().unwrap_or(0).max(1);
+        let (layers, _memory) = self.layers(arguments.dtype, true, shape(most))?;
+        let layer = layers.first().ok_or("no copy of the layer")?;
+        let mut rows = Vec::new();
+        for &op in &arguments.ops {
+            for r in [0].into_iter().chain(arguments.ranks.iter().copied()) {
+                let what = (op, arguments.dtype, shape(r));
+                let (job, plan) = self.fused(arguments.options, what, layer)?;
+                job(layer)?;
+                self.stream.synchronize().map_err(failed("cuStreamSynchronize"))?;
+                rows.push(row(what, &plan)?);
+            }
+        }
+        Ok(rows)
+    }
+
     /// Times every way of every operation at one number of tokens and layer; whether the clocks had settled.
     pub fn measure(
         &self,
@@ -290,28 +305,20 @@ impl Gpu {
             for r in [0].into_iter().chain(arguments.ranks.iter().copied()) {
                 let what = (op, dtype, shape(r));
                 let (job, plan) = self.fused(arguments.options, what, first)?;
-                let floor = plan.floor();
-                let row = |way, what: String, predicted| Row {
-                    op,
-                    way,
-                    dtype,
-                    shape: shape(r),
-                    flops: floor.flops,
-                    floor: floor.arithmetic_microseconds().zip(floor.memory_microseconds()).map(|(a, b)| a.max(b)),
-                    predicted,
-                    what,
-                    samples: Vec::new(),
-                };
                 if let Some(rival) = rival.filter(|_| r == 0 || arguments.unfused) {
                     let way = if r == 0 { Way::Plain } else { Way::Unfused };
-                    rows.push(row(way, format!("cuBLASLt {}", rival.version), None));
+                    rows.push(Row {
+                        way,
+                        what: format!("cuBLASLt {}", rival.version),
+                        predicted: None,
+                        ..row(what, &plan)?
+                    });
                     jobs.push(self.with_rival(rival, what, &layers)?);
                     if r == 0 {
                         self.compare(op, [&jobs[jobs.len() - 1], &job], first, shape(r), dtype)?;
                     }
                 }
-                let kernel = plan.launch(1 << 62, plan.workspace_bytes())?.kernel;
-                rows.push(row(Way::Fused, kernel.to_owned(), plan.predicted_microseconds()));
+                rows.push(row(what, &plan)?);
                 jobs.push(job);
             }
         }
@@ -369,6 +376,24 @@ impl Gpu {
             .into()),
         }
     }
+}
+
+/// The row of an operation by this crate, not yet timed.
+fn row((op, dtype, shape): (Op, Dtype, LoraShape), plan: &Plan) -> Result<Row, Failure> {
+    let floor = plan.floor();
+    Ok(Row {
+        op,
+        way: Way::Fused,
+        dtype,
+        shape,
+        dropout: 0.0,
+        flops: floor.flops,
+        floor: floor.arithmetic_microseconds().zip(floor.memory_microseconds()).map(|(a, b)| a.max(b)),
+        floor_bytes: floor.bytes,
+        predicted: plan.predicted_microseconds(),
+        what: plan.launch(1 << 62, plan.workspace_bytes())?.kernel.to_owned(),
+        samples: Vec::new(),
+    })
 }
 
 /// Values in [−1, 1), as bits: zeros would flatter a GPU under a power limit.

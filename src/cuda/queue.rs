@@ -12,7 +12,9 @@ use super::{Kernels, Workspace};
 use crate::error::{Error, Result};
 use crate::linear::Backend;
 use crate::plan::check_dtype;
-use crate::{Backward, Dtype, Element, Factors, Forward, Gradient, LoraShape, Matrix, MatrixMut, Merge, Round};
+use crate::{
+    Backward, Dropout, Dtype, Element, Factors, Forward, Gradient, LoraShape, Matrix, MatrixMut, Merge, Round, Seed,
+};
 
 /// The kernels with a stream and a workspace: what [`LoraLinear`](crate::linear::LoraLinear) computes on.
 ///
@@ -71,6 +73,15 @@ fn matrix<'a, T>(matrix: Matrix<'a, dyn DevicePtr<T>>) -> Matrix<'a, dyn DeviceP
 fn matrix_mut<'a, T>(matrix: MatrixMut<'a, dyn DevicePtrMut<T>>) -> MatrixMut<'a, dyn DevicePtrMut<T> + 'a> {
     let MatrixMut { data, offset, rows, cols, row_stride } = matrix;
     MatrixMut { data, offset, rows, cols, row_stride }
+}
+
+fn variant<'a>(given: crate::Variant<'a, dyn DevicePtr<u64>>) -> super::Variant<'a> {
+    let seed = |seed| match seed {
+        Seed::Value { seed, offset } => Seed::Value { seed, offset },
+        Seed::Memory(state) => Seed::Memory(matrix(state)),
+    };
+    let dropout = given.dropout.map(|given| Dropout { p: given.p, seed: seed(given.seed) });
+    super::Variant { dropout, routes: given.routes.map(matrix) }
 }
 
 type StaticGradient<'a, T> = Gradient<'a, dyn DevicePtrMut<T>, dyn DevicePtrMut<f32>>;
@@ -147,6 +158,8 @@ impl Backend for Queue {
     type Buffer<T: Element> = CudaSlice<T>;
     type Read<T: Element> = dyn DevicePtr<T>;
     type Write<T: Element> = dyn DevicePtrMut<T>;
+    type Words = dyn DevicePtr<u64>;
+    type WordBuffer = CudaSlice<u64>;
 
     fn read<T: Element>(buffer: &CudaSlice<T>) -> &Self::Read<T> {
         buffer
@@ -169,6 +182,17 @@ impl Backend for Queue {
         let mut buffer = self.alloc::<T>(from.len())?;
         self.overwrite(from, &mut buffer)?;
         Ok(buffer)
+    }
+    fn upload_words(&self, from: &[u64]) -> Result<CudaSlice<u64>> {
+        let bytes = size_of_val(from);
+        // SAFETY: any bits are a value of u64, and the copy below fills all of it.
+        let mut words =
+            unsafe { self.stream.alloc::<u64>(from.len().max(1)) }.map_err(refused("cuMemAllocAsync", bytes))?;
+        self.stream.memcpy_htod(from, &mut words).map_err(failed("cuMemcpyHtoDAsync"))?;
+        Ok(words)
+    }
+    fn words(buffer: &CudaSlice<u64>) -> &Self::Words {
+        buffer
     }
     fn overwrite<T: Element>(&self, from: &[T], to: &mut Self::Write<T>) -> Result<()> {
         if from.is_empty() {
@@ -195,8 +219,8 @@ impl Backend for Queue {
         self.workspace().reserve(&self.stream, bytes)
     }
 
-    fn forward<T: Element>(&self, op: Forward<'_, Self::Read<T>, Self::Write<T>>) -> Result<()> {
-        let Forward { x, w, a, b, scale, bias, h, y } = op;
+    fn forward<T: Element>(&self, op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words>) -> Result<()> {
+        let Forward { x, w, a, b, scale, bias, h, y, variant: given } = op;
         let op = super::Forward {
             x: matrix(x),
             w: matrix(w),
@@ -206,12 +230,16 @@ impl Backend for Queue {
             bias: bias.map(matrix),
             h: h.map(matrix_mut),
             y: matrix_mut(y),
+            variant: variant(given),
         };
         self.kernels.forward_in(&self.stream, op, &mut self.workspace(), Room::Grows)
     }
 
-    fn backward<T: Element>(&self, op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>>) -> Result<()> {
-        let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate } = op;
+    fn backward<T: Element>(
+        &self,
+        op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words>,
+    ) -> Result<()> {
+        let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, variant: given } = op;
         let op = super::Backward {
             dy: matrix(dy),
             w: matrix(w),
@@ -225,6 +253,7 @@ impl Backend for Queue {
             db: db.map(gradient),
             dbias: dbias.map(gradient),
             accumulate,
+            variant: variant(given),
         };
         self.kernels.backward_in(&self.stream, op, &mut self.workspace(), Room::Grows)
     }

@@ -63,8 +63,11 @@ impl Plan {
 
     /// What the model predicts, and what bounds any kernel.
     fn explain_time(&self, out: &mut String) {
-        if let Some(predicted) = self.predicted_microseconds() {
-            line!(out, "  predicted  {predicted:.1} us by the planner's model, whose constants are not measured");
+        match self.predicted_microseconds() {
+            Some(predicted) => {
+                line!(out, "  predicted  {predicted:.1} us by the planner's model, whose constants are not measured");
+            }
+            None => line!(out, "  predicted  none: the planner does not know what mma.sync reaches on this device"),
         }
         let floor = self.floor;
         let (giga, mega) = (floor.flops / 1e9, floor.bytes / 1e6);
