@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use common::data::{Placement, Rng, Spec};
+use common::data::{Placement, Rng, Routes, Spec};
 use common::every::Any;
-use common::{Backend, HostBackward, HostForward, check};
+use common::{Backend, HostBackward, HostDropout, HostForward, check};
 use fused_lora::{Element, bf16, f16};
 
 /// The system's allocator, with the bytes that are out.
@@ -86,6 +86,16 @@ fn spec(rng: &mut Rng, most: usize, aligned: bool) -> Spec {
         ..Spec::new(m, in_steps(n), in_steps(k), in_steps(r))
     };
     if pick(rng, 4) == 0 && r <= 16 && most <= 64 { spec.integers() } else { spec }
+}
+
+fn dropout(rng: &mut Rng) -> Option<HostDropout> {
+    let (p, seed) = ([0.0, 0.1, 0.5, 1.0][pick(rng, 4)], [rng.bits(), rng.bits()]);
+    (pick(rng, 3) == 0).then_some(HostDropout { p, seed, in_memory: pick(rng, 2) == 0 })
+}
+
+fn routes(rng: &mut Rng) -> Option<Routes> {
+    let routes = [Routes::Sorted(3), Routes::Mixed(4), Routes::Tiles(64), Routes::Nobody][pick(rng, 4)];
+    (pick(rng, 3) == 0).then_some(routes)
 }
 
 type Bits = (Vec<u32>, Vec<Vec<u32>>);
@@ -240,7 +250,7 @@ fn soak_on_the_cpu_and_the_emulator() {
         || 0,
         |rng, begins| {
             let most = if pick(rng, 12) == 0 { 300 } else { 96 };
-            let large = spec(rng, most, false);
+            let large = Spec { dropout: dropout(rng), routes: routes(rng), ..spec(rng, most, false) };
             typed(rng, &Any::Cpu, &large, true, begins);
             #[cfg(all(feature = "emulator", feature = "cuda"))]
             {
