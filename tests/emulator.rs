@@ -303,6 +303,25 @@ fn dropout_adds_no_traffic() {
     }
 }
 
+/// Sums whose order nobody knows would not repeat: integers alone are added atomically.
+#[test]
+fn no_kernel_adds_floats_atomically() {
+    for image in fused_lora::kernels::IMAGES {
+        for (arch, ptx) in image.ptx {
+            let is_atomic = |line: &&str| {
+                let mut words = line.split_whitespace().skip_while(|word| word.starts_with('@'));
+                let name = words.next().unwrap_or_default();
+                ["atom.", "red.", "multimem.", "cp.reduce."].iter().any(|start| name.starts_with(start))
+            };
+            let atomics: Vec<_> = ptx.lines().filter(is_atomic).collect();
+            // Those of tickets and flags: the search finds something.
+            assert!(!atomics.is_empty() || image.name.ends_with("adapter"), "{} for compute_{arch}", image.name);
+            let float = atomics.iter().find(|line| [".f16", ".bf16", ".f32", ".f64"].iter().any(|t| line.contains(t)));
+            assert_eq!(float, None, "{} for compute_{arch}", image.name);
+        }
+    }
+}
+
 /// Aligned operands reach shared memory and the tensor cores without bank conflicts, in both directions and with both tiles.
 #[test]
 fn no_bank_conflicts() {
