@@ -69,6 +69,15 @@ typedef struct LoraMatrix {
   int64_t row_stride;
 } LoraMatrix;
 
+/* Dropout on the adapter branch: src/ops.rs says which elements of x are dropped. The factor 1 / (1 - p) is in `scale`. */
+typedef struct LoraDropout {
+  uint64_t seed;
+  uint64_t offset;
+  uint64_t state;     /* address of seed and offset, read instead; 0 when absent */
+  uint32_t threshold; /* an element is dropped when its 16 bits are less; 0: no dropout, 65536: all are dropped */
+  uint32_t padding;
+} LoraDropout;
+
 /* Units of work are numbered h first, then y. */
 typedef struct LoraForwardParams {
   LoraMatrix x;
@@ -91,6 +100,7 @@ typedef struct LoraForwardParams {
   uint32_t group_m;    /* M-blocks that share a pass over w, for reuse in L2 */
   uint32_t flag_shift; /* 2^flag_shift M-blocks share a flag */
   uint32_t sync_words; /* words the last CTA clears */
+  LoraDropout dropout;
 } LoraForwardParams;
 
 /* Units of work are numbered dh, dx, db (with dbias), da. */
@@ -128,6 +138,7 @@ typedef struct LoraBackwardParams {
   uint32_t flag_shift;
   uint32_t sync_words;
   uint32_t flags;
+  LoraDropout dropout;
 } LoraBackwardParams;
 
 /* merged = w + scale b a. A CTA computes one tile; tiles are numbered along k first. */
@@ -209,6 +220,7 @@ typedef struct LoraSm90ForwardParams {
   uint32_t group_m;    /* m_groups that share a pass over w */
   uint32_t flag_shift; /* 2^flag_shift M-blocks share a flag */
   uint32_t sync_words;
+  LoraDropout dropout;
 } LoraSm90ForwardParams;
 
 typedef struct LoraSm90Forward {
@@ -249,6 +261,7 @@ typedef struct LoraSm90BackwardParams {
   uint32_t sync_words;
   uint32_t flags;
   uint32_t padding;
+  LoraDropout dropout;
 } LoraSm90BackwardParams;
 
 typedef struct LoraSm90Backward {

@@ -100,6 +100,12 @@ pub enum Error {
         /// Value passed.
         got: f32,
     },
+    /// The probability of dropout is NaN or not one.
+    #[error("`dropout` is {got}, expected a probability from 0 to 1")]
+    Probability {
+        /// Value passed.
+        got: f32,
+    },
     /// The backend does not compute in this element type.
     #[error("dtype {got:?} is not computed by {backend}, expected one of {expected}")]
     Dtype {

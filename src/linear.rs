@@ -87,7 +87,7 @@ pub use train::{Gradients, Kept, Pass};
 
 use crate::error::{Error, Result};
 use crate::shape::check_length;
-use crate::{Element, Forward, LoraShape, Matrix, MatrixMut};
+use crate::{Element, Forward, LoraShape, Matrix, MatrixMut, Variant};
 use set::{Active, Named};
 
 /// A linear layer y = x Wᵀ (+ bias) with adapters; see the [module](self).
@@ -251,7 +251,17 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// [`update`](Self::update) could not renew the copies that forward reads. Nothing is written then.
     pub fn forward_into(&self, x: Matrix<'_, B::Read<T>>, y: MatrixMut<'_, B::Write<T>>) -> Result<()> {
         let Operands { w, a, b, scale } = self.operands("forward")?;
-        self.backend.forward(Forward { x, w, a, b, scale, bias: self.bias_view(), h: None, y })
+        self.backend.forward(Forward {
+            x,
+            w,
+            a,
+            b,
+            scale,
+            bias: self.bias_view(),
+            h: None,
+            y,
+            variant: Variant::default(),
+        })
     }
 
     /// A buffer for y.

@@ -2,7 +2,7 @@
 
 use crate::Dtype;
 use crate::error::{Error, Result};
-use crate::raw::{Backward, Forward, Gradient, Matrix, Merge, Round};
+use crate::raw::{Backward, Forward, Gradient, Matrix, Merge, Round, Seed, Variant};
 
 /// The four dimensions of a layer call: x is M × K, w is N × K, a is R × K, b is N × R.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -179,8 +179,8 @@ impl Forward {
     /// Dimensions, strides, addresses, overlap and scale; returns the shape when all are right.
     ///
     /// # Errors
-    /// [`Error::ZeroDimension`], [`Error::Dimension`], [`Error::TooLarge`], [`Error::Scale`], [`Error::Stride`],
-    /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
+    /// [`Error::ZeroDimension`], [`Error::Dimension`], [`Error::TooLarge`], [`Error::Scale`], [`Error::Probability`],
+    /// [`Error::Stride`], [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
         self.judge().map(|(shape, _)| shape)
     }
@@ -204,11 +204,26 @@ impl Forward {
         if let Some(bias) = self.bias {
             inputs.push(operand("bias", bias, 1, n)?);
         }
+        self.variant.operands(&mut inputs)?;
         let mut outputs = vec![operand("y", self.y, m, n)?];
         if let Some(h) = self.h {
             outputs.push(operand("h", h, m, r)?);
         }
         check_operands(shape, self.scale, &inputs, &outputs)
+    }
+}
+
+impl Variant {
+    /// Adds what is read beside the matrices.
+    fn operands(&self, inputs: &mut Vec<Operand>) -> Result<()> {
+        let Some(dropout) = self.dropout else { return Ok(()) };
+        if !(0.0..=1.0).contains(&dropout.p) {
+            return Err(Error::Probability { got: dropout.p });
+        }
+        if let Seed::Memory(state) = dropout.seed {
+            inputs.push(sized("seed", state, 8, 1, 2)?);
+        }
+        Ok(())
     }
 }
 
@@ -248,6 +263,7 @@ impl Backward {
         if let Some(h) = self.h {
             inputs.push(sized("h", h, bytes, m, r)?);
         }
+        self.variant.operands(&mut inputs)?;
         let mut outputs = Vec::new();
         if let Some(dx) = self.dx {
             outputs.push(sized("dx", dx, bytes, m, k)?);

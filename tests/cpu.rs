@@ -2,8 +2,8 @@
 
 mod common;
 
-use common::data::{Placement, Spec, integer_table, shape_table, subset_table};
-use common::{Backend, Cpu, Host, HostBackward, HostForward, HostGradient, check};
+use common::data::{Placement, Spec, dropout_table, integer_table, shape_table, subset_table};
+use common::{Backend, Cpu, Host, HostBackward, HostDropout, HostForward, HostGradient, check};
 use fused_lora::{Dtype, Element, Error, bf16, f16};
 use proptest::prelude::*;
 
@@ -49,6 +49,53 @@ fn small_integers_are_exact() {
         check::backward::<bf16>(&Cpu, &spec);
         check::backward::<f32>(&Cpu, &spec);
     }
+}
+
+/// Dropout, in values and as the small integers that make its zeros exact.
+#[test]
+fn dropout_as_the_seed_says() {
+    for spec in dropout_table() {
+        check::forward::<f16>(&Cpu, &spec);
+        check::forward::<f32>(&Cpu, &spec);
+        check::backward::<bf16>(&Cpu, &spec);
+        check::backward::<f32>(&Cpu, &spec);
+        let exact = Spec { dropout: spec.dropout.map(|dropout| HostDropout { p: 0.5, ..dropout }), ..spec.integers() };
+        check::forward::<f32>(&Cpu, &exact);
+        check::backward::<f32>(&Cpu, &exact);
+    }
+}
+
+#[test]
+fn dropout_of_nothing_gives_the_bits_of_none() {
+    let none = Spec::new(70, 33, 50, 6);
+    let dropout = Some(HostDropout { p: 0.0, seed: [5, 6], in_memory: false });
+    let nothing = Spec { dropout, ..none };
+    let mut forward = (none.forward::<bf16>(), nothing.forward::<bf16>());
+    Cpu.forward(&mut forward.0).expect("it runs");
+    Cpu.forward(&mut forward.1).expect("it runs");
+    assert!(forward.0.y == forward.1.y && forward.0.h == forward.1.h);
+    let mut backward = (none.backward::<bf16>(), nothing.backward::<bf16>());
+    Cpu.backward(&mut backward.0).expect("it runs");
+    Cpu.backward(&mut backward.1).expect("it runs");
+    let (a, b) = backward;
+    assert!(a.dx == b.dx && a.da == b.da && a.db == b.db);
+}
+
+/// What dropout takes from x is gone, whatever it was, and the base product still sees it.
+#[test]
+fn a_dropped_element_is_a_zero() {
+    let seed = [9, 1];
+    let dropout = Some(HostDropout { p: 0.5, seed, in_memory: false });
+    let spec = Spec { dropout, ..Spec::new(16, 8, 16, 4) };
+    let mut op = spec.forward::<f32>();
+    let keep = fused_lora::reference::keep(0.5, seed, 16, 16);
+    let dropped = (0..16).find(|&k| keep.at(3, k) == 0.0).expect("one of sixteen");
+    let at = op.x.index(3, dropped);
+    op.x.data[at] = f32::INFINITY;
+    Cpu.forward(&mut op).expect("it runs");
+    let h = op.h.expect("kept").to_mat();
+    assert!(h.data.iter().all(|value| value.is_finite()));
+    assert!((0..8).all(|n| !op.y.to_mat().at(3, n).is_finite()));
 }
 
 /// Tall, wide and deep enough for many tiles and several chains in every direction.

@@ -352,6 +352,7 @@ fn raw_addresses_give_the_same_bits() {
             bias: None,
             h: None,
             y: raw::Matrix::new(y, 70, 130),
+            variant: raw::Variant::default(),
         };
         let bytes = Plan::forward(&op, kernels.device()).expect("a plan").workspace_bytes();
         let mut workspace = stream.alloc_zeros::<u8>(bytes).expect("a workspace");
@@ -430,6 +431,7 @@ fn another_context_is_refused() {
             bias: None,
             h: None,
             y: MatrixMut::new(&mut y, 4, 4),
+            variant: Default::default(),
         };
         gpu.kernels.forward(stream, op, workspace)
     };

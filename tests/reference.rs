@@ -17,7 +17,7 @@ fn random(m: usize, n: usize, k: usize, r: usize) -> Inputs {
     let mut random =
         |rows, cols| Mat { rows, cols, data: (0..rows * cols).map(|_| bf16::from_f64(rng.unit()).to_f64()).collect() };
     let (x, w, a, b) = (random(m, k), random(n, k), random(r, k), random(n, r));
-    Inputs { x, w, a, b, bias: Some(random(1, n)), dy: random(m, n), scale: 0.75 }
+    Inputs { x, w, a, b, bias: Some(random(1, n)), dy: random(m, n), scale: 0.75, keep: None }
 }
 
 /// One token, two inputs, two outputs, rank one, on paper.
@@ -31,6 +31,7 @@ fn a_layer_by_hand() {
         bias: Some(mat(1, 2, &[10.0, 20.0])),
         dy: mat(1, 2, &[1.0, 3.0]),
         scale: 0.5,
+        keep: None,
     };
     let (h, y) = reference::forward(&inputs);
     assert_eq!(h, mat(1, 1, &[2.0])); // 0.5 · (1·2 + 2·1)

@@ -254,7 +254,8 @@ fn shared_flags() {
         let [x, w, a, b] = [x, w, a, b].map(|host| upload(&mut memory, host, true));
         let y = upload(&mut memory, &expected.0.y, false);
         let bias = bias.as_ref().map(|bias| upload(&mut memory, bias, true));
-        let op = raw::Forward { dtype: Dtype::Bf16, x, w, a, b, scale: spec.scale, bias, h: None, y };
+        let variant = raw::Variant::default();
+        let op = raw::Forward { dtype: Dtype::Bf16, x, w, a, b, scale: spec.scale, bias, h: None, y, variant };
         let plan = Plan::forward_with(&op, emulator.device(), options).expect("a plan");
         with_shared_flags(&emulator, &mut memory, &plan, shift);
         assert!(download(&memory, y) == expected.0.y.data, "y, {options:?}");
@@ -279,6 +280,7 @@ fn shared_flags() {
             db: None,
             dbias: None,
             accumulate: Accumulate::default(),
+            variant: raw::Variant::default(),
         };
         let plan = Plan::backward_with(&op, emulator.device(), options.with_chunks(2)).expect("a plan");
         with_shared_flags(&emulator, &mut memory, &plan, shift);

@@ -65,6 +65,7 @@ impl Layer {
             bias: None,
             h: Some(raw::Matrix::new(self.h, m, r)).filter(|_| r != 0),
             y: raw::Matrix::new(self.y, m, n),
+            variant: raw::Variant::default(),
         }
     }
 
@@ -84,6 +85,7 @@ impl Layer {
             db: Some(gradient(self.db, n, r)).filter(|_| r != 0),
             dbias: None,
             accumulate: Accumulate::default(),
+            variant: raw::Variant::default(),
         }
     }
 

@@ -12,7 +12,9 @@ use super::{Kernels, Workspace};
 use crate::error::{Error, Result};
 use crate::linear::Backend;
 use crate::plan::check_dtype;
-use crate::{Backward, Dtype, Element, Factors, Forward, Gradient, LoraShape, Matrix, MatrixMut, Merge, Round};
+use crate::{
+    Backward, Dropout, Dtype, Element, Factors, Forward, Gradient, LoraShape, Matrix, MatrixMut, Merge, Round, Seed,
+};
 
 /// The kernels with a stream and a workspace: what [`LoraLinear`](crate::linear::LoraLinear) computes on.
 ///
@@ -62,6 +64,14 @@ fn matrix<'a, T>(matrix: Matrix<'a, dyn DevicePtr<T>>) -> Matrix<'a, dyn DeviceP
 fn matrix_mut<'a, T>(matrix: MatrixMut<'a, dyn DevicePtrMut<T>>) -> MatrixMut<'a, dyn DevicePtrMut<T> + 'a> {
     let MatrixMut { data, offset, rows, cols, row_stride } = matrix;
     MatrixMut { data, offset, rows, cols, row_stride }
+}
+
+fn variant<'a>(given: crate::Variant<'a, dyn DevicePtr<u64>>) -> super::Variant<'a> {
+    let seed = |seed| match seed {
+        Seed::Value { seed, offset } => Seed::Value { seed, offset },
+        Seed::Memory(state) => Seed::Memory(matrix(state)),
+    };
+    super::Variant { dropout: given.dropout.map(|given| Dropout { p: given.p, seed: seed(given.seed) }) }
 }
 
 type StaticGradient<'a, T> = Gradient<'a, dyn DevicePtrMut<T>, dyn DevicePtrMut<f32>>;
@@ -138,6 +148,7 @@ impl Backend for Queue {
     type Buffer<T: Element> = CudaSlice<T>;
     type Read<T: Element> = dyn DevicePtr<T>;
     type Write<T: Element> = dyn DevicePtrMut<T>;
+    type Words = dyn DevicePtr<u64>;
 
     fn read<T: Element>(buffer: &CudaSlice<T>) -> &Self::Read<T> {
         buffer
@@ -183,8 +194,8 @@ impl Backend for Queue {
         self.workspace().reserve(&self.stream, bytes)
     }
 
-    fn forward<T: Element>(&self, op: Forward<'_, Self::Read<T>, Self::Write<T>>) -> Result<()> {
-        let Forward { x, w, a, b, scale, bias, h, y } = op;
+    fn forward<T: Element>(&self, op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words>) -> Result<()> {
+        let Forward { x, w, a, b, scale, bias, h, y, variant: given } = op;
         let op = super::Forward {
             x: matrix(x),
             w: matrix(w),
@@ -194,12 +205,16 @@ impl Backend for Queue {
             bias: bias.map(matrix),
             h: h.map(matrix_mut),
             y: matrix_mut(y),
+            variant: variant(given),
         };
         self.kernels.forward_in(&self.stream, op, &mut self.workspace(), Room::Grows)
     }
 
-    fn backward<T: Element>(&self, op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>>) -> Result<()> {
-        let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate } = op;
+    fn backward<T: Element>(
+        &self,
+        op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words>,
+    ) -> Result<()> {
+        let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, variant: given } = op;
         let op = super::Backward {
             dy: matrix(dy),
             w: matrix(w),
@@ -213,6 +228,7 @@ impl Backend for Queue {
             db: db.map(gradient),
             dbias: dbias.map(gradient),
             accumulate,
+            variant: variant(given),
         };
         self.kernels.backward_in(&self.stream, op, &mut self.workspace(), Room::Grows)
     }

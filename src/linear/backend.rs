@@ -15,6 +15,8 @@ pub trait Backend: Clone {
     type Read<T: Element>: ?Sized;
     /// What is written: `[T]`, or `dyn DevicePtrMut<T>` on a GPU.
     type Write<T: Element>: ?Sized;
+    /// Words of 64 bits that are read: `[u64]`, or `dyn DevicePtr<u64>` on a GPU.
+    type Words: ?Sized;
 
     /// The buffer as an operand.
     fn read<T: Element>(buffer: &Self::Buffer<T>) -> &Self::Read<T>;
@@ -63,12 +65,15 @@ pub trait Backend: Clone {
     ///
     /// # Errors
     /// What [`raw::Forward::check`](crate::raw::Forward::check) finds, and the backend's own. Nothing is written then.
-    fn forward<T: Element>(&self, op: Forward<'_, Self::Read<T>, Self::Write<T>>) -> Result<()>;
+    fn forward<T: Element>(&self, op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words>) -> Result<()>;
     /// [`Backward`].
     ///
     /// # Errors
     /// What [`raw::Backward::check`](crate::raw::Backward::check) finds, and the backend's own. Nothing is written then.
-    fn backward<T: Element>(&self, op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>>) -> Result<()>;
+    fn backward<T: Element>(
+        &self,
+        op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words>,
+    ) -> Result<()>;
     /// [`Merge`].
     ///
     /// # Errors
@@ -95,6 +100,7 @@ macro_rules! host_memory {
         type Buffer<T: Element> = Vec<T>;
         type Read<T: Element> = [T];
         type Write<T: Element> = [T];
+        type Words = [u64];
 
         fn read<T: Element>(buffer: &Vec<T>) -> &[T] {
             buffer

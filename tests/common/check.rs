@@ -40,7 +40,7 @@ pub fn judge_forward<T: Element>(
     after: &HostForward<T>,
     values: Values,
 ) -> Result<(), String> {
-    let HostForward { x, w, a, b, scale, bias, h, y } = after;
+    let HostForward { x, w, a, b, scale, bias, h, y, dropout } = after;
     let (m, n, k, r) = (x.rows, w.rows, w.cols, a.rows);
     let inputs = Inputs {
         x: x.to_mat(),
@@ -50,6 +50,7 @@ pub fn judge_forward<T: Element>(
         bias: bias.as_ref().map(Host::to_mat),
         dy: Mat::from_fn(m, n, |_, _| 0.0),
         scale: f64::from(*scale),
+        keep: dropout.map(|dropout| dropout.keep(m, k)),
     };
     let truth = reference::forward(&inputs);
     let naive = reference::naive_forward::<T>(&inputs);
@@ -68,7 +69,7 @@ pub fn judge_backward<T: Element>(
     after: &HostBackward<T>,
     values: Values,
 ) -> Result<(), String> {
-    let HostBackward { dy, w, a, b, scale, x, h, accumulate, .. } = before;
+    let HostBackward { dy, w, a, b, scale, x, h, accumulate, dropout, .. } = before;
     let (m, n, k, r) = (dy.rows, w.rows, w.cols, a.rows);
     let optional =
         |host: &Option<Host<T>>, cols| host.as_ref().map_or_else(|| Mat::from_fn(m, cols, |_, _| 0.0), Host::to_mat);
@@ -80,6 +81,7 @@ pub fn judge_backward<T: Element>(
         bias: None,
         dy: dy.to_mat(),
         scale: f64::from(*scale),
+        keep: dropout.map(|dropout| dropout.keep(m, k)),
     };
     let h = optional(h, r);
     let truth = reference::backward(&inputs, &h);

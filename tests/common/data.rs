@@ -2,7 +2,7 @@
 
 use fused_lora::{Accumulate, Element};
 
-use super::{Host, HostBackward, HostForward, HostGradient};
+use super::{Host, HostBackward, HostDropout, HostForward, HostGradient};
 
 /// SplitMix64: every test names its seed and repeats exactly.
 pub struct Rng(pub u64);
@@ -80,6 +80,7 @@ pub struct Spec {
     pub f32_gradients: bool,
     /// Which of dx, da, db, dbias backward computes.
     pub outputs: [bool; 4],
+    pub dropout: Option<HostDropout>,
     pub seed: u64,
 }
 
@@ -99,6 +100,7 @@ impl Spec {
             accumulate: false,
             f32_gradients: true,
             outputs: [true; 4],
+            dropout: None,
             seed: (m * 31 + n * 37 + k * 41 + r * 43) as u64,
         }
     }
@@ -122,6 +124,7 @@ impl Spec {
             bias: self.bias.then(|| fill.input(1, n, 0.5, 9)),
             h: self.keep_h.then(|| fill.output(m, r)),
             y: fill.output(m, n),
+            dropout: self.dropout,
         }
     }
 
@@ -147,6 +150,7 @@ impl Spec {
                 db: self.accumulate && db,
                 dbias: self.accumulate && dbias,
             },
+            dropout: self.dropout,
         }
     }
 }
@@ -237,6 +241,18 @@ pub fn subset_table(m: usize, n: usize, k: usize, r: usize) -> Vec<Spec> {
         }
     }
     table
+}
+
+/// Dropout at the edges of tiles: as in [`shape_table`], with p from hardly any to all, passed and in memory.
+pub fn dropout_table() -> Vec<Spec> {
+    let spec = |(i, &m): (usize, &usize)| {
+        let (n, k, r) = (EDGES[(i * 2 + 1) % 9], EDGES[(i * 5 + 3) % 9], RANKS[(i + 1) % 8]);
+        let p = [0.1, 0.5, 0.9, 1.0 / 65536.0, 1.0][i % 5];
+        let dropout = Some(HostDropout { p, seed: [i as u64 * 0x1234_5678_9abc, 3 + i as u64], in_memory: i % 2 == 0 });
+        let (f32_gradients, placement) = (i % 3 != 0, Placement::ALL[i % 4]);
+        Spec { placement, accumulate: i % 2 == 1, f32_gradients, keep_h: i % 4 != 1, dropout, ..Spec::new(m, n, k, r) }
+    };
+    EDGES.iter().enumerate().map(spec).collect()
 }
 
 /// Small integers at the edges of tiles: every result must be the exact one, rounded once.

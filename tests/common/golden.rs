@@ -136,6 +136,7 @@ impl Golden {
             bias: self.find("b").map(|bias| Mat { rows: 1, cols: n, data: bias.data }),
             dy: self.tensor("dY").mat(),
             scale: 1.0,
+            keep: None,
         }
     }
 

@@ -4,10 +4,10 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use fused_lora::cuda::cudarc::driver::{CudaSlice, CudaStream};
 use fused_lora::cuda::{self, Kernels, Workspace};
-use fused_lora::{Element, Error, Gradient, LoraShape, Matrix, MatrixMut, Result};
+use fused_lora::{Dropout, Element, Error, Gradient, LoraShape, Matrix, MatrixMut, Result, Seed};
 
 use super::data::POISON;
-use super::{Backend, Host, HostBackward, HostForward, HostGradient, skipped};
+use super::{Backend, Host, HostBackward, HostDropout, HostForward, HostGradient, skipped};
 
 /// The kernels on GPU 0. Without a GPU the test is over: it says `SKIPPED: no GPU` on a line of its own, or fails when
 /// `FUSED_LORA_REQUIRE_GPU` is 1. Any error but that of a missing driver fails in any case.
@@ -49,6 +49,7 @@ pub struct DeviceForward<T> {
     bias: Option<CudaSlice<T>>,
     h: Option<CudaSlice<T>>,
     y: CudaSlice<T>,
+    seed: CudaSlice<u64>,
 }
 
 /// da, db or dbias in device memory.
@@ -70,6 +71,7 @@ pub struct DeviceBackward<T> {
     da: Option<DeviceGradient<T>>,
     db: Option<DeviceGradient<T>>,
     dbias: Option<DeviceGradient<T>>,
+    seed: CudaSlice<u64>,
 }
 
 impl Gpu {
@@ -93,6 +95,10 @@ impl Gpu {
         uploaded.expect("an upload")
     }
 
+    fn upload_seed(&self, dropout: Option<HostDropout>) -> CudaSlice<u64> {
+        self.stream.clone_htod(&dropout.map_or([0; 2], |dropout| dropout.seed)).expect("an upload")
+    }
+
     fn download<T: Element>(&self, device: &CudaSlice<T>, host: &mut Host<T>) {
         let all = self.stream.clone_dtoh(device).expect("a download");
         let elements = host.data.len();
@@ -108,6 +114,7 @@ impl Gpu {
             bias: host.bias.as_ref().map(|bias| self.upload(bias)),
             h: host.h.as_ref().map(|h| self.upload(h)),
             y: self.upload(&host.y),
+            seed: self.upload_seed(host.dropout),
             host: host.clone(),
         }
     }
@@ -131,6 +138,7 @@ impl Gpu {
             da: gradient(&host.da),
             db: gradient(&host.db),
             dbias: gradient(&host.dbias),
+            seed: self.upload_seed(host.dropout),
             host: host.clone(),
         }
     }
@@ -168,6 +176,15 @@ fn view<'a, T: Element>(
     cuda::matrix::<T>(data, host.rows, host.cols).with_offset(host.offset).with_row_stride(host.row_stride)
 }
 
+fn variant(dropout: Option<HostDropout>, state: &CudaSlice<u64>) -> cuda::Variant<'_> {
+    let seed = |[seed, offset]: [u64; 2], in_memory: bool| match in_memory {
+        true => Seed::Memory(cuda::matrix::<u64>(state, 1, 2)),
+        false => Seed::Value { seed, offset },
+    };
+    let dropout = dropout.map(|HostDropout { p, seed: of, in_memory }| Dropout { p, seed: seed(of, in_memory) });
+    cuda::Variant { dropout }
+}
+
 fn view_mut<'a, T: Element>(
     data: &'a mut CudaSlice<T>,
     host: &Host<T>,
@@ -177,7 +194,7 @@ fn view_mut<'a, T: Element>(
 
 impl<T: Element> DeviceForward<T> {
     pub fn op(&mut self) -> cuda::Forward<'_, T> {
-        let Self { host, x, w, a, b, bias, h, y } = self;
+        let Self { host, x, w, a, b, bias, h, y, seed } = self;
         cuda::Forward {
             x: view(x, &host.x),
             w: view(w, &host.w),
@@ -187,6 +204,7 @@ impl<T: Element> DeviceForward<T> {
             bias: bias.as_ref().zip(host.bias.as_ref()).map(|(bias, host)| view(bias, host)),
             h: h.as_mut().zip(host.h.as_ref()).map(|(h, host)| view_mut(h, host)),
             y: view_mut(y, &host.y),
+            variant: variant(host.dropout, seed),
         }
     }
 
@@ -215,7 +233,7 @@ fn gradient<'a, T: Element>(
 
 impl<T: Element> DeviceBackward<T> {
     pub fn op(&mut self) -> cuda::Backward<'_, T> {
-        let Self { host, dy, w, a, b, x, h, dx, da, db, dbias } = self;
+        let Self { host, dy, w, a, b, x, h, dx, da, db, dbias, seed } = self;
         cuda::Backward {
             dy: view(dy, &host.dy),
             w: view(w, &host.w),
@@ -229,6 +247,7 @@ impl<T: Element> DeviceBackward<T> {
             db: gradient(db, &host.db),
             dbias: gradient(dbias, &host.dbias),
             accumulate: host.accumulate,
+            variant: variant(host.dropout, seed),
         }
     }
 

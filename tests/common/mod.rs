@@ -25,7 +25,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-use fused_lora::{Accumulate, Element, Gradient, Matrix, MatrixMut, Result, cpu};
+use fused_lora::{Accumulate, Dropout, Element, Gradient, Matrix, MatrixMut, Result, Seed, Variant, cpu};
 
 /// The project's folder. Asked at run time first, because a bundle runs the tests where they were not compiled.
 pub fn project() -> PathBuf {
@@ -112,6 +112,30 @@ impl<T: Element> HostGradient<T> {
     }
 }
 
+/// Dropout with seed and offset, passed or in memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HostDropout {
+    pub p: f32,
+    pub seed: [u64; 2],
+    pub in_memory: bool,
+}
+
+impl HostDropout {
+    fn view(&self) -> Dropout<'_, [u64]> {
+        let [seed, offset] = self.seed;
+        let passed = Seed::Value { seed, offset };
+        Dropout {
+            p: self.p,
+            seed: if self.in_memory { Seed::Memory(Matrix::new(&self.seed[..], 1, 2)) } else { passed },
+        }
+    }
+
+    /// What multiplies each element of an `m` × `k` matrix.
+    pub fn keep(&self, m: usize, k: usize) -> fused_lora::reference::Mat {
+        fused_lora::reference::keep(self.p, self.seed, m, k)
+    }
+}
+
 /// Forward over host buffers; `h` and `y` are written in place.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostForward<T> {
@@ -123,12 +147,13 @@ pub struct HostForward<T> {
     pub bias: Option<Host<T>>,
     pub h: Option<Host<T>>,
     pub y: Host<T>,
+    pub dropout: Option<HostDropout>,
 }
 
 impl<T: Element> HostForward<T> {
     /// As the backends that compute on slices take it.
     pub fn views(&mut self) -> cpu::Forward<'_, T> {
-        let Self { x, w, a, b, scale, bias, h, y } = self;
+        let Self { x, w, a, b, scale, bias, h, y, dropout } = self;
         cpu::Forward {
             x: x.view(),
             w: w.view(),
@@ -138,6 +163,7 @@ impl<T: Element> HostForward<T> {
             bias: bias.as_ref().map(Host::view),
             h: h.as_mut().map(Host::view_mut),
             y: y.view_mut(),
+            variant: Variant { dropout: dropout.as_ref().map(HostDropout::view) },
         }
     }
 }
@@ -157,12 +183,13 @@ pub struct HostBackward<T> {
     pub db: Option<HostGradient<T>>,
     pub dbias: Option<HostGradient<T>>,
     pub accumulate: Accumulate,
+    pub dropout: Option<HostDropout>,
 }
 
 impl<T: Element> HostBackward<T> {
     /// As the backends that compute on slices take it.
     pub fn views(&mut self) -> cpu::Backward<'_, T> {
-        let Self { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate } = self;
+        let Self { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, dropout } = self;
         cpu::Backward {
             dy: dy.view(),
             w: w.view(),
@@ -176,6 +203,7 @@ impl<T: Element> HostBackward<T> {
             db: db.as_mut().map(HostGradient::view_mut),
             dbias: dbias.as_mut().map(HostGradient::view_mut),
             accumulate: *accumulate,
+            variant: Variant { dropout: dropout.as_ref().map(HostDropout::view) },
         }
     }
 }

@@ -35,6 +35,7 @@ pub fn forward(dtype: Dtype, LoraShape { m, n, k, r }: LoraShape) -> raw::Forwar
         bias: Some(matrix(1, n)),
         h: None,
         y: matrix(m, n),
+        variant: raw::Variant::default(),
     }
 }
 
@@ -56,6 +57,7 @@ pub fn backward(dtype: Dtype, LoraShape { m, n, k, r }: LoraShape) -> raw::Backw
         db: None,
         dbias: None,
         accumulate: Accumulate::default(),
+        variant: raw::Variant::default(),
     };
     let mut gradient = |rows, cols| Some(raw::Gradient { matrix: at.matrix(rows, cols, 4), f32: true });
     op.da = gradient(r, k);

@@ -54,7 +54,7 @@ pub(in crate::plan) fn backward(
         n: n as u32,
         k: k as u32,
         r: r as u32,
-        scale: op.scale,
+        scale: op.scale * op.variant.factor(),
         m_groups: m_groups as u32,
         n_groups: n_groups as u32,
         k_groups: k_groups as u32,
@@ -74,6 +74,7 @@ pub(in crate::plan) fn backward(
         sync_words: counters + if chunks.count > 1 { slabs as u32 } else { 0 },
         flags: gradient_flags(op),
         padding: 0,
+        dropout: op.variant.dropout(),
     };
     let maps = maps(op, dh, wanted);
     let is_bf16 = op.dtype == Dtype::Bf16;

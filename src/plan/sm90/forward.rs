@@ -42,7 +42,7 @@ pub(in crate::plan) fn forward(
         n: n as u32,
         k: k as u32,
         r: r as u32,
-        scale: op.scale,
+        scale: op.scale * op.variant.factor(),
         m_groups: m_groups as u32,
         n_blocks: n_blocks as u32,
         r_blocks: r_blocks as u32,
@@ -52,6 +52,7 @@ pub(in crate::plan) fn forward(
         group_m: options.group_m(m_groups),
         flag_shift,
         sync_words: LORA_SYNC_FLAGS + flag_count as u32,
+        dropout: op.variant.dropout(),
     };
     let maps = maps(op, h, &tile);
     let is_bf16 = op.dtype == Dtype::Bf16;

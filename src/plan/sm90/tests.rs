@@ -25,6 +25,7 @@ fn forward(LoraShape { m, n, k, r }: LoraShape) -> raw::Forward {
         bias: None,
         h: Some(at(5, m, r)),
         y: at(6, m, n),
+        variant: raw::Variant::default(),
     }
 }
 
@@ -44,6 +45,7 @@ fn backward(LoraShape { m, n, k, r }: LoraShape) -> raw::Backward {
         db: gradient(at(9, n, r)),
         dbias: gradient(at(10, 1, n)),
         accumulate: Accumulate::default(),
+        variant: raw::Variant::default(),
     }
 }
 
