@@ -100,7 +100,7 @@ impl Tile {
             (90, _) => PORTABLE.hopper_sm_flops_per_us,
             // The data sheet's rate is that of tcgen05, or there is no tensor instruction.
             (100..=119, _) | (75, Dtype::Bf16) => return None,
-            _ => PORTABLE.of_peak * f64::from(device.peak?.teraflops) * 1e6 / sms as f64,
+            _ => PORTABLE.of_peak * f64::from(device.known_peak()?.teraflops) * 1e6 / sms as f64,
         };
         let flops_per_us = of_sm * self.rate;
         let time = |&(rows, cols, depth): &(usize, usize, usize)| {
