@@ -27,7 +27,7 @@ test: toolchain ## Run all tests: unit, property, emulator, documentation, READM
 	@scripts/test
 
 .PHONY: check
-check: ## Check formatting, lints on all feature sets, documentation, dependencies and the compiled kernels
+check: ## Check formatting, lints on all feature sets, documentation, dependencies, packages and the compiled kernels
 	@scripts/toolchain check
 	@scripts/check
 
