@@ -26,6 +26,10 @@ demo: toolchain ## Build; check CASE against what PEFT recorded; fine-tune a tin
 test: toolchain ## Run all tests: unit, property, emulator, documentation, README; on the GPU where there is one
 	@scripts/test
 
+.PHONY: soak
+soak: toolchain ## Random calls against the oracle for three minutes (or FUSED_LORA_SOAK_SECONDS), on the CPU, the emulator and the GPU
+	@. .toolchain/env; FUSED_LORA_SOAK_SECONDS=$${FUSED_LORA_SOAK_SECONDS:-180} cargo test --features candle,peft --test soak -- --nocapture
+
 .PHONY: check
 check: ## Check formatting, lints on all feature sets, documentation, dependencies and the compiled kernels
 	@scripts/toolchain check

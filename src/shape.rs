@@ -239,8 +239,8 @@ impl Backward {
     ///
     /// # Errors
     /// [`Error::NoOutput`], [`Error::Missing`], and as forward [`Error::ZeroDimension`], [`Error::Dimension`],
-    /// [`Error::TooLarge`], [`Error::Scale`], [`Error::Stride`], [`Error::NullPointer`], [`Error::Misaligned`],
-    /// [`Error::Overlap`].
+    /// [`Error::TooLarge`], [`Error::Scale`], [`Error::Probability`], [`Error::Stride`], [`Error::NullPointer`],
+    /// [`Error::Misaligned`], [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
         self.judge().map(|(shape, _)| shape)
     }

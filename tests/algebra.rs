@@ -273,7 +273,7 @@ fn holds(test: &str, property: Property) {
     let hopper_shape = (1..70usize, 1..10usize, 1..10usize, 1..4usize, any::<u64>(), 0..hopper.max(1));
     let in_steps = hopper_shape.prop_map(|(m, n, k, r, seed, at)| (Kind::Hopper, (m, 8 * n, 8 * k, 8 * r, seed), at));
     let any_size = ragged_shape.prop_map(|(m, n, k, r, seed, at)| (Kind::Ragged, (m, n, k, r, seed), at));
-    let config = ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() };
+    let config = ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() };
     let judged = |on: &dyn Computes, shape| {
         property(on, shape).map_err(|error| TestCaseError::fail(format!("{}: {error}", on.name())))
     };

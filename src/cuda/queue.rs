@@ -185,6 +185,7 @@ impl Backend for Queue {
     }
     fn upload_words(&self, from: &[u64]) -> Result<CudaSlice<u64>> {
         let bytes = size_of_val(from);
+        self.check_not_captured("a buffer is allocated")?;
         // SAFETY: any bits are a value of u64, and the copy below fills all of it.
         let mut words =
             unsafe { self.stream.alloc::<u64>(from.len().max(1)) }.map_err(refused("cuMemAllocAsync", bytes))?;

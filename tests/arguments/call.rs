@@ -4,9 +4,9 @@
 use fused_lora::plan::{Device, Launch, Plan};
 use fused_lora::{Dtype, Element, Error, Result, f16, raw};
 
-use super::common::data::{Placement, Spec};
+use super::common::data::{Placement, Routes, Spec};
 use super::common::factors::{HostMerge, HostRound};
-use super::common::{Host, HostBackward, HostForward, HostGradient, raw as ops};
+use super::common::{Host, HostBackward, HostDropout, HostForward, HostGradient, raw as ops};
 use super::table::{Fault, Op, Row, SHAPE, rows};
 
 /// An operation over addresses.
@@ -23,10 +23,10 @@ impl OnAddresses {
         match op {
             Op::Forward => {
                 let h = Some(raw::Matrix::new(1 << 40, SHAPE.m, SHAPE.r));
-                Self::Forward(raw::Forward { h, ..ops::forward(dtype, SHAPE) })
+                Self::Forward(raw::Forward { h, variant: variant(op), ..ops::forward(dtype, SHAPE) })
             }
             Op::Backward => {
-                let mut op = ops::backward(dtype, SHAPE);
+                let mut op = raw::Backward { variant: variant(op), ..ops::backward(dtype, SHAPE) };
                 [&mut op.da, &mut op.db, &mut op.dbias].into_iter().flatten().for_each(|gradient| gradient.f32 = wide);
                 Self::Backward(op)
             }
@@ -35,7 +35,22 @@ impl OnAddresses {
         }
     }
 
+    fn variant(&mut self) -> Option<&mut raw::Variant> {
+        match self {
+            Self::Forward(op) => Some(&mut op.variant),
+            Self::Backward(op) => Some(&mut op.variant),
+            _ => None,
+        }
+    }
+
     pub fn argument(&mut self, arg: &str) -> &mut raw::Matrix {
+        if matches!(arg, "routes" | "seed") {
+            return match self.variant() {
+                Some(raw::Variant { routes: Some(routes), .. }) if arg == "routes" => routes,
+                Some(raw::Variant { dropout: Some(raw::Dropout { seed: raw::Seed::Memory(seed), .. }), .. }) => seed,
+                _ => unreachable!("the operation has no {arg}"),
+            };
+        }
         match self {
             Self::Forward(op) => ops::forward_argument(op, arg),
             Self::Backward(op) => ops::backward_argument(op, arg),
@@ -92,6 +107,7 @@ impl OnAddresses {
             Fault::Stride(row_stride) => self.argument(row.arg).row_stride = row_stride,
             Fault::Absent | Fault::NoOutput => self.remove(row.arg),
             Fault::Scale(scale) => *self.scale() = scale,
+            Fault::Probability(p) => self.variant().iter_mut().flat_map(|v| &mut v.dropout).for_each(|to| to.p = p),
             Fault::Null => self.argument(row.arg).ptr = 0,
             Fault::Past(past) => {
                 let matrix = self.argument(row.arg);
@@ -100,7 +116,7 @@ impl OnAddresses {
                     return Error::Misaligned { arg, address: matrix.ptr, align };
                 }
             }
-            Fault::AtTheEnd => self.argument(row.arg).ptr = u64::MAX - 3,
+            Fault::AtTheEnd => self.argument(row.arg).ptr = u64::MAX - 7,
             Fault::OnFirst(other) => self.argument(row.arg).ptr = self.argument(other).ptr,
             Fault::OnLast(other) => {
                 let victim = *self.argument(other);
@@ -120,6 +136,13 @@ impl OnAddresses {
             _ => unreachable!("nothing asks for {arg}"),
         }
     }
+}
+
+/// Everything that a variant can have, far from what tests place elsewhere.
+fn variant(op: Op) -> raw::Variant {
+    let at = |index: u64, arg| raw::Matrix::new(index << 41, op.dims(arg).0, op.dims(arg).1);
+    let dropout = raw::Dropout { p: 0.25, seed: raw::Seed::Memory(at(2, "seed")) };
+    raw::Variant { dropout: Some(dropout), routes: Some(at(1, "routes")) }
 }
 
 /// An operation over host buffers.
@@ -159,9 +182,12 @@ fn placed<T: 'static>(gradient: &mut HostGradient<T>) -> &mut dyn Placed {
 
 impl<T: Element> OnBuffers<T> {
     pub fn new(op: Op, wide: bool) -> Self {
+        let dropout = Some(HostDropout { p: 0.25, seed: [7, 9], in_memory: true });
         let spec = Spec {
             placement: Placement::Strided,
             f32_gradients: wide,
+            dropout,
+            routes: Some(Routes::Sorted(2)),
             ..Spec::new(SHAPE.m, SHAPE.n, SHAPE.k, SHAPE.r)
         };
         match op {
@@ -226,6 +252,10 @@ impl<T: Element> OnBuffers<T> {
             (Fault::Absent, Self::Backward(op)) => op.h = None,
             (Fault::NoOutput, Self::Backward(op)) => (op.dx, op.da, op.db, op.dbias) = (None, None, None, None),
             (Fault::Scale(scale), _) => *self.scale() = scale,
+            (Fault::Probability(p), _) => self.dropout().iter_mut().for_each(|dropout| dropout.p = p),
+            (Fault::Cols(words), _) if row.arg == "routes" => {
+                self.routes().iter_mut().for_each(|routes| routes.resize(words, 0));
+            }
             (fault, _) => {
                 let matrix = self.argument(row.arg);
                 let [rows, cols, row_stride, offset] = matrix.place();
@@ -244,6 +274,22 @@ impl<T: Element> OnBuffers<T> {
         }
     }
 
+    fn dropout(&mut self) -> Option<&mut HostDropout> {
+        match self {
+            Self::Forward(op) => op.dropout.as_mut(),
+            Self::Backward(op) => op.dropout.as_mut(),
+            _ => None,
+        }
+    }
+
+    fn routes(&mut self) -> Option<&mut Vec<u64>> {
+        match self {
+            Self::Forward(op) => op.routes.as_mut(),
+            Self::Backward(op) => op.routes.as_mut(),
+            _ => None,
+        }
+    }
+
     fn place(&mut self, arg: &str) -> (usize, usize, usize) {
         let matrix = self.argument(arg);
         let len = matrix.len();
@@ -254,9 +300,9 @@ impl<T: Element> OnBuffers<T> {
 
 pub fn table(op: Op, wide: bool) -> Vec<Row> {
     let mut buffers = OnBuffers::<f16>::new(op, wide);
-    let places: Vec<_> = op.arguments().map(|arg| (arg, buffers.place(arg))).collect();
-    let place = |arg: &str| places.iter().find(|(name, _)| *name == arg).map(|(_, place)| *place).expect("an argument");
-    rows(op, wide, place)
+    let in_buffers = op.arguments().filter(|arg| !matches!(*arg, "routes" | "seed"));
+    let places: Vec<_> = in_buffers.map(|arg| (arg, buffers.place(arg))).collect();
+    rows(op, wide, |arg| places.iter().find(|(name, _)| *name == arg).map(|(_, place)| *place))
 }
 
 /// NaN is not equal to itself; its name is.

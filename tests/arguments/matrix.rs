@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use fused_lora::linear::{Adapter, Gradients, LoraLinear, Scaling};
 use fused_lora::plan::{Device, Plan};
-use fused_lora::{Dtype, Element, Error, MAX_DIMENSION, Result, bf16, cpu, f16};
+use fused_lora::{Dtype, Element, Error, MAX_DIMENSION, MAX_ROUTED_RANK, Result, bf16, cpu, f16, raw};
 
 use super::call::{OnAddresses, OnBuffers, same, table};
 use super::common::layers::compact;
@@ -35,7 +35,7 @@ fn refuses<T: Element>(name: &str, run: impl Fn(&mut OnBuffers<T>) -> Result<()>
     for (op, wide) in OPS.into_iter().flat_map(|op| [(op, false), (op, true)]) {
         let mut legal = OnBuffers::<T>::new(op, wide);
         assert_eq!(run(&mut legal), Ok(()), "{op:?} without a fault on {name}");
-        for row in table(op, wide).iter().filter(|row| row.fault.is_of_buffers()) {
+        for row in table(op, wide).iter().filter(|row| row.is_of_buffers()) {
             let mut call = OnBuffers::<T>::new(op, wide);
             call.spoil(row);
             let before = format!("{call:?}");
@@ -83,7 +83,7 @@ fn the_emulator_refuses_every_entry_and_launches_nothing() {
         let mut legal = OnBuffers::<bf16>::new(Op::Forward, false);
         assert!(matches!(emulate(&stopped, &mut legal), Err(Error::Emulator { .. })), "the limit stops nothing");
         for (op, wide) in OPS.into_iter().flat_map(|op| [(op, false), (op, true)]) {
-            for row in table(op, wide).iter().filter(|row| row.fault.is_of_buffers()) {
+            for row in table(op, wide).iter().filter(|row| row.is_of_buffers()) {
                 let mut call = OnBuffers::<bf16>::new(op, wide);
                 call.spoil(row);
                 let got = emulate(&stopped, &mut call);
@@ -99,16 +99,23 @@ fn the_emulator_refuses_every_entry_and_launches_nothing() {
 /// The arguments that a layer passes on: x and y of forward; dy and the outputs of backward.
 #[test]
 fn a_layer_refuses_what_it_passes_on() {
-    for row in table(Op::Forward, true).iter().filter(|row| matches!(row.arg, "x" | "y") && row.fault.is_of_buffers()) {
+    for row in table(Op::Forward, true).iter().filter(|row| matches!(row.arg, "x" | "y") && row.is_of_buffers()) {
         let mut call = OnBuffers::<f16>::new(Op::Forward, true);
         call.spoil(row);
         let OnBuffers::Forward(mut op) = call else { unreachable!("it was made so") };
         let before = format!("{op:?}");
         let layer = layer(&op.w, &op.a, &op.b);
         let got = layer.forward_into(op.x.view(), op.y.view_mut());
-        assert!(same(&got, &row.error), "{row:?}: {got:?}");
+        // A layer has no routes that another number of tokens disagrees with.
+        let error = match (row.fault, &row.error) {
+            (Fault::Rows(expected), Error::Dimension { arg: "routes", .. }) => {
+                Error::Dimension { arg: "y", axis: "rows", got: SHAPE.m, expected }
+            }
+            _ => row.error.clone(),
+        };
+        assert!(same(&got, &error), "{row:?}: {got:?}");
         // Without a y it is x alone that can be wrong, and whoever has to match it follows.
-        let follows = matches!(row.error, Error::Dimension { arg: "y", .. });
+        let follows = matches!(error, Error::Dimension { arg: "y", .. });
         if row.arg == "x" && !follows {
             let got = layer.forward(op.x.view()).map(drop);
             assert!(same(&got, &row.error), "{row:?}: {got:?}");
@@ -118,7 +125,7 @@ fn a_layer_refuses_what_it_passes_on() {
         assert!(format!("{op:?}") == before, "{row:?}: something was written");
     }
     let passed = ["dy", "dx", "da", "db", "dbias"];
-    for row in table(Op::Backward, true).iter().filter(|row| passed.contains(&row.arg) && row.fault.is_of_buffers()) {
+    for row in table(Op::Backward, true).iter().filter(|row| passed.contains(&row.arg) && row.is_of_buffers()) {
         let mut call = OnBuffers::<f16>::new(Op::Backward, true);
         let OnBuffers::Backward(legal) = call.clone() else { unreachable!("it was made so") };
         call.spoil(row);
@@ -188,6 +195,12 @@ fn products_of_dimensions_overflow_nothing() {
             }
         }
     }
+    let (r, limit) = (MAX_ROUTED_RANK + 1, MAX_ROUTED_RANK as u64);
+    let shape = fused_lora::LoraShape { m: 5, n: 7, k: 11, r };
+    let routes = Some(raw::Matrix::new(1 << 50, 1, 6));
+    let routed = raw::Forward { variant: raw::Variant { routes, dropout: None }, ..ops::forward(Dtype::F16, shape) };
+    let what = "R (rows of a) of a batch with routes";
+    assert_eq!(routed.check(), Err(Error::TooLarge { what, got: r as u64, limit }));
     let largest = fused_lora::LoraShape { m: max, n: max, k: max, r: max };
     for dtype in [Dtype::F16, Dtype::F32] {
         assert_eq!(ops::forward(dtype, largest).check(), Err(extent(square)));
@@ -203,6 +216,9 @@ fn no_product_of_dimensions_gets_past_a_buffer() {
     for size in [MAX_DIMENSION, MAX_DIMENSION + 1, 1 << 61, usize::MAX] {
         let mut call = OnBuffers::<f16>::new(Op::Forward, false);
         ["x", "y", "h"].into_iter().for_each(|arg| *call.argument(arg).place()[0] = size);
+        if let OnBuffers::Forward(op) = &mut call {
+            op.routes = None; // a table of that many words is none that a test can make
+        }
         let before = format!("{call:?}");
         let OnBuffers::Forward(op) = &mut call else { unreachable!("it was made so") };
         let got = cpu::forward(op.views());
@@ -238,7 +254,7 @@ fn workspaces_are_refused() {
             let (got, limit) = (u64::MAX - 255, u64::MAX - needed as u64);
             let end = Error::TooLarge { what: "the address of the workspace", got, limit };
             assert_eq!(plan.launch(got, usize::MAX), Err(end));
-            for other in op.arguments().filter(|&arg| !(op == Op::Forward && arg == "h")) {
+            for other in op.arguments().filter(|&arg| is_there(op, arg)) {
                 let mut call = match op {
                     Op::Forward => OnAddresses::Forward(forward),
                     _ => OnAddresses::Backward(backward),
@@ -258,6 +274,11 @@ fn workspaces_are_refused() {
     }
 }
 
+/// What the calls of `workspaces_are_refused` have.
+fn is_there(op: Op, arg: &str) -> bool {
+    !(matches!(arg, "routes" | "seed") || (op == Op::Forward && arg == "h"))
+}
+
 /// The first argument that lies in the workspace, in the order of the checks.
 fn first_within(op: Op, call: &mut OnAddresses, address: u64, bytes: usize) -> &'static str {
     let within = |arg: &&'static str| {
@@ -265,7 +286,7 @@ fn first_within(op: Op, call: &mut OnAddresses, address: u64, bytes: usize) -> &
         matrix.ptr < address + bytes as u64
             && matrix.ptr + (matrix.rows * matrix.cols) as u64 * op.element_bytes(arg, true) > address
     };
-    let arguments = op.arguments().filter(|&arg| !(op == Op::Forward && arg == "h"));
+    let arguments = op.arguments().filter(|&arg| is_there(op, arg));
     let mut within = arguments.filter(within);
     within.next().expect("one lies there")
 }

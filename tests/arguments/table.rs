@@ -1,7 +1,7 @@
 //! The error matrix: every argument of every operation, every way in which it can be wrong, and the error it gives.
 #![allow(dead_code)] // each test binary uses its part
 
-use fused_lora::{Error, LoraShape, MAX_DIMENSION};
+use fused_lora::{Error, LoraShape, MAX_DIMENSION, Routing};
 
 /// No two of these are equal, so that an error shows what it speaks of.
 pub const SHAPE: LoraShape = LoraShape { m: 4, n: 6, k: 5, r: 3 };
@@ -29,6 +29,8 @@ pub enum Fault {
     /// No output is there.
     NoOutput,
     Scale(f32),
+    /// Of dropout.
+    Probability(f32),
     /// The matrix starts so many elements later in its buffer.
     Later(usize),
     /// The buffer ends one element before the matrix does.
@@ -57,6 +59,18 @@ impl Fault {
     }
 }
 
+impl Row {
+    /// What the buffers of tests can show: a table of routes is as long as it is, and a seed is one.
+    pub fn is_of_buffers(&self) -> bool {
+        let is_possible = match (self.arg, self.fault) {
+            ("routes", Fault::Cols(words)) => words < 100,
+            ("routes" | "seed", _) => false,
+            _ => true,
+        };
+        is_possible && self.fault.is_of_buffers()
+    }
+}
+
 /// One entry of the matrix.
 #[derive(Clone, Debug)]
 pub struct Row {
@@ -70,8 +84,8 @@ pub struct Row {
 impl Op {
     pub fn inputs(self) -> &'static [&'static str] {
         match self {
-            Self::Forward => &["x", "w", "a", "b", "bias"],
-            Self::Backward => &["dy", "w", "a", "b", "x", "h"],
+            Self::Forward => &["x", "w", "a", "b", "bias", "routes", "seed"],
+            Self::Backward => &["dy", "w", "a", "b", "x", "h", "routes", "seed"],
             Self::Merge => &["a", "b", "w"],
             Self::Round => &["a", "b"],
         }
@@ -101,12 +115,17 @@ impl Op {
             "y" | "dy" => (m, n),
             "h" => (m, r),
             "bias" | "dbias" => (1, n),
+            "routes" => (1, Routing::words_for(m)),
+            "seed" => (1, 2),
             _ => unreachable!("no operation has an argument {arg}"),
         }
     }
 
     /// Bytes of an element; `wide`: gradients or factors are f32.
     pub fn element_bytes(self, arg: &str, wide: bool) -> u64 {
+        if matches!(arg, "routes" | "seed") {
+            return 8;
+        }
         let is_wide = match self {
             Self::Forward => false,
             Self::Backward => matches!(arg, "da" | "db" | "dbias"),
@@ -119,7 +138,7 @@ impl Op {
     /// their word; the first to disagree with them is named, with the axis.
     fn disagrees_on_rows(self, arg: &'static str) -> (&'static str, &'static str) {
         match (self, arg) {
-            (Self::Forward, "x") => ("y", "rows"),
+            (Self::Forward, "x") => ("routes", "columns"),
             (Self::Forward, "w") => ("b", "rows"),
             (Self::Backward, "dy") => ("x", "rows"),
             (Self::Backward, "w") => ("dy", "columns"),
@@ -156,8 +175,9 @@ pub fn needed((rows, cols): (usize, usize), offset: usize, row_stride: usize) ->
     offset.saturating_add((rows - 1) * row_stride + cols)
 }
 
-/// The matrix of one operation. `place` is where buffers are: offset, distance between rows and length of each argument.
-pub fn rows(op: Op, wide: bool, place: impl Fn(&str) -> (usize, usize, usize)) -> Vec<Row> {
+/// The matrix of one operation. `place` is where buffers are: offset, distance between rows and length of each argument that tests
+/// place in one.
+pub fn rows(op: Op, wide: bool, place: impl Fn(&str) -> Option<(usize, usize, usize)>) -> Vec<Row> {
     let mut table = Vec::new();
     let mut add = |arg, fault, error| table.push(Row { op, arg, fault, error });
     for arg in op.arguments() {
@@ -181,13 +201,14 @@ pub fn rows(op: Op, wide: bool, place: impl Fn(&str) -> (usize, usize, usize)) -
             add(arg, Fault::Stride(usize::MAX), extent(u64::MAX));
         }
 
-        let (offset, row_stride, got) = place(arg);
-        let end = needed((rows, cols), offset, row_stride);
-        for later in [got - end + 1, usize::MAX - offset] {
-            let needed = end.saturating_add(later);
-            add(arg, Fault::Later(later), Error::BufferTooShort { arg, got, needed });
+        if let Some((offset, row_stride, got)) = place(arg) {
+            let end = needed((rows, cols), offset, row_stride);
+            for later in [got - end + 1, usize::MAX - offset] {
+                let needed = end.saturating_add(later);
+                add(arg, Fault::Later(later), Error::BufferTooShort { arg, got, needed });
+            }
+            add(arg, Fault::Short, Error::BufferTooShort { arg, got: end - 1, needed: end });
         }
-        add(arg, Fault::Short, Error::BufferTooShort { arg, got: end - 1, needed: end });
 
         add(arg, Fault::Null, Error::NullPointer { arg });
         let align = op.element_bytes(arg, wide);
@@ -213,6 +234,11 @@ pub fn rows(op: Op, wide: bool, place: impl Fn(&str) -> (usize, usize, usize)) -
     for got in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         add("", Fault::Scale(got), Error::Scale { got });
     }
+    if matches!(op, Op::Forward | Op::Backward) {
+        for got in [f32::NAN, f32::INFINITY, -1e-9, 1.0f32.next_up()] {
+            add("", Fault::Probability(got), Error::Probability { got });
+        }
+    }
     if op == Op::Backward {
         add("x", Fault::Absent, Error::Missing { arg: "x", output: "da" });
         add("h", Fault::Absent, Error::Missing { arg: "h", output: "db" });
@@ -237,6 +263,7 @@ fn disagreement(
         return Some(Error::ZeroDimension { arg, axis });
     }
     let itself = named == arg;
-    let (got, expected) = if itself { (size, of(arg, axis)) } else { (of(named, named_axis), size) };
+    let implied = if named == "routes" { Routing::words_for(size) } else { size };
+    let (got, expected) = if itself { (size, of(arg, axis)) } else { (of(named, named_axis), implied) };
     Some(Error::Dimension { arg: named, axis: named_axis, got, expected })
 }

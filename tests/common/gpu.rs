@@ -102,7 +102,8 @@ impl Gpu {
     }
 
     fn upload_routes(&self, routes: &Option<Vec<u64>>) -> Option<CudaSlice<u64>> {
-        routes.as_ref().map(|words| self.stream.clone_htod(words).expect("an upload"))
+        let upload = |words: &Vec<u64>| self.stream.clone_htod(if words.is_empty() { &[0][..] } else { words });
+        routes.as_ref().map(|words| upload(words).expect("an upload"))
     }
 
     fn download<T: Element>(&self, device: &CudaSlice<T>, host: &mut Host<T>) {
@@ -187,14 +188,14 @@ fn view<'a, T: Element>(
 fn variant<'a>(
     dropout: Option<HostDropout>,
     state: &'a CudaSlice<u64>,
-    routes: &'a Option<CudaSlice<u64>>,
+    (routes, words): (&'a Option<CudaSlice<u64>>, &Option<Vec<u64>>),
 ) -> cuda::Variant<'a> {
     let seed = |[seed, offset]: [u64; 2], in_memory: bool| match in_memory {
         true => Seed::Memory(cuda::matrix::<u64>(state, 1, 2)),
         false => Seed::Value { seed, offset },
     };
     let dropout = dropout.map(|HostDropout { p, seed: of, in_memory }| Dropout { p, seed: seed(of, in_memory) });
-    let routes = routes.as_ref().map(|words| cuda::matrix::<u64>(words, 1, words.len()));
+    let routes = routes.as_ref().zip(words.as_ref()).map(|(on, words)| cuda::matrix::<u64>(on, 1, words.len()));
     cuda::Variant { dropout, routes }
 }
 
@@ -217,7 +218,7 @@ impl<T: Element> DeviceForward<T> {
             bias: bias.as_ref().zip(host.bias.as_ref()).map(|(bias, host)| view(bias, host)),
             h: h.as_mut().zip(host.h.as_ref()).map(|(h, host)| view_mut(h, host)),
             y: view_mut(y, &host.y),
-            variant: variant(host.dropout, seed, routes),
+            variant: variant(host.dropout, seed, (routes, &host.routes)),
         }
     }
 
@@ -232,6 +233,8 @@ impl<T: Element> DeviceForward<T> {
             "b" => swap(&mut self.b, &mut other.b),
             "bias" => optional(&mut self.bias, &mut other.bias),
             "h" => optional(&mut self.h, &mut other.h),
+            "routes" => std::mem::swap(&mut self.routes, &mut other.routes),
+            "seed" => std::mem::swap(&mut self.seed, &mut other.seed),
             _ => swap(&mut self.y, &mut other.y),
         }
     }
@@ -275,7 +278,7 @@ impl<T: Element> DeviceBackward<T> {
             db: gradient(db, &host.db),
             dbias: gradient(dbias, &host.dbias),
             accumulate: host.accumulate,
-            variant: variant(host.dropout, seed, routes),
+            variant: variant(host.dropout, seed, (routes, &host.routes)),
         }
     }
 
@@ -293,6 +296,8 @@ impl<T: Element> DeviceBackward<T> {
             "dx" => optional(&mut self.dx, &mut other.dx),
             "da" => std::mem::swap(&mut self.da, &mut other.da),
             "db" => std::mem::swap(&mut self.db, &mut other.db),
+            "routes" => std::mem::swap(&mut self.routes, &mut other.routes),
+            "seed" => std::mem::swap(&mut self.seed, &mut other.seed),
             _ => std::mem::swap(&mut self.dbias, &mut other.dbias),
         }
     }

@@ -67,7 +67,7 @@ fn every_entry_of_the_error_matrix_is_refused() {
     for (op, wide) in OPS.into_iter().flat_map(|op| [(op, false), (op, true)]) {
         let got = on_device::run(&gpu, &mut OnBuffers::<f16>::new(op, wide), None);
         assert_eq!(got, Ok(()), "{op:?} without a fault");
-        for row in table(op, wide).iter().filter(|row| row.fault.is_of_buffers()) {
+        for row in table(op, wide).iter().filter(|row| row.is_of_buffers()) {
             let mut call = OnBuffers::<f16>::new(op, wide);
             call.spoil(row);
             let before = format!("{call:?}");

@@ -76,6 +76,7 @@ fn what_would_allocate_or_copy_in_a_capture_is_refused() {
         let workspace_allocated = || capturing("a workspace is allocated");
         assert_eq!(queue.alloc::<f32>(8).map(drop), allocated());
         assert_eq!(queue.upload(&[1.0f32; 8]).map(drop), allocated());
+        assert_eq!(queue.upload_words(&[1; 8]).map(drop), allocated());
         assert_eq!(
             queue.overwrite(&[bf16::ONE; 8], Queue::write(&mut buffer)),
             capturing("host memory is copied to a buffer")

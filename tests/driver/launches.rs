@@ -6,7 +6,8 @@ use fused_lora::cuda::{Queue, Workspace};
 use fused_lora::linear::Gradients;
 use fused_lora::{Element, bf16, f16};
 
-use super::common::data::{Placement, Spec};
+use super::common::HostDropout;
+use super::common::data::{Placement, Routes, Spec};
 use super::common::gpu::{self, Gpu};
 use super::common::layers::{self, Device, Made};
 use super::stub::Stub;
@@ -49,12 +50,14 @@ fn operations<T: Element>(stub: &Stub, spec: &Spec) {
     }
 }
 
-fn specs() -> [Spec; 4] {
+fn specs() -> [Spec; 5] {
+    let dropout = Some(HostDropout { p: 0.1, seed: [1, 2], in_memory: true });
     [
         Spec::new(5, 7, 11, 3),
         Spec { placement: Placement::Aligned, ..Spec::new(300, 264, 136, 24) },
         Spec { placement: Placement::Strided, keep_h: false, bias: false, ..Spec::new(1500, 64, 64, 8) },
         Spec { r: 0, accumulate: true, ..Spec::new(64, 64, 64, 0) },
+        Spec { dropout, routes: Some(Routes::Mixed(3)), ..Spec::new(130, 72, 64, 24) },
     ]
 }
 

@@ -19,7 +19,7 @@ fn refuses<T: Element>(stub: &Stub) {
         stub.clear();
         assert_eq!(run(&gpu, &mut OnBuffers::<T>::new(op, wide), None), Ok(()), "{op:?} without a fault");
         assert_eq!(stub.launched(), 1, "{op:?} without a fault");
-        for row in table(op, wide).iter().filter(|row| row.fault.is_of_buffers()) {
+        for row in table(op, wide).iter().filter(|row| row.is_of_buffers()) {
             let mut call = OnBuffers::<T>::new(op, wide);
             call.spoil(row);
             let before = format!("{call:?}");
