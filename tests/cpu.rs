@@ -3,7 +3,7 @@
 mod common;
 
 use common::data::{Placement, Spec, dropout_table, integer_table, routes_table, shape_table, subset_table};
-use common::{Backend, Cpu, check};
+use common::{Backend, Cpu, HostDropout, check};
 use fused_lora::{Dtype, Element, bf16, f16};
 use proptest::prelude::*;
 
