@@ -113,7 +113,8 @@ class Report(unittest.TestCase):
         self.report("--check")
 
     def test_bytes_of_memory_have_their_own_table(self):
-        self.write(NAME, run_file("2026-01-01", [row("fused", 16, 103), bytes_row("forward", "fused", 5 << 20, 3 << 20, floor_bytes=4 << 20)]))
+        ours = bytes_row("forward", "fused", 5 << 20, 3 << 20, floor_bytes=4 << 20)
+        self.write(NAME, run_file("2026-01-01", [row("fused", 16, 103), ours]))
         self.write("peers.json", run_file("2026-01-02", [bytes_row("step", "torch", 1 << 20, 1 << 20, dropout=0.1)]))
         self.report()
         text = self.readme.read_text()

@@ -222,7 +222,7 @@ fn the_command_line() {
         (usual.tokens.as_slice(), usual.layers.len(), usual.ranks.as_slice()),
         (&[8192][..], 5, &[16, 64, 128][..])
     );
-    let line = "--m 16,512 --nk 64x128,8x8 --ranks 8 --dtype f16 --op backward --rounds 5 --once --no-unfused --hot --tile 192 --cluster 1 \
+    let line = "--m 16,512 --nk 64x128,8x8 --ranks 8 --dtype f16 --op backward --dropout 0.1 --rounds 5 --once --no-unfused --hot --tile 192 --cluster 1 \
                 --bundle 2 --chunks 3 --group-m 16 --json out.json --label stages";
     let all = parse(line).expect("all are known").expect("not the help");
     assert_eq!((all.tokens, all.layers, all.ranks), (vec![16, 512], vec![(64, 128), (8, 8)], vec![8]));
@@ -230,6 +230,7 @@ fn the_command_line() {
         (all.dtype, all.ops, all.rounds, all.once, all.unfused, all.hot),
         (Dtype::F16, vec![Op::Backward], 5, true, false, true)
     );
+    assert_eq!(all.dropout, 0.1);
     let options = all.options;
     assert_eq!((options.tile, options.cluster, options.bundle), (Some(TileSize::Sm90N192), Some(1), Some(2)));
     assert_eq!((options.chunks, options.group_m), (Some(3), Some(16)));
@@ -246,6 +247,8 @@ fn the_command_line() {
         ("--nk 4096", "expected N and K as 4096x4096"),
         ("--ranks 16,x", "expected whole numbers"),
         ("--m 0", "expected whole numbers"),
+        ("--dropout 1", "expected 0 or more and less than 1"),
+        ("--dropout NaN", "expected 0 or more and less than 1"),
         ("--op both", "expected forward or backward"),
         ("--tile 64", "expected large, small, 256, 192 or 128"),
         ("--family sm100", "expected portable or sm90"),

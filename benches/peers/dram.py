@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Bytes that kernels read from memory and write to it, as ncu counts them, beside what the operation needs.
 
-    ncu --csv --page raw --print-units base --metrics dram__bytes_read.sum,dram__bytes_write.sum --kernel-name regex:lora_ \\
+    ncu --profile-from-start off --csv --page raw --print-units base --metrics dram__bytes_read.sum,dram__bytes_write.sum \\
         --log-file dram.csv tax --once --json launches.json
     python3 benches/peers/dram.py launches.json dram.csv benches/results/<gpu>-<date>-<commit>-dram.json
 
