@@ -194,7 +194,7 @@ class Consumer {
       }
     }
     held_ = ring_.empty();
-    drain();
+    let_go();
     ring_.advance();
   }
 
@@ -266,6 +266,10 @@ class Consumer {
 
   __device__ __forceinline__ void drain() {
     ptx::wgmma_wait<0>();
+    let_go();
+  }
+
+  __device__ __forceinline__ void let_go() {
     release();
     held_ = 0;
   }

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use super::calibration::SM90;
 use super::{Choice, Params, Plan, SYNC_BYTES};
 use crate::params::{LORA_BLOCK_K, LORA_SM90_BLOCK_K, LORA_SM90_BLOCK_M};
 use crate::{LoraShape, raw};
@@ -118,6 +119,22 @@ impl Plan {
         );
     }
 
+    fn explain_sm90_dropout(&self, out: &mut String) {
+        let (threshold, is_backward) = match &self.launch.params {
+            Params::Sm90Forward(p) if p.r != 0 => (p.dropout.threshold, false),
+            Params::Sm90Backward(p) if p.r != 0 => (p.dropout.threshold, true),
+            _ => return,
+        };
+        if threshold == 0 {
+            return;
+        }
+        let unit = if is_backward { "da" } else { "h" };
+        line!(out, "  dropout    {threshold} of 65536 elements of x, zeroed in shared memory by units of {unit}");
+        let (drop, column) = (SM90.drop, SM90.drop_column);
+        let tail = if is_backward { format!(", {column} clocks a column for 64 ranks of dx") } else { String::new() };
+        line!(out, "             reckoned, not measured: {drop} clocks a step of {unit}{tail}");
+    }
+
     fn explain_sm90(&self, out: &mut String, choice: &super::sm90::Choice) {
         line!(out, "  kernel     {} (family sm90: wgmma with TMA), one launch", self.launch.kernel);
         line!(
@@ -152,6 +169,7 @@ impl Plan {
             }
             _ => {}
         }
+        self.explain_sm90_dropout(out);
         line!(
             out,
             "  grid       {} CTAs in clusters of {} that draw tickets ({} SMs x 1 CTA)",
