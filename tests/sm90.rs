@@ -462,7 +462,7 @@ fn dropout_moves_nothing() {
         let looked: u64 = counters.lines().iter().filter(looks).map(|line| line.executed).sum();
         (counters.global_loaded - 4 * looked, counters.global_stored, counters.copied)
     };
-    for options in variants() {
+    variants().into_par_iter().for_each(|options| {
         let options = options.with_chunks(3).with_bundle(1);
         let plain = counted(6, options, &busy());
         for (in_memory, each) in [(false, 0), (true, 16)] {
@@ -474,7 +474,7 @@ fn dropout_moves_nothing() {
                 assert_eq!(dropping.local_loaded + dropping.local_stored, 0, "{options:?}");
             }
         }
-    }
+    });
 }
 
 /// Of the operand that a cluster shares each byte is fetched once for both of its CTAs.
