@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "params.h"
+#include "ptx/scalar.cuh"
 
 namespace lora {
 
@@ -18,8 +19,8 @@ struct PhiloxWords {
 __device__ __forceinline__ PhiloxWords philox(PhiloxWords counter, uint32_t key0, uint32_t key1) {
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    const uint64_t first = static_cast<uint64_t>(counter.of[0]) * 0xd2511f53u;
-    const uint64_t second = static_cast<uint64_t>(counter.of[2]) * 0xcd9e8d57u;
+    const uint64_t first = ptx::multiply_wide(counter.of[0], 0xd2511f53u);
+    const uint64_t second = ptx::multiply_wide(counter.of[2], 0xcd9e8d57u);
     counter = {{static_cast<uint32_t>(second >> 32) ^ counter.of[1] ^ key0, static_cast<uint32_t>(second),
                 static_cast<uint32_t>(first >> 32) ^ counter.of[3] ^ key1, static_cast<uint32_t>(first)}};
     key0 += 0x9e3779b9u;
@@ -43,7 +44,7 @@ class Dropout {
   // The same in every thread of a launch. When false, nothing else may be asked.
   __device__ __forceinline__ bool is_on() const { return on_; }
 
-  // Random bits of the block of 16 x 16 elements `row`, `col`, for lane 4 g + t.
+  // Random bits of (g, t) in the block of 16 x 16 elements `row`, `col`.
   __device__ __forceinline__ PhiloxWords words(uint32_t row, uint32_t col, uint32_t g, uint32_t t) const {
     const PhiloxWords counter = {
         {row * 8 + g, col * 4 + t, static_cast<uint32_t>(offset_), static_cast<uint32_t>(offset_ >> 32)}};
@@ -63,8 +64,7 @@ class Dropout {
   }
 
   // Drops from a fragment of x, 16 rows and columns from (row, col) on, both multiples of 16.
-  __device__ __forceinline__ void drop_fragment(uint32_t (&x)[4], uint32_t row, uint32_t col) const {
-    const uint32_t lane = threadIdx.x % 32;
+  __device__ __forceinline__ void drop_fragment(uint32_t (&x)[4], uint32_t row, uint32_t col, uint32_t lane) const {
     const PhiloxWords random = words(row / 16, col / 16, lane / 4, lane % 4);
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[i] = kept(x[i], random.of[i]);
@@ -73,8 +73,7 @@ class Dropout {
   // Drops from a fragment of x transposed: register 0 holds rows 2t, 2t + 1 of column g of x, register 1 those of
   // column g + 8, registers 2 and 3 the rows 8 on. These are halves of two results, for rows 2t and 2t + 1 of columns g
   // and g ^ 1; the lane that holds g ^ 1 needs the other halves. So each computes one, and they swap halves.
-  __device__ __forceinline__ void drop_transposed(uint32_t (&x)[4], uint32_t row, uint32_t col) const {
-    const uint32_t lane = threadIdx.x % 32;
+  __device__ __forceinline__ void drop_transposed(uint32_t (&x)[4], uint32_t row, uint32_t col, uint32_t lane) const {
     const bool odd = lane / 4 % 2 != 0;
     const PhiloxWords random = words(row / 16, col / 16, lane % 4 * 2 + (odd ? 1 : 0), lane / 8);
 #pragma unroll

@@ -163,6 +163,7 @@ impl Case {
             dy: mat(&self.dy),
             scale: f64::from(self.scale as f32),
             keep: None,
+            gate: None,
         }
     }
 }

@@ -51,7 +51,8 @@ fn backward(LoraShape { m, n, k, r }: LoraShape) -> raw::Backward {
 
 /// Dropout of one element in ten.
 fn dropping() -> raw::Variant {
-    raw::Variant { dropout: Some(raw::Dropout { p: 0.1, seed: raw::Seed::Value { seed: 1, offset: 2 } }) }
+    let dropout = Some(raw::Dropout { p: 0.1, seed: raw::Seed::Value { seed: 1, offset: 2 } });
+    raw::Variant { dropout, ..raw::Variant::default() }
 }
 
 /// What a simulation needs to know about a plan.
@@ -210,7 +211,7 @@ fn dropout_costs_a_little() {
             let tax = time(&with) / time(&without) - 1.0;
             println!("rank {r}, {unit}: {tax:.4}");
             assert!((0.0..0.06).contains(&tax), "rank {r}: {tax}\n{}", with.explain());
-            let says = format!("6554 of 65536 elements of x, zeroed in shared memory by units of {unit}\n");
+            let says = format!("reckoned, not measured: 600 clocks a step of {unit}");
             assert!(with.explain().contains(&says) && !without.explain().contains("dropout"), "{}", with.explain());
         }
     }
