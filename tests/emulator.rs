@@ -322,6 +322,28 @@ fn no_kernel_adds_floats_atomically() {
     }
 }
 
+#[test]
+fn explain_says_what_dropout_does_to_the_order() {
+    let emulator = Emulator::new(Device::of_arch("emulated", 80, 5));
+    let [spec, ..] = busy_dropout(0.25, true);
+    let explain = |spec: Spec| {
+        let (mut forward, mut backward) = (spec.forward::<bf16>(), spec.backward::<bf16>());
+        let runs = [emulator.forward(forward.views()), emulator.backward(backward.views())];
+        runs.map(|run| run.expect("the kernel runs").plan.explain())
+    };
+    let (dropout, order) = ("p = 0.25 on x", "dx begins with dh A");
+    let [forward, backward] = explain(spec);
+    assert!(
+        forward.contains(dropout) && forward.contains("read by the launch") && !forward.contains(order),
+        "{forward}"
+    );
+    assert!(backward.contains(dropout) && backward.contains(order), "{backward}");
+    let no_dx = Spec { outputs: [false, true, true, true], ..spec };
+    for text in explain(no_dx).iter().chain(&explain(Spec { dropout: None, ..spec })) {
+        assert!(!text.contains(order), "{text}");
+    }
+}
+
 /// Aligned operands reach shared memory and the tensor cores without bank conflicts, in both directions and with both tiles.
 #[test]
 fn no_bank_conflicts() {
