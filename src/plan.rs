@@ -230,7 +230,7 @@ impl Plan {
     pub fn forward_with(op: &raw::Forward, device: &Device, options: Options) -> Result<Plan> {
         let (shape, ranges) = op.judge()?;
         check(op.dtype, device, &options)?;
-        let obstacles = sm90::obstacles(device, shape, &sm90::forward_operands(op));
+        let obstacles = sm90::obstacles(device, shape, &op.variant, &sm90::forward_operands(op));
         let draft = draft(
             device,
             &options,
@@ -259,7 +259,7 @@ impl Plan {
     pub fn backward_with(op: &raw::Backward, device: &Device, options: Options) -> Result<Plan> {
         let (shape, ranges) = op.judge()?;
         check(op.dtype, device, &options)?;
-        let obstacles = sm90::obstacles(device, shape, &sm90::backward_operands(op));
+        let obstacles = sm90::obstacles(device, shape, &op.variant, &sm90::backward_operands(op));
         let draft = draft(
             device,
             &options,

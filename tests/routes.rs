@@ -5,10 +5,12 @@ mod common;
 
 use common::data::{Placement, Routes, Spec, routes_table};
 use common::emulated::Emulated;
-use common::{Backend, HostBackward, HostForward, HostGradient, check};
-use fused_lora::emulator::{Checks, Counters};
-use fused_lora::plan::TileSize;
+use common::hopper::{COLUMNS, PLACEMENTS, ROWS, variants};
+use common::{Backend, HostBackward, HostDropout, HostForward, HostGradient, check};
+use fused_lora::emulator::{Checks, Counters, Emulator, Timing};
+use fused_lora::plan::{Device, TileSize};
 use fused_lora::{Element, Routing, Slot, bf16, f16};
+use rayon::prelude::*;
 
 const TILES: [TileSize; 2] = [TileSize::Large, TileSize::Small];
 
@@ -98,6 +100,54 @@ fn each_has_the_bits_of_itself_alone(backend: &impl Backend, tile: usize) {
 fn sorted_rows_have_the_bits_of_each_adapter_alone() {
     for (tile, rows) in [(TileSize::Large, 128), (TileSize::Small, 64)] {
         each_has_the_bits_of_itself_alone(&Emulated::new(80, 3).with_tile(tile), rows);
+    }
+}
+
+/// The Hopper kernels: every tile and cluster, dimensions in steps of 8, more ranks than one adapter may have.
+fn on_hopper() -> Vec<(Emulated, Spec)> {
+    let cases = variants().into_iter().enumerate().flat_map(|(v, options)| {
+        let ranks = [24, 64, 136, 256, 640];
+        let routes = [Routes::Sorted(3), Routes::Mixed(4), Routes::Tiles(128), Routes::Nobody, Routes::Sorted(7)];
+        ranks.into_iter().zip(routes).enumerate().map(move |(i, (r, routes))| {
+            let turn = v * 5 + i;
+            let (m, n, k) =
+                (ROWS[(5 * i + v + 3) % 12], COLUMNS[(7 * i + 2 * v + 3) % 12], COLUMNS[(11 * i + 5 * v) % 12]);
+            let dropout = HostDropout { p: 0.5, seed: [7, turn as u64], in_memory: turn % 2 == 0 };
+            let spec = Spec {
+                placement: PLACEMENTS[turn % 3],
+                bias: turn % 2 == 0,
+                keep_h: turn % 3 != 0,
+                accumulate: turn % 4 == 0,
+                f32_gradients: turn % 5 != 0,
+                outputs: [true, true, true, turn % 3 == 0],
+                dropout: (turn % 4 == 3).then_some(dropout),
+                routes: Some(routes),
+                ..Spec::new(m, n, k, r)
+            };
+            let options = [options, options.with_bundle(2), options.with_chunks(2)][turn % 3];
+            let emulator = Emulator::new(Device::of_arch("emulated", 90, [2, 3, 5, 33][turn % 4]));
+            let timing = [Timing::Eager, Timing::Lazy, Timing::Mixed][turn % 3];
+            (Emulated(emulator.with_plan_options(options).with_seed(turn as u64).with_copies(timing)), spec)
+        })
+    });
+    cases.collect()
+}
+
+#[test]
+fn each_row_through_its_own_adapter_on_hopper() {
+    on_hopper().par_iter().for_each(|(backend, spec)| {
+        for spec in [*spec, spec.integers()] {
+            check::forward::<bf16>(backend, &spec);
+            check::backward::<f16>(backend, &spec);
+        }
+    });
+}
+
+#[test]
+fn sorted_rows_have_the_bits_of_each_adapter_alone_on_hopper() {
+    for options in variants() {
+        let emulator = Emulator::new(Device::of_arch("emulated", 90, 5)).with_plan_options(options);
+        each_has_the_bits_of_itself_alone(&Emulated(emulator), 128);
     }
 }
 

@@ -272,11 +272,7 @@ fn soak_on_the_cpu_and_the_emulator() {
             #[cfg(all(feature = "emulator", feature = "cuda"))]
             {
                 let (backend, aligned) = emulated(rng);
-                let mut small = spec(rng, 96, aligned);
-                if !aligned {
-                    // No routes before `emulator::units_without_steps_are_ordered` passes.
-                    small = Spec { dropout: dropout(rng), ..small };
-                }
+                let small = Spec { dropout: dropout(rng), routes: routes(rng), ..spec(rng, 96, aligned) };
                 typed(rng, &backend, &small, false, begins);
             }
         },

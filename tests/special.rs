@@ -368,7 +368,6 @@ fn zeros_are_signed_as_sums_that_begin_at_zero() {
 
 /// As round(s · round(x Aᵀ)) has it.
 #[test]
-#[ignore = "the portable kernels add +0 to s · x Aᵀ, which makes −0 of it +0; the CPU and the Hopper kernels do not"]
 fn a_negative_scale_makes_minus_zero_of_zero() {
     let zeros = [(-0.0, -2.0, None, -0.0, 0.0)];
     zeros_are_on_every_backend("a_negative_scale_makes_minus_zero_of_zero", &zeros);
