@@ -418,6 +418,7 @@ impl Backend for Failing {
     type Buffer<T: Element> = Vec<T>;
     type Read<T: Element> = [T];
     type Write<T: Element> = [T];
+    type Words = [u64];
 
     fn read<T: Element>(buffer: &Vec<T>) -> &[T] {
         buffer
@@ -501,7 +502,7 @@ fn stale_copies_are_refused_until_they_are_made_anew() {
         }
     }
     // An adapter whose copies fail does not get in.
-    let Buffers::F32 { a, b } = layer.adapter("one").expect("an adapter").buffers() else {
+    let Buffers::F32 { a, b, .. } = layer.adapter("one").expect("an adapter").buffers() else {
         unreachable!("its factors are f32")
     };
     let another = Adapter::upload_f32(&backend, 2, Scaling::Fixed(1.0), a, b).expect("an adapter");
