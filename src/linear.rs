@@ -57,6 +57,19 @@
 //! rounding of B; f32 factors take none more, as they are rounded once in any case. h of the pair is x Aᵀ by the largest scale:
 //! in f16 it can pass 65504 where that of an adapter of smaller scale would not by itself.
 //!
+//! # Training
+//!
+//! [`forward_train_with`](LoraLinear::forward_train_with) takes dropout, which is an argument of the pass and of nothing else: no
+//! other method drops. [`Gradients::accumulate`] adds a pass's gradients to those of others, in f32. A pass that is told not to
+//! keep h computes it again where db is asked for.
+//!
+//! # Biases
+//!
+//! Forward adds one bias. Where active adapters have biases of their own ([`Adapter::with_b_bias`], PEFT's `lora_bias`) that is
+//! bias + Σ sᵢ · b_biasᵢ, a vector of N elements that is summed when one of them changes: in f32, and rounded to the storage type
+//! once for each adapter. The gradient of the bias is dbias, that of b_biasᵢ is sᵢ times it, and neither needs the vector. A bias
+//! that is trained with the adapter (PEFT's `bias`) is the layer's: [`update_bias`](LoraLinear::update_bias) changes it.
+//!
 //! # Merging
 //!
 //! [`merge`](LoraLinear::merge) writes W' = W + s · B A to a second buffer and keeps W, so that

@@ -57,14 +57,12 @@ impl<B: Backend, T: Element> Folded<B, T> {
             // The bias as a weight of one row, B its only rank: the same kernel, and the same bits everywhere.
             let row = |buffer| Matrix::new(B::read(buffer), 1, n);
             let factors = match adapter.buffers() {
-                Buffers::Storage { b_bias: Some(b_bias), .. } => Factors::Storage {
-                    a: row(b_bias),
-                    b: Matrix::new(B::read(&self.one.0), 1, 1),
-                },
-                Buffers::F32 { b_bias: Some(b_bias), .. } => Factors::F32 {
-                    a: Matrix::new(B::read(b_bias), 1, n),
-                    b: Matrix::new(B::read(&self.one.1), 1, 1),
-                },
+                Buffers::Storage { b_bias: Some(b_bias), .. } => {
+                    Factors::Storage { a: row(b_bias), b: Matrix::new(B::read(&self.one.0), 1, 1) }
+                }
+                Buffers::F32 { b_bias: Some(b_bias), .. } => {
+                    Factors::F32 { a: Matrix::new(B::read(b_bias), 1, n), b: Matrix::new(B::read(&self.one.1), 1, 1) }
+                }
                 _ => continue,
             };
             let merged = MatrixMut::new(B::write(&mut self.sum), 1, n);

@@ -385,7 +385,8 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
 
     /// Makes every sum of biases anew.
     pub(super) fn renew_biases(&mut self) -> Result<()> {
-        (0..self.adapters.len()).try_for_each(|at| if self.adapters[at].folded.is_some() { self.renew(at) } else { Ok(()) })
+        (0..self.adapters.len())
+            .try_for_each(|at| if self.adapters[at].folded.is_some() { self.renew(at) } else { Ok(()) })
     }
 
     pub(super) fn position(&self, name: &str) -> Result<usize> {
