@@ -69,6 +69,11 @@ typedef struct LoraMatrix {
   int64_t row_stride;
 } LoraMatrix;
 
+/* Routes (src/routing.rs): a word per row of x, scale and first and one past the last rank that it keeps; then a word per
+ * LORA_ROUTE_ROWS rows, whose bit i says that one of them keeps ranks from LORA_ROUTE_RANKS i on. */
+#define LORA_ROUTE_ROWS 64
+#define LORA_ROUTE_RANKS 64
+
 /* Dropout on the adapter branch: src/ops.rs says which elements of x are dropped. The factor 1 / (1 - p) is in `scale`. */
 typedef struct LoraDropout {
   uint64_t seed;
@@ -101,6 +106,7 @@ typedef struct LoraForwardParams {
   uint32_t flag_shift; /* 2^flag_shift M-blocks share a flag */
   uint32_t sync_words; /* words the last CTA clears */
   LoraDropout dropout;
+  uint64_t routes; /* address of the table; 0 when absent */
 } LoraForwardParams;
 
 /* Units of work are numbered dh, dx, db (with dbias), da. */
@@ -139,6 +145,7 @@ typedef struct LoraBackwardParams {
   uint32_t sync_words;
   uint32_t flags;
   LoraDropout dropout;
+  uint64_t routes; /* address of the table; 0 when absent */
 } LoraBackwardParams;
 
 /* merged = w + scale b a. A CTA computes one tile; tiles are numbered along k first. */
@@ -221,6 +228,7 @@ typedef struct LoraSm90ForwardParams {
   uint32_t flag_shift; /* 2^flag_shift M-blocks share a flag */
   uint32_t sync_words;
   LoraDropout dropout;
+  uint64_t routes; /* address of the table; 0 when absent */
 } LoraSm90ForwardParams;
 
 typedef struct LoraSm90Forward {
@@ -262,6 +270,7 @@ typedef struct LoraSm90BackwardParams {
   uint32_t flags;
   uint32_t padding;
   LoraDropout dropout;
+  uint64_t routes; /* address of the table; 0 when absent */
 } LoraSm90BackwardParams;
 
 typedef struct LoraSm90Backward {

@@ -21,6 +21,7 @@ pub use adapter::{merge, round};
 
 use crate::dropout::Keep;
 use crate::error::{Error, Result};
+use crate::routing::Route;
 use crate::shape::{LoraShape, check_length};
 use crate::{Dropout, Dtype, Element, Gradient, Matrix, MatrixMut, Seed, raw};
 use product::{Epilogue, Side, Term, column_sums, product};
@@ -69,6 +70,7 @@ pub fn forward<T: Element>(op: Forward<'_, T>) -> Result<()> {
     let shape = check_forward(&op)?;
     let Forward { x, w, a, b, scale, bias, h, y, variant } = op;
     let (keep, scale) = (kept(&variant), scale * raw_variant(&variant).factor());
+    let routes = routed(&variant, shape.m);
     let bias = bias
         .map(|bias| -> Vec<f32> { bias.data[bias.offset..bias.offset + shape.n].iter().map(|v| v.to_f32()).collect() });
     let mut scratch = Vec::new();
@@ -76,7 +78,7 @@ pub fn forward<T: Element>(op: Forward<'_, T>) -> Result<()> {
         Some(h) => h,
         None => middle(&mut scratch, shape)?,
     };
-    let scaled = Epilogue { scale: Some(scale), ..Epilogue::default() };
+    let scaled = Epilogue { scale: Some(scale), routes: routes.as_deref(), ..Epilogue::default() };
     product(&[Term::new(Side::rows(x).keeping(keep), Side::rows(a))], &scaled, reborrow(&mut h));
     let terms = [Term::new(Side::rows(x), Side::rows(w)), Term::new(Side::rows(shared(&h)), Side::rows(b))];
     product(&terms, &Epilogue { bias: bias.as_deref(), ..Epilogue::default() }, y);
@@ -92,11 +94,12 @@ pub fn backward<T: Element>(op: Backward<'_, T>) -> Result<()> {
     let shape = check_backward(&op)?;
     let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, variant } = op;
     let (keep, scale) = (kept(&variant), scale * raw_variant(&variant).factor());
+    let routes = routed(&variant, shape.m);
     let adds = |accumulate| Epilogue { accumulate, ..Epilogue::default() };
     let mut scratch = Vec::new();
     if dx.is_some() || da.is_some() {
         let mut dh = middle(&mut scratch, shape)?;
-        let scaled = Epilogue { scale: Some(scale), ..Epilogue::default() };
+        let scaled = Epilogue { scale: Some(scale), routes: routes.as_deref(), ..Epilogue::default() };
         product(&[Term::new(Side::rows(dy), Side::columns(b))], &scaled, reborrow(&mut dh));
         let dh = shared(&dh);
         if let Some(dx) = dx {
@@ -164,14 +167,23 @@ fn raw_variant(variant: &Variant<'_>) -> raw::Variant {
             Seed::Memory(state) => raw::Seed::Memory(raw(state)),
         },
     });
-    raw::Variant { dropout }
+    raw::Variant { dropout, routes: variant.routes.map(raw) }
 }
 
 fn fits_variant(variant: &Variant<'_>) -> Result<()> {
+    if let Some(routes) = variant.routes {
+        fits("routes", routes)?;
+    }
     match variant.dropout {
         Some(Dropout { seed: Seed::Memory(state), .. }) => fits("seed", state),
         _ => Ok(()),
     }
+}
+
+/// The route of each row; `None` without a table. The variant has been checked.
+fn routed(variant: &Variant<'_>, m: usize) -> Option<Vec<Route>> {
+    let Matrix { data, offset, .. } = variant.routes?;
+    Some(data[offset..offset + m].iter().map(|&word| Route::from_word(word)).collect())
 }
 
 /// The elements of x that the adapter branch sees; `None` for all. The variant has been checked.

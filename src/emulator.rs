@@ -397,12 +397,13 @@ fn upload_words(memory: &mut Memory, name: &str, matrix: Matrix<'_, [u64]>) -> R
 }
 
 fn upload_variant(memory: &mut Memory, variant: &cpu::Variant<'_>) -> Result<raw::Variant> {
-    let Some(Dropout { p, seed }) = variant.dropout else { return Ok(raw::Variant::default()) };
+    let routes = variant.routes.map(|routes| upload_words(memory, "routes", routes)).transpose()?;
+    let Some(Dropout { p, seed }) = variant.dropout else { return Ok(raw::Variant { dropout: None, routes }) };
     let seed = match seed {
         Seed::Value { seed, offset } => raw::Seed::Value { seed, offset },
         Seed::Memory(state) => raw::Seed::Memory(upload_words(memory, "seed", state)?),
     };
-    Ok(raw::Variant { dropout: Some(raw::Dropout { p, seed }) })
+    Ok(raw::Variant { dropout: Some(raw::Dropout { p, seed }), routes })
 }
 
 /// A and B, and whether they are f32.

@@ -26,6 +26,9 @@
 //! [`Forward`] writes h where the caller wants to keep it, and [`Backward`] reads it: M · R elements, little beside x. R = 0 is
 //! the plain product x Wᵀ through the same code, for comparison.
 //!
+//! [`Variant`] has what the same launches do beside that: [`Dropout`] on the adapter branch, whose mask follows from seed, offset and
+//! element alone, and routes of many adapters in one batch ([`Routing`]), each row of x through its own.
+//!
 //! # Example
 //!
 //! On the CPU, so that it runs anywhere; on a GPU the matrices are over device memory and the rest is the same.
@@ -149,6 +152,7 @@ pub mod peft;
 pub mod plan;
 pub mod raw;
 pub mod reference;
+mod routing;
 mod shape;
 
 pub use dtype::{Dtype, Element};
@@ -157,6 +161,7 @@ pub use half::{bf16, f16};
 pub use ops::{
     Accumulate, Backward, Dropout, Factors, Forward, Gradient, Matrix, MatrixMut, Merge, Round, Seed, Variant,
 };
+pub use routing::{MAX_ROUTED_RANK, Routing, Slot};
 pub use shape::{LoraShape, MAX_DIMENSION};
 
 /// The code of the README runs as a test; half of it is about `cuda`, some about `candle`.

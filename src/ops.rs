@@ -132,6 +132,14 @@ pub enum Seed<'a, U: ?Sized> {
 pub struct Variant<'a, U: ?Sized> {
     /// Elements of x that the adapter branch does not see.
     pub dropout: Option<Dropout<'a, U>>,
+    /// Many adapters in one batch: the words of a [`Routing`](crate::Routing) of M rows, 1 × [`Routing::words_for`](crate::Routing::words_for)(M). a holds
+    /// the A of all adapters below each other, b their B side by side, and of h and dh a row keeps the ranks of its own
+    /// adapter, times its scale; the others are zeros. So are da and db of an adapter sums over its own rows. A launch reads the
+    /// table itself: a CUDA graph can be replayed with another one. R is at most [`MAX_ROUTED_RANK`](crate::MAX_ROUTED_RANK).
+    ///
+    /// Whatever the table holds, nothing outside the matrices is touched. Zeros are multiplied like other numbers: an infinity or
+    /// NaN in one adapter's factors, or in a row of x or dy, may make a NaN of rows and gradients of other adapters.
+    pub routes: Option<Matrix<'a, U>>,
 }
 
 impl<U: ?Sized> Clone for Dropout<'_, U> {
@@ -154,7 +162,7 @@ impl<U: ?Sized> Clone for Variant<'_, U> {
 impl<U: ?Sized> Copy for Variant<'_, U> {}
 impl<U: ?Sized> Default for Variant<'_, U> {
     fn default() -> Self {
-        Self { dropout: None }
+        Self { dropout: None, routes: None }
     }
 }
 
@@ -177,7 +185,7 @@ pub struct Forward<'a, D: ?Sized, O: ?Sized, U: ?Sized> {
     pub h: Option<MatrixMut<'a, O>>,
     /// M × N, output.
     pub y: MatrixMut<'a, O>,
-    /// Dropout; the default is none.
+    /// Dropout and routes; the default is neither.
     pub variant: Variant<'a, U>,
 }
 

@@ -76,6 +76,8 @@ pub struct LoraForwardParams {
     pub sync_words: u32,
     /// Dropout; all zero when there is none.
     pub dropout: LoraDropout,
+    /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent.
+    pub routes: u64,
 }
 
 /// The parameter of a backward kernel. Units of work are numbered dh, dx, db (with dbias), da.
@@ -150,6 +152,8 @@ pub struct LoraBackwardParams {
     pub flags: u32,
     /// Dropout; all zero when there is none.
     pub dropout: LoraDropout,
+    /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent.
+    pub routes: u64,
 }
 
 /// The parameter of a forward kernel of the Hopper family, after its tensor maps. Tickets hand out bundles of h units
@@ -193,6 +197,8 @@ pub struct LoraSm90ForwardParams {
     pub sync_words: u32,
     /// Dropout; all zero when there is none.
     pub dropout: LoraDropout,
+    /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent.
+    pub routes: u64,
 }
 
 /// The parameter of a backward kernel of the Hopper family, after its tensor maps. Tickets hand out bundles of dh units,
@@ -264,6 +270,8 @@ pub struct LoraSm90BackwardParams {
     pub padding: u32,
     /// Dropout; all zero when there is none.
     pub dropout: LoraDropout,
+    /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent.
+    pub routes: u64,
 }
 
 /// The parameter of merge: merged = w + scale · B A, a tile per CTA, numbered along K first.
@@ -376,6 +384,8 @@ constants! {
     LORA_ROUND_COLS = 256;
     LORA_ROUND_THREADS = 256;
     LORA_FACTORS_F32 = 1;
+    LORA_ROUTE_ROWS = 64;
+    LORA_ROUTE_RANKS = 64;
     LORA_SYNC_BYTES = 65536;
     LORA_SYNC_FLAGS = 2;
     LORA_ACCUMULATE_DX = 1;
@@ -404,17 +414,17 @@ mod header {
         same_layout!(LoraMatrix: ptr row_stride);
         same_layout!(LoraDropout: seed offset state threshold padding);
         same_layout!(LoraForwardParams: x w a b h y bias sync m n k r scale m_blocks n_blocks h_units units group_m
-            flag_shift sync_words dropout);
+            flag_shift sync_words dropout routes);
         same_layout!(LoraBackwardParams: dy w a b x h dh dx da db dbias partials sync m n k r scale m_blocks n_blocks
             k_blocks dh_units dx_end db_end units chunks chunk_rows partial_stride counters group_m flag_shift
-            sync_words flags dropout);
+            sync_words flags dropout routes);
         same_layout!(LoraMergeParams: w a b merged n k r scale k_blocks flags);
         same_layout!(LoraRoundParams: a b rounded_a rounded_b n k r scale a_units k_blocks r_blocks flags);
         same_layout!(LoraSm90ForwardParams: h bias sync m n k r scale m_groups n_blocks r_blocks h_units h_tickets
-            tickets group_m flag_shift sync_words dropout);
+            tickets group_m flag_shift sync_words dropout routes);
         same_layout!(LoraSm90BackwardParams: dh dx da db dbias partials sync m n k r scale m_groups n_groups k_groups
             k_blocks r_blocks dh_units dh_tickets dx_end db_end tickets chunks chunk_rows partial_stride counters
-            group_m flag_shift sync_words flags padding dropout);
+            group_m flag_shift sync_words flags padding dropout routes);
     };
 
     /// A block as `Launch::parameter_bytes` lays it out: maps, fields, and padding to whole 128 bytes.

@@ -60,6 +60,8 @@ pub struct Dropout {
 pub struct Variant {
     /// Elements of x that the adapter branch does not see.
     pub dropout: Option<Dropout>,
+    /// 1 × [`Routing::words_for`](crate::Routing::words_for)(M) elements of 64 bits.
+    pub routes: Option<Matrix>,
 }
 
 /// Arguments of forward; fields as in [`crate::Forward`].
@@ -83,7 +85,7 @@ pub struct Forward {
     pub h: Option<Matrix>,
     /// M × N.
     pub y: Matrix,
-    /// Dropout.
+    /// Dropout and routes.
     pub variant: Variant,
 }
 
@@ -116,7 +118,7 @@ pub struct Backward {
     pub dbias: Option<Gradient>,
     /// Which outputs add to what is there.
     pub accumulate: Accumulate,
-    /// Dropout.
+    /// Dropout and routes.
     pub variant: Variant,
 }
 

@@ -3,19 +3,11 @@
 
 mod common;
 
+use common::legal::{self, WORKSPACE};
 use common::raw as ops;
-use fused_lora::plan::{
-    Device, Family, LoraBackwardParams, LoraForwardParams, Options, Params, Plan, SYNC_BYTES, TileSize, WORKSPACE_ALIGN,
-};
+use fused_lora::plan::{Device, Family, Options, Params, Plan, SYNC_BYTES, TileSize};
 use fused_lora::{Dtype, Error, LoraShape, MAX_DIMENSION, raw};
 use proptest::prelude::*;
-
-/// Where workspaces are said to be.
-const WORKSPACE: u64 = 1 << 63;
-/// Columns of h, dh, da and db that one tile computes: LORA_NARROW_N.
-const NARROW: u64 = 64;
-/// Words before the flags: LORA_SYNC_FLAGS.
-const FIRST_FLAG: u32 = 2;
 
 fn devices() -> impl Strategy<Value = Device> {
     (prop::sample::select(vec![75, 80, 86, 90, 100, 120]), 1u32..=300)
@@ -40,150 +32,18 @@ fn portable() -> Options {
     Options::default().with_family(Family::Portable)
 }
 
-fn forward_params(params: &Params) -> LoraForwardParams {
-    match params {
-        Params::Forward(params) => *params,
-        other => panic!("the plan of a portable forward holds {other:?}"),
-    }
-}
-
-fn backward_params(params: &Params) -> LoraBackwardParams {
-    match params {
-        Params::Backward(params) => *params,
-        other => panic!("the plan of a portable backward holds {other:?}"),
-    }
-}
-
-/// Byte ranges of the workspace must be aligned, disjoint, after the synchronisation words and inside.
-fn check_regions(plan: &Plan, mut regions: Vec<(u64, u64)>) {
-    regions.push((WORKSPACE, SYNC_BYTES as u64));
-    regions.sort_unstable();
-    for window in regions.windows(2) {
-        assert!(window[0].0 + window[0].1 <= window[1].0, "regions overlap: {regions:?}");
-    }
-    for (start, bytes) in regions {
-        assert!(start.is_multiple_of(WORKSPACE_ALIGN), "{start:#x}");
-        assert!(start + bytes <= WORKSPACE + plan.workspace_bytes() as u64, "{start:#x} + {bytes}");
-    }
-}
-
-/// Limits of the device, and the block of rows that belongs to the launch.
-fn check_launch(plan: &Plan, device: &Device, dtype: Dtype, operation: &str) -> (fused_lora::plan::Launch, u64) {
-    let launch = plan.launch(WORKSPACE, plan.workspace_bytes()).expect("a launch");
-    let (size, block) = match launch.block {
-        [256, 1, 1] => ("large", 128),
-        [128, 1, 1] => ("small", 64),
-        other => panic!("no tile shape has {other:?} threads"),
-    };
-    assert_eq!(launch.image, format!("portable_{operation}"));
-    assert_eq!(launch.kernel, format!("lora_{operation}_{}_{size}", dtype.name()));
-    assert_eq!(launch.cluster, [1, 1, 1]);
-    assert_eq!(launch.grid[1..], [1, 1]);
-    assert!((1..=device.sms * 4).contains(&launch.grid[0]), "{launch:?}");
-    // Static shared memory and what the system reserves come on top.
-    assert!(launch.shared_bytes + 1152 <= device.shared_per_block, "{launch:?}");
-    let ctas_per_sm = launch.grid[0].div_ceil(device.sms);
-    assert!(ctas_per_sm == 1 || ctas_per_sm * (launch.shared_bytes + 1152) <= device.shared_per_sm, "{launch:?}");
-    assert!(ctas_per_sm * launch.block[0] <= if device.arch == 75 { 1024 } else { 1536 }, "{launch:?}");
-    (launch, block)
-}
-
-fn assert_covers(what: &str, blocks: u32, block: u64, extent: usize) {
-    let (blocks, extent) = (u64::from(blocks), extent as u64);
-    assert!(
-        blocks * block >= extent && (blocks - 1) * block < extent,
-        "{blocks} blocks of {block} for {what} {extent}"
-    );
-}
-
-/// The flags of all M-blocks lie between the first flag and `end`, and the area holds all words.
-fn check_flags(m_blocks: u32, flag_shift: u32, end: u32, sync_words: u32) {
-    assert_eq!(FIRST_FLAG + ((m_blocks - 1) >> flag_shift) + 1, end);
-    assert!(sync_words >= end && sync_words as usize * 4 <= SYNC_BYTES, "{sync_words} words");
-}
-
 fn check_forward(op: &raw::Forward, shape: LoraShape, device: &Device) {
     let plan = Plan::forward_with(op, device, portable()).expect("a plan");
     assert_eq!(plan, Plan::forward_with(op, device, portable()).expect("a plan"), "the same call gives the same plan");
-    assert_eq!(plan.shape(), shape);
-    let (launch, block) = check_launch(&plan, device, op.dtype, "forward");
-    let p = forward_params(&launch.params);
-    let LoraShape { m, n, k, r } = shape;
-    assert_eq!((p.m as usize, p.n as usize, p.k as usize, p.r as usize), (m, n, k, r));
-    assert_eq!((p.x.ptr, p.w.ptr, p.a.ptr, p.b.ptr, p.y.ptr), (op.x.ptr, op.w.ptr, op.a.ptr, op.b.ptr, op.y.ptr));
-    assert_eq!((p.sync, p.scale), (WORKSPACE, op.scale));
-    assert_covers("M", p.m_blocks, block, m);
-    assert_covers("N", p.n_blocks, block, n);
-    assert_eq!(u64::from(p.h_units), u64::from(p.m_blocks) * (r as u64).div_ceil(NARROW));
-    assert_eq!(u64::from(p.units), u64::from(p.h_units) + u64::from(p.m_blocks) * u64::from(p.n_blocks));
-    assert!(launch.grid[0] <= p.units && p.units.checked_add(launch.grid[0]).is_some(), "tickets fit in 32 bits");
-    assert!(p.group_m >= 1);
-    check_flags(p.m_blocks, p.flag_shift, p.sync_words, p.sync_words);
-    match op.h {
-        Some(h) => {
-            assert_eq!((p.h.ptr, p.h.row_stride), (h.ptr, h.row_stride as i64));
-            check_regions(&plan, vec![]);
-        }
-        None if r == 0 => check_regions(&plan, vec![]),
-        None => {
-            let stride = p.h.row_stride as u64;
-            assert!(stride >= r as u64 && stride.is_multiple_of(8), "rows of h start on 16 bytes");
-            check_regions(&plan, vec![(p.h.ptr, m as u64 * stride * 2)]);
-        }
-    }
+    assert_eq!((plan.family(), plan.shape()), (Family::Portable, shape));
+    legal::forward(&plan, op, device, &portable(), WORKSPACE);
 }
 
 fn check_backward(op: &raw::Backward, shape: LoraShape, device: &Device) {
     let plan = Plan::backward_with(op, device, portable()).expect("a plan");
     assert_eq!(plan, Plan::backward_with(op, device, portable()).expect("a plan"), "the same call gives the same plan");
-    let (launch, block) = check_launch(&plan, device, op.dtype, "backward");
-    let p = backward_params(&launch.params);
-    let LoraShape { m, n, k, r } = shape;
-    assert_eq!((p.m as usize, p.n as usize, p.k as usize, p.r as usize), (m, n, k, r));
-    assert_covers("M", p.m_blocks, block, m);
-    assert_covers("N", p.n_blocks, block, n);
-    assert_covers("K", p.k_blocks, block, k);
-    let [m_blocks, n_blocks, k_blocks, chunks] = [p.m_blocks, p.n_blocks, p.k_blocks, p.chunks].map(u64::from);
-    let r_blocks = (r as u64).div_ceil(NARROW);
-    let (wants_da, wants_db) = (op.da.is_some() && r > 0, op.db.is_some() && r > 0);
-    let wants_dh = r > 0 && (op.dx.is_some() || wants_da);
-    let db_tiles = if wants_db { n_blocks * r_blocks } else { n_blocks * u64::from(op.dbias.is_some()) };
-    let da_tiles = if wants_da { k_blocks * r_blocks } else { 0 };
-    let mut end = if wants_dh { m_blocks * r_blocks } else { 0 };
-    assert_eq!(u64::from(p.dh_units), end);
-    end += if op.dx.is_some() { m_blocks * k_blocks } else { 0 };
-    assert_eq!(u64::from(p.dx_end), end);
-    end += db_tiles * chunks;
-    assert_eq!(u64::from(p.db_end), end);
-    end += da_tiles * chunks;
-    assert_eq!(u64::from(p.units), end);
-    assert!(p.units.checked_add(launch.grid[0]).is_some(), "tickets fit in 32 bits");
-
-    assert_covers("tokens", p.chunks, u64::from(p.chunk_rows), m);
-    assert!(u64::from(p.chunk_rows).is_multiple_of(block), "a chunk is whole blocks: its dh flags are");
-    check_flags(p.m_blocks, p.flag_shift, p.counters, p.sync_words);
-    let mut regions = Vec::new();
-    if chunks > 1 {
-        assert_eq!(u64::from(p.sync_words), u64::from(p.counters) + db_tiles + da_tiles);
-        // Per thread: two sums and four registers for each eight columns (reduce_chunks in backward.cu).
-        let registers = 2 + 4 * (r as u64).min(NARROW).div_ceil(8);
-        assert!(u64::from(p.partial_stride) >= registers * u64::from(launch.block[0]));
-        regions.push((p.partials, 4 * u64::from(p.partial_stride) * chunks * (db_tiles + da_tiles)));
-    } else {
-        assert_eq!((p.sync_words, p.partials), (p.counters, 0));
-    }
-    if wants_dh {
-        let stride = p.dh.row_stride as u64;
-        assert!(stride >= r as u64 && stride.is_multiple_of(8), "rows of dh start on 16 bytes");
-        regions.push((p.dh.ptr, m as u64 * stride * 2));
-    }
-    check_regions(&plan, regions);
-    let pointer = |wanted: bool, gradient: Option<raw::Gradient>| match gradient {
-        Some(gradient) if wanted => gradient.matrix.ptr,
-        _ => 0,
-    };
-    assert_eq!((p.da.ptr, p.db.ptr), (pointer(wants_da, op.da), pointer(wants_db, op.db)));
-    assert_eq!((p.dx.ptr, p.dbias), (op.dx.map_or(0, |dx| dx.ptr), pointer(true, op.dbias)));
+    assert_eq!((plan.family(), plan.shape()), (Family::Portable, shape));
+    legal::backward(&plan, op, device, &portable(), WORKSPACE);
 }
 
 /// The errors that a shape alone can cause: the arguments or the tiles are more than 64 or 32 bits can count.
@@ -261,7 +121,8 @@ proptest! {
         let (shape, op) = (LoraShape { m, n, k, r }, ops::backward(dtype, LoraShape { m, n, k, r }));
         check_backward(&op, shape, &device);
         let plan = Plan::backward_with(&op, &device, portable()).expect("a plan");
-        let p = backward_params(&plan.launch(WORKSPACE, plan.workspace_bytes()).expect("a launch").params);
+        let launch = plan.launch(WORKSPACE, plan.workspace_bytes()).expect("a launch");
+        let Params::Backward(p) = launch.params else { panic!("{launch:?}") };
         // 600 tiles at most here: only a device with fewer SMs than half the tiles has nothing to gain.
         let tiles = p.n_blocks + p.k_blocks;
         prop_assert!(p.chunks > 1 || 2 * device.sms <= tiles, "{} chunk for {tiles} tiles", p.chunks);

@@ -1,8 +1,14 @@
 //! No text makes the parser, the decoder or the executor panic, loop or take memory without bound.
 
-use std::time::{Duration, Instant};
+#[path = "support/exercise.rs"]
+mod exercise;
 
-use ptx_emulator::{Device, Launch, Memory, Module, Options, Timing};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+use std::{env, fs};
+
+use exercise::exercise;
+use ptx_emulator::Module;
 
 const TILE: &str = include_str!("ptx/tile.ptx");
 const CALLS: &str = include_str!("ptx/calls.ptx");
@@ -26,37 +32,6 @@ impl Random {
     fn of<'a, T: ?Sized>(&mut self, all: &[&'a T]) -> &'a T {
         all[self.below(all.len())]
     }
-}
-
-/// Parses, and launches each kernel there is with few instructions: that it comes back is what counts. Whether one ran to
-/// its end.
-fn exercise(text: &str, seed: u64) -> bool {
-    let Ok(module) = Module::parse(text) else { return false };
-    let mut ran = false;
-    let options = Options {
-        seed,
-        device: Device { sms: 1, ..Device::default() },
-        copies: [Timing::Eager, Timing::Lazy, Timing::Mixed][seed as usize % 3],
-        patience: 400,
-        limit: 3000,
-        ..Options::default()
-    };
-    for kernel in module.kernels() {
-        let Some(info) = module.kernel_info(kernel) else { continue };
-        let Some(end) = info.parameters.last().map(|last| (last.offset + last.bytes) as usize) else { continue };
-        if end > 4096 {
-            continue;
-        }
-        let mut memory = Memory::new();
-        let buffer = memory.alloc("buffer", 4096);
-        memory.write(buffer, &[1; 2048]).expect("in range");
-        let params: Vec<u8> = buffer.to_le_bytes().into_iter().cycle().take(end).collect();
-        let launch =
-            Launch { kernel, grid: [1; 3], cluster: [1; 3], block: [64, 1, 1], shared_bytes: 256, params: &params };
-        // Most are reports; none is a panic.
-        ran |= module.launch(&mut memory, &launch, &options).map_err(|report| report.to_string()).is_ok();
-    }
-    ran
 }
 
 const NUMBERS: [&str; 16] = [
@@ -156,6 +131,25 @@ fn mutated_texts_are_parsed_and_run_or_refused() {
             "only {ran} of {ROUNDS} ran to the end: the mutations are too wild to test much"
         );
     }
+}
+
+/// Those in tests/fuzz, which once failed or which the fuzzer starts from.
+#[test]
+fn kept_texts_are_parsed_and_run_or_refused() {
+    // Asked at run time first, because a bundle runs the tests where they were not compiled.
+    let project: PathBuf =
+        env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into()).into();
+    let mut count = 0;
+    for entry in fs::read_dir(project.join("tests/fuzz")).expect("the folder of kept texts") {
+        let path = entry.expect("an entry").path();
+        println!("{}", path.display());
+        let text = fs::read(&path).expect("a readable file");
+        for seed in 0..3 {
+            exercise(&String::from_utf8_lossy(&text), seed);
+        }
+        count += 1;
+    }
+    assert!(count > 0);
 }
 
 /// Bytes that never were PTX.

@@ -5,8 +5,9 @@ use std::time::Duration;
 use fused_lora::{Element, bf16, f16};
 use safetensors::Dtype;
 
-use super::backend::{Backend, Form, Forms, Kind, Problem, Runner, Values};
-use super::case::Case;
+use super::adapter::Adapter;
+use super::backend::{Backend, Backward, Form, Forms, Kind, Problem, Runner, Values};
+use super::case::{AdapterInfo, Case};
 use super::failure::{Failure, Outcome};
 use super::measure::{self, Error};
 use super::tensors::Tensor;
@@ -100,75 +101,147 @@ fn run_on(case: &Case, runner: &impl Runner) -> Result<Report, Failure> {
         let problem = format!("a recorded mode that the {} backend computes (recorded: {recorded})", runner.name());
         return Err(Failure::NotBuilt(problem));
     }
-    Ok(Report { case: case.name.clone(), dimensions: [case.m, case.n, case.k, case.info.r], rows, left_out })
+    Ok(Report { case: case.name.clone(), dimensions: [case.m, case.n, case.k, case.rank()], rows, left_out })
 }
 
 fn run_mode<T: Element>(case: &Case, runner: &impl Runner, mode: Mode) -> Result<Vec<Row>, Failure> {
     let failed = |error| Failure::Backend { backend: runner.name(), error };
-    let (n, k, r) = (case.n, case.k, case.info.r);
-    let problem = problem::<T>(case, mode)?;
-    let adapter = |what| format!("{}.{what}", case.info.name);
-    let outputs = [
-        ("y".into(), case.token_shape(n)),
-        ("dX".into(), case.token_shape(k)),
-        (adapter("dA"), vec![r, k]),
-        (adapter("dB"), vec![n, r]),
-        ("db".into(), vec![n]),
-    ];
-    let recorded: Vec<Option<Recorded<'_>>> =
-        outputs.iter().map(|(what, shape)| Recorded::find(case, mode, what, shape)).collect::<Result<_, _>>()?;
-    if recorded.iter().all(Option::is_none) {
+    let (n, k) = (case.n, case.k);
+    let find = |what: String, shape: Vec<usize>| Recorded::find(case, mode, what, shape);
+    let (y, dx) = (find("y".into(), case.token_shape(n))?, find("dX".into(), case.token_shape(k))?);
+    let dbias = find("db".into(), vec![n])?;
+    let mut gradients = Vec::with_capacity(case.adapters.len());
+    for Adapter { info: AdapterInfo { name, r, .. }, .. } in &case.adapters {
+        let (da, db) = (find(format!("{name}.dA"), vec![*r, k])?, find(format!("{name}.dB"), vec![n, *r])?);
+        gradients.push((da, db, find(format!("{name}.dBbias"), vec![n])?));
+    }
+    let absent = gradients.iter().all(|(da, db, own)| da.is_none() && db.is_none() && own.is_none());
+    if absent && y.is_none() && dx.is_none() && dbias.is_none() {
         let problem = format!("holds no result of mode `{}`, which case.json lists", mode.name);
         return Err(Failure::malformed("tensors.safetensors", problem));
     }
-    // A gradient is computed in the type PEFT recorded it in.
-    let form = |at: usize| match &recorded[at] {
-        Some(recorded) if recorded.peft.dtype == Dtype::F32 && T::DTYPE != fused_lora::Dtype::F32 => Form::F32,
-        _ => Form::Storage,
-    };
-    let forms = Forms { da: form(2), db: form(3), dbias: recorded[4].as_ref().map(|_| form(4)) };
+
+    // All adapters as one, for what they make together.
+    let problem = problem::<T>(case, mode, &case.adapters)?;
     let forward = runner.forward(&problem).map_err(failed)?;
-    let backward = runner.backward(&problem, &forward.h, forms).map_err(failed)?;
-    let results = [
-        Some(widened(&forward.y)),
-        Some(widened(&backward.dx)),
-        Some(values(&backward.da)),
-        Some(values(&backward.db)),
-        backward.dbias.as_ref().map(values),
-    ];
-    let mut rows = Vec::new();
-    for (at, ((name, shape), result)) in outputs.into_iter().zip(results).enumerate() {
-        if let (Some(recorded), Some((dtype, result))) = (&recorded[at], result) {
-            let time = if at == 0 { forward.time } else { backward.time };
-            rows.push(recorded.row(case, mode, name, shape, dtype, &result, time));
+    let alone = case.adapters.len() == 1;
+    let own_bias = gradients.iter().any(|(_, _, own)| own.is_some());
+    let forms = |(da, db, _): &Gradients<'_>| Forms {
+        da: form::<T>(da.as_ref()),
+        db: form::<T>(db.as_ref()),
+        // Multiplied by a scale before it is rounded.
+        dbias: if own_bias { Some(Form::F32) } else { dbias.as_ref().map(|dbias| form::<T>(Some(dbias))) },
+    };
+    let backward = runner.backward(&problem, &forward.h, forms(&gradients[0])).map_err(failed)?;
+    let mut rows = Rows { case, mode, rows: Vec::new() };
+    rows.push(y, widened(&forward.y), forward.time);
+    rows.push(dx, widened(&backward.dx), backward.time);
+    let sums = backward.dbias.as_ref().map(values);
+    for (adapter, gradients) in case.adapters.iter().zip(gradients) {
+        let own = if alone { None } else { Some(alone_backward::<T>(case, runner, mode, adapter, forms(&gradients))?) };
+        let of = own.as_ref().unwrap_or(&backward);
+        let (da, db, dbias) = gradients;
+        rows.push(da, values(&of.da), of.time);
+        rows.push(db, values(&of.db), of.time);
+        if let (Some(recorded), Some((_, sums))) = (dbias, &sums) {
+            let scaled: Vec<f64> = sums.iter().map(|sum| adapter.info.scaling * sum).collect();
+            let result = match form::<T>(Some(&recorded)) {
+                Form::F32 => (Dtype::F32, scaled),
+                Form::Storage => widened(&scaled.into_iter().map(T::from_f64).collect::<Vec<_>>()),
+            };
+            rows.push(Some(recorded), result, backward.time);
         }
     }
-    Ok(rows)
+    if let Some(sums) = sums {
+        rows.push(dbias, sums, backward.time);
+    }
+    Ok(rows.rows)
 }
 
-/// The inputs of the case, rounded to `T` as PEFT rounds them in this mode.
-fn problem<T: Element>(case: &Case, mode: Mode) -> Result<Problem<T>, Failure> {
-    let (n, k, r) = (case.n, case.k, case.info.r);
+/// What is recorded of an adapter's gradients: dA, dB and that of B's bias.
+type Gradients<'a> = (Option<Recorded<'a>>, Option<Recorded<'a>>, Option<Recorded<'a>>);
+
+/// A gradient is computed in the type PEFT recorded it in.
+fn form<T: Element>(recorded: Option<&Recorded<'_>>) -> Form {
+    match recorded {
+        Some(recorded) if recorded.peft.dtype == Dtype::F32 && T::DTYPE != fused_lora::Dtype::F32 => Form::F32,
+        _ => Form::Storage,
+    }
+}
+
+/// The gradients of one adapter of several, which do not depend on the others.
+fn alone_backward<T: Element>(
+    case: &Case,
+    runner: &impl Runner,
+    mode: Mode,
+    adapter: &Adapter,
+    forms: Forms,
+) -> Result<Backward<T>, Failure> {
+    let failed = |error| Failure::Backend { backend: runner.name(), error };
+    let problem = problem::<T>(case, mode, std::slice::from_ref(adapter))?;
+    let forward = runner.forward(&problem).map_err(failed)?;
+    runner.backward(&problem, &forward.h, forms).map_err(failed)
+}
+
+/// The inputs of the case with some of its adapters, rounded to `T` as PEFT rounds them in this mode. Several are side by side
+/// under the largest of their scales, the others' B multiplied by what theirs are of it.
+fn problem<T: Element>(case: &Case, mode: Mode, adapters: &[Adapter]) -> Result<Problem<T>, Failure> {
+    let (n, k) = (case.n, case.k);
     let narrow = |values: &[f64]| values.iter().map(|&value| T::from_f64(value)).collect::<Vec<T>>();
-    let (a, b) = if mode.f32_adapter {
-        let matrix = |what, shape: [usize; 2]| case.adapter_tensor(what, &shape).map(|tensor| narrow(&tensor.data));
-        (matrix("A_f32", [r, k])?, matrix("B_f32", [n, r])?)
-    } else {
-        (narrow(&case.adapter.a), narrow(&case.adapter.b))
-    };
+    let scales = adapters.iter().map(|adapter| adapter.info.scaling);
+    let scale = scales.max_by(|one, other| one.abs().total_cmp(&other.abs())).unwrap_or(1.0);
+    let (mut a, mut b, mut r) = (Vec::new(), vec![Vec::new(); n], 0);
+    let mut bias: Option<Vec<f32>> =
+        case.bias.as_deref().map(|bias| narrow(bias).iter().map(|value| value.to_f32()).collect());
+    for adapter in adapters {
+        let AdapterInfo { r: rank, scaling, .. } = adapter.info;
+        let recorded = |what, shape: &[usize]| case.adapter_tensor(adapter, what, shape).map(|it| it.data.clone());
+        let (wide_a, wide_b) = if mode.f32_adapter {
+            (recorded("A_f32", &[rank, k])?, recorded("B_f32", &[n, rank])?)
+        } else {
+            (adapter.a.clone(), adapter.b.clone())
+        };
+        a.extend(narrow(&wide_a));
+        let ratio = if scale == 0.0 { 1.0 } else { (scaling / scale) as f32 };
+        let scaled = |value: &f64| T::from_f32(*value as f32 * ratio);
+        (0..n).for_each(|row| b[row].extend(wide_b[row * rank..][..rank].iter().map(scaled)));
+        r += rank;
+        if adapter.b_bias.is_some() {
+            let own: Vec<f32> = if mode.f32_adapter {
+                recorded("Bbias_f32", &[n])?.iter().map(|&value| value as f32).collect()
+            } else {
+                narrow(&recorded("Bbias", &[n])?).iter().map(|value| value.to_f32()).collect()
+            };
+            let bias = bias.get_or_insert_with(|| vec![0.0; n]);
+            bias.iter_mut().zip(&own).for_each(|(bias, own)| *bias += scaling as f32 * own);
+        }
+    }
     Ok(Problem {
         m: case.m,
         n,
         k,
         r,
-        scale: case.info.scaling as f32,
+        scale: scale as f32,
         x: narrow(&case.tensors.expect("x", &case.token_shape(k))?.data),
         w: narrow(&case.w),
         a,
-        b,
-        bias: case.bias.as_deref().map(narrow),
+        b: b.concat(),
+        bias: bias.map(|bias| bias.into_iter().map(T::from_f32).collect()),
         dy: narrow(&case.tensors.expect("dY", &case.token_shape(n))?.data),
     })
+}
+
+/// Results held to what is recorded of them.
+struct Rows<'a> {
+    case: &'a Case,
+    mode: Mode,
+    rows: Vec<Row>,
+}
+
+impl Rows<'_> {
+    fn push(&mut self, recorded: Option<Recorded<'_>>, (dtype, result): (Dtype, Vec<f64>), time: Duration) {
+        self.rows.extend(recorded.map(|recorded| recorded.row(self.case, self.mode, dtype, &result, time)));
+    }
 }
 
 fn widened<T: Element>(values: &[T]) -> (Dtype, Vec<f64>) {
@@ -189,36 +262,29 @@ fn values<T: Element>(values: &Values<T>) -> (Dtype, Vec<f64>) {
 
 /// What PEFT recorded of one result: in the mode itself, and the truth.
 struct Recorded<'a> {
+    what: String,
+    shape: Vec<usize>,
     peft: &'a Tensor,
     truth: &'a Tensor,
 }
 
 impl<'a> Recorded<'a> {
-    fn find(case: &'a Case, mode: Mode, what: &str, shape: &[usize]) -> Result<Option<Self>, Failure> {
+    fn find(case: &'a Case, mode: Mode, what: String, shape: Vec<usize>) -> Result<Option<Self>, Failure> {
         let name = format!("{}/{what}", mode.name);
         if case.tensors.get(&name).is_none() {
             return Ok(None);
         }
-        let peft = case.tensors.expect(&name, shape)?;
-        let truth = case.tensors.expect(&format!("{}/{what}", mode.truth), shape)?;
-        Ok(Some(Self { peft, truth }))
+        let peft = case.tensors.expect(&name, &shape)?;
+        let truth = case.tensors.expect(&format!("{}/{what}", mode.truth), &shape)?;
+        Ok(Some(Self { what, shape, peft, truth }))
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn row(
-        &self,
-        case: &Case,
-        mode: Mode,
-        name: String,
-        shape: Vec<usize>,
-        dtype: Dtype,
-        result: &[f64],
-        time: Duration,
-    ) -> Row {
+    fn row(self, case: &Case, mode: Mode, dtype: Dtype, result: &[f64], time: Duration) -> Row {
         let truth = &self.truth.data;
         let measured = measure::error(&self.peft.data, truth);
-        let peft =
-            case.recorded_error(mode.name, &name).map_or(measured, |(relative, largest)| Error { relative, largest });
+        let peft = case
+            .recorded_error(mode.name, &self.what)
+            .map_or(measured, |(relative, largest)| Error { relative, largest });
         let bound = measure::bound(peft, truth, mode.storage);
         // The triangle inequality, with a little room because the norm divided by is that of PEFT's tensor.
         let from_peft_bound = Error {
@@ -230,9 +296,9 @@ impl<'a> Recorded<'a> {
             bound,
             from_peft: measure::error(result, &self.peft.data),
             from_peft_bound,
-            name,
+            name: self.what,
             mode: mode.name,
-            shape,
+            shape: self.shape,
             dtype,
             time,
         }

@@ -63,7 +63,7 @@ pub(super) struct Backward<'a, S> {
 /// Dropout as both operations take it.
 pub(super) fn variant<'a, U: ?Sized>(dropout: Option<Dropout>) -> Variant<'a, U> {
     let given = |Dropout { p, seed, offset }| crate::Dropout { p, seed: Seed::Value { seed, offset } };
-    Variant { dropout: dropout.map(given) }
+    Variant { dropout: dropout.map(given), routes: None }
 }
 
 /// The type of the gradient of an adapter or a bias: its own.

@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use super::convert::{Sum, widen};
 use crate::dropout::Keep;
+use crate::routing::Route;
 use crate::{Dtype, Element, Matrix, MatrixMut};
 
 /// Largest extent of an output tile. With the depth block it bounds the scratch of a thread to 2 MiB (4 MiB where sums are in
@@ -103,6 +104,8 @@ impl<'a, T: Element> Term<'a, T> {
 pub(super) struct Epilogue<'a> {
     /// Multiplies the sum.
     pub(super) scale: Option<f32>,
+    /// What of a row's sum is kept, and another factor: one per output row.
+    pub(super) routes: Option<&'a [Route]>,
     /// One value per output column.
     pub(super) bias: Option<&'a [f32]>,
     /// Adds what the output holds.
@@ -224,9 +227,14 @@ fn fill<S: Sum, T: Element, O: Element>(
         }
     }
     let bias = epilogue.bias.map(|bias| &bias[tile.col..tile.col + cols]);
-    for (line, sums) in tile.lines.into_iter().zip(sums.chunks_exact_mut(cols)) {
+    let (row, col) = (tile.row, tile.col);
+    for (at, (line, sums)) in tile.lines.into_iter().zip(sums.chunks_exact_mut(cols)).enumerate() {
+        let route = epilogue.routes.map(|routes| &routes[row + at]);
         if let Some(scale) = epilogue.scale {
             sums.iter_mut().for_each(|sum| *sum *= S::from(scale));
+        }
+        if let Some(route) = route {
+            keep_route(route, col, sums);
         }
         if let Some(bias) = bias {
             sums.iter_mut().zip(bias).for_each(|(sum, &bias)| *sum += S::from(bias));
@@ -235,6 +243,17 @@ fn fill<S: Sum, T: Element, O: Element>(
             sums.iter_mut().zip(line.iter()).for_each(|(sum, old)| *sum += S::from(old.to_f32()));
         }
         S::store(sums, line);
+    }
+}
+
+/// Of the columns from `col` on, those that the route keeps, times its scale; zeros elsewhere.
+fn keep_route<S: Sum>(route: &Route, col: usize, sums: &mut [S]) {
+    for (at, sum) in sums.iter_mut().enumerate() {
+        if (route.begin..route.end).contains(&(col + at)) {
+            *sum *= S::from(route.scale);
+        } else {
+            *sum = S::from(0.0);
+        }
     }
 }
 

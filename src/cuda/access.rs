@@ -98,12 +98,13 @@ impl<'s> Access<'s> {
     }
 
     fn variant(&mut self, variant: &Variant<'s>) -> Result<raw::Variant> {
-        let Some(Dropout { p, seed }) = variant.dropout else { return Ok(raw::Variant::default()) };
+        let routes = variant.routes.map(|routes| self.read("routes", routes)).transpose()?;
+        let Some(Dropout { p, seed }) = variant.dropout else { return Ok(raw::Variant { dropout: None, routes }) };
         let seed = match seed {
             Seed::Value { seed, offset } => raw::Seed::Value { seed, offset },
             Seed::Memory(state) => raw::Seed::Memory(self.read("seed", state)?),
         };
-        Ok(raw::Variant { dropout: Some(raw::Dropout { p, seed }) })
+        Ok(raw::Variant { dropout: Some(raw::Dropout { p, seed }), routes })
     }
 
     /// A and B, and whether they are f32.

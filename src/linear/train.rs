@@ -201,7 +201,17 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             rank => Some(self.middle(x, rank)?),
         };
         let keep = h.as_mut().map(|h| MatrixMut::new(B::write(h), x.rows, a.rows));
-        self.backend.forward(Forward { x, w, a, b, scale, bias, h: keep, y, variant: Variant { dropout } })?;
+        self.backend.forward(Forward {
+            x,
+            w,
+            a,
+            b,
+            scale,
+            bias,
+            h: keep,
+            y,
+            variant: Variant { dropout, ..Variant::default() },
+        })?;
         let (adapter, rank) = (named.map(|named| named.version), a.rows);
         let kept_dropout = dropout.map(|Dropout { p, seed }| match seed {
             Seed::Value { seed, offset } => (p, Some([seed, offset])),
@@ -256,7 +266,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             db: db.map(Gradient::F32),
             dbias: dbias.map(Gradient::F32),
             accumulate,
-            variant: Variant { dropout },
+            variant: Variant { dropout, ..Variant::default() },
         })
     }
 
@@ -276,7 +286,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             bias: None,
             h: Some(MatrixMut::new(B::write(&mut h), tokens, rank)),
             y: MatrixMut::new(B::write(&mut y), tokens, columns),
-            variant: Variant { dropout },
+            variant: Variant { dropout, ..Variant::default() },
         })?;
         Ok(h)
     }

@@ -30,17 +30,18 @@ macro_rules! write_fields {
         }
         const _: () = assert!(size_of::<$name>() == 0 $(+ { let _ = stringify!($matrix); 16 })* $(+ write_fields!(@size $word))*);
     };
-    // Dropout comes last, in structs that have it.
-    ($name:ident: matrices $($matrix:ident)*; words $($word:ident)*; dropout) => {
+    // Dropout and routes come last, in structs that have them.
+    ($name:ident: matrices $($matrix:ident)*; words $($word:ident)*; variant) => {
         impl $name {
             fn write(&self, out: &mut Vec<u8>) {
                 $(out.extend(self.$matrix.ptr.to_ne_bytes());
                   out.extend(self.$matrix.row_stride.to_ne_bytes());)*
                 $(out.extend(self.$word.to_ne_bytes());)*
                 self.dropout.write(out);
+                out.extend(self.routes.to_ne_bytes());
             }
         }
-        const _: () = assert!(size_of::<$name>() == size_of::<LoraDropout>() $(+ { let _ = stringify!($matrix); 16 })*
+        const _: () = assert!(size_of::<$name>() == size_of::<LoraDropout>() + 8 $(+ { let _ = stringify!($matrix); 16 })*
             $(+ write_fields!(@size $word))*);
     };
     (@size seed) => { 8 };
@@ -55,15 +56,15 @@ macro_rules! write_fields {
 
 write_fields!(LoraDropout: matrices; words seed offset state threshold padding);
 write_fields!(LoraForwardParams: matrices x w a b h y;
-    words bias sync m n k r scale m_blocks n_blocks h_units units group_m flag_shift sync_words; dropout);
+    words bias sync m n k r scale m_blocks n_blocks h_units units group_m flag_shift sync_words; variant);
 write_fields!(LoraBackwardParams: matrices dy w a b x h dh dx da db;
     words dbias partials sync m n k r scale m_blocks n_blocks k_blocks dh_units dx_end db_end units chunks chunk_rows
-    partial_stride counters group_m flag_shift sync_words flags; dropout);
+    partial_stride counters group_m flag_shift sync_words flags; variant);
 write_fields!(LoraSm90ForwardParams: matrices h;
-    words bias sync m n k r scale m_groups n_blocks r_blocks h_units h_tickets tickets group_m flag_shift sync_words; dropout);
+    words bias sync m n k r scale m_groups n_blocks r_blocks h_units h_tickets tickets group_m flag_shift sync_words; variant);
 write_fields!(LoraSm90BackwardParams: matrices dh dx da db;
     words dbias partials sync m n k r scale m_groups n_groups k_groups k_blocks r_blocks dh_units dh_tickets
-    dx_end db_end tickets chunks chunk_rows partial_stride counters group_m flag_shift sync_words flags padding; dropout);
+    dx_end db_end tickets chunks chunk_rows partial_stride counters group_m flag_shift sync_words flags padding; variant);
 write_fields!(LoraMergeParams: matrices w a b merged; words n k r scale k_blocks flags);
 write_fields!(LoraRoundParams: matrices a b rounded_a rounded_b;
     words n k r scale a_units k_blocks r_blocks flags);

@@ -9,6 +9,9 @@ pub(super) struct Portable {
     /// 10^6 floating-point operations per second of an SM of compute capability 9.0 that is full of large tiles. Not measured:
     /// half of what the same SM does with wgmma, as others' kernels of this kind reach.
     pub hopper_sm_flops_per_us: f64,
+    /// The same of one of compute capability 7.5 with bf16, which it has no tensor instruction for. Not measured: 64
+    /// multiply-adds a clock at 1.6 GHz, of which 0.7 are reached.
+    pub turing_sm_f32_flops_per_us: f64,
     /// The same elsewhere, as part of the data sheet's rate. Not measured.
     pub of_peak: f64,
     /// Work per SM and unit of time with small tiles, relative to large ones, which load less per product. Not measured; from
@@ -20,8 +23,14 @@ pub(super) struct Portable {
     pub launch: f64,
 }
 
-pub(super) const PORTABLE: Portable =
-    Portable { hopper_sm_flops_per_us: 3.1e6, of_peak: 0.7, small_rate: 0.7, alone: 0.5, launch: 4.0 };
+pub(super) const PORTABLE: Portable = Portable {
+    hopper_sm_flops_per_us: 3.1e6,
+    turing_sm_f32_flops_per_us: 0.143e6,
+    of_peak: 0.7,
+    small_rate: 0.7,
+    alone: 0.5,
+    launch: 4.0,
+};
 
 /// What units of work of the Hopper family cost, in clocks of an SM.
 pub(super) struct Sm90 {

@@ -51,6 +51,7 @@ pub(super) fn forward(op: &raw::Forward, shape: LoraShape, device: &Device, opti
         flag_shift,
         sync_words: LORA_SYNC_FLAGS + flag_count as u32,
         dropout: op.variant.dropout(),
+        routes: op.variant.routes.map_or(0, |routes| routes.ptr),
     };
     let mut notes = Vec::new();
     explain::slow_operands(&mut notes, &read_by_forward(op));
@@ -129,6 +130,7 @@ pub(super) fn backward(op: &raw::Backward, shape: LoraShape, device: &Device, op
         sync_words: counters + counter_words,
         flags: gradient_flags(op),
         dropout: op.variant.dropout(),
+        routes: op.variant.routes.map_or(0, |routes| routes.ptr),
     };
     let mut notes = Vec::new();
     explain::slow_operands(&mut notes, &read_by_backward(op));

@@ -167,6 +167,7 @@ impl Case {
             dy: mat(&self.dy),
             scale: f64::from(self.scale as f32),
             keep: None,
+            gate: None,
         }
     }
 }

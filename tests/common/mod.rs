@@ -10,6 +10,11 @@ pub mod check;
 pub mod data;
 #[cfg(all(feature = "emulator", feature = "cuda"))]
 pub mod emulated;
+pub mod every;
+pub mod factors;
+#[cfg(feature = "peft")]
+pub mod fuzz_peft;
+pub mod fuzz_plan;
 pub mod golden;
 #[cfg(feature = "cuda")]
 pub mod gpu;
@@ -17,6 +22,7 @@ pub mod hopper;
 #[cfg(feature = "cuda")]
 pub mod hopper_defects;
 pub mod layers;
+pub mod legal;
 #[cfg(feature = "peft")]
 pub mod peft;
 pub mod raw;
@@ -85,6 +91,18 @@ impl<T: Element> Host<T> {
         self.offset + row * self.row_stride + col
     }
 
+    pub fn set(&mut self, row: usize, col: usize, value: f64) {
+        let at = self.index(row, col);
+        self.data[at] = T::from_f64(value);
+    }
+
+    /// Every element of the matrix, and nothing around it.
+    pub fn fill(&mut self, element: impl Fn(usize, usize) -> f64) {
+        for row in 0..self.rows {
+            (0..self.cols).for_each(|col| self.set(row, col, element(row, col)));
+        }
+    }
+
     /// Whether `data[at]` belongs to the matrix (and not to what surrounds it).
     pub fn is_element(&self, at: usize) -> bool {
         let from = at.wrapping_sub(self.offset);
@@ -136,6 +154,11 @@ impl HostDropout {
     }
 }
 
+fn variant<'a>(dropout: &'a Option<HostDropout>, routes: &'a Option<Vec<u64>>) -> Variant<'a, [u64]> {
+    let routes = routes.as_ref().map(|words| Matrix::new(&words[..], 1, words.len()));
+    Variant { dropout: dropout.as_ref().map(HostDropout::view), routes }
+}
+
 /// Forward over host buffers; `h` and `y` are written in place.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostForward<T> {
@@ -148,12 +171,14 @@ pub struct HostForward<T> {
     pub h: Option<Host<T>>,
     pub y: Host<T>,
     pub dropout: Option<HostDropout>,
+    /// Words of a routing.
+    pub routes: Option<Vec<u64>>,
 }
 
 impl<T: Element> HostForward<T> {
     /// As the backends that compute on slices take it.
     pub fn views(&mut self) -> cpu::Forward<'_, T> {
-        let Self { x, w, a, b, scale, bias, h, y, dropout } = self;
+        let Self { x, w, a, b, scale, bias, h, y, dropout, routes } = self;
         cpu::Forward {
             x: x.view(),
             w: w.view(),
@@ -163,7 +188,7 @@ impl<T: Element> HostForward<T> {
             bias: bias.as_ref().map(Host::view),
             h: h.as_mut().map(Host::view_mut),
             y: y.view_mut(),
-            variant: Variant { dropout: dropout.as_ref().map(HostDropout::view) },
+            variant: variant(dropout, routes),
         }
     }
 }
@@ -184,12 +209,14 @@ pub struct HostBackward<T> {
     pub dbias: Option<HostGradient<T>>,
     pub accumulate: Accumulate,
     pub dropout: Option<HostDropout>,
+    /// Words of a routing.
+    pub routes: Option<Vec<u64>>,
 }
 
 impl<T: Element> HostBackward<T> {
     /// As the backends that compute on slices take it.
     pub fn views(&mut self) -> cpu::Backward<'_, T> {
-        let Self { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, dropout } = self;
+        let Self { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, dropout, routes } = self;
         cpu::Backward {
             dy: dy.view(),
             w: w.view(),
@@ -203,7 +230,7 @@ impl<T: Element> HostBackward<T> {
             db: db.as_mut().map(HostGradient::view_mut),
             dbias: dbias.as_mut().map(HostGradient::view_mut),
             accumulate: *accumulate,
-            variant: Variant { dropout: dropout.as_ref().map(HostDropout::view) },
+            variant: variant(dropout, routes),
         }
     }
 }

@@ -75,6 +75,7 @@ pub(in crate::plan) fn backward(
         flags: gradient_flags(op),
         padding: 0,
         dropout: op.variant.dropout(),
+        routes: op.variant.routes.map_or(0, |routes| routes.ptr),
     };
     let maps = maps(op, dh, wanted);
     let is_bf16 = op.dtype == Dtype::Bf16;
