@@ -17,7 +17,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
 /// Cases that are computed, each with its number of results on a backend that computes in every type.
-const COMPUTED: [(&str, usize); 11] = [
+const COMPUTED: [(&str, usize); 12] = [
     ("plain", 16),
     ("plain_3d_nobias", 16),
     ("odd_sizes", 16),
@@ -29,6 +29,7 @@ const COMPUTED: [(&str, usize); 11] = [
     ("bias_lora_only", 5),
     ("lora_bias", 10),
     ("multi_active", 32),
+    ("mixed_batch", 24),
 ];
 
 struct Output {
@@ -155,6 +156,9 @@ fn a_wrong_value_anywhere_is_noticed() {
         ("multi_active", "f64/c.dB"),
         ("multi_active", "a.A_f32"),
         ("multi_active", "f64/dX"),
+        ("mixed_batch", "f64/y"),
+        ("mixed_batch", "f64/b.dB"),
+        ("mixed_batch", "bf16/a.dA"),
     ] {
         let spoiled = copy_of(case, "wrong-value");
         spoil(&spoiled.join("tensors.safetensors"), tensor);
@@ -210,7 +214,6 @@ fn what_is_not_built_is_named() {
     for (case, needed) in [
         ("dora", "needs DoRA, which is not built yet"),
         ("dropout", "needs dropout on the adapter branch"),
-        ("mixed_batch", "needs different adapters within one batch"),
         ("embedding", "needs LoRA on embeddings"),
     ] {
         let Output { status, err, .. } = on_cpu(&golden(case));

@@ -25,8 +25,10 @@ pub struct Case {
     pub lead: Vec<usize>,
     /// N × K, whatever the layout on disk.
     pub w: Vec<f64>,
-    /// The active ones, whose contributions are summed.
+    /// Those whose contributions are summed, or among which `routes` chooses.
     pub adapters: Vec<Adapter>,
+    /// For each row of x its adapter, or none.
+    pub routes: Option<Vec<Option<usize>>>,
     /// The bias of the layer: the trained one if an adapter has one, else that of the base layer.
     pub bias: Option<Vec<f64>>,
     /// The modes case.json lists.
@@ -42,7 +44,11 @@ impl Case {
         let case = json(&directory.join(CASE), CASE)?;
         let name = text(&case, CASE, "name")?.to_owned();
         check_kind(&case)?;
-        let active = active_adapters(&case)?;
+        let entries = entries(&case)?;
+        let active = match &entries {
+            Some(entries) => chosen_adapters(&case, entries)?,
+            None => active_adapters(&case)?,
+        };
         let (n, k) = (size(&case, CASE, "out_features")?, size(&case, CASE, "in_features")?);
         let fan_in_fan_out = match text(&case, CASE, "weight_layout")? {
             layout if layout.starts_with("[out,in]") => false,
@@ -60,6 +66,14 @@ impl Case {
             tensors.expect("W", &[n, k])?.data.clone()
         };
         let base_bias = tensors.get("b").map(|_| tensors.expect("b", &[n])).transpose()?;
+        let routes = match entries {
+            Some(entries) => {
+                let shape: Vec<usize> = lead.iter().copied().chain([k]).collect();
+                tensors.expect("x", &shape)?; // M is not to be trusted before
+                Some(routes(&entries, &active, m, &lead)?)
+            }
+            None => None,
+        };
         let mut adapters = Vec::with_capacity(active.len());
         for (name, described) in active {
             let info = AdapterInfo {
@@ -71,11 +85,14 @@ impl Case {
             let files = if name == "default" { files } else { files.join(name) };
             adapters.push(Adapter::read(&files, info, fan_in_fan_out, n, k)?);
         }
+        if routes.is_some() && adapters.iter().any(|adapter| adapter.b_bias.is_some() || adapter.bias.is_some()) {
+            return Err(Failure::NotBuilt("biases of different adapters within one batch".into()));
+        }
         let trained = adapters.iter().find_map(|adapter| adapter.bias.clone());
         let bias = trained.or_else(|| base_bias.map(|bias| bias.data.clone()));
         let modes = list(&case, "modes")?;
         let errors = case.get("peft_error_vs_f64").cloned().unwrap_or_default();
-        let case = Self { name, m, n, k, lead, w, adapters, bias, modes, tensors, errors };
+        let case = Self { name, m, n, k, lead, w, adapters, routes, bias, modes, tensors, errors };
         case.adapters.iter().try_for_each(|adapter| case.check_adapter(adapter))?;
         Ok(case)
     }
@@ -144,26 +161,64 @@ fn check_kind(case: &Value) -> Result<(), Failure> {
     Err(Failure::NotBuilt(needed))
 }
 
-/// The adapters that the layer sums; rows with adapters of their own and other variants are not built yet.
-fn active_adapters(case: &Value) -> Result<Vec<(&str, &Value)>, Failure> {
-    if case.get("adapter_names").is_some_and(|names| !names.is_null()) {
-        return Err(Failure::NotBuilt("different adapters within one batch".into()));
+/// PEFT's name for no adapter.
+const BASE: &str = "__base__";
+
+/// The adapter of each entry of x's first dimension, in a batch that mixes them.
+fn entries(case: &Value) -> Result<Option<Vec<String>>, Failure> {
+    match case.get("adapter_names") {
+        None | Some(Value::Null) => Ok(None),
+        Some(_) => list(case, "adapter_names").map(Some),
     }
+}
+
+/// Each adapter that an entry names, once.
+fn chosen_adapters<'a>(case: &'a Value, entries: &[String]) -> Result<Vec<(&'a str, &'a Value)>, Failure> {
+    let mut names: Vec<&String> = entries.iter().filter(|name| *name != BASE).collect();
+    names.sort();
+    names.dedup();
+    if names.is_empty() {
+        return Err(Failure::NotBuilt("a batch without an adapter".into()));
+    }
+    names.into_iter().map(|name| described_adapter(case, name)).collect()
+}
+
+/// The adapter of each of the M rows of x.
+fn routes(
+    entries: &[String],
+    adapters: &[(&str, &Value)],
+    m: usize,
+    lead: &[usize],
+) -> Result<Vec<Option<usize>>, Failure> {
+    let (got, expected) = (entries.len(), lead.first().copied().unwrap_or(1));
+    if got != expected || got == 0 {
+        let problem = format!("adapter_names has {got} entries, expected {expected}, the first dimension of x");
+        return Err(Failure::malformed(CASE, problem));
+    }
+    let position = |name: &String| adapters.iter().position(|(known, _)| known == name);
+    Ok((0..m).map(|row| position(&entries[row / (m / got)])).collect())
+}
+
+/// The adapters that the layer sums.
+fn active_adapters(case: &Value) -> Result<Vec<(&str, &Value)>, Failure> {
     let active = case.get("active").and_then(Value::as_array);
     let active = active.ok_or_else(|| Failure::malformed(CASE, "`active` is not a list"))?;
     if active.is_empty() {
         return Err(Failure::NotBuilt("a layer without an active adapter".into()));
     }
-    active.iter().map(|active| described_adapter(case, active)).collect()
+    let names: Option<Vec<&str>> = active.iter().map(Value::as_str).collect();
+    let names = names.ok_or_else(|| Failure::malformed(CASE, "`active` does not hold names"))?;
+    names.iter().map(|name| described_adapter(case, name)).collect()
 }
 
-fn described_adapter<'a>(case: &'a Value, active: &'a Value) -> Result<(&'a str, &'a Value), Failure> {
-    let active = active.as_str().ok_or_else(|| Failure::malformed(CASE, "`active` does not hold names"))?;
+/// The adapter's name and description; variants that are not built yet are refused.
+fn described_adapter<'a>(case: &'a Value, active: &str) -> Result<(&'a str, &'a Value), Failure> {
     if Path::new(active).components().count() != 1 || active.contains(['/', '\\']) || active.starts_with('.') {
         return Err(Failure::malformed(CASE, format!("adapter name `{active}` is not a plain name")));
     }
-    let described = case.get("adapters").and_then(|adapters| adapters.get(active));
-    let described = described.ok_or_else(|| Failure::malformed(CASE, format!("`adapters` lacks `{active}`")))?;
+    let described = case.get("adapters").and_then(Value::as_object).and_then(|adapters| adapters.get_key_value(active));
+    let (active, described) =
+        described.ok_or_else(|| Failure::malformed(CASE, format!("`adapters` lacks `{active}`")))?;
     let config = described.get("config").unwrap_or(&Value::Null);
     if let Some(variant) = variant(config) {
         return Err(Failure::NotBuilt(variant.into()));

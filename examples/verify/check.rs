@@ -1,8 +1,9 @@
 //! Runs a case in every mode and measures every result.
 
+use std::ops::Range;
 use std::time::Duration;
 
-use fused_lora::{Element, bf16, f16};
+use fused_lora::{Element, Routing, Slot, bf16, f16};
 use safetensors::Dtype;
 
 use super::adapter::Adapter;
@@ -122,9 +123,8 @@ fn run_mode<T: Element>(case: &Case, runner: &impl Runner, mode: Mode) -> Result
     }
 
     // All adapters as one, for what they make together.
-    let problem = problem::<T>(case, mode, &case.adapters)?;
+    let (problem, firsts) = problem::<T>(case, mode, &case.adapters)?;
     let forward = runner.forward(&problem).map_err(failed)?;
-    let alone = case.adapters.len() == 1;
     let own_bias = gradients.iter().any(|(_, _, own)| own.is_some());
     let forms = |(da, db, _): &Gradients<'_>| Forms {
         da: form::<T>(da.as_ref()),
@@ -137,12 +137,18 @@ fn run_mode<T: Element>(case: &Case, runner: &impl Runner, mode: Mode) -> Result
     rows.push(y, widened(&forward.y), forward.time);
     rows.push(dx, widened(&backward.dx), backward.time);
     let sums = backward.dbias.as_ref().map(values);
-    for (adapter, gradients) in case.adapters.iter().zip(gradients) {
-        let own = if alone { None } else { Some(alone_backward::<T>(case, runner, mode, adapter, forms(&gradients))?) };
-        let of = own.as_ref().unwrap_or(&backward);
+    for ((adapter, gradients), first) in case.adapters.iter().zip(gradients).zip(firsts) {
+        // Side by side their scales are one, but for routes; the gradients of each do not depend on the others.
+        let shared = case.adapters.len() == 1 || case.routes.is_some();
+        let own = if shared { None } else { Some(alone::<T>(case, runner, mode, adapter, forms(&gradients))?) };
+        let (of, r, first) = match &own {
+            Some(own) => (own, adapter.info.r, 0),
+            None => (&backward, problem.r, first),
+        };
         let (da, db, dbias) = gradients;
-        rows.push(da, values(&of.da), of.time);
-        rows.push(db, values(&of.db), of.time);
+        let ranks = first..first + adapter.info.r;
+        rows.push(da, part(values(&of.da), k, ranks.start * k..ranks.end * k, 0..k), of.time);
+        rows.push(db, part(values(&of.db), r, 0..n * r, ranks), of.time);
         if let (Some(recorded), Some((_, sums))) = (dbias, &sums) {
             let scaled: Vec<f64> = sums.iter().map(|sum| adapter.info.scaling * sum).collect();
             let result = match form::<T>(Some(&recorded)) {
@@ -158,6 +164,16 @@ fn run_mode<T: Element>(case: &Case, runner: &impl Runner, mode: Mode) -> Result
     Ok(rows.rows)
 }
 
+/// The columns of those rows of a matrix of `cols` columns, `rows` given by elements.
+fn part(
+    (dtype, values): (Dtype, Vec<f64>),
+    cols: usize,
+    rows: Range<usize>,
+    columns: Range<usize>,
+) -> (Dtype, Vec<f64>) {
+    (dtype, values[rows].chunks(cols).flat_map(|row| &row[columns.clone()]).copied().collect())
+}
+
 /// What is recorded of an adapter's gradients: dA, dB and that of B's bias.
 type Gradients<'a> = (Option<Recorded<'a>>, Option<Recorded<'a>>, Option<Recorded<'a>>);
 
@@ -170,7 +186,7 @@ fn form<T: Element>(recorded: Option<&Recorded<'_>>) -> Form {
 }
 
 /// The gradients of one adapter of several, which do not depend on the others.
-fn alone_backward<T: Element>(
+fn alone<T: Element>(
     case: &Case,
     runner: &impl Runner,
     mode: Mode,
@@ -178,49 +194,60 @@ fn alone_backward<T: Element>(
     forms: Forms,
 ) -> Result<Backward<T>, Failure> {
     let failed = |error| Failure::Backend { backend: runner.name(), error };
-    let problem = problem::<T>(case, mode, std::slice::from_ref(adapter))?;
+    let (problem, _) = problem::<T>(case, mode, std::slice::from_ref(adapter))?;
     let forward = runner.forward(&problem).map_err(failed)?;
     runner.backward(&problem, &forward.h, forms).map_err(failed)
 }
 
-/// The inputs of the case with some of its adapters, rounded to `T` as PEFT rounds them in this mode. Several are side by side
-/// under the largest of their scales, the others' B multiplied by what theirs are of it.
-fn problem<T: Element>(case: &Case, mode: Mode, adapters: &[Adapter]) -> Result<Problem<T>, Failure> {
+/// Adapters that rows choose among start at multiples of so many ranks, as those of a `Bank`.
+const ALIGN: usize = 16;
+
+/// The inputs of the case with some of its adapters, rounded to `T` as PEFT rounds them in this mode, and the first rank of each.
+/// Several that are summed are side by side under the largest of their scales, the others' B multiplied by what theirs are of it.
+fn problem<T: Element>(case: &Case, mode: Mode, adapters: &[Adapter]) -> Result<(Problem<T>, Vec<usize>), Failure> {
     let (n, k) = (case.n, case.k);
-    let narrow = |values: &[f64]| values.iter().map(|&value| T::from_f64(value)).collect::<Vec<T>>();
     let scales = adapters.iter().map(|adapter| adapter.info.scaling);
-    let scale = scales.max_by(|one, other| one.abs().total_cmp(&other.abs())).unwrap_or(1.0);
-    let (mut a, mut b, mut r) = (Vec::new(), vec![Vec::new(); n], 0);
+    let scale = match case.routes {
+        Some(_) => 1.0,
+        None => scales.max_by(|one, other| one.abs().total_cmp(&other.abs())).unwrap_or(1.0),
+    };
+    let (mut a, mut b, mut firsts, mut slots) = (Vec::new(), vec![Vec::new(); n], Vec::new(), Vec::new());
     let mut bias: Option<Vec<f32>> =
-        case.bias.as_deref().map(|bias| narrow(bias).iter().map(|value| value.to_f32()).collect());
+        case.bias.as_deref().map(|bias| narrow::<T>(bias).iter().map(|value| value.to_f32()).collect());
     for adapter in adapters {
-        let AdapterInfo { r: rank, scaling, .. } = adapter.info;
-        let recorded = |what, shape: &[usize]| case.adapter_tensor(adapter, what, shape).map(|it| it.data.clone());
-        let (wide_a, wide_b) = if mode.f32_adapter {
-            (recorded("A_f32", &[rank, k])?, recorded("B_f32", &[n, rank])?)
-        } else {
-            (adapter.a.clone(), adapter.b.clone())
-        };
-        a.extend(narrow(&wide_a));
-        let ratio = if scale == 0.0 { 1.0 } else { (scaling / scale) as f32 };
+        let AdapterInfo { r, scaling, .. } = adapter.info;
+        let [wide_a, wide_b] = factors(case, mode, adapter)?;
+        firsts.push(a.len() / k);
+        slots.push(Slot { first_rank: a.len() / k, ranks: r, scale: scaling as f32 });
+        a.extend(narrow::<T>(&wide_a));
+        let ratio = if scale == 0.0 || case.routes.is_some() { 1.0 } else { (scaling / scale) as f32 };
         let scaled = |value: &f64| T::from_f32(*value as f32 * ratio);
-        (0..n).for_each(|row| b[row].extend(wide_b[row * rank..][..rank].iter().map(scaled)));
-        r += rank;
+        let gap = if case.routes.is_some() { r.next_multiple_of(ALIGN) - r } else { 0 };
+        for (row, line) in b.iter_mut().enumerate() {
+            line.extend(wide_b[row * r..][..r].iter().map(scaled));
+            line.extend(vec![T::default(); gap]);
+        }
+        a.extend(vec![T::default(); gap * k]);
         if adapter.b_bias.is_some() {
-            let own: Vec<f32> = if mode.f32_adapter {
-                recorded("Bbias_f32", &[n])?.iter().map(|&value| value as f32).collect()
-            } else {
-                narrow(&recorded("Bbias", &[n])?).iter().map(|value| value.to_f32()).collect()
-            };
+            let own = b_bias::<T>(case, mode, adapter)?;
             let bias = bias.get_or_insert_with(|| vec![0.0; n]);
             bias.iter_mut().zip(&own).for_each(|(bias, own)| *bias += scaling as f32 * own);
         }
     }
-    Ok(Problem {
+    let routes = match &case.routes {
+        Some(ids) => {
+            let routing = Routing::new(&slots, ids);
+            let routing =
+                routing.map_err(|error| Failure::NotBuilt(format!("more than a table of routes: {error}")))?;
+            Some(routing.words().to_vec())
+        }
+        None => None,
+    };
+    let problem = Problem {
         m: case.m,
         n,
         k,
-        r,
+        r: a.len() / k,
         scale: scale as f32,
         x: narrow(&case.tensors.expect("x", &case.token_shape(k))?.data),
         w: narrow(&case.w),
@@ -228,7 +255,32 @@ fn problem<T: Element>(case: &Case, mode: Mode, adapters: &[Adapter]) -> Result<
         b: b.concat(),
         bias: bias.map(|bias| bias.into_iter().map(T::from_f32).collect()),
         dy: narrow(&case.tensors.expect("dY", &case.token_shape(n))?.data),
-    })
+        routes,
+    };
+    Ok((problem, firsts))
+}
+
+fn narrow<T: Element>(values: &[f64]) -> Vec<T> {
+    values.iter().map(|&value| T::from_f64(value)).collect()
+}
+
+/// A and B as the mode keeps them.
+fn factors(case: &Case, mode: Mode, adapter: &Adapter) -> Result<[Vec<f64>; 2], Failure> {
+    if !mode.f32_adapter {
+        return Ok([adapter.a.clone(), adapter.b.clone()]);
+    }
+    let recorded =
+        |what, shape: [usize; 2]| case.adapter_tensor(adapter, what, &shape).map(|tensor| tensor.data.clone());
+    Ok([recorded("A_f32", [adapter.info.r, case.k])?, recorded("B_f32", [case.n, adapter.info.r])?])
+}
+
+/// The bias on B, likewise.
+fn b_bias<T: Element>(case: &Case, mode: Mode, adapter: &Adapter) -> Result<Vec<f32>, Failure> {
+    let recorded = |what| case.adapter_tensor(adapter, what, &[case.n]).map(|tensor| &tensor.data);
+    if mode.f32_adapter {
+        return Ok(recorded("Bbias_f32")?.iter().map(|&value| value as f32).collect());
+    }
+    Ok(narrow::<T>(recorded("Bbias")?).iter().map(|value| value.to_f32()).collect())
 }
 
 /// Results held to what is recorded of them.
