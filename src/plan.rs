@@ -238,7 +238,7 @@ impl Plan {
             || sm90::forward(op, shape, device, &options),
             || portable::forward(op, shape, device, &options),
         )?;
-        let floor = Floor::forward(op, shape, device.peak);
+        let floor = Floor::forward(op, shape, device.known_peak());
         Ok(Plan::new(shape, op.dtype, device, options, ranges, floor, draft))
     }
 
@@ -267,7 +267,7 @@ impl Plan {
             || sm90::backward(op, shape, device, &options),
             || portable::backward(op, shape, device, &options),
         )?;
-        let floor = Floor::backward(op, shape, device.peak);
+        let floor = Floor::backward(op, shape, device.known_peak());
         Ok(Plan::new(shape, op.dtype, device, options, ranges, floor, draft))
     }
 
