@@ -230,10 +230,10 @@ fn micro_batches_add_up() {
     let Made { mut layer, forward, .. } = layers::make::<Cpu, bf16>(&Cpu, &spec, true);
     layer.activate("one").expect("an adapter");
     let dy = spec.backward::<bf16>().dy.data;
-    let gradients = |parts: &[std::ops::Range<usize>]| {
+    let gradients = |parts: &[(usize, usize)]| {
         let (mut da, mut db, mut dbias) = (vec![7.0; 4 * 33], vec![7.0; 20 * 4], vec![7.0; 20]);
-        for (at, rows) in parts.iter().enumerate() {
-            let matrix = |data, cols| Matrix::new(data, rows.len(), cols).with_offset(rows.start * cols);
+        for (at, &(start, end)) in parts.iter().enumerate() {
+            let matrix = |data, cols| Matrix::new(data, end - start, cols).with_offset(start * cols);
             let (_, pass) = layer.forward_train(matrix(&forward.x.data[..], 33)).expect("forward");
             let add = at > 0;
             let gradients = Gradients {
@@ -247,7 +247,7 @@ fn micro_batches_add_up() {
         }
         [da, db, dbias].concat()
     };
-    let (whole, parts) = (gradients(&[0..12]), gradients(&[0..5, 5..6, 6..12]));
+    let (whole, parts) = (gradients(&[(0, 12)]), gradients(&[(0, 5), (5, 6), (6, 12)]));
     for (at, (whole, parts)) in whole.iter().zip(&parts).enumerate() {
         // Sums of 12 products of a size near 1, in another order.
         assert!((whole - parts).abs() <= 12.0 * 4.0 * f32::EPSILON, "{at}: {parts} in parts, {whole} at once");
@@ -306,7 +306,8 @@ fn biases_on_b_are_part_of_the_bias() {
             from.activate_all(names).expect("adapters");
             y(&from)
         };
-        let cases: [(&[&str], Vec<(f32, &[f32])>); 5] = [
+        type Own<'a> = Vec<(f32, &'a [f32])>;
+        let cases: [(&[&str], Own<'_>); 5] = [
             (&["f32"], vec![(1.5, &one[..])]),
             (&["storage"], vec![(-0.75, &two[..])]),
             (&["plain"], vec![]),
@@ -401,6 +402,17 @@ fn biases_of_another_length_are_refused() {
         let error = Error::from(layer.add("one", adapter).expect_err("a refusal"));
         assert_eq!(error, Error::Dimension { arg: "b_bias", axis: "elements", got: len, expected: 2 });
     }
+}
+
+#[test]
+fn a_bank_has_no_bias_on_b() {
+    let (layer, _) = biased(None);
+    assert!(layer.bank(&["plain"]).is_ok());
+    let refused = layer.bank(&["plain", "f32"]).map(drop).expect_err("a refusal");
+    assert!(
+        matches!(refused, Error::State { operation: "bank", .. }) && refused.to_string().contains("`f32`"),
+        "{refused}"
+    );
 }
 
 #[test]

@@ -76,6 +76,7 @@ impl<'a, B: Backend, T: Element> Pass<'a, B, T> {
     }
 }
 
+#[allow(clippy::result_large_err, reason = "what was kept comes back")]
 impl<B: Backend, T: Element> Kept<B, T> {
     /// The pass again. `x` must be what forward read, which only the caller can know; its number of rows is checked.
     ///
@@ -177,15 +178,27 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         training: Training<'a, B>,
     ) -> Result<(B::Buffer<T>, Pass<'a, B, T>)> {
         let mut y = self.output(x)?;
-        let pass = self.forward_train_into(x, MatrixMut::new(B::write(&mut y), x.rows, self.n), training)?;
+        let pass = self.forward_train_with_into(x, MatrixMut::new(B::write(&mut y), x.rows, self.n), training)?;
         Ok((y, pass))
+    }
+
+    /// As [`forward_train`](Self::forward_train), into `y`. Allocates h, M × R elements.
+    ///
+    /// # Errors
+    /// As [`forward_train`](Self::forward_train).
+    pub fn forward_train_into<'a>(
+        &self,
+        x: Matrix<'a, B::Read<T>>,
+        y: MatrixMut<'_, B::Write<T>>,
+    ) -> Result<Pass<'a, B, T>> {
+        self.forward_train_with_into(x, y, Training::default())
     }
 
     /// As [`forward_train_with`](Self::forward_train_with), into `y`. Allocates h where it is kept, M × R elements.
     ///
     /// # Errors
     /// As [`forward_train_with`](Self::forward_train_with).
-    pub fn forward_train_into<'a>(
+    pub fn forward_train_with_into<'a>(
         &self,
         x: Matrix<'a, B::Read<T>>,
         y: MatrixMut<'_, B::Write<T>>,
