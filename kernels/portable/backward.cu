@@ -129,7 +129,6 @@ __device__ __forceinline__ void backward(const LoraBackwardParams& p) {
   extern __shared__ __align__(128) uint8_t stages[];
   const uint32_t smem = ptx::shared_address(stages);
   TicketSchedule schedule(p.sync);
-  const uint32_t db_tiles = (p.db_end - p.dx_end) / p.chunks;
 #pragma unroll 1
   for (uint32_t unit = schedule.first(); unit < p.units; unit = schedule.next()) {
     schedule.draw();
@@ -140,6 +139,7 @@ __device__ __forceinline__ void backward(const LoraBackwardParams& p) {
     } else {
       // One copy of the loop for both gradients: only the matrices differ.
       const bool is_db = unit < p.db_end;
+      const uint32_t first_tile = is_db ? 0 : (p.db_end - p.dx_end) / p.chunks;
       const GradientOut db = {p.db.ptr,
                               p.db.row_stride,
                               1,
@@ -160,7 +160,7 @@ __device__ __forceinline__ void backward(const LoraBackwardParams& p) {
                                is_db ? db.cols : da.cols,
                                is_db ? db.f32 : da.f32,
                                is_db ? db.accumulate : da.accumulate};
-      backward_adapter<T, Shape>(p, schedule, wide, narrow, unit - (is_db ? p.dx_end : p.db_end), is_db ? 0 : db_tiles,
+      backward_adapter<T, Shape>(p, schedule, wide, narrow, unit - (is_db ? p.dx_end : p.db_end), first_tile,
                                  is_db ? p.n_blocks : p.k_blocks, out, dbias, !is_db, smem);
     }
   }
