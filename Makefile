@@ -26,6 +26,10 @@ demo: toolchain ## Build; check CASE against what PEFT recorded; fine-tune a tin
 test: toolchain ## Run all tests: unit, property, emulator, documentation, README; on the GPU where there is one
 	@scripts/test
 
+.PHONY: soak
+soak: toolchain ## Random calls against the oracle for three minutes (or FUSED_LORA_SOAK_SECONDS), on the CPU, the emulator and the GPU
+	@. .toolchain/env; FUSED_LORA_SOAK_SECONDS=$${FUSED_LORA_SOAK_SECONDS:-180} cargo test --features candle,peft --test soak -- --nocapture
+
 .PHONY: check
 check: ## Check formatting, lints on all feature sets, documentation, dependencies, packages and the compiled kernels
 	@scripts/toolchain check
@@ -63,6 +67,9 @@ candle-cuda: toolchain ## Lint the candle op on GPUs against candle's CUDA backe
 .PHONY: peft-check
 peft-check: toolchain ## Hold saved adapters against PEFT itself, which it installs (several gigabytes)
 	@scripts/peft-check
+
+# What was typed, for the files of results; as a variable, so that no shell reads it.
+bench tax: export FUSED_LORA_COMMAND = make $@$(if $(ARGS), ARGS="$(ARGS)")
 
 .PHONY: bench
 bench: toolchain ## Measure on this machine

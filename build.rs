@@ -285,35 +285,37 @@ mod cuda {
     /// kernel, and compiling all of them takes minutes.
     struct Kept {
         folder: PathBuf,
+        /// What it says of its version.
         nvcc: Vec<u8>,
-        /// Of nvcc's version, its variables and everything in `kernels`.
-        digest: u64,
     }
 
     impl Kept {
         fn new(nvcc: &Path, out: &Path) -> Result<Kept> {
             let version = Command::new(nvcc).arg("--version").output();
             let nvcc = version.map_err(|error| format!("cannot run {}: {error}", nvcc.display()))?.stdout;
-            let digest = Kept::digest(&nvcc)?;
             // OUT_DIR is <target>/<profile>/build/<package>/out.
             let target = out.ancestors().nth(4).unwrap_or(out);
-            Ok(Kept { folder: target.join("fused-lora-kernels"), nvcc, digest })
+            Ok(Kept { folder: target.join("fused-lora-kernels"), nvcc })
         }
 
-        fn digest(nvcc: &[u8]) -> Result<u64> {
-            fn add(folder: &Path, hasher: &mut DefaultHasher) -> std::io::Result<()> {
+        /// Of nvcc's version, its variables, and everything that a source may include: all of `kernels` but the folders of the
+        /// other families, so that altering one compiles no other.
+        fn digest(&self, source: &Path) -> Result<u64> {
+            fn add(folder: &Path, other: &dyn Fn(&Path) -> bool, hasher: &mut DefaultHasher) -> std::io::Result<()> {
                 let mut paths: Vec<PathBuf> =
                     fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>()?;
                 paths.sort();
-                for path in paths {
+                for path in paths.iter().filter(|path| !other(path)) {
                     path.hash(hasher);
-                    if path.is_dir() { add(&path, hasher)? } else { fs::read(&path)?.hash(hasher) }
+                    if path.is_dir() { add(path, other, hasher)? } else { fs::read(path)?.hash(hasher) }
                 }
                 Ok(())
             }
+            let is_family = |path: &Path| path.join("forward.cu").is_file();
+            let other = |path: &Path| is_family(path) && source.parent() != Some(path);
             let mut hasher = DefaultHasher::new();
-            nvcc.hash(&mut hasher);
-            add(Path::new("kernels"), &mut hasher).map_err(|error| format!("cannot read kernels: {error}"))?;
+            self.nvcc.hash(&mut hasher);
+            add(Path::new("kernels"), &other, &mut hasher).map_err(|error| format!("cannot read kernels: {error}"))?;
             NVCC_VARIABLES
                 .iter()
                 .filter_map(|name| Some((name, env::var_os(name)?)))
@@ -324,8 +326,9 @@ mod cuda {
         /// Makes `path` from `source` by nvcc, or takes what the same command made before; returns what nvcc said, of which
         /// warnings are passed on.
         fn make(&self, path: &Path, mut command: Command, source: &Path) -> Result<String> {
+            let digest = self.digest(source)?;
             let mut hasher = DefaultHasher::new();
-            (self.digest, command.get_program(), source).hash(&mut hasher);
+            (digest, command.get_program(), source).hash(&mut hasher);
             command.get_args().for_each(|arg| arg.hash(&mut hasher));
             // Line information names the sources by their full paths, which tests follow: other checkouts have their own.
             if command.get_args().any(|arg| arg == "-lineinfo") {
@@ -338,7 +341,7 @@ mod cuda {
                 _ => {
                     let said = run(command.arg("-o").arg(path).arg(source), source)?;
                     // What was edited meanwhile may be in there, under the name of what it was before.
-                    if Kept::digest(&self.nvcc)? == self.digest {
+                    if self.digest(source)? == digest {
                         let partial = self.folder.join(format!("{:016x}.{}", hasher.finish(), std::process::id()));
                         // Under its name only when complete and on the disk, what was said last. That nothing can be kept
                         // is no error.

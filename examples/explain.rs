@@ -151,7 +151,8 @@ fn plan(arguments: &Arguments) -> Result<Plan, fused_lora::Error> {
     let mut matrix = |rows, cols| addresses.matrix(rows, cols, dtype.size());
     let (x, w, a, b) = (matrix(m, k), matrix(n, k), matrix(r, k), matrix(n, r));
     if !backward {
-        let op = raw::Forward { dtype, x, w, a, b, scale: 1.0, bias: None, h: None, y: matrix(m, n) };
+        let (y, variant) = (matrix(m, n), raw::Variant::default());
+        let op = raw::Forward { dtype, x, w, a, b, scale: 1.0, bias: None, h: None, y, variant };
         return Plan::forward_with(&op, device, options);
     }
     let (dy, h, dx) = (matrix(m, n), matrix(m, r), matrix(m, k));
@@ -170,6 +171,7 @@ fn plan(arguments: &Arguments) -> Result<Plan, fused_lora::Error> {
         db: Some(gradient(n, r)),
         dbias: None,
         accumulate: Accumulate::default(),
+        variant: raw::Variant::default(),
     };
     Plan::backward_with(&op, device, options)
 }

@@ -10,7 +10,7 @@
 //! Without a GPU this says so and exits with status 0.
 
 use fused_lora::cuda::{Backward, Forward, Kernels, Round, Workspace};
-use fused_lora::{Accumulate, Dtype, Error, Factors, Gradient, LoraShape, Matrix, MatrixMut, bf16};
+use fused_lora::{Accumulate, Dtype, Error, Factors, Gradient, LoraShape, Matrix, MatrixMut, Variant, bf16};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -99,6 +99,7 @@ fn train(kernels: &Kernels) -> Result<()> {
             bias: None,
             h: Some(MatrixMut::new(&mut h, m, r)),
             y: MatrixMut::new(&mut y, m, n),
+            variant: Variant::default(),
         };
         kernels.forward::<bf16>(&stream, forward, &mut workspace)?;
 
@@ -120,6 +121,7 @@ fn train(kernels: &Kernels) -> Result<()> {
             db: Some(Gradient::F32(MatrixMut::new(&mut db, n, r))),
             dbias: None,
             accumulate: Accumulate::default(),
+            variant: Variant::default(),
         };
         kernels.backward::<bf16>(&stream, backward, &mut workspace)?;
         adam_a.step(step, &mut a32, &stream.clone_dtoh(&da)?);

@@ -69,6 +69,20 @@ typedef struct LoraMatrix {
   int64_t row_stride;
 } LoraMatrix;
 
+/* Routes (src/routing.rs): a word per row of x, scale and first and one past the last rank that it keeps; then a word per
+ * LORA_ROUTE_ROWS rows, whose bit i says that one of them keeps ranks from LORA_ROUTE_RANKS i on. */
+#define LORA_ROUTE_ROWS 64
+#define LORA_ROUTE_RANKS 64
+
+/* Dropout on the adapter branch: src/ops.rs says which elements of x are dropped. The factor 1 / (1 - p) is in `scale`. */
+typedef struct LoraDropout {
+  uint64_t seed;
+  uint64_t offset;
+  uint64_t state;     /* address of seed and offset, read instead; 0 when absent */
+  uint32_t threshold; /* an element is dropped when its 16 bits are less; 0: no dropout, 65536: all are dropped */
+  uint32_t padding;
+} LoraDropout;
+
 /* Units of work are numbered h first, then y. */
 typedef struct LoraForwardParams {
   LoraMatrix x;
@@ -91,6 +105,8 @@ typedef struct LoraForwardParams {
   uint32_t group_m;    /* M-blocks that share a pass over w, for reuse in L2 */
   uint32_t flag_shift; /* 2^flag_shift M-blocks share a flag */
   uint32_t sync_words; /* words the last CTA clears */
+  LoraDropout dropout;
+  uint64_t routes; /* address of the table; 0 when absent */
 } LoraForwardParams;
 
 /* Units of work are numbered dh, dx, db (with dbias), da. */
@@ -128,6 +144,8 @@ typedef struct LoraBackwardParams {
   uint32_t flag_shift;
   uint32_t sync_words;
   uint32_t flags;
+  LoraDropout dropout;
+  uint64_t routes; /* address of the table; 0 when absent */
 } LoraBackwardParams;
 
 /* merged = w + scale b a. A CTA computes one tile; tiles are numbered along k first. */
@@ -209,6 +227,8 @@ typedef struct LoraSm90ForwardParams {
   uint32_t group_m;    /* m_groups that share a pass over w */
   uint32_t flag_shift; /* 2^flag_shift M-blocks share a flag */
   uint32_t sync_words;
+  LoraDropout dropout;
+  uint64_t routes; /* address of the table; 0 when absent */
 } LoraSm90ForwardParams;
 
 typedef struct LoraSm90Forward {
@@ -249,6 +269,8 @@ typedef struct LoraSm90BackwardParams {
   uint32_t sync_words;
   uint32_t flags;
   uint32_t padding;
+  LoraDropout dropout;
+  uint64_t routes; /* address of the table; 0 when absent */
 } LoraSm90BackwardParams;
 
 typedef struct LoraSm90Backward {

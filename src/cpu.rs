@@ -19,15 +19,19 @@ mod product;
 pub(crate) use adapter::{check_merge, check_round};
 pub use adapter::{merge, round};
 
+use crate::dropout::Keep;
 use crate::error::{Error, Result};
+use crate::routing::Route;
 use crate::shape::{LoraShape, check_length};
-use crate::{Dtype, Element, Gradient, Matrix, MatrixMut, raw};
+use crate::{Dropout, Dtype, Element, Gradient, Matrix, MatrixMut, Seed, raw};
 use product::{Epilogue, Side, Term, column_sums, product};
 
 /// [`crate::Forward`] over slices.
-pub type Forward<'a, T> = crate::Forward<'a, [T], [T]>;
+pub type Forward<'a, T> = crate::Forward<'a, [T], [T], [u64]>;
 /// [`crate::Backward`] over slices; gradients are `[T]` or `[f32]`.
-pub type Backward<'a, T> = crate::Backward<'a, [T], [T], [f32]>;
+pub type Backward<'a, T> = crate::Backward<'a, [T], [T], [f32], [u64]>;
+/// [`crate::Variant`] over slices.
+pub type Variant<'a> = crate::Variant<'a, [u64]>;
 /// [`crate::Merge`] over slices; factors are `[T]` or `[f32]`.
 pub type Merge<'a, T> = crate::Merge<'a, [T], [T], [f32]>;
 /// [`crate::Round`] over slices; factors are `[T]` or `[f32]`.
@@ -40,7 +44,7 @@ pub struct Cpu;
 /// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ.
 ///
 /// ```
-/// use fused_lora::{Matrix, MatrixMut, cpu};
+/// use fused_lora::{Matrix, MatrixMut, Variant, cpu};
 ///
 /// // M = 1 token, K = 2 inputs, N = 2 outputs, rank R = 1.
 /// let mut y = [0.0f32; 2];
@@ -53,6 +57,7 @@ pub struct Cpu;
 ///     bias: None,
 ///     h: None,
 ///     y: MatrixMut::new(&mut y, 1, 2),
+///     variant: Variant::default(),
 /// })?;
 /// assert_eq!(y, [2.5, 0.5]);
 /// # Ok::<(), fused_lora::Error>(())
@@ -63,7 +68,9 @@ pub struct Cpu;
 /// Nothing is written then.
 pub fn forward<T: Element>(op: Forward<'_, T>) -> Result<()> {
     let shape = check_forward(&op)?;
-    let Forward { x, w, a, b, scale, bias, h, y } = op;
+    let Forward { x, w, a, b, scale, bias, h, y, variant } = op;
+    let (keep, scale) = (kept(&variant), scale * raw_variant(&variant).factor());
+    let routes = routed(&variant, shape.m);
     let bias = bias
         .map(|bias| -> Vec<f32> { bias.data[bias.offset..bias.offset + shape.n].iter().map(|v| v.to_f32()).collect() });
     let mut scratch = Vec::new();
@@ -71,10 +78,9 @@ pub fn forward<T: Element>(op: Forward<'_, T>) -> Result<()> {
         Some(h) => h,
         None => middle(&mut scratch, shape)?,
     };
-    let scaled = Epilogue { scale: Some(scale), ..Epilogue::default() };
-    product(&[Term { lhs: Side::rows(x), rhs: Side::rows(a) }], &scaled, reborrow(&mut h));
-    let terms =
-        [Term { lhs: Side::rows(x), rhs: Side::rows(w) }, Term { lhs: Side::rows(shared(&h)), rhs: Side::rows(b) }];
+    let scaled = Epilogue { scale: Some(scale), routes: routes.as_deref(), ..Epilogue::default() };
+    product(&[Term::new(Side::rows(x).keeping(keep), Side::rows(a))], &scaled, reborrow(&mut h));
+    let terms = [Term::new(Side::rows(x), Side::rows(w)), Term::new(Side::rows(shared(&h)), Side::rows(b))];
     product(&terms, &Epilogue { bias: bias.as_deref(), ..Epilogue::default() }, y);
     Ok(())
 }
@@ -86,27 +92,31 @@ pub fn forward<T: Element>(op: Forward<'_, T>) -> Result<()> {
 /// Nothing is written then.
 pub fn backward<T: Element>(op: Backward<'_, T>) -> Result<()> {
     let shape = check_backward(&op)?;
-    let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate } = op;
+    let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, variant } = op;
+    let (keep, scale) = (kept(&variant), scale * raw_variant(&variant).factor());
+    let routes = routed(&variant, shape.m);
     let adds = |accumulate| Epilogue { accumulate, ..Epilogue::default() };
     let mut scratch = Vec::new();
     if dx.is_some() || da.is_some() {
         let mut dh = middle(&mut scratch, shape)?;
-        let scaled = Epilogue { scale: Some(scale), ..Epilogue::default() };
-        product(&[Term { lhs: Side::rows(dy), rhs: Side::columns(b) }], &scaled, reborrow(&mut dh));
+        let scaled = Epilogue { scale: Some(scale), routes: routes.as_deref(), ..Epilogue::default() };
+        product(&[Term::new(Side::rows(dy), Side::columns(b))], &scaled, reborrow(&mut dh));
         let dh = shared(&dh);
         if let Some(dx) = dx {
+            // The adapter's part first: of it alone the dropped elements are zeros.
             let terms = [
-                Term { lhs: Side::rows(dy), rhs: Side::columns(w) },
-                Term { lhs: Side::rows(dh), rhs: Side::columns(a) },
+                Term::new(Side::rows(dh), Side::columns(a)).keeping(keep),
+                Term::new(Side::rows(dy), Side::columns(w)),
             ];
             product(&terms, &adds(accumulate.dx), dx);
         }
         if let (Some(da), Some(x)) = (da, x) {
-            adapter_gradient(Term { lhs: Side::columns(dh), rhs: Side::columns(x) }, &adds(accumulate.da), da);
+            let term = Term::new(Side::columns(dh), Side::columns(x).keeping(keep));
+            adapter_gradient(term, &adds(accumulate.da), da);
         }
     }
     if let (Some(db), Some(h)) = (db, h) {
-        adapter_gradient(Term { lhs: Side::columns(dy), rhs: Side::columns(h) }, &adds(accumulate.db), db);
+        adapter_gradient(Term::new(Side::columns(dy), Side::columns(h)), &adds(accumulate.db), db);
     }
     match dbias {
         Some(Gradient::Storage(dbias)) => column_sums(dy, accumulate.dbias, dbias),
@@ -148,6 +158,44 @@ fn raw<T>(matrix: Matrix<'_, [T]>) -> raw::Matrix {
     raw::Matrix { ptr: data.as_ptr().wrapping_add(offset) as u64, rows, cols, row_stride }
 }
 
+/// The variant as the shape checks see it.
+fn raw_variant(variant: &Variant<'_>) -> raw::Variant {
+    let dropout = variant.dropout.map(|Dropout { p, seed }| raw::Dropout {
+        p,
+        seed: match seed {
+            Seed::Value { seed, offset } => raw::Seed::Value { seed, offset },
+            Seed::Memory(state) => raw::Seed::Memory(raw(state)),
+        },
+    });
+    raw::Variant { dropout, routes: variant.routes.map(raw) }
+}
+
+fn fits_variant(variant: &Variant<'_>) -> Result<()> {
+    if let Some(routes) = variant.routes {
+        fits("routes", routes)?;
+    }
+    match variant.dropout {
+        Some(Dropout { seed: Seed::Memory(state), .. }) => fits("seed", state),
+        _ => Ok(()),
+    }
+}
+
+/// The route of each row; `None` without a table. The variant has been checked.
+fn routed(variant: &Variant<'_>, m: usize) -> Option<Vec<Route>> {
+    let Matrix { data, offset, .. } = variant.routes?;
+    Some(data[offset..offset + m].iter().map(|&word| Route::from_word(word)).collect())
+}
+
+/// The elements of x that the adapter branch sees; `None` for all. The variant has been checked.
+fn kept(variant: &Variant<'_>) -> Option<Keep> {
+    let Dropout { p, seed } = variant.dropout?;
+    let (seed, offset) = match seed {
+        Seed::Value { seed, offset } => (seed, offset),
+        Seed::Memory(state) => (state.data[state.offset], state.data[state.offset + 1]),
+    };
+    Keep::new(p, seed, offset)
+}
+
 /// The buffer must hold the matrix.
 fn fits<T>(arg: &'static str, matrix: Matrix<'_, [T]>) -> Result<()> {
     let Matrix { data, offset, rows, cols, row_stride } = matrix;
@@ -155,7 +203,7 @@ fn fits<T>(arg: &'static str, matrix: Matrix<'_, [T]>) -> Result<()> {
 }
 
 pub(crate) fn check_forward<T: Element>(op: &Forward<'_, T>) -> Result<LoraShape> {
-    let Forward { x, w, a, b, scale, bias, ref h, ref y } = *op;
+    let Forward { x, w, a, b, scale, bias, ref h, ref y, ref variant } = *op;
     let (h, y) = (h.as_ref().map(shared), shared(y));
     let shape = raw::Forward {
         dtype: T::DTYPE,
@@ -167,15 +215,17 @@ pub(crate) fn check_forward<T: Element>(op: &Forward<'_, T>) -> Result<LoraShape
         bias: bias.map(raw),
         h: h.map(raw),
         y: raw(y),
+        variant: raw_variant(variant),
     }
     .check();
     let named =
         [("x", Some(x)), ("w", Some(w)), ("a", Some(a)), ("b", Some(b)), ("bias", bias), ("h", h), ("y", Some(y))];
-    judge(shape, named.into_iter().try_for_each(|(arg, matrix)| matrix.map_or(Ok(()), |matrix| fits(arg, matrix))))
+    let lengths = named.into_iter().try_for_each(|(arg, matrix)| matrix.map_or(Ok(()), |matrix| fits(arg, matrix)));
+    judge(shape, lengths.and(fits_variant(variant)))
 }
 
 pub(crate) fn check_backward<T: Element>(op: &Backward<'_, T>) -> Result<LoraShape> {
-    let Backward { dy, w, a, b, scale, x, h, ref dx, ref da, ref db, ref dbias, accumulate } = *op;
+    let Backward { dy, w, a, b, scale, x, h, ref dx, ref da, ref db, ref dbias, accumulate, ref variant } = *op;
     let dx = dx.as_ref().map(shared);
     let gradient = |gradient: &Option<Gradient<'_, [T], [f32]>>| match gradient {
         Some(Gradient::Storage(m)) => Some(raw::Gradient { matrix: raw(shared(m)), f32: T::DTYPE == Dtype::F32 }),
@@ -196,6 +246,7 @@ pub(crate) fn check_backward<T: Element>(op: &Backward<'_, T>) -> Result<LoraSha
         db: gradient(db),
         dbias: gradient(dbias),
         accumulate,
+        variant: raw_variant(variant),
     }
     .check();
     let named = [("dy", Some(dy)), ("w", Some(w)), ("a", Some(a)), ("b", Some(b)), ("x", x), ("h", h), ("dx", dx)];
@@ -206,7 +257,7 @@ pub(crate) fn check_backward<T: Element>(op: &Backward<'_, T>) -> Result<LoraSha
             Some(Gradient::F32(m)) => fits(arg, shared(m)),
             None => Ok(()),
         });
-    judge(shape, inputs.and(gradients))
+    judge(shape, inputs.and(gradients).and(fits_variant(variant)))
 }
 
 /// Which verdict to report. Slices cannot overlap; an address that seems to says that a matrix leaves its buffer.

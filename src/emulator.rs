@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::kernels::Image;
 use crate::params::MAP_BYTES;
 use crate::plan::{self, Device, Launch, Plan, SYNC_BYTES};
-use crate::{Dtype, Element, Factors, Gradient, Matrix, MatrixMut, cpu, raw};
+use crate::{Dropout, Dtype, Element, Factors, Gradient, Matrix, MatrixMut, Seed, cpu, raw};
 
 /// A simulated GPU.
 #[derive(Clone, Debug)]
@@ -186,7 +186,7 @@ impl Emulator {
     /// As [`cpu::forward`], what [`Plan::forward`] finds, and [`Error::Emulator`].
     pub fn forward<T: Element>(&self, op: cpu::Forward<'_, T>) -> Result<Run> {
         cpu::check_forward(&op)?;
-        let cpu::Forward { x, w, a, b, scale, bias, mut h, mut y } = op;
+        let cpu::Forward { x, w, a, b, scale, bias, mut h, mut y, variant } = op;
         let mut memory = Memory::new();
         let uploaded = raw::Forward {
             dtype: T::DTYPE,
@@ -198,6 +198,7 @@ impl Emulator {
             bias: bias.map(|bias| upload(&mut memory, "bias", bias, true)).transpose()?,
             h: h.as_ref().map(|h| upload(&mut memory, "h", cpu::shared(h), false)).transpose()?,
             y: upload(&mut memory, "y", cpu::shared(&y), false)?,
+            variant: upload_variant(&mut memory, &variant)?,
         };
         let plan = Plan::forward_with(&uploaded, &self.device, self.plan_options())?;
         let counters = self.execute(&mut memory, &plan)?;
@@ -214,7 +215,7 @@ impl Emulator {
     /// As [`cpu::backward`], what [`Plan::backward`] finds, and [`Error::Emulator`].
     pub fn backward<T: Element>(&self, op: cpu::Backward<'_, T>) -> Result<Run> {
         cpu::check_backward(&op)?;
-        let cpu::Backward { dy, w, a, b, scale, x, h, mut dx, mut da, mut db, mut dbias, accumulate } = op;
+        let cpu::Backward { dy, w, a, b, scale, x, h, mut dx, mut da, mut db, mut dbias, accumulate, variant } = op;
         let mut memory = Memory::new();
         let gradient = |memory: &mut Memory, name, gradient: &Option<Gradient<'_, [T], [f32]>>, keeps| {
             Ok::<_, Error>(match gradient {
@@ -242,6 +243,7 @@ impl Emulator {
             db: gradient(&mut memory, "db", &db, accumulate.db)?,
             dbias: gradient(&mut memory, "dbias", &dbias, accumulate.dbias)?,
             accumulate,
+            variant: upload_variant(&mut memory, &variant)?,
         };
         let plan = Plan::backward_with(&uploaded, &self.device, self.plan_options())?;
         let counters = self.execute(&mut memory, &plan)?;
@@ -380,6 +382,28 @@ fn upload<T: Element>(
         }
     }
     Ok(raw::Matrix { ptr, rows, cols, row_stride })
+}
+
+/// Words of 64 bits, on the same terms as [`upload`].
+fn upload_words(memory: &mut Memory, name: &str, matrix: Matrix<'_, [u64]>) -> Result<raw::Matrix> {
+    let Matrix { data, offset, rows, cols, row_stride } = matrix;
+    let base = memory.try_alloc(name, data.len() * 8).map_err(memory_error)?;
+    for row in 0..rows {
+        let start = offset + row * row_stride;
+        let bytes: Vec<u8> = data[start..start + cols].iter().flat_map(|word| word.to_le_bytes()).collect();
+        memory.write(base + 8 * start as u64, &bytes).map_err(memory_error)?;
+    }
+    Ok(raw::Matrix { ptr: base + 8 * offset as u64, rows, cols, row_stride })
+}
+
+fn upload_variant(memory: &mut Memory, variant: &cpu::Variant<'_>) -> Result<raw::Variant> {
+    let routes = variant.routes.map(|routes| upload_words(memory, "routes", routes)).transpose()?;
+    let Some(Dropout { p, seed }) = variant.dropout else { return Ok(raw::Variant { dropout: None, routes }) };
+    let seed = match seed {
+        Seed::Value { seed, offset } => raw::Seed::Value { seed, offset },
+        Seed::Memory(state) => raw::Seed::Memory(upload_words(memory, "seed", state)?),
+    };
+    Ok(raw::Variant { dropout: Some(raw::Dropout { p, seed }), routes })
 }
 
 /// A and B, and whether they are f32.

@@ -100,6 +100,22 @@ pub enum Error {
         /// Value passed.
         got: f32,
     },
+    /// The probability of dropout is NaN or not one.
+    #[error("`dropout` is {got}, expected a probability from 0 to 1")]
+    Probability {
+        /// Value passed.
+        got: f32,
+    },
+    /// A row of a batch is routed through an adapter that is not there.
+    #[error("row {row} is routed through adapter {got}, expected less than the {adapters} that are there")]
+    Route {
+        /// Row of x.
+        row: usize,
+        /// Adapter it names.
+        got: usize,
+        /// Number of adapters.
+        adapters: usize,
+    },
     /// The backend does not compute in this element type.
     #[error("dtype {got:?} is not computed by {backend}, expected one of {expected}")]
     Dtype {

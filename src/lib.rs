@@ -26,12 +26,15 @@
 //! [`Forward`] writes h where the caller wants to keep it, and [`Backward`] reads it: M · R elements, little beside x. R = 0 is
 //! the plain product x Wᵀ through the same code, for comparison.
 //!
+//! [`Variant`] has what the same launches do beside that: [`Dropout`] on the adapter branch, whose mask follows from seed, offset and
+//! element alone, and routes of many adapters in one batch ([`Routing`]), each row of x through its own.
+//!
 //! # Example
 //!
 //! On the CPU, so that it runs anywhere; on a GPU the matrices are over device memory and the rest is the same.
 //!
 //! ```
-//! use fused_lora::{Accumulate, Gradient, Matrix, MatrixMut, cpu};
+//! use fused_lora::{Accumulate, Gradient, Matrix, MatrixMut, Variant, cpu};
 //!
 //! let (m, n, k, r, scale) = (4, 8, 6, 2, 2.0); // tokens, outputs, inputs, rank, α/r
 //! let [x, w, a, b, dy] = [m * k, n * k, r * k, n * r, m * n].map(|len| vec![0.5f32; len]);
@@ -40,7 +43,7 @@
 //! let (a, b) = (Matrix::new(&a[..], r, k), Matrix::new(&b[..], n, r));
 //!
 //! let (keep, out) = (Some(MatrixMut::new(&mut h[..], m, r)), MatrixMut::new(&mut y[..], m, n));
-//! cpu::forward(cpu::Forward { x, w, a, b, scale, bias: None, h: keep, y: out })?;
+//! cpu::forward(cpu::Forward { x, w, a, b, scale, bias: None, h: keep, y: out, variant: Variant::default() })?;
 //! assert_eq!((h[0], y[0]), (3.0, 4.5));
 //!
 //! cpu::backward(cpu::Backward {
@@ -56,6 +59,7 @@
 //!     db: Some(Gradient::F32(MatrixMut::new(&mut db, n, r))),
 //!     dbias: None,
 //!     accumulate: Accumulate::default(),
+//!     variant: Variant::default(),
 //! })?;
 //! assert_eq!((dx[0], da[0], db[0]), (6.0, 8.0, 6.0));
 //! # Ok::<(), fused_lora::Error>(())
@@ -134,6 +138,7 @@ pub mod candle;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod dropout;
 mod dtype;
 #[cfg(all(feature = "emulator", feature = "cuda"))]
 pub mod emulator;
@@ -147,12 +152,16 @@ pub mod peft;
 pub mod plan;
 pub mod raw;
 pub mod reference;
+mod routing;
 mod shape;
 
 pub use dtype::{Dtype, Element};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
-pub use ops::{Accumulate, Backward, Factors, Forward, Gradient, Matrix, MatrixMut, Merge, Round};
+pub use ops::{
+    Accumulate, Backward, Dropout, Factors, Forward, Gradient, Matrix, MatrixMut, Merge, Round, Seed, Variant,
+};
+pub use routing::{MAX_ROUTED_RANK, Routing, Slot};
 pub use shape::{LoraShape, MAX_DIMENSION};
 
 /// The code of the README runs as a test; half of it is about `cuda`, some about `candle`.

@@ -57,6 +57,27 @@
 //! rounding of B; f32 factors take none more, as they are rounded once in any case. h of the pair is x Aᵀ by the largest scale:
 //! in f16 it can pass 65504 where that of an adapter of smaller scale would not by itself.
 //!
+//! # Many adapters in one batch
+//!
+//! [`bank`](LoraLinear::bank) copies adapters side by side, and [`forward_routed`](LoraLinear::forward_routed) takes each row of x
+//! through the one that its [`Routes`] name, in one launch. The routes of a batch are made once and serve every layer whose adapters
+//! have the same ranks:
+//!
+//! ```
+//! # use fused_lora::{Matrix, Routing, cpu::Cpu, linear::{Adapter, LoraLinear, Routes, Scaling}};
+//! # let mut layer = LoraLinear::upload(Cpu, &[1.0f32; 8], None, 4, 2)?;
+//! # for (name, r) in [("english", 1), ("french", 2)] {
+//! #     let factors = (vec![1.0; 2 * r], vec![1.0; 4 * r]);
+//! #     layer.add(name, Adapter::upload(&Cpu, r, Scaling::Lora { alpha: r as f64 }, &factors.0, &factors.1)?)?;
+//! # }
+//! let bank = layer.bank(&["english", "french"])?;
+//! let routing = Routing::new(bank.slots(), &[Some(1), None, Some(0)])?; // three rows: french, no adapter, english
+//! let routes = Routes::upload(layer.backend(), &routing)?;
+//! let y = layer.forward_routed(Matrix::new(&[1.0; 6][..], 3, 2), &bank, &routes)?;
+//! assert_eq!((y[0], y[4], y[8]), (6.0, 2.0, 4.0));
+//! # Ok::<(), fused_lora::Error>(())
+//! ```
+//!
 //! # Merging
 //!
 //! [`merge`](LoraLinear::merge) writes W' = W + s · B A to a second buffer and keeps W, so that
@@ -74,6 +95,7 @@
 
 mod adapter;
 mod backend;
+mod bank;
 mod merge;
 mod set;
 mod train;
@@ -83,11 +105,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use adapter::{Adapter, Buffers, BuffersMut, Rejected, Scaling};
 pub use backend::Backend;
+pub use bank::{Bank, Routes};
 pub use train::{Gradients, Kept, Pass};
 
 use crate::error::{Error, Result};
 use crate::shape::check_length;
-use crate::{Element, Forward, LoraShape, Matrix, MatrixMut};
+use crate::{Element, Forward, LoraShape, Matrix, MatrixMut, Variant};
 use set::{Active, Named};
 
 /// A linear layer y = x Wᵀ (+ bias) with adapters; see the [module](self).
@@ -251,7 +274,17 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// [`update`](Self::update) could not renew the copies that forward reads. Nothing is written then.
     pub fn forward_into(&self, x: Matrix<'_, B::Read<T>>, y: MatrixMut<'_, B::Write<T>>) -> Result<()> {
         let Operands { w, a, b, scale } = self.operands("forward")?;
-        self.backend.forward(Forward { x, w, a, b, scale, bias: self.bias_view(), h: None, y })
+        self.backend.forward(Forward {
+            x,
+            w,
+            a,
+            b,
+            scale,
+            bias: self.bias_view(),
+            h: None,
+            y,
+            variant: Variant::default(),
+        })
     }
 
     /// A buffer for y.
@@ -263,8 +296,10 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// Whether x is what it says: M is not to be trusted before.
     fn check_input(&self, x: Matrix<'_, B::Read<T>>) -> Result<()> {
         let Matrix { data, offset, rows, cols, row_stride } = x;
-        if rows == 0 {
-            return Err(Error::ZeroDimension { arg: "x", axis: "rows" });
+        for (axis, size) in [("rows", rows), ("columns", cols)] {
+            if size == 0 {
+                return Err(Error::ZeroDimension { arg: "x", axis });
+            }
         }
         if cols != self.k {
             return Err(Error::Dimension { arg: "x", axis: "columns", got: cols, expected: self.k });

@@ -94,9 +94,81 @@ pub struct Accumulate {
     pub dbias: bool,
 }
 
+/// Which elements of x the adapter branch sees: h = scale / (1 − p) · (x ∘ keep) Aᵀ, as PEFT's `lora_dropout` has it while it
+/// trains. The base product sees all of x.
+///
+/// Nothing is stored for backward: whether element (i, j) of x is kept follows from the seed, the offset and (i, j) alone, on
+/// every backend, by Philox-4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011). Forward and backward
+/// of one pass take the same seed and offset; another pass takes another offset.
+///
+/// Element (i, j) has 16 random bits u, and is kept when u ≥ 2¹⁶ p. Counter and key are (8 ⌊i/16⌋ + i mod 8,
+/// 4 ⌊j/16⌋ + ⌊j/2⌋ mod 4, offset) and seed, low word first; u is the lower half of word 2 · (⌊j/8⌋ mod 2) + ⌊i/8⌋ mod 2 of
+/// the result for even j, its upper half for odd j. A dropped element is a zero, whatever it was.
+#[derive(Debug)]
+pub struct Dropout<'a, U: ?Sized> {
+    /// Probability that an element is dropped, from 0 to 1. It is rounded to a multiple of 2⁻¹⁶, and the factor 1 / (1 − p)
+    /// with it; 0 gives the bits of no dropout, 1 an h of zeros.
+    pub p: f32,
+    /// Seed and offset.
+    pub seed: Seed<'a, U>,
+}
+
+/// Where seed and offset come from.
+#[derive(Debug)]
+pub enum Seed<'a, U: ?Sized> {
+    /// From the caller.
+    Value {
+        /// Key of the generator.
+        seed: u64,
+        /// Upper half of its counter.
+        offset: u64,
+    },
+    /// 1 × 2, the seed and the offset, read by the launch itself: a CUDA graph can be replayed with others.
+    Memory(Matrix<'a, U>),
+}
+
+/// How the adapter branch departs from the plain formula. [`Variant::default`] leaves it as it is.
+#[derive(Debug)]
+pub struct Variant<'a, U: ?Sized> {
+    /// Elements of x that the adapter branch does not see.
+    pub dropout: Option<Dropout<'a, U>>,
+    /// Many adapters in one batch: the words of a [`Routing`](crate::Routing) of M rows, 1 × [`Routing::words_for`](crate::Routing::words_for)(M). a holds
+    /// the A of all adapters below each other, b their B side by side, and of h and dh a row keeps the ranks of its own
+    /// adapter, times its scale; the others are zeros. So are da and db of an adapter sums over its own rows. A launch reads the
+    /// table itself: a CUDA graph can be replayed with another one. R is at most [`MAX_ROUTED_RANK`](crate::MAX_ROUTED_RANK).
+    ///
+    /// Whatever the table holds, nothing outside the matrices is touched. Zeros are multiplied like other numbers: an infinity or
+    /// NaN in one adapter's factors, or in a row of x or dy, may make a NaN of rows and gradients of other adapters.
+    pub routes: Option<Matrix<'a, U>>,
+}
+
+impl<U: ?Sized> Clone for Dropout<'_, U> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<U: ?Sized> Copy for Dropout<'_, U> {}
+impl<U: ?Sized> Clone for Seed<'_, U> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<U: ?Sized> Copy for Seed<'_, U> {}
+impl<U: ?Sized> Clone for Variant<'_, U> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<U: ?Sized> Copy for Variant<'_, U> {}
+impl<U: ?Sized> Default for Variant<'_, U> {
+    fn default() -> Self {
+        Self { dropout: None, routes: None }
+    }
+}
+
 /// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ.
 #[derive(Debug)]
-pub struct Forward<'a, D: ?Sized, O: ?Sized> {
+pub struct Forward<'a, D: ?Sized, O: ?Sized, U: ?Sized> {
     /// M × K, input activations.
     pub x: Matrix<'a, D>,
     /// N × K, frozen weight.
@@ -113,11 +185,13 @@ pub struct Forward<'a, D: ?Sized, O: ?Sized> {
     pub h: Option<MatrixMut<'a, O>>,
     /// M × N, output.
     pub y: MatrixMut<'a, O>,
+    /// Dropout and routes; the default is neither.
+    pub variant: Variant<'a, U>,
 }
 
 /// dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B; every output is optional.
 #[derive(Debug)]
-pub struct Backward<'a, D: ?Sized, O: ?Sized, G: ?Sized> {
+pub struct Backward<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized> {
     /// M × N, gradient of the output.
     pub dy: Matrix<'a, D>,
     /// N × K, frozen weight.
@@ -142,6 +216,8 @@ pub struct Backward<'a, D: ?Sized, O: ?Sized, G: ?Sized> {
     pub dbias: Option<Gradient<'a, O, G>>,
     /// Which outputs add instead of overwriting.
     pub accumulate: Accumulate,
+    /// As in forward.
+    pub variant: Variant<'a, U>,
 }
 
 /// The two factors of an adapter, both in the storage type or both in f32.

@@ -2,6 +2,8 @@
 //!
 //! With the `cuda` feature the build compares every size, offset and constant with what bindgen reads from the header.
 
+mod bytes;
+
 /// A row-major matrix in device memory.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -10,6 +12,22 @@ pub struct LoraMatrix {
     pub ptr: u64,
     /// Elements between the starts of two rows.
     pub row_stride: i64,
+}
+
+/// Dropout on the adapter branch, as [`Dropout`](crate::Dropout) has it. The factor 1 / (1 − p) is in `scale`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoraDropout {
+    /// Key of the generator.
+    pub seed: u64,
+    /// Upper half of its counter.
+    pub offset: u64,
+    /// Device address of seed and offset, read instead; 0 when absent.
+    pub state: u64,
+    /// An element is dropped when its 16 random bits are less; 0 for no dropout, 65536 when all are dropped.
+    pub threshold: u32,
+    /// Zero: the struct ends at a multiple of 8 bytes.
+    pub padding: u32,
 }
 
 /// The parameter of a forward kernel. Units of work are numbered h first, then y.
@@ -56,6 +74,10 @@ pub struct LoraForwardParams {
     pub flag_shift: u32,
     /// Words from `sync` on that the last CTA clears.
     pub sync_words: u32,
+    /// Dropout; all zero when there is none.
+    pub dropout: LoraDropout,
+    /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent.
+    pub routes: u64,
 }
 
 /// The parameter of a backward kernel. Units of work are numbered dh, dx, db (with dbias), da.
@@ -128,6 +150,10 @@ pub struct LoraBackwardParams {
     pub sync_words: u32,
     /// `LORA_ACCUMULATE_*` (which outputs add) and `LORA_*_F32` (which gradients are f32), or-ed.
     pub flags: u32,
+    /// Dropout; all zero when there is none.
+    pub dropout: LoraDropout,
+    /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent.
+    pub routes: u64,
 }
 
 /// The parameter of a forward kernel of the Hopper family, after its tensor maps. Tickets hand out bundles of h units
@@ -169,6 +195,10 @@ pub struct LoraSm90ForwardParams {
     pub flag_shift: u32,
     /// Words from `sync` on that the last CTA clears.
     pub sync_words: u32,
+    /// Dropout; all zero when there is none.
+    pub dropout: LoraDropout,
+    /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent.
+    pub routes: u64,
 }
 
 /// The parameter of a backward kernel of the Hopper family, after its tensor maps. Tickets hand out bundles of dh units,
@@ -238,6 +268,10 @@ pub struct LoraSm90BackwardParams {
     pub flags: u32,
     /// Zero: the struct ends at a multiple of 8 bytes.
     pub padding: u32,
+    /// Dropout; all zero when there is none.
+    pub dropout: LoraDropout,
+    /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent.
+    pub routes: u64,
 }
 
 /// The parameter of merge: merged = w + scale · B A, a tile per CTA, numbered along K first.
@@ -350,6 +384,8 @@ constants! {
     LORA_ROUND_COLS = 256;
     LORA_ROUND_THREADS = 256;
     LORA_FACTORS_F32 = 1;
+    LORA_ROUTE_ROWS = 64;
+    LORA_ROUTE_RANKS = 64;
     LORA_SYNC_BYTES = 65536;
     LORA_SYNC_FLAGS = 2;
     LORA_ACCUMULATE_DX = 1;
@@ -376,18 +412,19 @@ mod header {
 
     const _: () = {
         same_layout!(LoraMatrix: ptr row_stride);
+        same_layout!(LoraDropout: seed offset state threshold padding);
         same_layout!(LoraForwardParams: x w a b h y bias sync m n k r scale m_blocks n_blocks h_units units group_m
-            flag_shift sync_words);
+            flag_shift sync_words dropout routes);
         same_layout!(LoraBackwardParams: dy w a b x h dh dx da db dbias partials sync m n k r scale m_blocks n_blocks
             k_blocks dh_units dx_end db_end units chunks chunk_rows partial_stride counters group_m flag_shift
-            sync_words flags);
+            sync_words flags dropout routes);
         same_layout!(LoraMergeParams: w a b merged n k r scale k_blocks flags);
         same_layout!(LoraRoundParams: a b rounded_a rounded_b n k r scale a_units k_blocks r_blocks flags);
         same_layout!(LoraSm90ForwardParams: h bias sync m n k r scale m_groups n_blocks r_blocks h_units h_tickets
-            tickets group_m flag_shift sync_words);
+            tickets group_m flag_shift sync_words dropout routes);
         same_layout!(LoraSm90BackwardParams: dh dx da db dbias partials sync m n k r scale m_groups n_groups k_groups
             k_blocks r_blocks dh_units dh_tickets dx_end db_end tickets chunks chunk_rows partial_stride counters
-            group_m flag_shift sync_words flags padding);
+            group_m flag_shift sync_words flags padding dropout routes);
     };
 
     /// A block as `Launch::parameter_bytes` lays it out: maps, fields, and padding to whole 128 bytes.
@@ -430,52 +467,3 @@ pub enum Params {
     /// Of round.
     Round(LoraRoundParams),
 }
-
-impl Params {
-    /// The bytes the kernel reads, in the order of the header.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(256);
-        match self {
-            Params::Forward(p) => p.write(&mut out),
-            Params::Backward(p) => p.write(&mut out),
-            Params::Sm90Forward(p) => p.write(&mut out),
-            Params::Sm90Backward(p) => p.write(&mut out),
-            Params::Merge(p) => p.write(&mut out),
-            Params::Round(p) => p.write(&mut out),
-        }
-        out
-    }
-}
-
-/// Appends fields in order. No struct has padding: u64s first, then an even number of u32s (asserted below).
-macro_rules! write_fields {
-    ($name:ident: matrices $($matrix:ident)*; words $($word:ident)*) => {
-        impl $name {
-            fn write(&self, out: &mut Vec<u8>) {
-                $(out.extend(self.$matrix.ptr.to_ne_bytes());
-                  out.extend(self.$matrix.row_stride.to_ne_bytes());)*
-                $(out.extend(self.$word.to_ne_bytes());)*
-            }
-        }
-        const _: () = assert!(size_of::<$name>() == 0 $(+ { let _ = stringify!($matrix); 16 })* $(+ write_fields!(@size $word))*);
-    };
-    (@size bias) => { 8 };
-    (@size dbias) => { 8 };
-    (@size partials) => { 8 };
-    (@size sync) => { 8 };
-    (@size $word:ident) => { 4 };
-}
-
-write_fields!(LoraForwardParams: matrices x w a b h y;
-    words bias sync m n k r scale m_blocks n_blocks h_units units group_m flag_shift sync_words);
-write_fields!(LoraBackwardParams: matrices dy w a b x h dh dx da db;
-    words dbias partials sync m n k r scale m_blocks n_blocks k_blocks dh_units dx_end db_end units chunks chunk_rows
-    partial_stride counters group_m flag_shift sync_words flags);
-write_fields!(LoraSm90ForwardParams: matrices h;
-    words bias sync m n k r scale m_groups n_blocks r_blocks h_units h_tickets tickets group_m flag_shift sync_words);
-write_fields!(LoraSm90BackwardParams: matrices dh dx da db;
-    words dbias partials sync m n k r scale m_groups n_groups k_groups k_blocks r_blocks dh_units dh_tickets
-    dx_end db_end tickets chunks chunk_rows partial_stride counters group_m flag_shift sync_words flags padding);
-write_fields!(LoraMergeParams: matrices w a b merged; words n k r scale k_blocks flags);
-write_fields!(LoraRoundParams: matrices a b rounded_a rounded_b;
-    words n k r scale a_units k_blocks r_blocks flags);

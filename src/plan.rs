@@ -15,8 +15,8 @@ mod portable;
 mod sm90;
 
 pub use crate::params::{
-    LoraBackwardParams, LoraForwardParams, LoraMatrix, LoraMergeParams, LoraRoundParams, LoraSm90BackwardParams,
-    LoraSm90ForwardParams, Params,
+    LoraBackwardParams, LoraDropout, LoraForwardParams, LoraMatrix, LoraMergeParams, LoraRoundParams,
+    LoraSm90BackwardParams, LoraSm90ForwardParams, Params,
 };
 pub use device::{Device, Peak};
 pub use floor::Floor;

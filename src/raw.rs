@@ -34,6 +34,36 @@ pub struct Gradient {
     pub f32: bool,
 }
 
+/// Where seed and offset of dropout come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "as in crate::Seed")]
+pub enum Seed {
+    Value {
+        seed: u64,
+        offset: u64,
+    },
+    /// 1 × 2 elements of 64 bits.
+    Memory(Matrix),
+}
+
+/// Dropout on the adapter branch, as [`crate::Dropout`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dropout {
+    /// Probability that an element of x is dropped, from 0 to 1.
+    pub p: f32,
+    /// Seed and offset.
+    pub seed: Seed,
+}
+
+/// How the adapter branch departs from the plain formula, as [`crate::Variant`].
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Variant {
+    /// Elements of x that the adapter branch does not see.
+    pub dropout: Option<Dropout>,
+    /// 1 × [`Routing::words_for`](crate::Routing::words_for)(M) elements of 64 bits.
+    pub routes: Option<Matrix>,
+}
+
 /// Arguments of forward; fields as in [`crate::Forward`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Forward {
@@ -55,6 +85,8 @@ pub struct Forward {
     pub h: Option<Matrix>,
     /// M × N.
     pub y: Matrix,
+    /// Dropout and routes.
+    pub variant: Variant,
 }
 
 /// Arguments of backward; fields as in [`crate::Backward`].
@@ -86,6 +118,8 @@ pub struct Backward {
     pub dbias: Option<Gradient>,
     /// Which outputs add to what is there.
     pub accumulate: Accumulate,
+    /// Dropout and routes.
+    pub variant: Variant,
 }
 
 /// Arguments of merge; fields as in [`crate::Merge`].

@@ -7,7 +7,9 @@
 mod tolerance;
 
 use crate::Element;
-pub use tolerance::{Expected, check, unit_roundoff};
+use crate::dropout::Keep;
+use crate::routing::Route;
+pub use tolerance::{Expected, check, element_bound, unit_roundoff};
 
 /// A row-major, contiguous f64 matrix; a vector is a matrix of one row.
 #[derive(Clone, Debug, PartialEq)]
@@ -88,6 +90,10 @@ pub struct Inputs {
     pub bias: Option<Mat>,
     pub dy: Mat,
     pub scale: f64,
+    /// Of dropout: M × K, 1 / (1 − p) for what the adapter branch sees of x and 0 for what it does not.
+    pub keep: Option<Mat>,
+    /// Of routes: M × R, the scale of its adapter for what a row keeps of h and dh, 0 for what it does not.
+    pub gate: Option<Mat>,
 }
 
 impl Inputs {
@@ -95,13 +101,60 @@ impl Inputs {
     pub fn magnitudes(&self) -> Self {
         let abs = |m: &Mat| m.map(f64::abs);
         let (x, w, a, b, dy) = (abs(&self.x), abs(&self.w), abs(&self.a), abs(&self.b), abs(&self.dy));
-        Self { x, w, a, b, bias: self.bias.as_ref().map(abs), dy, scale: self.scale.abs() }
+        Self {
+            x,
+            w,
+            a,
+            b,
+            bias: self.bias.as_ref().map(abs),
+            dy,
+            scale: self.scale.abs(),
+            keep: self.keep.clone(),
+            gate: self.gate.as_ref().map(abs),
+        }
+    }
+
+    /// h or dh from a product with A or B: scaled, and what its row keeps.
+    fn routed(&self, product: &Mat) -> Mat {
+        let gate = |i, j| self.gate.as_ref().map_or(1.0, |gate| gate.at(i, j));
+        Mat::from_fn(product.rows, product.cols, |i, j| self.scale * gate(i, j) * product.at(i, j))
+    }
+
+    /// What of an M × K matrix passes through dropout.
+    fn kept(&self, m: &Mat) -> Mat {
+        match &self.keep {
+            Some(keep) => {
+                Mat::from_fn(m.rows, m.cols, |i, j| if keep.at(i, j) == 0.0 { 0.0 } else { keep.at(i, j) * m.at(i, j) })
+            }
+            None => m.clone(),
+        }
     }
 }
 
-/// (h, y): h = scale · x Aᵀ, y = x Wᵀ + h Bᵀ (+ bias).
+/// What routes multiply each element of h and dh by, from the words of a [`Routing`](crate::Routing) of m rows.
+///
+/// # Panics
+/// When there are fewer words than rows.
+pub fn gate(words: &[u64], m: usize, r: usize) -> Mat {
+    let route = |row: usize| Route::from_word(words[row]);
+    let keeps = |row: usize, rank: usize| (route(row).begin..route(row).end).contains(&rank);
+    Mat::from_fn(m, r, |row, rank| if keeps(row, rank) { f64::from(route(row).scale) } else { 0.0 })
+}
+
+/// What dropout multiplies each element of an m × k matrix by: 0, or 1 / (1 − p) with p rounded as [`Dropout::p`](crate::Dropout::p)
+/// says; `seed` holds the seed and the offset.
+pub fn keep(p: f32, [seed, offset]: [u64; 2], m: usize, k: usize) -> Mat {
+    let p = (f64::from(p) * 65536.0).round() / 65536.0;
+    let mut kept = Mat::from_fn(m, k, |_, _| 1.0 / (1.0 - p));
+    if let Some(keep) = Keep::new(p as f32, seed, offset) {
+        keep.for_each_dropped((0, 0), (m, k), |i, j| kept.data[i * k + j] = 0.0);
+    }
+    kept
+}
+
+/// (h, y): h = scale · (x ∘ keep) Aᵀ ∘ gate, y = x Wᵀ + h Bᵀ (+ bias).
 pub fn forward(i: &Inputs) -> (Mat, Mat) {
-    let h = i.x.times(&i.a.transposed()).map(|v| i.scale * v);
+    let h = i.routed(&i.kept(&i.x).times(&i.a.transposed()));
     let y = i.x.times(&i.w.transposed()).plus(&h.times(&i.b.transposed()));
     let y = match &i.bias {
         Some(bias) => Mat::from_fn(y.rows, y.cols, |row, col| y.at(row, col) + bias.at(0, col)),
@@ -120,12 +173,12 @@ pub struct Gradients {
     pub dbias: Mat,
 }
 
-/// dh = scale · dy B, dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy; `h` as forward stored it.
+/// dh = scale · dy B ∘ gate, dx = dy W + (dh A) ∘ keep, da = dhᵀ (x ∘ keep), db = dyᵀ h, dbias = Σ dy; `h` as forward stored it.
 pub fn backward(i: &Inputs, h: &Mat) -> Gradients {
-    let dh = i.dy.times(&i.b).map(|v| i.scale * v);
+    let dh = i.routed(&i.dy.times(&i.b));
     Gradients {
-        dx: i.dy.times(&i.w).plus(&dh.times(&i.a)),
-        da: dh.transposed().times(&i.x),
+        dx: i.dy.times(&i.w).plus(&i.kept(&dh.times(&i.a))),
+        da: dh.transposed().times(&i.kept(&i.x)),
         db: i.dy.transposed().times(h),
         dbias: i.dy.column_sums(),
     }
@@ -137,8 +190,9 @@ fn rounded<T: Element>(m: &Mat) -> Mat {
 
 /// [`forward`] as separate products in `T`: round(round(x Wᵀ + bias) + round(h Bᵀ)), h = round(scale · round(x Aᵀ)).
 pub fn naive_forward<T: Element>(i: &Inputs) -> (Mat, Mat) {
-    let narrow = rounded::<T>(&i.x.times_f32(&i.a.transposed()));
-    let h = rounded::<T>(&narrow.map(|v| i.scale * v));
+    let x = rounded::<T>(&i.kept(&i.x));
+    let narrow = rounded::<T>(&x.times_f32(&i.a.transposed()));
+    let h = rounded::<T>(&i.routed(&narrow));
     let base = i.x.times_f32(&i.w.transposed());
     let bias = |col| i.bias.as_ref().map_or(0.0, |bias| bias.at(0, col));
     let base = rounded::<T>(&Mat::from_fn(base.rows, base.cols, |row, col| base.at(row, col) + bias(col)));
@@ -148,11 +202,12 @@ pub fn naive_forward<T: Element>(i: &Inputs) -> (Mat, Mat) {
 
 /// [`backward`] as separate products in `T`; da, db and dbias stay in f32, the stricter of the two choices.
 pub fn naive_backward<T: Element>(i: &Inputs, h: &Mat) -> Gradients {
-    let dh = rounded::<T>(&rounded::<T>(&i.dy.times_f32(&i.b)).map(|v| i.scale * v));
+    let dh = rounded::<T>(&i.routed(&rounded::<T>(&i.dy.times_f32(&i.b))));
     let (base, adapter) = (rounded::<T>(&i.dy.times_f32(&i.w)), rounded::<T>(&dh.times_f32(&i.a)));
+    let (x, adapter) = (rounded::<T>(&i.kept(&i.x)), rounded::<T>(&i.kept(&adapter)));
     Gradients {
         dx: rounded::<T>(&base.plus(&adapter)),
-        da: dh.transposed().times_f32(&i.x),
+        da: dh.transposed().times_f32(&x),
         db: i.dy.transposed().times_f32(h),
         dbias: Mat::from_fn(1, i.dy.rows, |_, _| 1.0).times_f32(&i.dy),
     }

@@ -1,8 +1,8 @@
 //! The one place that judges dimensions, strides, alignment and overlap.
 
-use crate::Dtype;
 use crate::error::{Error, Result};
-use crate::raw::{Backward, Forward, Gradient, Matrix, Merge, Round};
+use crate::raw::{Backward, Forward, Gradient, Matrix, Merge, Round, Seed, Variant};
+use crate::{Dtype, MAX_ROUTED_RANK, Routing};
 
 /// The four dimensions of a layer call: x is M × K, w is N × K, a is R × K, b is N × R.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -179,8 +179,8 @@ impl Forward {
     /// Dimensions, strides, addresses, overlap and scale; returns the shape when all are right.
     ///
     /// # Errors
-    /// [`Error::ZeroDimension`], [`Error::Dimension`], [`Error::TooLarge`], [`Error::Scale`], [`Error::Stride`],
-    /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
+    /// [`Error::ZeroDimension`], [`Error::Dimension`], [`Error::TooLarge`], [`Error::Scale`], [`Error::Probability`],
+    /// [`Error::Stride`], [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
         self.judge().map(|(shape, _)| shape)
     }
@@ -204,6 +204,7 @@ impl Forward {
         if let Some(bias) = self.bias {
             inputs.push(operand("bias", bias, 1, n)?);
         }
+        self.variant.operands(shape, &mut inputs)?;
         let mut outputs = vec![operand("y", self.y, m, n)?];
         if let Some(h) = self.h {
             outputs.push(operand("h", h, m, r)?);
@@ -212,11 +213,34 @@ impl Forward {
     }
 }
 
+impl Variant {
+    /// Adds what is read beside the matrices.
+    fn operands(&self, shape: LoraShape, inputs: &mut Vec<Operand>) -> Result<()> {
+        if let Some(routes) = self.routes {
+            if shape.r > MAX_ROUTED_RANK {
+                let (what, got) = ("R (rows of a) of a batch with routes", shape.r as u64);
+                return Err(Error::TooLarge { what, got, limit: MAX_ROUTED_RANK as u64 });
+            }
+            inputs.push(sized("routes", routes, 8, 1, Routing::words_for(shape.m))?);
+        }
+        let Some(dropout) = self.dropout else { return Ok(()) };
+        if !(0.0..=1.0).contains(&dropout.p) {
+            return Err(Error::Probability { got: dropout.p });
+        }
+        if let Seed::Memory(state) = dropout.seed {
+            inputs.push(sized("seed", state, 8, 1, 2)?);
+        }
+        Ok(())
+    }
+}
+
 impl Backward {
     /// Dimensions, strides, addresses, overlap, scale and presence; returns the shape when all are right.
     ///
     /// # Errors
-    /// As [`Forward::check`], and [`Error::NoOutput`], [`Error::Missing`].
+    /// [`Error::NoOutput`], [`Error::Missing`], and as forward [`Error::ZeroDimension`], [`Error::Dimension`],
+    /// [`Error::TooLarge`], [`Error::Scale`], [`Error::Probability`], [`Error::Stride`], [`Error::NullPointer`],
+    /// [`Error::Misaligned`], [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
         self.judge().map(|(shape, _)| shape)
     }
@@ -248,6 +272,7 @@ impl Backward {
         if let Some(h) = self.h {
             inputs.push(sized("h", h, bytes, m, r)?);
         }
+        self.variant.operands(shape, &mut inputs)?;
         let mut outputs = Vec::new();
         if let Some(dx) = self.dx {
             outputs.push(sized("dx", dx, bytes, m, k)?);
@@ -276,7 +301,8 @@ impl Merge {
     /// Dimensions, strides, addresses, overlap and scale; returns the shape, with M = 1, when all are right.
     ///
     /// # Errors
-    /// As [`Forward::check`].
+    /// [`Error::ZeroDimension`], [`Error::Dimension`], [`Error::TooLarge`], [`Error::Scale`], [`Error::Stride`],
+    /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
         nonzero("merged", &self.merged)?;
         let shape = LoraShape { m: 1, n: self.merged.rows, k: self.merged.cols, r: self.a.rows };
@@ -295,7 +321,8 @@ impl Round {
     /// Dimensions, strides, addresses, overlap and scale; returns the shape, with M = 1, when all are right.
     ///
     /// # Errors
-    /// As [`Forward::check`].
+    /// Matrices may be empty: [`Error::Dimension`], [`Error::TooLarge`], [`Error::Scale`], [`Error::Stride`],
+    /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
         let shape = LoraShape { m: 1, n: self.b.rows, k: self.a.cols, r: self.a.rows };
         let LoraShape { n, k, r, .. } = shape;

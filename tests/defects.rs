@@ -12,8 +12,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::altered::{self, Edit, Site};
-use common::check;
 use common::data::{Placement, Spec};
+use common::{HostDropout, check};
 use fused_lora::bf16;
 use fused_lora::emulator::{Emulator, Timing};
 use fused_lora::kernels::Image;
@@ -46,8 +46,9 @@ const SCHEDULE: &str = "portable/schedule.cuh";
 const EPILOGUE: &str = "portable/epilogue.cuh";
 const ELEMENT: &str = "element.cuh";
 const SYNC: &str = "ptx/sync.cuh";
+const DROPOUT: &str = "dropout.cuh";
 
-const DEFECTS: [Defect; 26] = [
+const DEFECTS: [Defect; 35] = [
     defect(
         "no barrier per step",
         FORWARD,
@@ -96,14 +97,8 @@ const DEFECTS: [Defect; 26] = [
         "{ mine[index * Tile::kThreads] = value; });\n  __syncthreads();",
         "{ mine[index * Tile::kThreads] = value; });",
     ),
-    defect("rows loaded past the end", FORWARD, TILE, "gmem_row < row_end && gmem_col < col_end", "gmem_col < col_end"),
-    defect(
-        "columns loaded past the end",
-        FORWARD,
-        TILE,
-        "min(col_end - gmem_col, static_cast<uint32_t>(kChunkElems))",
-        "8",
-    ),
+    defect("rows loaded past the end", FORWARD, TILE, "row + i * kRowStep < row_end ? cols : 0", "cols"),
+    defect("columns loaded past the end", FORWARD, TILE, "min(col_end - col, static_cast<uint32_t>(kChunkElems))", "8"),
     defect("rows stored past the end", FORWARD, EPILOGUE, "if (row >= rows) continue;", ""),
     defect("columns stored past the end", FORWARD, EPILOGUE, "if (col >= cols) continue;", ""),
     defect(
@@ -155,17 +150,47 @@ const DEFECTS: [Defect; 26] = [
         "accumulate ? widen(*gmem) + value : value",
         "value",
     ),
+    defect(
+        "dropout: words in another order",
+        FORWARD,
+        DROPOUT,
+        "kept(x[i], random.of[i])",
+        "kept(x[i], random.of[i ^ 3])",
+    ),
+    defect("dropout: key not advanced", FORWARD, DROPOUT, "key0 += 0x9e3779b9u;", ""),
+    defect("dropout: offset not read", FORWARD, DROPOUT, "state[1]", "state[0]"),
+    defect(
+        "dropout: of the base product's x",
+        FORWARD,
+        "portable/forward.cu",
+        "Drops::kNone> tile;\n  tile.accumulate(main, tail, m, n, Shape::kBlock, h, {}, smem);",
+        "Drops::kA> tile;\n  tile.accumulate(main, tail, m, n, Shape::kBlock, h, p.dropout, smem);",
+    ),
+    defect("dropout: halves not swapped", BACKWARD, DROPOUT, "__shfl_xor_sync(0xffffffffu, given, 4)", "given"),
+    defect("dropout: of dy for db", BACKWARD, "portable/backward.cu", "if (!is_da) dropout.threshold = 0;", ""),
+    defect(
+        "dropout: tail begun before dh is there",
+        BACKWARD,
+        "portable/backward.cu",
+        "p.dropout.threshold != 0 ? 0 : main.steps",
+        "main.steps",
+    ),
+    defect("dropout: tail not dropped from", BACKWARD, TILE, "drop_accumulators(Dropout(dropout), m, n);", ""),
+    defect("dropout: of the base product too", BACKWARD, TILE, "drops ? first_steps : steps", "steps"),
 ];
 
 /// Cases that reach every part of a kernel: several CTAs and units, ragged edges, a tail of several steps, one that begins
-/// in the prologue of the ring, reductions in chunks, accumulation.
+/// in the prologue of the ring, reductions in chunks, accumulation, dropout.
 fn specs(image: &str) -> Vec<(Spec, u32)> {
     let base = Spec::new(150, 70, 75, 13);
+    let dropout = |in_memory| Some(HostDropout { p: 0.4, seed: [0x0123_4567_89ab_cdef, 1 << 40 | 5], in_memory });
     let mut specs = vec![
         (Spec { placement: Placement::Aligned, keep_h: false, ..base }, 2),
         (Spec { placement: Placement::Aligned, n: 20, k: 20, outputs: [true, true, false, false], ..base }, 4),
         (Spec { placement: Placement::Unaligned, r: 70, ..base }, 8),
         (Spec { placement: Placement::Strided, accumulate: true, r: 5, ..base }, 3),
+        (Spec { placement: Placement::Aligned, dropout: dropout(false), r: 40, ..base }, 5),
+        (Spec { placement: Placement::Strided, accumulate: true, n: 40, dropout: dropout(true), ..base }, 2),
     ];
     if image == BACKWARD {
         let chunked = Spec::new(1600, 40, 24, 9);

@@ -3,10 +3,10 @@
 
 mod common;
 
-use common::data::{EDGES, Placement, RANKS, Spec, integer_table, shape_table, subset_table};
+use common::data::{EDGES, Placement, RANKS, Routes, Spec, dropout_table, integer_table, shape_table, subset_table};
 use common::emulated::Emulated;
-use common::{HostBackward, HostForward, check};
-use fused_lora::emulator::{Checks, Class, Emulator, Timing};
+use common::{Backend, Cpu, HostBackward, HostDropout, HostForward, HostGradient, check};
+use fused_lora::emulator::{Checks, Class, Counters, Emulator, Timing};
 use fused_lora::plan::{Device, TileSize};
 use fused_lora::{Element, bf16, f16};
 
@@ -175,6 +175,175 @@ fn replays_find_the_workspace_clean() {
     }
 }
 
+/// Dropout in values, and with small integers, where every result must be the exact one.
+#[test]
+fn dropout_as_the_seed_says() {
+    for (i, spec) in dropout_table().into_iter().enumerate() {
+        let exact = Spec { dropout: spec.dropout.map(|dropout| HostDropout { p: 0.5, ..dropout }), ..spec.integers() };
+        for (turn, arch) in [80, 75].into_iter().enumerate() {
+            let backend = Emulated::new(arch, 3).with_tile(TILES[(i + turn) % 2]);
+            for spec in [&spec, &exact] {
+                check::forward::<f16>(&backend, spec);
+                check::forward::<bf16>(&backend, spec);
+                check::backward::<f16>(&backend, spec);
+                check::backward::<bf16>(&backend, spec);
+            }
+        }
+    }
+}
+
+/// Specs of [`busy_specs`] with dropout.
+fn busy_dropout(p: f32, in_memory: bool) -> [Spec; 3] {
+    busy_specs().map(|spec| Spec { dropout: Some(HostDropout { p, seed: [0x1234_5678_9abc, 77], in_memory }), ..spec })
+}
+
+#[test]
+fn dropout_of_nothing_gives_the_bits_of_none() {
+    let emulator = Emulator::new(Device::of_arch("emulated", 80, 5));
+    for (none, nothing) in busy_specs().into_iter().zip(busy_dropout(1e-6, false)) {
+        assert!(same_bits(&bits::<bf16>(&emulator, &none), &bits::<bf16>(&emulator, &nothing)), "{none:?}");
+    }
+    let [spec, ..] = busy_dropout(0.25, false);
+    let none = Spec { dropout: None, ..spec };
+    assert!(!same_bits(&bits::<bf16>(&emulator, &none), &bits::<bf16>(&emulator, &spec)), "dropout does nothing");
+}
+
+#[test]
+fn the_same_bits_with_dropout_for_every_seed_of_the_emulator() {
+    for (passed, in_memory) in busy_dropout(0.3, false).into_iter().zip(busy_dropout(0.3, true)) {
+        let emulator = || Emulator::new(Device::of_arch("emulated", 80, 5));
+        let first = bits::<bf16>(&emulator(), &passed);
+        for seed in 2..8 {
+            let timing = [Timing::Eager, Timing::Lazy, Timing::Mixed][seed as usize % 3];
+            // A seed in memory is the same seed.
+            let spec = if seed % 2 == 0 { &in_memory } else { &passed };
+            let other = bits::<bf16>(&emulator().with_seed(seed).with_copies(timing), spec);
+            assert!(same_bits(&first, &other), "seed {seed}, {spec:?}");
+        }
+    }
+}
+
+/// The CPU drops the same elements: where every sum is exact, it gives the same bits.
+#[test]
+fn the_cpu_drops_the_same() {
+    for spec in busy_dropout(0.5, false) {
+        let spec = spec.integers();
+        let emulated = bits::<f16>(&Emulator::new(Device::of_arch("emulated", 80, 5)), &spec);
+        let mut cpu = (spec.forward::<f16>(), spec.backward::<f16>());
+        Cpu.forward(&mut cpu.0).expect("forward runs");
+        Cpu.backward(&mut cpu.1).expect("backward runs");
+        assert!(same_bits(&emulated, &cpu), "{spec:?}");
+    }
+}
+
+/// What is dropped is gone, whatever it was; the base product still sees it.
+#[test]
+fn a_dropped_element_is_a_zero() {
+    let seed = [9, 1];
+    let dropout = Some(HostDropout { p: 0.5, seed, in_memory: false });
+    let spec =
+        Spec { dropout, placement: Placement::Aligned, outputs: [true, true, false, false], ..Spec::new(16, 8, 16, 4) };
+    let keep = fused_lora::reference::keep(0.5, seed, 16, 16);
+    let is_dropped = |row, col| keep.at(row, col) == 0.0;
+    let emulator = Emulator::new(Device::of_arch("emulated", 80, 2));
+
+    let (mut forward, mut backward) = (spec.forward::<bf16>(), spec.backward::<bf16>());
+    let col = (0..16).find(|&col| is_dropped(3, col)).expect("one of sixteen");
+    let at = forward.x.index(3, col);
+    forward.x.data[at] = bf16::INFINITY;
+    emulator.forward(forward.views()).expect("forward runs");
+    assert!(forward.h.expect("kept").to_mat().data.iter().all(|value| value.is_finite()));
+    assert!((0..8).all(|col| !forward.y.to_mat().at(3, col).is_finite()));
+
+    // dh A is infinite in a column, and x in a place, which da must not see.
+    let x = backward.x.as_mut().expect("da is wanted");
+    let at = x.index(3, col);
+    x.data[at] = bf16::INFINITY;
+    let other = (0..16).find(|&other| other != col).expect("a column");
+    let at = backward.a.index(0, other);
+    backward.a.data[at] = bf16::INFINITY;
+    emulator.backward(backward.views()).expect("backward runs");
+    let dx = backward.dx.expect("wanted").to_mat();
+    assert!((0..16).all(|row| dx.at(row, other).is_finite() == is_dropped(row, other)));
+    let Some(HostGradient::F32(da)) = backward.da else { unreachable!("da is f32 in a spec") };
+    assert!(da.to_mat().data.iter().all(|value| value.is_finite()));
+}
+
+/// Sectors of global memory, but for the flags, which are read as often as it takes; and those of the seed.
+fn sectors(counters: &Counters) -> (u64, u64) {
+    let mut sum = (0, 0);
+    for line in counters.lines().iter().filter(|line| !line.instruction.contains("acquire")) {
+        let of_seed = line.source.as_ref().is_some_and(|source| source.contains("dropout.cuh"));
+        *(if of_seed { &mut sum.1 } else { &mut sum.0 }) += line.sectors;
+    }
+    sum
+}
+
+/// Dropout reads and writes what no dropout does; seed and offset, where they are in memory, once per warp and unit.
+#[test]
+fn dropout_adds_no_traffic() {
+    let checks = Checks { counters: true, ..Checks::default() };
+    let none = Spec { placement: Placement::Aligned, ..Spec::new(256, 192, 128, 16) };
+    let dropout = |in_memory| Spec { dropout: Some(HostDropout { p: 0.1, seed: [1, 2], in_memory }), ..none };
+    for tile in TILES {
+        let run = |spec: Spec| {
+            let emulator = Emulated::new(80, 4).with_tile(tile).0.with_checks(checks);
+            let (mut forward, mut backward) = (spec.forward::<bf16>(), spec.backward::<bf16>());
+            [emulator.forward(forward.views()), emulator.backward(backward.views())]
+                .map(|run| run.expect("the kernel runs").counters)
+        };
+        let (none, passed, in_memory) = (run(none), run(dropout(false)), run(dropout(true)));
+        for ((none, passed), in_memory) in none.iter().zip(&passed).zip(&in_memory) {
+            assert_eq!((none.copied, none.global_stored), (passed.copied, passed.global_stored));
+            assert_eq!(sectors(none), (sectors(passed).0, 0));
+            assert_eq!(sectors(passed), (sectors(in_memory).0, 0));
+            let of_seed = sectors(in_memory).1;
+            assert!(of_seed > 0 && of_seed * 50 < sectors(none).0, "{of_seed} of {}", sectors(none).0);
+        }
+    }
+}
+
+/// Sums whose order nobody knows would not repeat: integers alone are added atomically.
+#[test]
+fn no_kernel_adds_floats_atomically() {
+    for image in fused_lora::kernels::IMAGES {
+        for (arch, ptx) in image.ptx {
+            let is_atomic = |line: &&str| {
+                let mut words = line.split_whitespace().skip_while(|word| word.starts_with('@'));
+                let name = words.next().unwrap_or_default();
+                ["atom.", "red.", "multimem.", "cp.reduce."].iter().any(|start| name.starts_with(start))
+            };
+            let atomics: Vec<_> = ptx.lines().filter(is_atomic).collect();
+            // Those of tickets and flags: the search finds something.
+            assert!(!atomics.is_empty() || image.name.ends_with("adapter"), "{} for compute_{arch}", image.name);
+            let float = atomics.iter().find(|line| [".f16", ".bf16", ".f32", ".f64"].iter().any(|t| line.contains(t)));
+            assert_eq!(float, None, "{} for compute_{arch}", image.name);
+        }
+    }
+}
+
+#[test]
+fn explain_says_what_dropout_does_to_the_order() {
+    let emulator = Emulator::new(Device::of_arch("emulated", 80, 5));
+    let [spec, ..] = busy_dropout(0.25, true);
+    let explain = |spec: Spec| {
+        let (mut forward, mut backward) = (spec.forward::<bf16>(), spec.backward::<bf16>());
+        let runs = [emulator.forward(forward.views()), emulator.backward(backward.views())];
+        runs.map(|run| run.expect("the kernel runs").plan.explain())
+    };
+    let (dropout, order) = ("p = 0.25 on x", "dx begins with dh A");
+    let [forward, backward] = explain(spec);
+    assert!(
+        forward.contains(dropout) && forward.contains("read by the launch") && !forward.contains(order),
+        "{forward}"
+    );
+    assert!(backward.contains(dropout) && backward.contains(order), "{backward}");
+    let no_dx = Spec { outputs: [false, true, true, true], ..spec };
+    for text in explain(no_dx).iter().chain(&explain(Spec { dropout: None, ..spec })) {
+        assert!(!text.contains(order), "{text}");
+    }
+}
+
 /// Aligned operands reach shared memory and the tensor cores without bank conflicts, in both directions and with both tiles.
 #[test]
 fn no_bank_conflicts() {
@@ -191,6 +360,19 @@ fn no_bank_conflicts() {
                 assert_eq!(line.conflicts, 0, "{tile:?}: {line:?}");
             }
         }
+    }
+}
+
+/// No block of rows takes part in db or da, so that their units have no step.
+#[test]
+#[ignore = "a race in lora_backward_*: a unit without steps passes no barrier between reading its ticket and writing the next"]
+fn units_without_steps_are_ordered() {
+    for (outputs, tile) in
+        TILES.into_iter().flat_map(|tile| [([false, false, true, false], tile), ([false, true, false, false], tile)])
+    {
+        let spec = Spec { outputs, routes: Some(Routes::Nobody), ..Spec::new(47, 16, 24, 16) };
+        check::backward::<f16>(&Emulated::new(80, 40).with_tile(tile), &spec);
+        check::backward::<bf16>(&Emulated::new(80, 2).with_tile(tile), &Spec { m: 700, ..spec });
     }
 }
 

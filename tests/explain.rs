@@ -27,19 +27,106 @@ fn a_plan_in_words() {
     assert!(ragged.contains("not the Hopper family: K is 4095, not a multiple of 8"), "{ragged}");
 }
 
+/// Of forward, and of backward with dx, da and db, da and db in f32: (operations, bytes), each argument once.
+fn work([m, n, k, r]: [f64; 4], backward: bool) -> (f64, f64) {
+    let forward = (2.0 * (m * n * k + m * r * k + m * n * r), 2.0 * (m * k + n * k + r * k + n * r + m * n));
+    // dh, dx (without an adapter alone), da, db; dy, w, x, dx, h, and the factors with their gradients.
+    let backward_flops = 2.0 * (m * n * r + m * n * k + m * r * k + m * r * k + m * n * r);
+    let backward_bytes = 2.0 * (m * n + n * k + 2.0 * m * k + m * r) + (2.0 + 4.0) * (r * k + n * r);
+    if backward { (backward_flops, backward_bytes) } else { forward }
+}
+
 /// Every GPU of the table: plan, predicted time where there is a model, floor, what binds, workspace.
 #[test]
 fn a_plan_for_every_gpu() {
-    for (gpu, is_modelled) in
-        [("h200", true), ("a100", true), ("rtx4090", true), ("t4", true), ("rtx5090", true), ("b200", false)]
-    {
-        for (m, resource) in [(8192, "arithmetic is the bound"), (16, "memory is the bound")] {
-            let (status, out, err) = run(&format!("--m {m} --n 4096 --k 4096 --r 16 --gpu {gpu} --dtype f16"));
-            assert_eq!((status, err.as_str()), (0, ""));
-            assert_eq!(out.contains("  predicted  "), is_modelled, "{out}");
-            assert!(out.contains(resource) && out.contains("  floor      ") && out.contains("  workspace  "), "{out}");
+    // TFLOP/s and GB/s of the data sheets.
+    let gpus = [
+        ("h200", Some((989.0, 4800.0))),
+        ("a100", Some((312.0, 2039.0))),
+        ("rtx4090", Some((165.0, 1008.0))),
+        ("t4", Some((65.0, 320.0))),
+        ("rtx5090", Some((209.0, 1792.0))),
+        ("b200", None),
+    ];
+    let shapes =
+        [[8192, 4096, 4096, 16], [16, 4096, 4096, 16], [777, 1001, 513, 7], [1, 1, 1, 1], [2048, 8192, 8192, 300]];
+    for ((gpu, rates), [m, n, k, r]) in gpus.into_iter().flat_map(|gpu| shapes.map(|shape| (gpu, shape))) {
+        for call in ["forward --dtype f16", "forward --dtype bf16", "backward --dtype f16", "backward --dtype bf16"] {
+            let line = format!("--m {m} --n {n} --k {k} --r {r} --gpu {gpu} --op {call}");
+            let ((status, out, err), (_, json, _)) = (run(&line), run(&format!("{line} --json")));
+            assert_eq!((status, err.as_str()), (0, ""), "{line}");
+            for part in ["kernel", "tiles", "units", "grid", "workspace", "predicted", "floor"] {
+                assert!(out.contains(&format!("\n  {part} ")), "{line}: no {part} in\n{out}");
+            }
+            let plan: serde_json::Value = serde_json::from_str(&json).unwrap();
+            let predicted = plan["predicted_us"].as_f64();
+            let Some((teraflops, gigabytes)) = rates else {
+                assert!(predicted.is_none() && out.contains("predicted  none"), "{out}");
+                continue;
+            };
+            let (flops, bytes) = work([m, n, k, r].map(|extent| extent as f64), call.starts_with("backward"));
+            let floors = [("arithmetic", flops / teraflops / 1e6), ("memory", bytes / gigabytes / 1e3)];
+            for (what, floor) in floors {
+                let said = plan[format!("floor_{what}_us")].as_f64().unwrap();
+                assert!((said / floor - 1.0).abs() < 1e-9, "{line}: {what} {said}, by hand {floor}");
+            }
+            let (what, floor) = if floors[0].1 >= floors[1].1 { floors[0] } else { floors[1] };
+            assert!(out.contains(&format!("{what} is the bound")), "{line}:\n{out}");
+            assert!(predicted.unwrap() > floor, "{line}: {predicted:?}, floor {floor}");
         }
     }
+}
+
+/// Whatever stands where a flag or its value is expected: an exit status and a line, never a panic.
+#[test]
+fn nothing_that_is_typed_panics() {
+    let numbers =
+        ["0", "1", "7", "4096", "2147483647", "4294967296", "18446744073709551615", "-1", "1e9", "", "\u{0}", "x"];
+    let words =
+        ["bf16", "f16", "f32", "forward", "backward", "portable", "sm90", "large", "small", "256", "128", "\u{fffd}"];
+    let flags = [
+        "--m",
+        "--n",
+        "--k",
+        "--r",
+        "--gpu",
+        "--dtype",
+        "--op",
+        "--family",
+        "--tile",
+        "--cluster",
+        "--bundle",
+        "--chunks",
+        "--group-m",
+    ];
+    let mut state = 1_u64;
+    let mut draw = |count: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % count
+    };
+    let gpus = ["h200", "a100", "rtx4090", "t4", "rtx5090", "b200", "H-100"];
+    let mut statuses = [0; 4];
+    for _ in 0..20_000 {
+        let mut line = Vec::new();
+        for flag in &flags[..4] {
+            // Mostly something that a plan could be made for.
+            let choices = if draw(8) == 0 { numbers.len() } else { 5 };
+            line.extend([(*flag).to_owned(), numbers[draw(choices)].to_owned()]);
+        }
+        line.extend(["--gpu".to_owned(), gpus[draw(gpus.len())].to_owned()]);
+        for _ in 0..draw(4) {
+            let value = if draw(2) == 0 { words[draw(words.len())] } else { numbers[draw(numbers.len())] };
+            line.extend([flags[draw(flags.len())].to_owned(), value.to_owned()]);
+        }
+        if draw(4) == 0 {
+            line.push("--json".to_owned());
+        }
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let status = explain::run(line.iter().map(Into::into).collect(), &mut out, &mut err);
+        statuses[usize::from(status)] += 1;
+        assert_eq!((status == 0, status == 0), (!out.is_empty(), err.is_empty()), "{line:?}");
+    }
+    assert!(statuses[0] > 500 && statuses[1] > 500 && statuses[3] > 500, "all of it was tried: {statuses:?}");
 }
 
 #[test]

@@ -418,7 +418,15 @@ impl Backend for Failing {
     type Buffer<T: Element> = Vec<T>;
     type Read<T: Element> = [T];
     type Write<T: Element> = [T];
+    type Words = [u64];
+    type WordBuffer = Vec<u64>;
 
+    fn upload_words(&self, from: &[u64]) -> Result<Vec<u64>> {
+        Cpu.upload_words(from)
+    }
+    fn words(buffer: &Vec<u64>) -> &[u64] {
+        buffer
+    }
     fn read<T: Element>(buffer: &Vec<T>) -> &[T] {
         buffer
     }

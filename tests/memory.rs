@@ -53,6 +53,7 @@ fn scratch<T: Element>(LoraShape { m, n, k, r }: LoraShape) -> [usize; 2] {
             bias: None,
             h: Some(MatrixMut::new(&mut h[..], m, r)),
             y: MatrixMut::new(&mut y[..], m, n),
+            variant: Default::default(),
         })
         .expect("forward runs");
     });
@@ -70,6 +71,7 @@ fn scratch<T: Element>(LoraShape { m, n, k, r }: LoraShape) -> [usize; 2] {
             db: Some(Gradient::F32(MatrixMut::new(&mut db[..], n, r))),
             dbias: None,
             accumulate: Accumulate::default(),
+            variant: Default::default(),
         })
         .expect("backward runs");
     });

@@ -5,7 +5,7 @@ mod common;
 use approx::abs_diff_eq;
 use common::data::Rng;
 use fused_lora::reference::{self, Expected, Inputs, Mat, check, unit_roundoff};
-use fused_lora::{Dtype, Element, bf16, f16};
+use fused_lora::{Dtype, Element, Routing, Slot, bf16, f16};
 
 fn mat(rows: usize, cols: usize, data: &[f64]) -> Mat {
     assert_eq!(rows * cols, data.len());
@@ -17,7 +17,7 @@ fn random(m: usize, n: usize, k: usize, r: usize) -> Inputs {
     let mut random =
         |rows, cols| Mat { rows, cols, data: (0..rows * cols).map(|_| bf16::from_f64(rng.unit()).to_f64()).collect() };
     let (x, w, a, b) = (random(m, k), random(n, k), random(r, k), random(n, r));
-    Inputs { x, w, a, b, bias: Some(random(1, n)), dy: random(m, n), scale: 0.75 }
+    Inputs { x, w, a, b, bias: Some(random(1, n)), dy: random(m, n), scale: 0.75, keep: None, gate: None }
 }
 
 /// One token, two inputs, two outputs, rank one, on paper.
@@ -31,6 +31,8 @@ fn a_layer_by_hand() {
         bias: Some(mat(1, 2, &[10.0, 20.0])),
         dy: mat(1, 2, &[1.0, 3.0]),
         scale: 0.5,
+        keep: None,
+        gate: None,
     };
     let (h, y) = reference::forward(&inputs);
     assert_eq!(h, mat(1, 1, &[2.0])); // 0.5 · (1·2 + 2·1)
@@ -127,4 +129,46 @@ fn the_rule_refuses_what_is_worse() {
     assert!(check(&reference::forward(&without).1, &expected).is_err());
     let transposed = expected.truth.transposed();
     assert_eq!(check(&transposed, &expected), Err("shape 30×20, expected 20×30".into()));
+}
+
+/// A batch with routes is each row with its own adapter alone.
+#[test]
+fn routes_are_adapters_alone() {
+    let (m, r) = (23, 12);
+    let slots = [(0, 3, 2.0), (3, 8, -0.5), (11, 1, 1.5)];
+    let slots = slots.map(|(first_rank, ranks, scale)| Slot { first_rank, ranks, scale });
+    let ids: Vec<Option<usize>> = (0..m).map(|row| Some(row * 5 % 4).filter(|&id| id < 3)).collect();
+    let routing = Routing::new(&slots, &ids).expect("a routing");
+    let all = Inputs { gate: Some(reference::gate(routing.words(), m, r)), ..random(m, 7, 9, r) };
+    let (h, y) = reference::forward(&all);
+    let backward = reference::backward(&all, &h);
+    for (row, id) in ids.iter().enumerate() {
+        let Slot { first_rank, ranks, scale } = id.map_or(Slot { first_rank: 0, ranks: 0, scale: 1.0 }, |id| slots[id]);
+        let one = |matrix: &Mat| Mat::from_fn(1, matrix.cols, |_, j| matrix.at(row, j));
+        let alone = Inputs {
+            x: one(&all.x),
+            dy: one(&all.dy),
+            a: Mat::from_fn(ranks, all.a.cols, |i, j| all.a.at(first_rank + i, j)),
+            b: Mat::from_fn(all.b.rows, ranks, |i, j| all.b.at(i, first_rank + j)),
+            scale: all.scale * f64::from(scale),
+            gate: None,
+            ..all.clone()
+        };
+        let (h_alone, y_alone) = reference::forward(&alone);
+        let close = |got: &Mat, expected: &Mat| got.data.iter().zip(&expected.data).all(|(a, b)| (a - b).abs() < 1e-12);
+        assert!(close(&one(&y), &y_alone), "row {row}");
+        assert!(close(&one(&backward.dx), &reference::backward(&alone, &h_alone).dx), "row {row}");
+    }
+    // db of an adapter is the sum over its own rows.
+    for slot in slots {
+        let own = |row: usize| ids[row].is_some_and(|id| slots[id] == slot);
+        let masked = |matrix: &Mat| Mat::from_fn(m, matrix.cols, |i, j| if own(i) { matrix.at(i, j) } else { 0.0 });
+        let alone = Inputs { dy: masked(&all.dy), ..all.clone() };
+        let (full, alone) = (&backward, reference::backward(&alone, &h));
+        for rank in slot.first_rank..slot.first_rank + slot.ranks {
+            let same = |a: f64, b: f64| (a - b).abs() < 1e-12;
+            assert!((0..full.db.rows).all(|n| same(full.db.at(n, rank), alone.db.at(n, rank))));
+            assert!((0..full.da.cols).all(|k| same(full.da.at(rank, k), alone.da.at(rank, k))));
+        }
+    }
 }

@@ -11,6 +11,8 @@ mod arguments;
 mod cublaslt;
 #[path = "../benches/tax/measure.rs"]
 mod measure;
+#[path = "../benches/origin.rs"]
+mod origin;
 #[path = "../benches/tax/report.rs"]
 mod report;
 
@@ -103,8 +105,10 @@ fn row(op: Op, way: Way, r: usize, samples: &[f64]) -> Row {
         way,
         dtype: Dtype::Bf16,
         shape: LoraShape { m: 8192, n: 4096, k: 4096, r },
+        dropout: 0.0,
         flops: 2.0 * 8192.0 * 4096.0 * 4096.0,
         floor: Some(278.0),
+        floor_bytes: 168e6,
         predicted: None,
         what: "a kernel".to_owned(),
         samples: samples.to_vec(),
@@ -164,6 +168,47 @@ fn rows_as_json() {
     assert_eq!((&row["us"], &row["tax_over"], &row["samples"]), (&353.0.into(), &"cublaslt".into(), &3.into()));
     assert!((row["tax_percent"].as_f64().expect("a tax") - 1.583).abs() < 1e-3);
     assert_eq!((&row["goal_percent"], &value["rows"][0]["tax_percent"]), (&2.0.into(), &serde_json::Value::Null));
+    assert_eq!((&row["floor_bytes"], &row["dropout"]), (&168e6.into(), &0.0.into()));
+}
+
+/// Of `--once`: no time, and nothing that a time would be needed for.
+#[test]
+fn a_launch_that_was_not_timed_as_json() {
+    let rows =
+        json(&Machine::default(), &[row(Op::Forward, Way::Fused, 0, &[]), row(Op::Forward, Way::Fused, 16, &[])]);
+    let row = &rows["rows"][1];
+    for field in ["us", "spread", "tflops", "floor_percent", "tax_percent"] {
+        assert_eq!(row[field], serde_json::Value::Null, "{field}");
+    }
+    assert_eq!((&row["what"], &row["samples"]), (&"a kernel".into(), &0.into()));
+}
+
+/// What was typed where make says it, else what was started, as it would be started again.
+#[test]
+fn the_command_of_a_file() {
+    let typed = |make: Option<&str>, argv: &[&str]| {
+        origin::typed(make.map(str::to_owned), argv.iter().map(OsString::from).collect::<Vec<_>>())
+    };
+    let bench = ["/target/release/deps/lora-0123456789abcdef", "--bench", "forward"];
+    assert_eq!(typed(Some("make bench ARGS=\"forward\""), &bench), "make bench ARGS=\"forward\"");
+    assert_eq!(typed(None, &bench), "lora --bench forward");
+    assert_eq!(typed(Some(""), &["bin/example-tax", "--json", "tax.json"]), "example-tax --json tax.json");
+    assert_eq!(typed(None, &["peers-2026"]), "peers-2026");
+    assert_eq!(typed(None, &[]), "");
+}
+
+/// Where this test runs, make's word comes first; there is a date in any case.
+#[test]
+fn the_origin_of_a_file() {
+    assert!(!origin::command().is_empty());
+    let date = origin::date().expect("there is a `date`");
+    assert!(date.len() == 20 && date.ends_with('Z'), "{date}");
+    for named in [origin::commit(), origin::driver()].into_iter().flatten() {
+        assert!(!named.is_empty(), "what has no name is absent");
+    }
+    assert_eq!(origin::said("false", &[]), None);
+    assert_eq!(origin::said("echo", &[" two "]), Some("two".to_owned()));
+    assert_eq!(origin::said("/no/such/program", &[]), None);
 }
 
 fn parse(line: &str) -> Result<Option<arguments::Arguments>, String> {
@@ -177,14 +222,15 @@ fn the_command_line() {
         (usual.tokens.as_slice(), usual.layers.len(), usual.ranks.as_slice()),
         (&[8192][..], 5, &[16, 64, 128][..])
     );
-    let line = "--m 16,512 --nk 64x128,8x8 --ranks 8 --dtype f16 --op backward --rounds 5 --no-unfused --hot --tile 192 --cluster 1 \
+    let line = "--m 16,512 --nk 64x128,8x8 --ranks 8 --dtype f16 --op backward --dropout 0.1 --rounds 5 --once --no-unfused --hot --tile 192 --cluster 1 \
                 --bundle 2 --chunks 3 --group-m 16 --json out.json --label stages";
     let all = parse(line).expect("all are known").expect("not the help");
     assert_eq!((all.tokens, all.layers, all.ranks), (vec![16, 512], vec![(64, 128), (8, 8)], vec![8]));
     assert_eq!(
-        (all.dtype, all.ops, all.rounds, all.unfused, all.hot),
-        (Dtype::F16, vec![Op::Backward], 5, false, true)
+        (all.dtype, all.ops, all.rounds, all.once, all.unfused, all.hot),
+        (Dtype::F16, vec![Op::Backward], 5, true, false, true)
     );
+    assert_eq!(all.dropout, 0.1);
     let options = all.options;
     assert_eq!((options.tile, options.cluster, options.bundle), (Some(TileSize::Sm90N192), Some(1), Some(2)));
     assert_eq!((options.chunks, options.group_m), (Some(3), Some(16)));
@@ -201,6 +247,8 @@ fn the_command_line() {
         ("--nk 4096", "expected N and K as 4096x4096"),
         ("--ranks 16,x", "expected whole numbers"),
         ("--m 0", "expected whole numbers"),
+        ("--dropout 1", "expected 0 or more and less than 1"),
+        ("--dropout NaN", "expected 0 or more and less than 1"),
         ("--op both", "expected forward or backward"),
         ("--tile 64", "expected large, small, 256, 192 or 128"),
         ("--family sm100", "expected portable or sm90"),

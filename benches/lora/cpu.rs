@@ -110,6 +110,7 @@ impl<T: Element> Layer<T> {
             bias: None,
             h: Some(MatrixMut::new(&mut self.h[..], m, r)),
             y: MatrixMut::new(&mut self.y[..], m, n),
+            variant: Default::default(),
         })
     }
 
@@ -129,6 +130,7 @@ impl<T: Element> Layer<T> {
             db: gradient(&mut self.db[..], n, r),
             dbias: None,
             accumulate: Accumulate::default(),
+            variant: Default::default(),
         })
     }
 }

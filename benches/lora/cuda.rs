@@ -67,7 +67,7 @@ impl Backend for Gpu {
 
     fn prepare(&self, case: &Case) -> Result<Timed, Failure> {
         let LoraShape { r, .. } = case.shape;
-        let (layers, memory) = self.gpu.layers(case.dtype, false, LoraShape { r: r.max(1), ..case.shape })?;
+        let (layers, memory) = self.gpu.layers(case.dtype, false, 0.0, LoraShape { r: r.max(1), ..case.shape })?;
         let products: &[Product] = match case.op {
             Op::Forward => &[Product::Forward],
             Op::Backward => &[Product::Backward],

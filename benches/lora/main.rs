@@ -10,6 +10,8 @@ mod candle;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[path = "../origin.rs"]
+mod origin;
 mod report;
 /// What the example `tax` measures with, which has no criterion and times everything in turn.
 #[cfg(feature = "cuda")]

@@ -1,13 +1,12 @@
 //! What was measured, as a table and as JSON.
 
 use std::fmt::Write as _;
-use std::process::Command;
 use std::time::Duration;
 
 use fused_lora::LoraShape;
 use serde_json::{Value, json};
 
-use crate::{Backend, Measurement, SAMPLES};
+use crate::{Backend, Measurement, SAMPLES, origin};
 
 impl Measurement {
     fn microseconds(&self) -> f64 {
@@ -71,13 +70,6 @@ pub fn table(measured: &[Measurement]) -> String {
     out
 }
 
-/// What a command says on its first line.
-fn said(command: &str, arguments: &[&str]) -> Option<String> {
-    let output = Command::new(command).args(arguments).output().ok()?;
-    let text = String::from_utf8(output.stdout).ok()?;
-    text.lines().next().map(str::trim).filter(|line| output.status.success() && !line.is_empty()).map(str::to_owned)
-}
-
 /// The processor's name, where the system tells.
 fn processor() -> Option<String> {
     let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
@@ -110,17 +102,14 @@ pub fn json(backend: &dyn Backend, measured: &[Measurement]) -> Value {
         })
         .collect();
     let on_gpu = backend.name() == "cuda";
-    let driver = ["--query-gpu=driver_version", "--format=csv,noheader"];
     json!({
         "gpu": on_gpu.then(|| backend.why()),
-        "driver": if on_gpu { said("nvidia-smi", &driver) } else { None },
+        "driver": if on_gpu { origin::driver() } else { None },
         "cpu": processor(),
         "cores": std::thread::available_parallelism().ok().map(usize::from),
-        "commit": option_env!("FUSED_LORA_COMMIT").map(str::to_owned).or_else(|| {
-            said("git", &["describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"])
-        }),
-        "command": "cargo bench --bench lora",
-        "date": said("date", &["-u", "+%Y-%m-%dT%H:%M:%SZ"]),
+        "commit": origin::commit(),
+        "command": origin::command(),
+        "date": origin::date(),
         "rows": rows,
     })
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What others need for a LoRA layer on this machine: PyTorch, torch.compile, PEFT, and whatever other LoRA kernels are installed.
 
-    python3 benches/peers/peers.py --json benches/results/<gpu>-<date>-peers.json [--shapes llama|decode|lorafusion] [--minutes 8]
+    python3 benches/peers/peers.py --json benches/results/<gpu>-<date>-<commit>-peers.json [--shapes lorafusion] [--dropout 0]
     python3 benches/peers/peers.py --dram --json ..    bytes read from and written to memory, counted by ncu, instead of times
     python3 benches/peers/peers.py --list              who would run here, and why the others do not
 
@@ -14,9 +14,7 @@ The JSON has the fields of benches/results/README.md. `step` is forward and back
 products are x·Wᵀ and dy·W.
 """
 import argparse
-import csv
 import datetime
-import io
 import json
 import platform
 import shutil
@@ -25,6 +23,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import dram
 
 try:
     import torch
@@ -39,6 +39,8 @@ SHAPES = {  # (M, N, K, ranks, dropout)
     "decode": [(m, 4096, 4096, (16,), 0.0) for m in (1, 4, 16, 64, 256)],
     # The grid that LoRAFusion publishes.
     "lorafusion": [(m, d, d, (16,), 0.1) for d in (4096, 5120, 8192) for m in range(2048, 8193, 1024)],
+    # Where it publishes bytes of memory.
+    "traffic": [(8192, d, d, (16,), 0.1) for d in (4096, 5120, 8192)],
     "tiny": [(64, 96, 128, (4,), 0.0), (64, 96, 128, (4,), 0.1)],
 }
 
@@ -279,6 +281,13 @@ def calls_of(functions, layer):
     return cases
 
 
+def which(layer, op, way):
+    """The fields that say what a row is of."""
+    plain = way == "plain"
+    return dict(op=op, way="torch_plain" if plain else way, dtype="bf16", m=layer.m, n=layer.n, k=layer.k,
+                r=0 if plain else layer.r, dropout=0.0 if plain else layer.dropout)
+
+
 def rows_of(layer, times):
     rows = []
     for (op, way), samples in times.items():
@@ -287,10 +296,8 @@ def rows_of(layer, times):
         is_plain = way == "plain"
         flops = (2 if op == "step" else 1) * 2 * layer.m * layer.n * layer.k if is_plain else layer.flops(op)
         ratio = statistics.median(mine / floor for mine, floor in zip(samples, plain))
-        rows.append(dict(
-            op=op, way="torch_plain" if is_plain else way, dtype="bf16", m=layer.m, n=layer.n, k=layer.k,
-            r=0 if is_plain else layer.r, dropout=layer.dropout, us=us,
-            spread=(ordered[len(ordered) * 9 // 10] - ordered[len(ordered) // 10]) / us, samples=len(samples),
+        rows.append(which(layer, op, way) | dict(
+            us=us, spread=(ordered[len(ordered) * 9 // 10] - ordered[len(ordered) // 10]) / us, samples=len(samples),
             tflops=flops / us / 1e6, tax_percent=None if is_plain else 100 * (ratio - 1),
             tax_over=None if is_plain else "torch_plain",
         ))
@@ -317,17 +324,16 @@ def ready(layer, names):
 def dram_row(arguments, layer, op, way):
     """Bytes of one call, by ncu over a run of this script that does nothing else; None, with the reason printed, when it fails."""
     one = [sys.executable, __file__, "--once", op, way, *map(str, (layer.m, layer.n, layer.k, layer.r, layer.dropout))]
-    metrics = "dram__bytes_read.sum,dram__bytes_write.sum"
-    done = subprocess.run(["ncu", "--profile-from-start", "off", "--csv", "--print-units", "base", "--metrics", metrics, *one],
-                          capture_output=True, text=True)
-    table = [line for line in done.stdout.splitlines() if line.startswith('"')]
-    values = [float(row["Metric Value"].replace(",", "")) for row in csv.DictReader(io.StringIO("\n".join(table)))
-              if row.get("Metric Name", "").startswith("dram__bytes")]
-    if done.returncode or not values:
-        print(f"  {way:<11} {op}: ncu counted nothing (exit {done.returncode}): {(done.stderr or done.stdout).strip()[-200:]}")
+    done = subprocess.run(["ncu", "--profile-from-start", "off", "--csv", "--page", "raw", "--print-units", "base",
+                           "--metrics", ",".join(dram.METRICS.values()), *one], capture_output=True, text=True)
+    try:
+        counted = dram.kernels(done.stdout)
+        if done.returncode:
+            raise dram.Unreadable((done.stderr or done.stdout).strip()[-200:])
+    except dram.Unreadable as error:
+        print(f"  {way:<11} {op}: exit {done.returncode} of ncu: {error}")
         return None
-    return dict(op=op, way="torch_plain" if way == "plain" else way, dtype="bf16", m=layer.m, n=layer.n, k=layer.k,
-                r=0 if way == "plain" else layer.r, dropout=layer.dropout, dram_bytes=sum(values), launches=len(values) // 2)
+    return which(layer, op, way) | dram.counts(counted)
 
 
 def once(arguments):
@@ -354,6 +360,9 @@ def machine(device, command):
             return None
 
     here = Path(__file__).resolve().parent
+    # A bundle says what it was built from; elsewhere it is the checkout.
+    build = here / "BUILD"
+    built = build.read_text().split()[1] if build.is_file() else None
     versions = {}
     for name in ("torch", "triton", "peft", "unsloth", "lorafusion", "vllm"):
         try:
@@ -367,7 +376,7 @@ def machine(device, command):
         driver=said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
         toolkit=torch.version.cuda, cpu=None if cuda else platform.processor() or platform.machine(), versions=versions,
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        commit=said("git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*") or "unknown",
+        commit=built or said("git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*") or "unknown",
         command=command, rows=[],
     )
 
@@ -376,6 +385,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results there, after every shape")
     parser.add_argument("--shapes", choices=SHAPES, default=None, help="default: llama; on a CPU tiny")
+    parser.add_argument("--dropout", type=float, help="in place of that of the shapes")
     parser.add_argument("--ways", default=",".join(WAYS), help="comma-separated; default: all")
     parser.add_argument("--minutes", type=float, default=8.0, help="no shape is begun after this long")
     parser.add_argument("--seconds", type=float, default=4.0, help="of measuring, per shape and rank")
@@ -389,6 +399,8 @@ def main():
     unknown = [name for name in names if name not in WAYS]
     if unknown:
         parser.error(f"--ways has {', '.join(unknown)}, expected some of {', '.join(WAYS)}")
+    if arguments.dropout is not None and not 0.0 <= arguments.dropout < 1.0:
+        parser.error(f"--dropout is {arguments.dropout}, expected 0 or more and less than 1")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         print("no GPU: tiny layers on the CPU, which show that the script works and nothing else")
@@ -405,6 +417,7 @@ def main():
     run, clock = machine(device, " ".join(["peers.py", *sys.argv[1:]])), Clock(device)
     begin = time.monotonic()
     for m, n, k, ranks, dropout in SHAPES[arguments.shapes or ("llama" if device == "cuda" else "tiny")]:
+        dropout = dropout if arguments.dropout is None else arguments.dropout
         for r in ranks:
             print(f"\n{m} x {n} x {k}, R = {r}, dropout {dropout}", flush=True)
             if time.monotonic() - begin > 60 * arguments.minutes:

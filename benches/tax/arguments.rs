@@ -9,8 +9,8 @@ use fused_lora::plan::Options;
 use super::report::Op;
 
 pub const HELP: &str = "\
-Usage: tax [--m M,..] [--nk NxK,..] [--ranks R,..] [--dtype bf16|f16] [--op forward|backward] [--rounds N] [--quick]
-           [--no-unfused] [--hot] [--family F] [--tile T] [--cluster C] [--bundle U] [--chunks C] [--group-m G]
+Usage: tax [--m M,..] [--nk NxK,..] [--ranks R,..] [--dtype bf16|f16] [--op forward|backward] [--dropout P] [--rounds N]
+           [--quick] [--once] [--no-unfused] [--hot] [--family F] [--tile T] [--cluster C] [--bundle U] [--chunks C] [--group-m G]
            [--json FILE] [--label TEXT]
 
 The LoRA tax on GPU 0: what forward and backward (dx, da and db) take beside cuBLASLt's x W^T and dy W alone, and beside the same
@@ -21,8 +21,11 @@ operations as separate products of cuBLASLt.
   --ranks R,..   default 16,64,128; the plain product, R = 0, is always there
   --dtype DTYPE  default bf16
   --op OP        only forward or only backward
+  --dropout P    on the adapter branch, default 0; separate products, which have none, are left out then
   --rounds N     samples of each way, default 40
   --quick        the first layer, 10 rounds, a short warm-up: to see that all runs
+  --once         launches each operation of this crate once, in the order of the rows, and times nothing: for a profiler,
+                 whose counts benches/peers/dram.py puts beside these rows
   --no-unfused   without the separate products
   --hot          the same buffers every time: what fits in L2 stays there
   --family .. --group-m
@@ -42,8 +45,10 @@ pub struct Arguments {
     pub ranks: Vec<usize>,
     pub dtype: Dtype,
     pub ops: Vec<Op>,
+    pub dropout: f32,
     pub rounds: usize,
     pub quick: bool,
+    pub once: bool,
     pub unfused: bool,
     pub hot: bool,
     pub options: Options,
@@ -59,8 +64,10 @@ impl Default for Arguments {
             ranks: vec![16, 64, 128],
             dtype: Dtype::Bf16,
             ops: vec![Op::Forward, Op::Backward],
+            dropout: 0.0,
             rounds: 40,
             quick: false,
+            once: false,
             unfused: true,
             hot: false,
             options: Options::default(),
@@ -94,8 +101,10 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Arg
                     _ => Err("expected forward or backward"),
                 })?;
             }
+            Long("dropout") => parsed.dropout = parser.value()?.parse_with(probability)?,
             Long("rounds") => parsed.rounds = parser.value()?.parse_with(positive)?,
             Long("quick") => parsed.quick = true,
+            Long("once") => parsed.once = true,
             Long("no-unfused") => parsed.unfused = false,
             Long("hot") => parsed.hot = true,
             Long("family") => parsed.options.family = Some(parser.value()?.parse()?),
@@ -123,6 +132,10 @@ fn list<T>(text: &str, item: impl Fn(&str) -> Result<T, &'static str>) -> Result
 
 fn positive(text: &str) -> Result<usize, &'static str> {
     text.trim().parse().ok().filter(|&number| number != 0).ok_or("expected whole numbers from 1 on")
+}
+
+fn probability(text: &str) -> Result<f32, &'static str> {
+    text.trim().parse().ok().filter(|p| (0.0..1.0).contains(p)).ok_or("expected 0 or more and less than 1")
 }
 
 fn layer(text: &str) -> Result<(usize, usize), &'static str> {

@@ -1,11 +1,10 @@
 //! The GPU: buffers of a layer, what runs on them, and the time it takes by CUDA events.
 
 use std::ffi::c_void;
-use std::process::Command;
 use std::sync::Arc;
 
 use cuda::cudarc::driver::sys::{CUdevice_attribute, CUevent_flags};
-use cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError};
+use cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError, Profiler};
 use fused_lora::plan::{Options, Plan};
 use fused_lora::{Accumulate, Dtype, Error, LoraShape, bf16, cuda, f16, raw};
 
@@ -21,12 +20,6 @@ const PERIOD: usize = 1_000_003;
 /// Elements in which cuBLASLt's result and ours are compared.
 const COMPARED: usize = 1 << 16;
 
-/// The first line that a program prints.
-pub fn said(program: &str, arguments: &[&str]) -> Option<String> {
-    let output = Command::new(program).args(arguments).output().ok().filter(|output| output.status.success())?;
-    Some(String::from_utf8_lossy(&output.stdout).lines().next()?.trim().to_owned())
-}
-
 fn failed(call: &'static str) -> impl Fn(DriverError) -> Error {
     move |error| Error::Driver { call, message: error.to_string() }
 }
@@ -40,6 +33,7 @@ pub struct Gpu {
 }
 
 /// Device addresses of one copy of a layer; adapters have room for the largest rank.
+#[derive(Clone, Copy)]
 pub struct Layer {
     x: u64,
     w: u64,
@@ -52,6 +46,8 @@ pub struct Layer {
     dx: u64,
     da: u64,
     db: u64,
+    /// Probability and seed, for ranks from 1 on.
+    dropout: (f32, u64),
 }
 
 /// Whatever fails in a measurement ends it.
@@ -61,6 +57,12 @@ pub type Failure = Box<dyn std::error::Error>;
 pub type Job<'a> = Box<dyn Fn(&Layer) -> Result<(), Failure> + 'a>;
 
 impl Layer {
+    fn variant(&self, r: usize) -> raw::Variant {
+        let (p, seed) = self.dropout;
+        let dropout = raw::Dropout { p, seed: raw::Seed::Value { seed, offset: 0 } };
+        raw::Variant { dropout: Some(dropout).filter(|_| p > 0.0 && r != 0), ..raw::Variant::default() }
+    }
+
     fn forward(&self, dtype: Dtype, LoraShape { m, n, k, r }: LoraShape) -> raw::Forward {
         raw::Forward {
             dtype,
@@ -72,6 +74,7 @@ impl Layer {
             bias: None,
             h: Some(raw::Matrix::new(self.h, m, r)).filter(|_| r != 0),
             y: raw::Matrix::new(self.y, m, n),
+            variant: self.variant(r),
         }
     }
 
@@ -91,6 +94,7 @@ impl Layer {
             db: Some(gradient(self.db, n, r)).filter(|_| r != 0),
             dbias: None,
             accumulate: Accumulate::default(),
+            variant: self.variant(r),
         }
     }
 
@@ -155,6 +159,7 @@ impl Gpu {
         &self,
         dtype: Dtype,
         hot: bool,
+        dropout: f32,
         shape: LoraShape,
     ) -> fused_lora::Result<(Vec<Layer>, Vec<CudaSlice<u16>>)> {
         let LoraShape { m, n, k, r } = shape;
@@ -166,7 +171,7 @@ impl Gpu {
             memory.push(self.stream.clone_htod(&data).map_err(failed("cuMemAlloc or cuMemcpyHtoD"))?);
             Ok::<u64, Error>(memory.last().map_or(0, |slice| self.address(slice)))
         };
-        let mut layers = Vec::new();
+        let (mut layers, dropout) = (Vec::new(), (dropout, 1));
         for copy in 0..copies as u32 {
             let mut at = |elements, number: u32| allocate(elements, 16 * copy + number);
             layers.push(Layer {
@@ -182,6 +187,7 @@ impl Gpu {
                 // f32: two elements of 16 bits each.
                 da: at(2 * r * k, 10)?,
                 db: at(2 * n * r, 11)?,
+                dropout,
             });
         }
         Ok((layers, memory))
@@ -273,6 +279,31 @@ impl Gpu {
         Ok((Box::new(job), plan))
     }
 
+    /// Launches every operation of this crate once, at one number of tokens and layer, for a profiler: one row per launch, in
+    /// their order, without times.
+    pub fn once(&self, arguments: &Arguments, (m, n, k): (usize, usize, usize)) -> Result<Vec<Row>, Failure> {
+        let shape = |r| LoraShape { m, n, k, r };
+        let most = arguments.ranks.iter().copied().max().unwrap_or(0).max(1);
+        let (layers, _memory) = self.layers(arguments.dtype, true, arguments.dropout, shape(most))?;
+        let layer = layers.first().ok_or("no copy of the layer")?;
+        if arguments.dropout > 0.0 {
+            self.drops(arguments, layer, shape(most))?;
+        }
+        // What follows is what a profiler that was told to wait for it looks at.
+        let _profiled = Profiler::new().map_err(failed("cuProfilerStart"))?;
+        let mut rows = Vec::new();
+        for &op in &arguments.ops {
+            for r in [0].into_iter().chain(arguments.ranks.iter().copied()) {
+                let what = (op, arguments.dtype, shape(r));
+                let (job, plan) = self.fused(arguments.options, what, layer)?;
+                job(layer)?;
+                self.stream.synchronize().map_err(failed("cuStreamSynchronize"))?;
+                rows.push(row(what, arguments.dropout, &plan)?);
+            }
+        }
+        Ok(rows)
+    }
+
     /// Times every way of every operation at one number of tokens and layer; whether the clocks had settled.
     pub fn measure(
         &self,
@@ -283,35 +314,30 @@ impl Gpu {
         let dtype = arguments.dtype;
         let shape = |r| LoraShape { m, n, k, r };
         let most = arguments.ranks.iter().copied().max().unwrap_or(0).max(1);
-        let (layers, _memory) = self.layers(dtype, arguments.hot, shape(most))?;
+        let (layers, _memory) = self.layers(dtype, arguments.hot, arguments.dropout, shape(most))?;
         let first = layers.first().ok_or("no copy of the layer")?;
+        if arguments.dropout > 0.0 {
+            self.drops(arguments, first, shape(most))?;
+        }
         let (mut rows, mut jobs) = (Vec::new(), Vec::new());
         for &op in &arguments.ops {
             for r in [0].into_iter().chain(arguments.ranks.iter().copied()) {
                 let what = (op, dtype, shape(r));
                 let (job, plan) = self.fused(arguments.options, what, first)?;
-                let floor = plan.floor();
-                let row = |way, what: String, predicted| Row {
-                    op,
-                    way,
-                    dtype,
-                    shape: shape(r),
-                    flops: floor.flops,
-                    floor: floor.arithmetic_microseconds().zip(floor.memory_microseconds()).map(|(a, b)| a.max(b)),
-                    predicted,
-                    what,
-                    samples: Vec::new(),
-                };
-                if let Some(rival) = rival.filter(|_| r == 0 || arguments.unfused) {
+                if let Some(rival) = rival.filter(|_| r == 0 || arguments.unfused && arguments.dropout == 0.0) {
                     let way = if r == 0 { Way::Plain } else { Way::Unfused };
-                    rows.push(row(way, format!("cuBLASLt {}", rival.version), None));
+                    rows.push(Row {
+                        way,
+                        what: format!("cuBLASLt {}", rival.version),
+                        predicted: None,
+                        ..row(what, arguments.dropout, &plan)?
+                    });
                     jobs.push(self.with_rival(rival, what, &layers)?);
                     if r == 0 {
                         self.compare(op, [&jobs[jobs.len() - 1], &job], first, shape(r), dtype)?;
                     }
                 }
-                let kernel = plan.launch(1 << 62, plan.workspace_bytes())?.kernel;
-                rows.push(row(Way::Fused, kernel.to_owned(), plan.predicted_microseconds()));
+                rows.push(row(what, arguments.dropout, &plan)?);
                 jobs.push(job);
             }
         }
@@ -329,6 +355,25 @@ impl Gpu {
             row.samples = samples;
         }
         Ok((rows, measured.settled))
+    }
+
+    /// With another seed other elements must be dropped: what is timed as dropout has it.
+    fn drops(&self, arguments: &Arguments, layer: &Layer, shape: LoraShape) -> Result<(), Failure> {
+        let h = |seed| -> Result<Vec<u16>, Failure> {
+            let layer = Layer { dropout: (arguments.dropout, seed), ..*layer };
+            let (job, _) = self.fused(arguments.options, (Op::Forward, arguments.dtype, shape), &layer)?;
+            job(&layer)?;
+            self.stream.synchronize().map_err(failed("cuStreamSynchronize"))?;
+            let mut bits = vec![0_u16; (shape.m * shape.r).min(COMPARED)];
+            // SAFETY: h holds M · R elements of 16 bits, and nothing writes it any more.
+            unsafe { cuda::cudarc::driver::result::memcpy_dtoh_sync(&mut bits, layer.h) }
+                .map_err(failed("cuMemcpyDtoH"))?;
+            Ok(bits)
+        };
+        if h(1)? == h(2)? {
+            return Err("h is the same with two seeds: nothing is dropped".into());
+        }
+        Ok(())
     }
 
     /// cuBLASLt and this crate must have multiplied the same matrices.
@@ -369,6 +414,25 @@ impl Gpu {
             .into()),
         }
     }
+}
+
+/// The row of an operation by this crate, not yet timed.
+fn row((op, dtype, shape): (Op, Dtype, LoraShape), dropout: f32, plan: &Plan) -> Result<Row, Failure> {
+    let floor = plan.floor();
+    Ok(Row {
+        op,
+        way: Way::Fused,
+        dtype,
+        shape,
+        // As it was asked for: 0.1, not the next f32.
+        dropout: if shape.r == 0 { 0.0 } else { dropout.to_string().parse()? },
+        flops: floor.flops,
+        floor: floor.arithmetic_microseconds().zip(floor.memory_microseconds()).map(|(a, b)| a.max(b)),
+        floor_bytes: floor.bytes,
+        predicted: plan.predicted_microseconds(),
+        what: plan.launch(1 << 62, plan.workspace_bytes())?.kernel.to_owned(),
+        samples: Vec::new(),
+    })
 }
 
 /// Values in [−1, 1), as bits: zeros would flatter a GPU under a power limit.

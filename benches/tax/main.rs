@@ -11,6 +11,8 @@ mod arguments;
 mod cublaslt;
 mod gpu;
 mod measure;
+#[path = "../origin.rs"]
+mod origin;
 mod report;
 
 use std::ffi::OsString;
@@ -33,7 +35,6 @@ fn save(arguments: &Arguments, machine: &Machine, rows: &[Row]) -> Result<(), Fa
 }
 
 fn run(arguments: Vec<OsString>) -> Result<u8, Failure> {
-    let command = arguments.iter().map(|part| part.to_string_lossy()).collect::<Vec<_>>().join(" ");
     let arguments = match arguments::parse(arguments) {
         Ok(Some(arguments)) => arguments,
         Ok(None) => {
@@ -60,17 +61,14 @@ fn run(arguments: Vec<OsString>) -> Result<u8, Failure> {
     }
     let rival = rival.ok();
     let unknown = || "unknown".to_owned();
-    // A bundle says what it was built from; elsewhere it is the checkout.
-    let here = || gpu::said("git", &["describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]);
     let mut machine = Machine {
         gpu: gpu.name(),
-        driver: gpu::said("nvidia-smi", &["--query-gpu=driver_version", "--format=csv,noheader"])
-            .unwrap_or_else(unknown),
+        driver: origin::driver().unwrap_or_else(unknown),
         toolkit: option_env!("FUSED_LORA_NVCC_RELEASE").unwrap_or("unknown").to_owned(),
         cublaslt: rival.as_ref().map(|rival| rival.version.to_string()),
-        commit: option_env!("FUSED_LORA_COMMIT").map(str::to_owned).or_else(here).unwrap_or_else(unknown),
-        command: format!("tax {command}"),
-        date: gpu::said("date", &["-u", "+%Y-%m-%dT%H:%M:%SZ"]).unwrap_or_else(unknown),
+        commit: origin::commit().unwrap_or_else(unknown),
+        command: origin::command(),
+        date: origin::date().unwrap_or_else(unknown),
         label: arguments.label.clone(),
         settled: true,
     };
@@ -80,6 +78,11 @@ fn run(arguments: Vec<OsString>) -> Result<u8, Failure> {
     save(&arguments, &machine, &rows)?;
     for &m in &arguments.tokens {
         for &(n, k) in &arguments.layers {
+            if arguments.once {
+                rows.extend(gpu.once(&arguments, (m, n, k))?);
+                save(&arguments, &machine, &rows)?;
+                continue;
+            }
             let (measured, settled) = gpu.measure(&arguments, rival.as_ref(), (m, n, k))?;
             machine.settled &= settled;
             // As it goes: a run that is cut off has said what it knows.
@@ -88,6 +91,10 @@ fn run(arguments: Vec<OsString>) -> Result<u8, Failure> {
             rows.extend(measured);
             save(&arguments, &machine, &rows)?;
         }
+    }
+    if arguments.once {
+        println!("{} launches, nothing was timed", rows.len());
+        return Ok(0);
     }
     println!(
         "\nus: median of {} rounds; spread: 10th to 90th percentile; floor: part of the data sheet's speed; tax: over cuBLASLt's \

@@ -50,15 +50,19 @@ pub struct Row {
     pub way: Way,
     pub dtype: Dtype,
     pub shape: LoraShape,
+    /// Part of x's elements that the adapter does not see.
+    pub dropout: f64,
     /// Of the products that the outputs need.
     pub flops: f64,
     /// Microseconds that no kernel can be faster than, by the data sheet where it is known.
     pub floor: Option<f64>,
+    /// Bytes that every argument has.
+    pub floor_bytes: f64,
     /// Microseconds that the planner predicted.
     pub predicted: Option<f64>,
     /// What ran: the kernel, or the algorithms' library.
     pub what: String,
-    /// Microseconds per run, one of each round.
+    /// Microseconds per run, one of each round; none where nothing is timed.
     pub samples: Vec<f64>,
 }
 
@@ -170,11 +174,13 @@ pub fn json(machine: &Machine, rows: &[Row]) -> Value {
                 "n": n,
                 "k": k,
                 "r": r,
+                "dropout": row.dropout,
                 "us": row.microseconds(),
                 "spread": spread(&row.samples),
                 "samples": row.samples.len(),
                 "tflops": row.teraflops(),
                 "floor_us": row.floor,
+                "floor_bytes": row.floor_bytes,
                 "floor_percent": row.floor_share(),
                 "tax_percent": row_tax(rows, row),
                 "tax_over": baseline(rows, row).map(|baseline| baseline.way.name()),

@@ -5,6 +5,7 @@
 // tokens in chunks: each chunk leaves its f32 partial sums, and the CTA that finishes a tile's last chunk adds them in
 // order of chunk, so the bits do not depend on which CTA was last.
 #include "epilogue.cuh"
+#include "middle.cuh"
 #include "schedule.cuh"
 #include "tile.cuh"
 
@@ -16,9 +17,8 @@ __device__ __forceinline__ void backward_dh(const LoraBackwardParams& p, TicketS
   const uint32_t m_block = unit % p.m_blocks;
   const uint32_t m = m_block * Shape::kBlock;
   const uint32_t n = unit / p.m_blocks * kNarrowN;
-  NarrowTile<T, Shape, Major::kMn> tile;
-  tile.accumulate(segment(operand(p.dy, p.m, p.n), operand(p.b, p.r, p.n), 0), Segment{}, m, n, p.r - n, {}, smem);
-  store_tile(tile, p.dh, m, n, p.m, p.r, p.scale, static_cast<const T*>(nullptr), false);
+  NarrowTile<T, Shape, Major::kMn, Drops::kNone> tile;
+  narrow_tile(tile, segment(operand(p.dy, p.m, p.n), operand(p.b, p.r, p.n), 0), p, p.dh, m, n, {}, smem);
   schedule.publish(m_block >> p.flag_shift);
 }
 
@@ -28,13 +28,15 @@ __device__ __forceinline__ void backward_dx(const LoraBackwardParams& p, uint32_
   const uint32_t m = block.row * Shape::kBlock;
   const uint32_t n = block.col * Shape::kBlock;
   const Segment main = segment(operand(p.dy, p.m, p.n), operand(p.w, p.k, p.n), 0);
-  const Segment tail = segment(operand(p.dh, p.m, p.r), operand(p.a, p.k, p.r), 0);
+  const RanksRead<Shape, LoraBackwardParams> ranks = {p, m};
+  const Segment tail = segment(operand(p.dh, p.m, p.r), operand(p.a, p.k, p.r), 0, ranks.picks());
   Dependency dh = {};
   if (p.r != 0) {
-    dh = depends_on(p.sync, p.flag_shift, p.m_blocks, p.dh_units / p.m_blocks, block.row, 1, main.steps);
+    const uint32_t step = p.dropout.threshold != 0 ? 0 : main.steps;
+    dh = depends_on(p.sync, p.flag_shift, p.m_blocks, p.dh_units / p.m_blocks, block.row, 1, step);
   }
-  MainTile<T, Shape, Major::kMn> tile;
-  tile.accumulate(main, tail, m, n, Shape::kBlock, dh, smem);
+  MainTile<T, Shape, Major::kMn, Drops::kTail> tile;
+  tile.accumulate(main, tail, m, n, Shape::kBlock, dh, p.dropout, smem, InOrder{}, ranks);
   store_tile(tile, p.dx, m, n, p.m, p.k, 1.0f, static_cast<const T*>(nullptr), (p.flags & LORA_ACCUMULATE_DX) != 0);
 }
 
@@ -75,7 +77,7 @@ template <typename T, class Shape>
 __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, TicketSchedule& schedule, LoraMatrix wide,
                                                  LoraMatrix narrow, uint32_t unit, uint32_t first_tile,
                                                  uint32_t wide_blocks, const GradientOut& out,
-                                                 const GradientOut& sums_out, bool needs_dh, uint32_t smem) {
+                                                 const GradientOut& sums_out, bool is_da, uint32_t smem) {
   using Gradient = GradientTile<T, Shape>;
   const uint32_t tile_index = unit / p.chunks;
   const uint32_t chunk = unit % p.chunks;
@@ -84,15 +86,26 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
   const uint32_t token = chunk * p.chunk_rows;
   const uint32_t token_end = min(token + p.chunk_rows, p.m);
   const uint32_t active_n = out.ptr != 0 ? out.cols - n : 0;
-  if (needs_dh) {
+  if (is_da) {
     wait_for(depends_on(p.sync, p.flag_shift, p.m_blocks, p.dh_units / p.m_blocks, token / Shape::kBlock,
                         (token_end - token + Shape::kBlock - 1) / Shape::kBlock, 0));
   }
   Gradient tile;
   tile.wants_sums = sums_out.ptr != 0 && n == 0;
   // With no gradient wanted (dbias alone) there is no narrow operand: an extent of zero reads nothing.
-  const Segment tokens = segment(operand(wide, out.rows, token_end), operand(narrow, out.cols, token_end), token);
-  tile.accumulate(tokens, Segment{}, m, n, active_n, {}, smem);
+  // Rows that go through other adapters add nothing, but to dbias.
+  const Routes routes(p.routes, p.m);
+  const uint32_t count = token_end - token;
+  const Picks picks =
+      routes.is_on() && !tile.wants_sums ? routes.rows_of(token, count, n, kNarrowN) : everything(count);
+  const Segment tokens =
+      segment(operand(wide, out.rows, token_end), operand(narrow, out.cols, token_end), token, picks);
+  LoraDropout dropout = p.dropout;
+  if (!is_da) dropout.threshold = 0;
+  tile.accumulate(tokens, Segment{}, m, n, active_n, {}, dropout, smem,
+                  [&](uint32_t step) { return picks.start(step, kBlockK); });
+  // The barrier of a step stands between the ticket of this unit and the next.
+  if (tokens.steps == 0) __syncthreads();
   if (!reduce_chunks(p, schedule, tile, first_tile + tile_index, chunk, active_n)) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

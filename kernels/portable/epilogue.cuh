@@ -7,6 +7,29 @@
 
 namespace lora {
 
+// Of a tile of h or dh at (m, n): what its rows keep, multiplied by `scale`.
+template <class Tile>
+__device__ __forceinline__ void keep_routed(Tile& tile, const Routes& routes, uint32_t m, uint32_t n, uint32_t rows,
+                                            float scale) {
+#pragma unroll
+  for (int i = 0; i < Tile::kFragsM; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t row = m + Tile::row_of(i, half);
+      if (row >= rows) continue;
+      const Routes::Row route = routes.row(row);
+#pragma unroll
+      for (int j = 0; j < Tile::kFragsN; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& value = tile.acc[i][j][2 * half + e];
+          value = route.keep(value * scale, n + Tile::col_of(j) + e);
+        }
+      }
+    }
+  }
+}
+
 // Stores a tile of y, h, dh or dx at (m, n): out = scale · acc + bias (+ out).
 template <class Tile, typename T = typename Tile::T>
 __device__ __forceinline__ void store_tile(const Tile& tile, const LoraMatrix& out, uint32_t m, uint32_t n,

@@ -3,6 +3,7 @@
 // x [M][K], w [N][K], a [R][K], b [N][R], h [M][R], y [M][N], row-major with any row stride, fp16 or bf16, f32
 // accumulation. Units of work: h tiles (block of rows x up to 64 ranks, full K), then y tiles, whose last steps read h.
 #include "epilogue.cuh"
+#include "middle.cuh"
 #include "schedule.cuh"
 #include "tile.cuh"
 
@@ -14,9 +15,8 @@ __device__ __forceinline__ void forward_h(const LoraForwardParams& p, TicketSche
   const uint32_t m_block = unit % p.m_blocks;
   const uint32_t m = m_block * Shape::kBlock;
   const uint32_t n = unit / p.m_blocks * kNarrowN;
-  NarrowTile<T, Shape, Major::kK> tile;
-  tile.accumulate(segment(operand(p.x, p.m, p.k), operand(p.a, p.r, p.k), 0), Segment{}, m, n, p.r - n, {}, smem);
-  store_tile(tile, p.h, m, n, p.m, p.r, p.scale, static_cast<const T*>(nullptr), false);
+  NarrowTile<T, Shape, Major::kK, Drops::kA> tile;
+  narrow_tile(tile, segment(operand(p.x, p.m, p.k), operand(p.a, p.r, p.k), 0), p, p.h, m, n, p.dropout, smem);
   schedule.publish(m_block >> p.flag_shift);
 }
 
@@ -26,13 +26,14 @@ __device__ __forceinline__ void forward_y(const LoraForwardParams& p, uint32_t u
   const uint32_t m = block.row * Shape::kBlock;
   const uint32_t n = block.col * Shape::kBlock;
   const Segment main = segment(operand(p.x, p.m, p.k), operand(p.w, p.n, p.k), 0);
-  const Segment tail = segment(operand(p.h, p.m, p.r), operand(p.b, p.n, p.r), 0);
+  const RanksRead<Shape, LoraForwardParams> ranks = {p, m};
+  const Segment tail = segment(operand(p.h, p.m, p.r), operand(p.b, p.n, p.r), 0, ranks.picks());
   Dependency h = {};
   if (p.r != 0) {
     h = depends_on(p.sync, p.flag_shift, p.m_blocks, p.h_units / p.m_blocks, block.row, 1, main.steps);
   }
-  MainTile<T, Shape, Major::kK> tile;
-  tile.accumulate(main, tail, m, n, Shape::kBlock, h, smem);
+  MainTile<T, Shape, Major::kK, Drops::kNone> tile;
+  tile.accumulate(main, tail, m, n, Shape::kBlock, h, {}, smem, InOrder{}, ranks);
   store_tile(tile, p.y, m, n, p.m, p.n, 1.0f, reinterpret_cast<const T*>(p.bias), false);
 }
 

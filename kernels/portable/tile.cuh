@@ -6,10 +6,13 @@
 // so nothing is ever transposed in memory.
 #pragma once
 
+#include "../dropout.cuh"
 #include "../params.h"
 #include "../ptx/copy.cuh"
 #include "../ptx/matrix.cuh"
+#include "../ptx/scalar.cuh"
 #include "../ptx/sync.cuh"
+#include "../routes.cuh"
 
 namespace lora {
 
@@ -63,7 +66,7 @@ __device__ __forceinline__ Operand select(bool first, const Operand& a, const Op
           first ? a.k_end : b.k_end};
 }
 
-// A run of the reduction: operands and the first index; as many steps of kBlockK as reach k_end.
+// A run of the reduction: operands, the first index, and the number of steps of kBlockK.
 struct Segment {
   Operand a;
   Operand b;
@@ -74,6 +77,16 @@ struct Segment {
 __device__ __forceinline__ Segment segment(const Operand& a, const Operand& b, uint32_t k_begin) {
   return {a, b, k_begin, (a.k_end - k_begin + kBlockK - 1) / kBlockK};
 }
+
+// The same, of which some blocks alone take part.
+__device__ __forceinline__ Segment segment(const Operand& a, const Operand& b, uint32_t k_begin, const Picks& picks) {
+  return {a, b, k_begin, picks.steps(kBlockK, a.k_end - k_begin)};
+}
+
+// Where the steps of a segment start, from k_begin on: all of it in order.
+struct InOrder {
+  __device__ __forceinline__ uint32_t operator()(uint32_t step) const { return step * kBlockK; }
+};
 
 // Flags that must have reached their targets before step `step` may read what they guard.
 struct Dependency {
@@ -127,7 +140,8 @@ __device__ __forceinline__ void copy_chunk(uint32_t smem, const uint16_t* gmem, 
 
 // Loads kMn x kBlockK elements of an operand, from (mn, k) on, into one stage; outside the matrix they are zero.
 template <Major kMajor, int kMn, int kThreads>
-__device__ __forceinline__ void load_operand(uint32_t smem, const Operand& op, uint32_t mn, uint32_t k) {
+__device__ __forceinline__ void load_operand(uint32_t thread, uint32_t smem, const Operand& op, uint32_t mn,
+                                             uint32_t k) {
   constexpr int kRows = kMajor == Major::kK ? kMn : kBlockK;
   constexpr int kRowChunks = (kMajor == Major::kK ? kBlockK : kMn) / kChunkElems;
   static_assert(kRows * kRowChunks % kThreads == 0, "every thread copies the same number of chunks");
@@ -136,42 +150,52 @@ __device__ __forceinline__ void load_operand(uint32_t smem, const Operand& op, u
   const uint32_t col_begin = kMajor == Major::kK ? k : mn;
   const uint32_t col_end = kMajor == Major::kK ? op.k_end : op.mn_end;
   const bool aligned = ((reinterpret_cast<uint64_t>(op.gmem) | static_cast<uint64_t>(op.row_stride) * 2) & 15) == 0;
+  // A thread's chunks lie below each other, whole periods of the swizzle apart: two addresses, and steps from there.
+  constexpr int kRowStep = kThreads / kRowChunks;
+  static_assert(kThreads % kRowChunks == 0 && kRowStep % 8 == 0, "a thread's chunks have one column and one phase");
+  const uint32_t chunk = thread % kRowChunks;
+  const uint32_t row = row_begin + thread / kRowChunks;
+  const uint32_t col = col_begin + chunk * kChunkElems;
+  const uint32_t cols = col < col_end ? min(col_end - col, static_cast<uint32_t>(kChunkElems)) : 0;
+  const uint32_t first = smem + swizzled<kRowChunks>(thread / kRowChunks, chunk);
+  const uint16_t* gmem = op.gmem + row * op.row_stride + col;
 #pragma unroll
-  for (int i = 0; i < kRows * kRowChunks / kThreads; ++i) {
-    const uint32_t index = threadIdx.x + i * kThreads;
-    const uint32_t row = index / kRowChunks;
-    const uint32_t chunk = index % kRowChunks;
-    const uint32_t gmem_row = row_begin + row;
-    const uint32_t gmem_col = col_begin + chunk * kChunkElems;
-    const bool inside = gmem_row < row_end && gmem_col < col_end;
-    const uint32_t valid = inside ? min(col_end - gmem_col, static_cast<uint32_t>(kChunkElems)) : 0;
+  for (int i = 0; i < kRows / kRowStep; ++i) {
+    const uint32_t valid = row + i * kRowStep < row_end ? cols : 0;
     // Outside the matrix nothing is read, but the address of a zero-byte copy must still be a valid one.
-    const uint16_t* gmem = inside ? op.gmem + gmem_row * op.row_stride + gmem_col : op.gmem;
-    copy_chunk(smem + swizzled<kRowChunks>(row, chunk), gmem, valid, aligned);
+    copy_chunk(first + i * kThreads * 16, valid != 0 ? gmem : op.gmem, valid, aligned);
+    gmem += op.row_stride * kRowStep;
   }
 }
 
+// The swizzle repeats every 8 rows and a fragment starts at a multiple of them: its first row is a plain offset, so
+// that one address in a register serves all fragments of a warp that lie below each other.
+
 // The 16 x 16 fragment of A at (row, k) of a stage.
 template <Major kMajor, int kMn>
-__device__ __forceinline__ void load_fragment_a(uint32_t (&a)[4], uint32_t smem, uint32_t row, uint32_t k) {
-  const uint32_t lane = threadIdx.x % 32;
+__device__ __forceinline__ void load_fragment_a(uint32_t thread, uint32_t (&a)[4], uint32_t smem, uint32_t row,
+                                                uint32_t k) {
+  const uint32_t lane = thread % 32;
   if (kMajor == Major::kK) {
-    ptx::ldmatrix_x4(a, smem + swizzled<kBlockK / kChunkElems>(row + lane % 16, k / kChunkElems + lane / 16));
+    const uint32_t chunk = k / kChunkElems + lane / 16;
+    ptx::ldmatrix_x4(a, smem + swizzled<kBlockK / kChunkElems>(lane % 16, chunk) + row * kBlockK * 2);
   } else {
-    const uint32_t stage_row = k + lane % 8 + lane / 16 * 8;
-    ptx::ldmatrix_x4_trans(a, smem + swizzled<kMn / kChunkElems>(stage_row, row / kChunkElems + lane / 8 % 2));
+    const uint32_t chunk = row / kChunkElems + lane / 8 % 2;
+    ptx::ldmatrix_x4_trans(a, smem + swizzled<kMn / kChunkElems>(lane % 8 + lane / 16 * 8, chunk) + k * kMn * 2);
   }
 }
 
 // The two 16 x 8 fragments of B at (k, col) of a stage: registers 0, 1 and 2, 3.
 template <Major kMajor, int kMn>
-__device__ __forceinline__ void load_fragment_b(uint32_t (&b)[4], uint32_t smem, uint32_t col, uint32_t k) {
-  const uint32_t lane = threadIdx.x % 32;
+__device__ __forceinline__ void load_fragment_b(uint32_t thread, uint32_t (&b)[4], uint32_t smem, uint32_t col,
+                                                uint32_t k) {
+  const uint32_t lane = thread % 32;
   if (kMajor == Major::kK) {
-    const uint32_t stage_row = col + lane % 8 + lane / 16 * 8;
-    ptx::ldmatrix_x4(b, smem + swizzled<kBlockK / kChunkElems>(stage_row, k / kChunkElems + lane / 8 % 2));
+    const uint32_t chunk = k / kChunkElems + lane / 8 % 2;
+    ptx::ldmatrix_x4(b, smem + swizzled<kBlockK / kChunkElems>(lane % 8 + lane / 16 * 8, chunk) + col * kBlockK * 2);
   } else {
-    ptx::ldmatrix_x4_trans(b, smem + swizzled<kMn / kChunkElems>(k + lane % 16, col / kChunkElems + lane / 16));
+    const uint32_t chunk = col / kChunkElems + lane / 16;
+    ptx::ldmatrix_x4_trans(b, smem + swizzled<kMn / kChunkElems>(lane % 16, chunk) + k * kMn * 2);
   }
 }
 
@@ -183,7 +207,11 @@ constexpr uint32_t kOnes<__half> = 0x3c003c00u;
 template <>
 constexpr uint32_t kOnes<__nv_bfloat16> = 0x3f803f80u;
 
-template <typename T_, class Shape, int kBlockN_, int kWarpM_, int kWarpN_, Major kMajorA, Major kMajorB, bool kSums>
+// What dropout acts on: nothing, the operand A, which is x, or the product of the tail, which is then done first.
+enum class Drops { kNone, kA, kTail };
+
+template <typename T_, class Shape, int kBlockN_, int kWarpM_, int kWarpN_, Major kMajorA, Major kMajorB, Drops kDrops,
+          bool kSums>
 struct Tile {
   using T = T_;
   static constexpr int kBlockM = Shape::kBlock;
@@ -202,6 +230,7 @@ struct Tile {
   float acc[kFragsM][kFragsN][4] = {};      // (16 rows, 8 columns) per fragment
   float sums[kSums ? kFragsM : 1][4] = {};  // row sums of A, the same in every column
   bool wants_sums = kSums;
+  const uint32_t thread = ptx::thread_index();
 
   // Row and first of two columns, relative to the tile, of elements {0, 1} (half 0) or {2, 3} (half 1) of a fragment.
   static __device__ __forceinline__ uint32_t row_of(int frag_m, int half) {
@@ -211,72 +240,139 @@ struct Tile {
     return threadIdx.x / 32 % kWarpsN * kWarpN_ + frag_n * 8 + threadIdx.x % 4 * 2;
   }
 
-  // Accumulates main and then tail for the tile at (m, n). Columns from `active_n` on, rounded up to 16, are left out.
-  // Leaves no copy in flight: the last step has waited for every group but the empty ones.
+  // Accumulates main and then tail for the tile at (m, n), or tail first when it is to be dropped from. Columns from
+  // `active_n` on, rounded up to 16, are left out. Leaves no copy in flight: the last step has waited for every group
+  // but the empty ones.
+  template <class MainStart = InOrder, class TailStart = InOrder>
   __device__ __forceinline__ void accumulate(const Segment& main, const Segment& tail, uint32_t m, uint32_t n,
-                                             uint32_t active_n, const Dependency& dependency, uint32_t smem) {
+                                             uint32_t active_n, const Dependency& dependency,
+                                             const LoraDropout& dropout, uint32_t smem,
+                                             const MainStart& main_start = {}, const TailStart& tail_start = {}) {
     const uint32_t steps = main.steps + tail.steps;
+    const bool tail_first = kDrops == Drops::kTail && tail.steps != 0 && dropout.threshold != 0;
+    const uint32_t first_steps = tail_first ? tail.steps : main.steps;
     const auto issue = [&](uint32_t step) {
       if (step < steps) {
         if (dependency.flags != nullptr && step == dependency.step) wait_for(dependency);
-        const bool in_main = step < main.steps;
-        const uint32_t k = (in_main ? main.k_begin + step * kBlockK : tail.k_begin + (step - main.steps) * kBlockK);
+        const bool in_first = step < first_steps;
+        const bool in_main = in_first != tail_first;
+        const uint32_t within = in_first ? step : step - first_steps;
+        uint32_t k;
+        if (in_main) {
+          k = main.k_begin + main_start(within);
+        } else {
+          k = tail.k_begin + tail_start(within);
+        }
         const uint32_t stage = smem + step % kStages * kStageBytes;
-        load_operand<kMajorA, kBlockM, kThreads>(stage, select(in_main, main.a, tail.a), m, k);
-        load_operand<kMajorB, kBlockN, kThreads>(stage + kBytesA, select(in_main, main.b, tail.b), n, k);
+        load_operand<kMajorA, kBlockM, kThreads>(thread, stage, select(in_main, main.a, tail.a), m, k);
+        load_operand<kMajorB, kBlockN, kThreads>(thread, stage + kBytesA, select(in_main, main.b, tail.b), n, k);
       }
       ptx::cp_async_commit();  // an empty group past the end keeps the count of groups in step with `step`
     };
 
 #pragma unroll 1
     for (uint32_t step = 0; step < kStages - 1; ++step) issue(step);
+    const Dropout drops_a(kDrops == Drops::kA ? dropout : LoraDropout{});
+    uint32_t step = 0;
 #pragma unroll 1
-    for (uint32_t step = 0; step < steps; ++step) {
-      ptx::cp_async_wait<kStages - 2>();
-      __syncthreads();  // the stage is complete for all, and the one about to be overwritten was read by all
-      issue(step + kStages - 1);
-      multiply(smem + step % kStages * kStageBytes, active_n);
+    for (bool drops = tail_first;; drops = false) {
+      const uint32_t end = drops ? first_steps : steps;
+#pragma unroll 1
+      for (; step < end; ++step) {
+        ptx::cp_async_wait<kStages - 2>();
+        __syncthreads();  // the stage is complete for all, and the one about to be overwritten was read by all
+        issue(step + kStages - 1);
+        const uint32_t first_k = kDrops == Drops::kA ? main.k_begin + main_start(step) : 0;
+        multiply(smem + step % kStages * kStageBytes, active_n, drops_a, m, first_k);
+      }
+      if (!drops) break;
+      drop_accumulators(Dropout(dropout), m, n);
     }
   }
 
  private:
-  __device__ __forceinline__ void multiply(uint32_t stage, uint32_t active_n) {
-    const uint32_t warp = threadIdx.x / 32;
-    const uint32_t warp_row = warp / kWarpsN * kWarpM_;
-    const uint32_t warp_col = warp % kWarpsN * kWarpN_;
+  // Zeroes what the adapter branch contributed to dropped elements. The columns of the output are those of x.
+  __device__ __forceinline__ void drop_accumulators(const Dropout& dropout, uint32_t m, uint32_t n) {
+    const uint32_t row = (m + row_of(0, 0)) / 16;
+    const uint32_t col = (n + col_of(0)) / 16;
 #pragma unroll
-    for (uint32_t k = 0; k < kBlockK; k += 16) {
-      uint32_t a[kFragsM][4];
-#pragma unroll
-      for (int i = 0; i < kFragsM; ++i) load_fragment_a<kMajorA, kBlockM>(a[i], stage, warp_row + i * 16, k);
-      if (kSums && wants_sums) {
-#pragma unroll
-        for (int i = 0; i < kFragsM; ++i) ptx::mma_m16n8k16<T>(sums[i], a[i], kOnes<T>, kOnes<T>);
-      }
+    for (int i = 0; i < kFragsM; ++i) {
 #pragma unroll
       for (int j = 0; j < kFragsN; j += 2) {
-        // R decides how many columns of a narrow tile exist; main tiles of its width pass all.
-        if (kBlockN == kNarrowN && warp_col + j * 8 >= active_n) break;
-        uint32_t b[4];
-        load_fragment_b<kMajorB, kBlockN>(b, stage + kBytesA, warp_col + j * 8, k);
+        const uint32_t lane = thread % 32;
+        const PhiloxWords random = dropout.words(row + i, col + j / 2, lane / 4, lane % 4);
 #pragma unroll
-        for (int i = 0; i < kFragsM; ++i) {
-          ptx::mma_m16n8k16<T>(acc[i][j], a[i], b[0], b[1]);
-          ptx::mma_m16n8k16<T>(acc[i][j + 1], a[i], b[2], b[3]);
+        for (int word = 0; word < 4; ++word) {
+          float* const pair = acc[i][j + word / 2] + word % 2 * 2;
+          pair[0] = dropout.keeps_low(random.of[word]) ? pair[0] : 0.0f;
+          pair[1] = dropout.keeps_high(random.of[word]) ? pair[1] : 0.0f;
         }
+      }
+    }
+  }
+
+  // `m` and `first_k`: indices of the first row and of the first k of the stage in A.
+  __device__ __forceinline__ void multiply(uint32_t stage, uint32_t active_n, const Dropout& drops_a, uint32_t m,
+                                           uint32_t first_k) {
+    if (kDrops == Drops::kA && drops_a.is_on()) {
+      // Rolled up: two copies of the generator would cost the other loops of the kernel registers.
+#pragma unroll 1
+      for (uint32_t k = 0; k < kBlockK; k += 16) {
+        multiply_16(stage, k, active_n, [&](uint32_t(&a)[4], uint32_t row) {
+          if (kMajorA == Major::kK) {
+            drops_a.drop_fragment(a, m + row, first_k + k, thread % 32);
+          } else {
+            drops_a.drop_transposed(a, first_k + k, m + row, thread % 32);
+          }
+        });
+      }
+      return;
+    }
+#pragma unroll
+    for (uint32_t k = 0; k < kBlockK; k += 16) {
+      multiply_16(stage, k, active_n, [](uint32_t(&)[4], uint32_t) {});
+    }
+  }
+
+  // `drop` sees each fragment of A with its first row.
+  template <class Drop>
+  __device__ __forceinline__ void multiply_16(uint32_t stage, uint32_t k, uint32_t active_n, const Drop& drop) {
+    const uint32_t warp = thread / 32;
+    const uint32_t warp_row = warp / kWarpsN * kWarpM_;
+    const uint32_t warp_col = warp % kWarpsN * kWarpN_;
+    uint32_t a[kFragsM][4];
+#pragma unroll
+    for (int i = 0; i < kFragsM; ++i) {
+      load_fragment_a<kMajorA, kBlockM>(thread, a[i], stage, warp_row + i * 16, k);
+      drop(a[i], warp_row + i * 16);
+    }
+    if (kSums && wants_sums) {
+#pragma unroll
+      for (int i = 0; i < kFragsM; ++i) ptx::mma_m16n8k16<T>(sums[i], a[i], kOnes<T>, kOnes<T>);
+    }
+#pragma unroll
+    for (int j = 0; j < kFragsN; j += 2) {
+      // R decides how many columns of a narrow tile exist; main tiles of its width pass all.
+      if (kBlockN == kNarrowN && warp_col + j * 8 >= active_n) break;
+      uint32_t b[4];
+      load_fragment_b<kMajorB, kBlockN>(thread, b, stage + kBytesA, warp_col + j * 8, k);
+#pragma unroll
+      for (int i = 0; i < kFragsM; ++i) {
+        ptx::mma_m16n8k16<T>(acc[i][j], a[i], b[0], b[1]);
+        ptx::mma_m16n8k16<T>(acc[i][j + 1], a[i], b[2], b[3]);
       }
     }
   }
 };
 
 // y or dx: the wide product with its K-extension.
-template <typename T, class Shape, Major kMajorB>
-using MainTile = Tile<T, Shape, Shape::kBlock, Shape::kWarpM, Shape::kWarpN, Major::kK, kMajorB, false>;
+template <typename T, class Shape, Major kMajorB, Drops kDrops>
+using MainTile = Tile<T, Shape, Shape::kBlock, Shape::kWarpM, Shape::kWarpN, Major::kK, kMajorB, kDrops, false>;
 // h or dh: at most kNarrowN columns, every warp 16 rows.
-template <typename T, class Shape, Major kMajorB>
-using NarrowTile = Tile<T, Shape, kNarrowN, 16, kNarrowN, Major::kK, kMajorB, false>;
+template <typename T, class Shape, Major kMajorB, Drops kDrops>
+using NarrowTile = Tile<T, Shape, kNarrowN, 16, kNarrowN, Major::kK, kMajorB, kDrops, false>;
 // db or daᵀ: reduces over tokens, both operands stored [token][..].
 template <typename T, class Shape>
-using GradientTile = Tile<T, Shape, kNarrowN, 16, kNarrowN, Major::kMn, Major::kMn, true>;
+using GradientTile = Tile<T, Shape, kNarrowN, 16, kNarrowN, Major::kMn, Major::kMn, Drops::kA, true>;
 
 }  // namespace lora

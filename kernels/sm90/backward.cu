@@ -105,10 +105,18 @@ class Backward : Operation<LoraSm90Backward> {
     const BlockIndex block = wide_block(ticket - p_.dh_tickets, p_.k_blocks);
     const uint32_t tail = (p_.r + 15) / 16;
     float acc[Shape::kBlockN / 2];
-    consumer.template wide<1>(acc, n_steps() + tail / 4, tail % 4);
+    const uint32_t m = row_of(block.row) + consumer.slab() * kSlabM;
+    const uint32_t k = block.col * Shape::kBlockN;
+    if (drops() && tail != 0) {
+      const Dropout dropout = this->template dropout<Shape>();
+      consumer.wide_kept(acc, n_steps(), tail,
+                         [&](KeptBits<Shape::kBlockN>& kept, uint32_t i) LORA_INLINE { kept.draw(dropout, m, k, i); });
+    } else {
+      consumer.template wide<1>(acc, n_steps() + tail / 4, tail % 4);
+    }
     const bool accumulate = (p_.flags & LORA_ACCUMULATE_DX) != 0;
-    store_wide<Shape>(consumer, acc, map(LORA_SM90_BACKWARD_DX), row_of(block.row) + consumer.slab() * kSlabM,
-                      block.col * Shape::kBlockN, p_.m, p_.k, [&](float low, float high, uint32_t row, uint32_t col) {
+    store_wide<Shape>(consumer, acc, map(LORA_SM90_BACKWARD_DX), m, k, p_.m, p_.k,
+                      [&](float low, float high, uint32_t row, uint32_t col) {
                         if (!accumulate || row >= p_.m || col >= p_.k) return make_float2(low, high);
                         const T* const old = reinterpret_cast<const T*>(p_.dx.ptr) + row * p_.dx.row_stride + col;
                         return make_float2(widen(old[0]) + low, widen(old[1]) + high);
@@ -128,14 +136,14 @@ class Backward : Operation<LoraSm90Backward> {
     const uint32_t slab = p_.chunks == 1 ? blockIdx.x * kSlabs + consumer.slab() : unit.slab + consumer.slab();
     float* const mine = partial(slab, unit.chunk);
     if (!product) {
-      multiply<Narrow<kSumsN, 1, 1, false, true>>(consumer, unit, mine);
+      multiply<Narrow<kSumsN, 1, 1, false, true>>(consumer, unit, mine, false);
     } else if (with_sums) {
       for_narrow_width(width(), [&](auto width) LORA_INLINE {
-        multiply<Narrow<decltype(width)::kN, 1, 1, true, true>>(consumer, unit, mine);
+        multiply<Narrow<decltype(width)::kN, 1, 1, true, true>>(consumer, unit, mine, false);
       });
     } else {
       for_narrow_width(width(), [&](auto width) LORA_INLINE {
-        multiply<Narrow<decltype(width)::kN, 1, 1, true, false>>(consumer, unit, mine);
+        multiply<Narrow<decltype(width)::kN, 1, 1, true, false>>(consumer, unit, mine, !is_db && drops());
       });
     }
     if (p_.chunks > 1 && !arrive_last(consumer, place_, p_.sync, p_.counters + slab, p_.chunks)) return;
@@ -171,10 +179,21 @@ class Backward : Operation<LoraSm90Backward> {
   }
 
   template <class Kind>
-  __device__ __forceinline__ void multiply(Consumer<Shape>& consumer, const GradientUnit& unit, float* partial) const {
+  __device__ __forceinline__ void multiply(Consumer<Shape>& consumer, const GradientUnit& unit, float* partial,
+                                           bool drops) const {
     float acc[Kind::kN / 2];
     float sums[4];
-    consumer.template narrow<Kind>(acc, sums, unit.token_blocks());
+    // Of what goes through here only x is subject to it, and x has no sums.
+    if constexpr (Kind::kProduct && !Kind::kSums) {
+      if (drops) {
+        const Dropout dropout = this->template dropout<Shape>();
+        const uint32_t col = unit.m + consumer.slab() * kSlabM;
+        const auto drop = [&](uint32_t slab, uint32_t block)
+                              LORA_INLINE { drop_slab(dropout, slab, unit.token + block * kBlockK, col); };
+        consumer.template narrow_altered<Kind>(acc, unit.token_blocks(), drop);
+      }
+    }
+    if (!drops) consumer.template narrow<Kind>(acc, sums, unit.token_blocks());
     store_partial<Kind>(partial, acc, sums);
   }
 

@@ -59,7 +59,16 @@ class Forward : Operation<LoraSm90Forward> {
   __device__ __forceinline__ void h(Consumer<Shape>& consumer, uint32_t m, uint32_t n) const {
     float acc[kN / 2];
     float no_sums[4];
-    consumer.template narrow<Narrow<kN, 0, 0, true, false>>(acc, no_sums, k_steps());
+    using Kind = Narrow<kN, 0, 0, true, false>;
+    if (this->drops()) {
+      const Dropout dropout = this->template dropout<Shape>();
+      const uint32_t row = m + consumer.slab() * kSlabM;
+      consumer.template narrow_altered<Kind>(acc, k_steps(), [&](uint32_t slab, uint32_t block) LORA_INLINE {
+        drop_slab(dropout, slab, row, block * kBlockK);
+      });
+    } else {
+      consumer.template narrow<Kind>(acc, no_sums, k_steps());
+    }
     store_narrow<Shape, kN>(acc, p_.h, m + consumer.slab() * kSlabM, n, p_.m, p_.r, p_.scale);
     publish_narrow(consumer, m);
   }

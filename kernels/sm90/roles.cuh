@@ -48,6 +48,12 @@ class Operation {
   __device__ __forceinline__ const LoraTensorMap& map(uint32_t index) const { return maps_[index]; }
   __device__ __forceinline__ uint32_t width() const { return narrow_width(p_.r); }
 
+  __device__ __forceinline__ bool drops() const { return p_.dropout.threshold != 0; }
+  template <class Shape>
+  __device__ __forceinline__ Dropout dropout() const {
+    return load_dropout(place_.smem + Shape::kSeed, p_.dropout.threshold);
+  }
+
   // First row of this CTA's block in a group.
   __device__ __forceinline__ uint32_t row_of(uint32_t group) const {
     return (group * place_.size + place_.rank) * kBlockM;
@@ -100,7 +106,7 @@ __device__ __forceinline__ void run(const Launch& launch) {
   extern __shared__ __align__(1024) uint8_t shared[];
   const Place place = {ptx::shared_address(shared), ptx::cluster_rank(), ptx::cluster_size()};
   const auto& p = launch.params;
-  prepare<Shape>(place.smem, place.size, kOnes<typename Shape::T>);
+  prepare<Shape>(place.smem, place.size, kOnes<typename Shape::T>, p.dropout);
   const Op operation(launch, place);
   if (threadIdx.x < kWarpgroup) {
     ptx::give_registers<kProducerRegs>();

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, Result, Storage};
 use super::backend::{Backend, Backward, Forward, Gradients, Operand, Outputs, Precision, Scalar};
 use super::wrap;
 use crate::error::Error;
-use crate::{Accumulate, Gradient, Matrix, MatrixMut, cpu};
+use crate::{Accumulate, Gradient, Matrix, MatrixMut, Variant, cpu};
 
 pub(super) struct Cpu;
 
@@ -36,6 +36,7 @@ impl Backend for Cpu {
             bias: op.bias.map(matrix).transpose()?,
             h: h.as_mut().map(|h| MatrixMut::new(h.as_mut_slice(), m, r)),
             y: MatrixMut::new(y.as_mut_slice(), m, n),
+            variant: Variant::default(),
         })
         .map_err(wrap)?;
         Ok(Outputs { y: T::to_cpu_storage_owned(y), h: h.map(T::to_cpu_storage_owned) })
@@ -59,6 +60,7 @@ impl Backend for Cpu {
             db: db.as_mut().map(|db| db.gradient(n, r)),
             dbias: None,
             accumulate: Accumulate::default(),
+            variant: Variant::default(),
         })
         .map_err(wrap)?;
         Ok(Gradients {

@@ -13,7 +13,7 @@ use super::recent::Recent;
 use super::wrap;
 use crate::cuda::{self, Kernels, Workspace};
 use crate::error::Error;
-use crate::{Accumulate, Gradient, Matrix, MatrixMut};
+use crate::{Accumulate, Gradient, Matrix, MatrixMut, Variant};
 
 /// Streams whose workspace is kept.
 const STREAMS: usize = 16;
@@ -52,6 +52,7 @@ impl Backend for Cuda {
                 bias: bias.map(|(slice, bias)| matrix(slice, bias)),
                 h: h.as_mut().map(|h| cuda::matrix_mut(h, m, r)),
                 y: cuda::matrix_mut(&mut y, m, n),
+                variant: Variant::default(),
             };
             kernels.forward::<T>(&stream, forward, workspace)
         })?;
@@ -83,6 +84,7 @@ impl Backend for Cuda {
                 db: db.as_mut().map(|db| db.gradient(n, r)),
                 dbias: None,
                 accumulate: Accumulate::default(),
+                variant: Variant::default(),
             };
             kernels.backward::<T>(&stream, backward, workspace)
         })?;

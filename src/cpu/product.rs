@@ -3,6 +3,8 @@
 use rayon::prelude::*;
 
 use super::convert::{Sum, widen};
+use crate::dropout::Keep;
+use crate::routing::Route;
 use crate::{Dtype, Element, Matrix, MatrixMut};
 
 /// Largest extent of an output tile. With the depth block it bounds the scratch of a thread to 2 MiB (4 MiB where sums are in
@@ -24,17 +26,28 @@ const SERIAL_WORK: usize = 1 << 19;
 pub(super) struct Side<'a, T> {
     matrix: Matrix<'a, [T]>,
     depth_along_rows: bool,
+    keep: Option<Keep>,
 }
 
 impl<'a, T: Element> Side<'a, T> {
     /// The rows of `matrix` are outer, its columns depth.
     pub(super) fn rows(matrix: Matrix<'a, [T]>) -> Self {
-        Self { matrix, depth_along_rows: false }
+        Self { matrix, depth_along_rows: false, keep: None }
     }
 
     /// The columns of `matrix` are outer, its rows depth.
     pub(super) fn columns(matrix: Matrix<'a, [T]>) -> Self {
-        Self { matrix, depth_along_rows: true }
+        Self { matrix, depth_along_rows: true, keep: None }
+    }
+
+    /// Elements that are not kept are zeros.
+    pub(super) fn keeping(self, keep: Option<Keep>) -> Self {
+        Self { keep, ..self }
+    }
+
+    /// Whether [`panel`](Self::panel) copies nothing.
+    fn is_borrowed<S: Sum>(&self) -> bool {
+        self.keep.is_none() && S::borrow::<T>(&[]).is_some()
     }
 
     fn depth(&self) -> usize {
@@ -42,7 +55,7 @@ impl<'a, T: Element> Side<'a, T> {
     }
 
     /// Outer `at.0 ..` × depth `at.1 ..` of extent `size`, with its (outer, depth) strides: where it lies when its elements
-    /// are of type `S` already, else widened into `scratch`.
+    /// are of type `S` already and all are kept, else widened into `scratch`.
     fn panel<'s, S: Sum>(
         &'s self,
         at: (usize, usize),
@@ -53,12 +66,16 @@ impl<'a, T: Element> Side<'a, T> {
         let ((row, col), (rows, cols)) = (swap(at), swap(size));
         let Matrix { data, offset, row_stride, .. } = self.matrix;
         let start = offset + row * row_stride + col;
-        if let Some(panel) = S::borrow(&data[start..start + (rows - 1) * row_stride + cols]) {
+        let lines = &data[start..start + (rows - 1) * row_stride + cols];
+        if let Some(panel) = S::borrow(lines).filter(|_| self.keep.is_none()) {
             return (panel, swap((row_stride, 1)));
         }
         let panel = &mut scratch[..rows * cols];
-        for (source, line) in data[start..].chunks(row_stride).zip(panel.chunks_exact_mut(cols)) {
+        for (source, line) in lines.chunks(row_stride).zip(panel.chunks_exact_mut(cols)) {
             S::load(&source[..cols], line);
+        }
+        if let Some(keep) = self.keep {
+            keep.for_each_dropped((row, col), (rows, cols), |i, j| panel[i * cols + j] = S::from(0.0));
         }
         (panel, swap((cols, 1)))
     }
@@ -66,8 +83,20 @@ impl<'a, T: Element> Side<'a, T> {
 
 /// lhs · rhsᵀ, both seen as outer × depth.
 pub(super) struct Term<'a, T> {
-    pub(super) lhs: Side<'a, T>,
-    pub(super) rhs: Side<'a, T>,
+    lhs: Side<'a, T>,
+    rhs: Side<'a, T>,
+    keep: Option<Keep>,
+}
+
+impl<'a, T: Element> Term<'a, T> {
+    pub(super) fn new(lhs: Side<'a, T>, rhs: Side<'a, T>) -> Self {
+        Self { lhs, rhs, keep: None }
+    }
+
+    /// Of this term and those before it, elements that are not kept are zeros.
+    pub(super) fn keeping(self, keep: Option<Keep>) -> Self {
+        Self { keep, ..self }
+    }
 }
 
 /// What happens to a finished sum before it is rounded to the output's type.
@@ -75,6 +104,8 @@ pub(super) struct Term<'a, T> {
 pub(super) struct Epilogue<'a> {
     /// Multiplies the sum.
     pub(super) scale: Option<f32>,
+    /// What of a row's sum is kept, and another factor: one per output row.
+    pub(super) routes: Option<&'a [Route]>,
     /// One value per output column.
     pub(super) bias: Option<&'a [f32]>,
     /// Adds what the output holds.
@@ -181,9 +212,9 @@ fn fill<S: Sum, T: Element, O: Element>(
     let (rows, cols) = (tile.lines.len(), tile.lines[0].len());
     let sums = &mut scratch.sums[..rows * cols];
     sums.fill(S::from(0.0));
-    for Term { lhs, rhs } in terms {
+    for Term { lhs, rhs, keep } in terms {
         let depth = lhs.depth();
-        let in_one_piece = depth >= DEEP && S::borrow::<T>(&[]).is_some();
+        let in_one_piece = depth >= DEEP && lhs.is_borrowed::<S>() && rhs.is_borrowed::<S>();
         let step = if in_one_piece { depth } else { chain(depth) };
         for from in (0..depth).step_by(step) {
             let length = step.min(depth - from);
@@ -191,11 +222,19 @@ fn fill<S: Sum, T: Element, O: Element>(
             let rhs = rhs.panel((tile.col, from), (cols, length), &mut scratch.rhs);
             multiply_add(sums, (rows, cols, length), lhs, rhs);
         }
+        if let Some(keep) = keep {
+            keep.for_each_dropped((tile.row, tile.col), (rows, cols), |i, j| sums[i * cols + j] = S::from(0.0));
+        }
     }
     let bias = epilogue.bias.map(|bias| &bias[tile.col..tile.col + cols]);
-    for (line, sums) in tile.lines.into_iter().zip(sums.chunks_exact_mut(cols)) {
+    let (row, col) = (tile.row, tile.col);
+    for (at, (line, sums)) in tile.lines.into_iter().zip(sums.chunks_exact_mut(cols)).enumerate() {
+        let route = epilogue.routes.map(|routes| &routes[row + at]);
         if let Some(scale) = epilogue.scale {
             sums.iter_mut().for_each(|sum| *sum *= S::from(scale));
+        }
+        if let Some(route) = route {
+            keep_route(route, col, sums);
         }
         if let Some(bias) = bias {
             sums.iter_mut().zip(bias).for_each(|(sum, &bias)| *sum += S::from(bias));
@@ -204,6 +243,17 @@ fn fill<S: Sum, T: Element, O: Element>(
             sums.iter_mut().zip(line.iter()).for_each(|(sum, old)| *sum += S::from(old.to_f32()));
         }
         S::store(sums, line);
+    }
+}
+
+/// Of the columns from `col` on, those that the route keeps, times its scale; zeros elsewhere.
+fn keep_route<S: Sum>(route: &Route, col: usize, sums: &mut [S]) {
+    for (at, sum) in sums.iter_mut().enumerate() {
+        if (route.begin..route.end).contains(&(col + at)) {
+            *sum *= S::from(route.scale);
+        } else {
+            *sum = S::from(0.0);
+        }
     }
 }
 

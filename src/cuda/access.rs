@@ -6,10 +6,10 @@ use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 
 use super::driver::failed;
-use super::{Backward, Forward, Merge, Round};
+use super::{Backward, Forward, Merge, Round, Variant};
 use crate::error::{Error, Result};
 use crate::shape::check_length;
-use crate::{Element, Factors, Gradient, Matrix, MatrixMut, raw};
+use crate::{Dropout, Element, Factors, Gradient, Matrix, MatrixMut, Seed, raw};
 
 /// The buffers of one operation while it is being launched.
 ///
@@ -48,6 +48,7 @@ impl<'s> Access<'s> {
             bias: op.bias.map(|bias| self.read("bias", bias)).transpose()?,
             h: op.h.as_mut().map(|h| self.write("h", h)).transpose()?,
             y: self.write("y", &mut op.y)?,
+            variant: self.variant(&op.variant)?,
         })
     }
 
@@ -66,6 +67,7 @@ impl<'s> Access<'s> {
             db: op.db.as_mut().map(|db| self.gradient("db", db)).transpose()?,
             dbias: op.dbias.as_mut().map(|dbias| self.gradient("dbias", dbias)).transpose()?,
             accumulate: op.accumulate,
+            variant: self.variant(&op.variant)?,
         })
     }
 
@@ -93,6 +95,16 @@ impl<'s> Access<'s> {
             rounded_a: self.write("rounded_a", &mut op.rounded_a)?,
             rounded_b: self.write("rounded_b", &mut op.rounded_b)?,
         })
+    }
+
+    fn variant(&mut self, variant: &Variant<'s>) -> Result<raw::Variant> {
+        let routes = variant.routes.map(|routes| self.read("routes", routes)).transpose()?;
+        let Some(Dropout { p, seed }) = variant.dropout else { return Ok(raw::Variant { dropout: None, routes }) };
+        let seed = match seed {
+            Seed::Value { seed, offset } => raw::Seed::Value { seed, offset },
+            Seed::Memory(state) => raw::Seed::Memory(self.read("seed", state)?),
+        };
+        Ok(raw::Variant { dropout: Some(raw::Dropout { p, seed }), routes })
     }
 
     /// A and B, and whether they are f32.

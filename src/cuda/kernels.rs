@@ -137,9 +137,9 @@ impl Kernels {
     /// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ: one launch on `stream`.
     ///
     /// # Errors
-    /// What [`Plan::forward`] finds; [`Error::BufferTooShort`](crate::Error::BufferTooShort);
-    /// [`Error::WrongContext`](crate::Error::WrongContext); [`Error::ForeignContext`](crate::Error::ForeignContext);
-    /// [`Error::Workspace`](crate::Error::Workspace); [`Error::Capturing`](crate::Error::Capturing);
+    /// What [`Plan::forward_with`] finds of the operands and, of the workspace, [`Plan::launch`];
+    /// [`Error::BufferTooShort`](crate::Error::BufferTooShort); [`Error::WrongContext`](crate::Error::WrongContext);
+    /// [`Error::ForeignContext`](crate::Error::ForeignContext); [`Error::Capturing`](crate::Error::Capturing);
     /// [`Error::Driver`](crate::Error::Driver). Nothing is launched then, but for one case: on the per-thread default stream
     /// the driver may fail to record the event that follows the launch.
     pub fn forward<T: Element>(
@@ -169,7 +169,7 @@ impl Kernels {
     /// outputs that are present.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward), with what [`Plan::backward`] finds.
+    /// As [`forward`](Self::forward), with what [`Plan::backward_with`] finds.
     pub fn backward<T: Element>(
         &self,
         stream: &Arc<CudaStream>,
@@ -196,7 +196,7 @@ impl Kernels {
     /// merged = w + scale · B A: one launch on `stream`, without a workspace.
     ///
     /// # Errors
-    /// What [`Launch::merge`] finds; otherwise as [`forward`](Self::forward).
+    /// What [`Launch::merge`] finds; otherwise as [`forward`](Self::forward), less what concerns the workspace.
     pub fn merge<T: Element>(&self, stream: &Arc<CudaStream>, mut op: Merge<'_, T>) -> Result<()> {
         let mut access = Access::new(self.context(), stream)?;
         let op = access.merge(&mut op)?;
@@ -207,7 +207,7 @@ impl Kernels {
     /// rounded_a = A and rounded_b = scale · B in the storage type: one launch on `stream`, without a workspace.
     ///
     /// # Errors
-    /// What [`Launch::round`] finds; otherwise as [`forward`](Self::forward).
+    /// What [`Launch::round`] finds; otherwise as [`forward`](Self::forward), less what concerns the workspace.
     pub fn round<T: Element>(&self, stream: &Arc<CudaStream>, mut op: Round<'_, T>) -> Result<()> {
         let mut access = Access::new(self.context(), stream)?;
         let op = access.round(&mut op)?;
@@ -252,7 +252,7 @@ impl Kernels {
     /// with [`device`](Self::device) and [`plan_options`](Self::plan_options) says how many are needed, and explains.
     ///
     /// # Errors
-    /// What [`Plan::forward`] and [`Plan::launch`] find; [`Error::Driver`](crate::Error::Driver).
+    /// What [`Plan::forward_with`] and [`Plan::launch`] find; [`Error::Driver`](crate::Error::Driver).
     ///
     /// # Safety
     /// - `stream` is a stream of the context the kernels are loaded in (the primary context of the device after
@@ -278,7 +278,7 @@ impl Kernels {
     /// [`backward`](Self::backward) over addresses, as [`forward_raw`](Self::forward_raw).
     ///
     /// # Errors
-    /// What [`Plan::backward`] and [`Plan::launch`] find; [`Error::Driver`](crate::Error::Driver).
+    /// What [`Plan::backward_with`] and [`Plan::launch`] find; [`Error::Driver`](crate::Error::Driver).
     ///
     /// # Safety
     /// As [`forward_raw`](Self::forward_raw); gradients marked `f32` lie in memory for f32 elements.

@@ -23,6 +23,7 @@
 //!     bias: None,
 //!     h: Some(MatrixMut::new(&mut h, m, r)),
 //!     y: MatrixMut::new(&mut y, m, n),
+//!     variant: Default::default(),
 //! };
 //! kernels.forward(&stream, forward, &mut workspace)?;
 //!
@@ -41,6 +42,7 @@
 //!     db: None,
 //!     dbias: None,
 //!     accumulate: fused_lora::Accumulate::default(),
+//!     variant: Default::default(),
 //! };
 //! kernels.backward(&stream, backward, &mut workspace)?;
 //! let dx: Vec<bf16> = stream.clone_dtoh(&dx)?;
@@ -83,10 +85,17 @@ use crate::{Matrix, MatrixMut};
 use cudarc::driver::{DevicePtr, DevicePtrMut};
 
 /// [`crate::Forward`] over device memory; every argument may be of another type of buffer.
-pub type Forward<'a, T> = crate::Forward<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a>;
+pub type Forward<'a, T> = crate::Forward<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtr<u64> + 'a>;
 /// [`crate::Backward`] over device memory; gradients are of `T` or of f32.
-pub type Backward<'a, T> =
-    crate::Backward<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtrMut<f32> + 'a>;
+pub type Backward<'a, T> = crate::Backward<
+    'a,
+    dyn DevicePtr<T> + 'a,
+    dyn DevicePtrMut<T> + 'a,
+    dyn DevicePtrMut<f32> + 'a,
+    dyn DevicePtr<u64> + 'a,
+>;
+/// [`crate::Variant`] over device memory.
+pub type Variant<'a> = crate::Variant<'a, dyn DevicePtr<u64> + 'a>;
 /// [`crate::Merge`] over device memory; factors are of `T` or of f32.
 pub type Merge<'a, T> = crate::Merge<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtr<f32> + 'a>;
 /// [`crate::Round`] over device memory; factors are of `T` or of f32.

@@ -6,19 +6,25 @@ use cudarc::driver::sys::{CUdeviceptr, CUresult};
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceSlice, DriverError, SyncOnDrop};
 
 use super::access::check_context;
-use super::driver::failed;
+use super::driver::{failed, is_capturing};
 use super::kernels::Room;
 use super::{Kernels, Workspace};
 use crate::error::{Error, Result};
 use crate::linear::Backend;
 use crate::plan::check_dtype;
-use crate::{Backward, Dtype, Element, Factors, Forward, Gradient, LoraShape, Matrix, MatrixMut, Merge, Round};
+use crate::{
+    Backward, Dropout, Dtype, Element, Factors, Forward, Gradient, LoraShape, Matrix, MatrixMut, Merge, Round, Seed,
+};
 
 /// The kernels with a stream and a workspace: what [`LoraLinear`](crate::linear::LoraLinear) computes on.
 ///
 /// A handle: clones share the workspace, which grows when an operation needs more than any before it. Operations are launched on
-/// the stream in the order in which they are called, from any thread. Growing allocates and frees in the order of the stream, and
-/// cannot happen while it is captured into a graph: [`LoraLinear::reserve`](crate::linear::LoraLinear::reserve) before.
+/// the stream in the order in which they are called, from any thread. Growing allocates and frees in the order of the stream.
+///
+/// While the stream is captured into a graph nothing is allocated and nothing is copied from or to the host: what would do so
+/// gives [`Error::Capturing`]. Before the capture, let
+/// [`LoraLinear::reserve`](crate::linear::LoraLinear::reserve) make the workspace large enough; in it, the methods that end in
+/// `_into` write where they are told.
 #[derive(Clone, Debug)]
 pub struct Queue {
     kernels: Kernels,
@@ -47,6 +53,11 @@ impl Queue {
         &self.stream
     }
 
+    /// A graph would allocate and copy each time it runs, from and to host memory that is not there any more.
+    fn check_not_captured(&self, what: &'static str) -> Result<()> {
+        if is_capturing(&self.stream)? { Err(Error::Capturing { what }) } else { Ok(()) }
+    }
+
     /// A panic elsewhere leaves the workspace as good as it was.
     fn workspace(&self) -> MutexGuard<'_, Workspace> {
         self.workspace.lock().unwrap_or_else(PoisonError::into_inner)
@@ -62,6 +73,15 @@ fn matrix<'a, T>(matrix: Matrix<'a, dyn DevicePtr<T>>) -> Matrix<'a, dyn DeviceP
 fn matrix_mut<'a, T>(matrix: MatrixMut<'a, dyn DevicePtrMut<T>>) -> MatrixMut<'a, dyn DevicePtrMut<T> + 'a> {
     let MatrixMut { data, offset, rows, cols, row_stride } = matrix;
     MatrixMut { data, offset, rows, cols, row_stride }
+}
+
+fn variant<'a>(given: crate::Variant<'a, dyn DevicePtr<u64>>) -> super::Variant<'a> {
+    let seed = |seed| match seed {
+        Seed::Value { seed, offset } => Seed::Value { seed, offset },
+        Seed::Memory(state) => Seed::Memory(matrix(state)),
+    };
+    let dropout = given.dropout.map(|given| Dropout { p: given.p, seed: seed(given.seed) });
+    super::Variant { dropout, routes: given.routes.map(matrix) }
 }
 
 type StaticGradient<'a, T> = Gradient<'a, dyn DevicePtrMut<T>, dyn DevicePtrMut<f32>>;
@@ -138,6 +158,8 @@ impl Backend for Queue {
     type Buffer<T: Element> = CudaSlice<T>;
     type Read<T: Element> = dyn DevicePtr<T>;
     type Write<T: Element> = dyn DevicePtrMut<T>;
+    type Words = dyn DevicePtr<u64>;
+    type WordBuffer = CudaSlice<u64>;
 
     fn read<T: Element>(buffer: &CudaSlice<T>) -> &Self::Read<T> {
         buffer
@@ -152,6 +174,7 @@ impl Backend for Queue {
     /// CUDA has no empty allocations: there is one element at least.
     fn alloc<T: Element>(&self, len: usize) -> Result<CudaSlice<T>> {
         let bytes = bytes_of::<T>(len)?;
+        self.check_not_captured("a buffer is allocated")?;
         // SAFETY: any bits are a value of the element types, and the operations write all of an output or refuse it.
         unsafe { self.stream.alloc::<T>(len.max(1)) }.map_err(refused("cuMemAllocAsync", bytes))
     }
@@ -160,6 +183,18 @@ impl Backend for Queue {
         self.overwrite(from, &mut buffer)?;
         Ok(buffer)
     }
+    fn upload_words(&self, from: &[u64]) -> Result<CudaSlice<u64>> {
+        let bytes = size_of_val(from);
+        self.check_not_captured("a buffer is allocated")?;
+        // SAFETY: any bits are a value of u64, and the copy below fills all of it.
+        let mut words =
+            unsafe { self.stream.alloc::<u64>(from.len().max(1)) }.map_err(refused("cuMemAllocAsync", bytes))?;
+        self.stream.memcpy_htod(from, &mut words).map_err(failed("cuMemcpyHtoDAsync"))?;
+        Ok(words)
+    }
+    fn words(buffer: &CudaSlice<u64>) -> &Self::Words {
+        buffer
+    }
     fn overwrite<T: Element>(&self, from: &[T], to: &mut Self::Write<T>) -> Result<()> {
         if from.is_empty() {
             return Ok(());
@@ -167,9 +202,11 @@ impl Backend for Queue {
         if to.len() < from.len() {
             return Err(Error::BufferTooShort { arg: "to", got: to.len(), needed: from.len() });
         }
+        self.check_not_captured("host memory is copied to a buffer")?;
         self.stream.memcpy_htod(from, &mut Output(to)).map_err(failed("cuMemcpyHtoDAsync"))
     }
     fn download<T: Element>(&self, from: &Self::Read<T>) -> Result<Vec<T>> {
+        self.check_not_captured("a buffer is copied to host memory")?;
         let to = self.stream.clone_dtoh(&Operand(from)).map_err(failed("cuMemcpyDtoHAsync"))?;
         self.stream.synchronize().map_err(failed("cuStreamSynchronize"))?;
         Ok(to)
@@ -183,8 +220,8 @@ impl Backend for Queue {
         self.workspace().reserve(&self.stream, bytes)
     }
 
-    fn forward<T: Element>(&self, op: Forward<'_, Self::Read<T>, Self::Write<T>>) -> Result<()> {
-        let Forward { x, w, a, b, scale, bias, h, y } = op;
+    fn forward<T: Element>(&self, op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words>) -> Result<()> {
+        let Forward { x, w, a, b, scale, bias, h, y, variant: given } = op;
         let op = super::Forward {
             x: matrix(x),
             w: matrix(w),
@@ -194,12 +231,16 @@ impl Backend for Queue {
             bias: bias.map(matrix),
             h: h.map(matrix_mut),
             y: matrix_mut(y),
+            variant: variant(given),
         };
         self.kernels.forward_in(&self.stream, op, &mut self.workspace(), Room::Grows)
     }
 
-    fn backward<T: Element>(&self, op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>>) -> Result<()> {
-        let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate } = op;
+    fn backward<T: Element>(
+        &self,
+        op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words>,
+    ) -> Result<()> {
+        let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, variant: given } = op;
         let op = super::Backward {
             dy: matrix(dy),
             w: matrix(w),
@@ -213,6 +254,7 @@ impl Backend for Queue {
             db: db.map(gradient),
             dbias: dbias.map(gradient),
             accumulate,
+            variant: variant(given),
         };
         self.kernels.backward_in(&self.stream, op, &mut self.workspace(), Room::Grows)
     }

@@ -42,6 +42,7 @@ pub(super) fn forward(dtype: Dtype, shape: LoraShape, device: &Device, options: 
         bias: None,
         h: None,
         y: at.matrix(m, n)?,
+        variant: raw::Variant::default(),
     };
     let mut most = 0;
     for options in possibilities(options) {
@@ -76,6 +77,7 @@ pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device, options:
             db: gradient(wants(2), db),
             dbias: gradient(wants(3), dbias),
             accumulate: Accumulate::default(),
+            variant: raw::Variant::default(),
         };
         for options in possibilities(options) {
             most = most.max(Plan::backward_with(&op, device, options)?.workspace_bytes());
@@ -127,7 +129,8 @@ mod tests {
                 let at = |index: u64, rows, cols| raw::Matrix::new((index << 40) + case % 2 * 2, rows, cols);
                 let (x, w, a, b) = (at(1, m, k), at(2, n, k), at(3, r, k), at(4, n, r));
                 let h = (case & 2 != 0).then_some(at(5, m, r));
-                let op = raw::Forward { dtype: Dtype::F16, x, w, a, b, scale: 1.0, bias: None, h, y: at(6, m, n) };
+                let (y, variant) = (at(6, m, n), raw::Variant::default());
+                let op = raw::Forward { dtype: Dtype::F16, x, w, a, b, scale: 1.0, bias: None, h, y, variant };
                 let plan = Plan::forward(&op, &device).expect("a plan");
                 assert!(plan.workspace_bytes() <= forward_bound, "{}", plan.explain());
                 if case / 2 % 16 == 0 {
@@ -148,6 +151,7 @@ mod tests {
                     db: wants(2).then_some(gradient(10, n, r)),
                     dbias: wants(3).then_some(gradient(11, 1, n)),
                     accumulate: Accumulate { da: case & 32 != 0, ..Accumulate::default() },
+                    variant,
                 };
                 let plan = Plan::backward(&op, &device).expect("a plan");
                 assert!(plan.workspace_bytes() <= backward_bound, "{}", plan.explain());

@@ -15,6 +15,10 @@ pub trait Backend: Clone {
     type Read<T: Element>: ?Sized;
     /// What is written: `[T]`, or `dyn DevicePtrMut<T>` on a GPU.
     type Write<T: Element>: ?Sized;
+    /// Words of 64 bits that are read: `[u64]`, or `dyn DevicePtr<u64>` on a GPU.
+    type Words: ?Sized;
+    /// Memory that holds words of 64 bits.
+    type WordBuffer: Send + Sync;
 
     /// The buffer as an operand.
     fn read<T: Element>(buffer: &Self::Buffer<T>) -> &Self::Read<T>;
@@ -30,7 +34,7 @@ pub trait Backend: Clone {
     /// Memory for `len` elements, which hold anything. For 0 elements there may be more.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`], [`Error::Driver`].
+    /// [`Error::OutOfMemory`], [`Error::Capturing`], [`Error::Driver`].
     fn alloc<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>>;
     /// A copy of host memory.
     ///
@@ -40,13 +44,21 @@ pub trait Backend: Clone {
     /// Copies host memory into the first elements of a buffer.
     ///
     /// # Errors
-    /// [`Error::BufferTooShort`], [`Error::Driver`].
+    /// [`Error::BufferTooShort`], [`Error::Capturing`], [`Error::Driver`].
     fn overwrite<T: Element>(&self, from: &[T], to: &mut Self::Write<T>) -> Result<()>;
     /// A copy in host memory, after all operations that were called before.
     ///
     /// # Errors
-    /// [`Error::Driver`].
+    /// [`Error::OutOfMemory`], [`Error::Capturing`], [`Error::Driver`].
     fn download<T: Element>(&self, from: &Self::Read<T>) -> Result<Vec<T>>;
+
+    /// A copy of words in host memory.
+    ///
+    /// # Errors
+    /// As [`alloc`](Self::alloc).
+    fn upload_words(&self, from: &[u64]) -> Result<Self::WordBuffer>;
+    /// The words as an operand.
+    fn words(buffer: &Self::WordBuffer) -> &Self::Words;
 
     /// Whether layers of this storage type can be computed.
     ///
@@ -63,12 +75,15 @@ pub trait Backend: Clone {
     ///
     /// # Errors
     /// What [`raw::Forward::check`](crate::raw::Forward::check) finds, and the backend's own. Nothing is written then.
-    fn forward<T: Element>(&self, op: Forward<'_, Self::Read<T>, Self::Write<T>>) -> Result<()>;
+    fn forward<T: Element>(&self, op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words>) -> Result<()>;
     /// [`Backward`].
     ///
     /// # Errors
     /// What [`raw::Backward::check`](crate::raw::Backward::check) finds, and the backend's own. Nothing is written then.
-    fn backward<T: Element>(&self, op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>>) -> Result<()>;
+    fn backward<T: Element>(
+        &self,
+        op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words>,
+    ) -> Result<()>;
     /// [`Merge`].
     ///
     /// # Errors
@@ -95,6 +110,8 @@ macro_rules! host_memory {
         type Buffer<T: Element> = Vec<T>;
         type Read<T: Element> = [T];
         type Write<T: Element> = [T];
+        type Words = [u64];
+        type WordBuffer = Vec<u64>;
 
         fn read<T: Element>(buffer: &Vec<T>) -> &[T] {
             buffer
@@ -120,6 +137,15 @@ macro_rules! host_memory {
         }
         fn download<T: Element>(&self, from: &[T]) -> Result<Vec<T>> {
             self.upload(from)
+        }
+        fn upload_words(&self, from: &[u64]) -> Result<Vec<u64>> {
+            let mut words = Vec::new();
+            words.try_reserve_exact(from.len()).map_err(|_| Error::OutOfMemory { bytes: size_of_val(from) })?;
+            words.extend_from_slice(from);
+            Ok(words)
+        }
+        fn words(buffer: &Vec<u64>) -> &[u64] {
+            buffer
         }
         fn reserve(&self, _: Dtype, _: LoraShape) -> Result<()> {
             Ok(())

@@ -5,7 +5,7 @@ use std::fmt;
 use super::set::{Active, Named};
 use super::{Backend, LoraLinear, Operands, elements};
 use crate::error::{Error, Result};
-use crate::{Accumulate, Backward, Element, Forward, Gradient, Matrix, MatrixMut};
+use crate::{Accumulate, Backward, Element, Forward, Gradient, Matrix, MatrixMut, Variant};
 
 /// What forward leaves for backward, beside x: h, and which state of the layer it is of.
 pub struct Kept<B: Backend, T: Element> {
@@ -125,7 +125,17 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             }
         };
         let keep = h.as_mut().map(|h| MatrixMut::new(B::write(h), x.rows, rank));
-        self.backend.forward(Forward { x, w, a, b, scale, bias: self.bias_view(), h: keep, y })?;
+        self.backend.forward(Forward {
+            x,
+            w,
+            a,
+            b,
+            scale,
+            bias: self.bias_view(),
+            h: keep,
+            y,
+            variant: Variant::default(),
+        })?;
         let adapter = named.map(|named| named.version);
         Ok(Pass { x, kept: Kept { h, rank, tokens: x.rows, base: self.version, adapter } })
     }
@@ -164,6 +174,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             db: db.map(Gradient::F32),
             dbias: dbias.map(Gradient::F32),
             accumulate,
+            variant: Variant::default(),
         })
     }
 

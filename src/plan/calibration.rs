@@ -9,6 +9,9 @@ pub(super) struct Portable {
     /// 10^6 floating-point operations per second of an SM of compute capability 9.0 that is full of large tiles. Not measured:
     /// half of what the same SM does with wgmma, as others' kernels of this kind reach.
     pub hopper_sm_flops_per_us: f64,
+    /// The same of one of compute capability 7.5 with bf16, which it has no tensor instruction for. Not measured: 64
+    /// multiply-adds a clock at 1.6 GHz, of which 0.7 are reached.
+    pub turing_sm_f32_flops_per_us: f64,
     /// The same elsewhere, as part of the data sheet's rate. Not measured.
     pub of_peak: f64,
     /// Work per SM and unit of time with small tiles, relative to large ones, which load less per product. Not measured; from
@@ -20,8 +23,14 @@ pub(super) struct Portable {
     pub launch: f64,
 }
 
-pub(super) const PORTABLE: Portable =
-    Portable { hopper_sm_flops_per_us: 3.1e6, of_peak: 0.7, small_rate: 0.7, alone: 0.5, launch: 4.0 };
+pub(super) const PORTABLE: Portable = Portable {
+    hopper_sm_flops_per_us: 3.1e6,
+    turing_sm_f32_flops_per_us: 0.143e6,
+    of_peak: 0.7,
+    small_rate: 0.7,
+    alone: 0.5,
+    launch: 4.0,
+};
 
 /// What units of work of the Hopper family cost, in clocks of an SM.
 pub(super) struct Sm90 {
@@ -53,6 +62,13 @@ pub(super) struct Sm90 {
     pub pair: f64,
     /// Clocks of a narrow tile beside its steps: start, store, flag or counter. Not measured.
     pub unit: f64,
+    /// Clocks that dropout takes of a step of 64 of a narrow tile that reads x, while the products of the step before run: some
+    /// 140 logical instructions and comparisons of a warp at two clocks each, beside as long of multiplications, for each of the
+    /// two warps of a scheduler. Reckoned from the machine code, not measured.
+    pub drop: f64,
+    /// Clocks per column that it adds to a step of dx that reads dh: two instructions for each of 32 registers of 64 columns,
+    /// again twice, and about as long until products are done. Reckoned, not measured.
+    pub drop_column: f64,
     /// Microseconds of a launch before the first and after the last step. Not measured.
     pub launch: f64,
 }
@@ -73,5 +89,7 @@ pub(super) const SM90: Sm90 = Sm90 {
     column: 6.0,
     pair: 200.0,
     unit: 2000.0,
+    drop: 600.0,
+    drop_column: 4.0,
     launch: 4.0,
 };

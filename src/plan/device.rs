@@ -132,6 +132,7 @@ mod tests {
             bias: None,
             h: None,
             y: at(5, 8192, 4096),
+            variant: crate::raw::Variant::default(),
         }
     }
 

@@ -2,8 +2,9 @@
 
 use std::fmt::Write;
 
+use super::calibration::SM90;
 use super::{Choice, Params, Plan, SYNC_BYTES};
-use crate::params::{LORA_BLOCK_K, LORA_SM90_BLOCK_K, LORA_SM90_BLOCK_M};
+use crate::params::{LORA_BLOCK_K, LORA_SM90_BLOCK_K, LORA_SM90_BLOCK_M, LoraDropout};
 use crate::{LoraShape, raw};
 
 /// Notes which operands miss the alignment of 16-byte loads, and what would cure it.
@@ -41,6 +42,16 @@ impl Plan {
             Choice::Portable(tile) => self.explain_portable(&mut out, tile),
             Choice::Sm90(choice) => self.explain_sm90(&mut out, choice),
         }
+        let dropout = self.dropout();
+        if dropout.threshold != 0 {
+            line!(
+                out,
+                "  dropout    p = {} on x, for h and da; seed and offset {}; {}",
+                f64::from(dropout.threshold) / 65536.0,
+                if dropout.state != 0 { "read by the launch" } else { "passed" },
+                self.cost_of_dropout(),
+            );
+        }
         line!(
             out,
             "  workspace  {} bytes: {SYNC_BYTES} of synchronisation words, {} of scratch",
@@ -57,14 +68,38 @@ impl Plan {
         out
     }
 
+    fn dropout(&self) -> LoraDropout {
+        match &self.launch.params {
+            Params::Forward(p) => p.dropout,
+            Params::Backward(p) => p.dropout,
+            Params::Sm90Forward(p) => p.dropout,
+            Params::Sm90Backward(p) => p.dropout,
+            Params::Merge(_) | Params::Round(_) => LoraDropout::default(),
+        }
+    }
+
+    fn cost_of_dropout(&self) -> String {
+        let (drop, column) = (SM90.drop, SM90.drop_column);
+        match &self.launch.params {
+            Params::Sm90Forward(_) => format!("reckoned, not measured: {drop} clocks a step of h"),
+            Params::Sm90Backward(_) => {
+                format!("reckoned, not measured: {drop} clocks a step of da, {column} a column of dx for 64 ranks")
+            }
+            _ => "no predicted time counts it".to_owned(),
+        }
+    }
+
     fn reason(&self) -> &'static str {
         if self.options.tile.is_some() { "the shape asked for" } else { "the shape with the shortest predicted time" }
     }
 
     /// What the model predicts, and what bounds any kernel.
     fn explain_time(&self, out: &mut String) {
-        if let Some(predicted) = self.predicted_microseconds() {
-            line!(out, "  predicted  {predicted:.1} us by the planner's model, whose constants are not measured");
+        match self.predicted_microseconds() {
+            Some(predicted) => {
+                line!(out, "  predicted  {predicted:.1} us by the planner's model, whose constants are not measured");
+            }
+            None => line!(out, "  predicted  none: the planner does not know what mma.sync reaches on this device"),
         }
         let floor = self.floor;
         let (giga, mega) = (floor.flops / 1e9, floor.bytes / 1e6);
@@ -106,6 +141,9 @@ impl Plan {
             Params::Backward(p) => {
                 let units = [p.dh_units, p.dx_end - p.dh_units, p.db_end - p.dx_end, p.units - p.db_end];
                 explain_backward(out, units, p.chunks, p.chunk_rows);
+                if p.dropout.threshold != 0 && p.dx_end > p.dh_units && p.r != 0 {
+                    line!(out, "  order      dx begins with dh A, to drop from it alone, and so waits for dh first");
+                }
             }
             _ => {}
         }

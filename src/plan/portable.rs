@@ -42,7 +42,7 @@ pub(super) fn forward(op: &raw::Forward, shape: LoraShape, device: &Device, opti
         n: n as u32,
         k: k as u32,
         r: r as u32,
-        scale: op.scale,
+        scale: op.scale * op.variant.factor(),
         m_blocks: m_blocks as u32,
         n_blocks: n_blocks as u32,
         h_units: h_units as u32,
@@ -50,6 +50,8 @@ pub(super) fn forward(op: &raw::Forward, shape: LoraShape, device: &Device, opti
         group_m: options.group_m(m_blocks),
         flag_shift,
         sync_words: LORA_SYNC_FLAGS + flag_count as u32,
+        dropout: op.variant.dropout(),
+        routes: op.variant.routes.map_or(0, |routes| routes.ptr),
     };
     let mut notes = Vec::new();
     explain::slow_operands(&mut notes, &read_by_forward(op));
@@ -111,7 +113,7 @@ pub(super) fn backward(op: &raw::Backward, shape: LoraShape, device: &Device, op
         n: n as u32,
         k: k as u32,
         r: r as u32,
-        scale: op.scale,
+        scale: op.scale * op.variant.factor(),
         m_blocks: m_blocks as u32,
         n_blocks: n_blocks as u32,
         k_blocks: k_blocks as u32,
@@ -127,6 +129,8 @@ pub(super) fn backward(op: &raw::Backward, shape: LoraShape, device: &Device, op
         flag_shift,
         sync_words: counters + counter_words,
         flags: gradient_flags(op),
+        dropout: op.variant.dropout(),
+        routes: op.variant.routes.map_or(0, |routes| routes.ptr),
     };
     let mut notes = Vec::new();
     explain::slow_operands(&mut notes, &read_by_backward(op));

@@ -12,6 +12,16 @@ pub const fn unit_roundoff(dtype: Dtype) -> f64 {
     }
 }
 
+/// Half the smallest subnormal of f16, per term.
+fn tiny(storage: Dtype, depth: usize) -> f64 {
+    if storage == Dtype::F16 { depth as f64 / (1u64 << 25) as f64 } else { 0.0 }
+}
+
+/// How far from the truth an element may be by the rule of [`check`].
+pub fn element_bound(storage: Dtype, depth: usize, magnitude: f64) -> f64 {
+    (2.0 * unit_roundoff(storage) + depth as f64 * unit_roundoff(Dtype::F32)) * magnitude + tiny(storage, depth)
+}
+
 /// What [`check`] compares an output with.
 #[derive(Clone, Debug)]
 pub struct Expected {
@@ -43,11 +53,10 @@ pub fn check(out: &Mat, expected: &Expected) -> Result<(), String> {
     if (out.rows, out.cols) != (truth.rows, truth.cols) {
         return Err(format!("shape {}×{}, expected {}×{}", out.rows, out.cols, truth.rows, truth.cols));
     }
-    let relative = 2.0 * unit_roundoff(*storage) + *depth as f64 * unit_roundoff(Dtype::F32);
-    let tiny = if *storage == Dtype::F16 { *depth as f64 / (1u64 << 25) as f64 } else { 0.0 };
+    let tiny = tiny(*storage, *depth);
     let error = Mat::from_fn(out.rows, out.cols, |i, j| out.at(i, j) - truth.at(i, j));
     for (at, (&e, &size)) in error.data.iter().zip(&magnitude.data).enumerate() {
-        let bound = relative * size + tiny;
+        let bound = element_bound(*storage, *depth, size);
         if e.is_nan() || e.abs() > bound {
             let (row, col) = (at / out.cols, at % out.cols);
             return Err(format!("element ({row}, {col}) is {}, expected {} ± {bound:e}", out.data[at], truth.data[at]));

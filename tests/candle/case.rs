@@ -162,6 +162,8 @@ impl Case {
             bias: self.bias.as_ref().map(mat),
             dy: mat(&self.dy),
             scale: f64::from(self.scale as f32),
+            keep: None,
+            gate: None,
         }
     }
 }

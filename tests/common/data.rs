@@ -1,8 +1,8 @@
 //! Seeded test data: which shapes, how they lie in memory, what they hold.
 
-use fused_lora::{Accumulate, Element};
+use fused_lora::{Accumulate, Element, Routing, Slot};
 
-use super::{Host, HostBackward, HostForward, HostGradient};
+use super::{Host, HostBackward, HostDropout, HostForward, HostGradient};
 
 /// SplitMix64: every test names its seed and repeats exactly.
 pub struct Rng(pub u64);
@@ -61,6 +61,49 @@ pub enum Values {
     Integers,
 }
 
+/// Which adapter each row of a test goes through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Routes {
+    /// Runs of rows of one adapter, of which the second is none; sorted, at any row.
+    Sorted(usize),
+    /// Another adapter from row to row.
+    Mixed(usize),
+    /// One adapter after the other, from multiples of so many rows on.
+    Tiles(usize),
+    /// No row has any.
+    Nobody,
+}
+
+impl Routes {
+    /// Adapters of different ranks that fill `r`.
+    pub fn slots(self, r: usize) -> Vec<Slot> {
+        let count = match self {
+            Routes::Sorted(count) | Routes::Mixed(count) => count,
+            Routes::Tiles(_) => 3,
+            Routes::Nobody => 1,
+        };
+        let bounds = |at: usize| r * at * (at + 1) / (count * (count + 1));
+        let scale = |at: usize| [2.0, 0.5, -1.0, 4.0][at % 4];
+        let slot = |at: usize| Slot { first_rank: bounds(at), ranks: bounds(at + 1) - bounds(at), scale: scale(at) };
+        (0..count).map(slot).collect()
+    }
+
+    /// The adapter of each of `m` rows.
+    pub fn ids(self, m: usize) -> Vec<Option<usize>> {
+        let id = |row: usize| match self {
+            Routes::Sorted(count) => Some(row * (count + 1) / m).filter(|&at| at != 1).map(|at| at.saturating_sub(1)),
+            Routes::Mixed(count) => Some(row * 7 % (count + 1)).filter(|&at| at < count),
+            Routes::Tiles(rows) => Some(row / rows % 3),
+            Routes::Nobody => None,
+        };
+        (0..m).map(id).collect()
+    }
+
+    fn words(self, m: usize, r: usize) -> Vec<u64> {
+        Routing::new(&self.slots(r), &self.ids(m)).expect("a routing").words().to_vec()
+    }
+}
+
 /// One case of a test.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Spec {
@@ -80,6 +123,8 @@ pub struct Spec {
     pub f32_gradients: bool,
     /// Which of dx, da, db, dbias backward computes.
     pub outputs: [bool; 4],
+    pub dropout: Option<HostDropout>,
+    pub routes: Option<Routes>,
     pub seed: u64,
 }
 
@@ -99,6 +144,8 @@ impl Spec {
             accumulate: false,
             f32_gradients: true,
             outputs: [true; 4],
+            dropout: None,
+            routes: None,
             seed: (m * 31 + n * 37 + k * 41 + r * 43) as u64,
         }
     }
@@ -122,6 +169,8 @@ impl Spec {
             bias: self.bias.then(|| fill.input(1, n, 0.5, 9)),
             h: self.keep_h.then(|| fill.output(m, r)),
             y: fill.output(m, n),
+            dropout: self.dropout,
+            routes: self.routes.map(|routes| routes.words(m, r)),
         }
     }
 
@@ -136,7 +185,7 @@ impl Spec {
             b: fill.input(n, r, 0.8 / (r.max(1) as f64).sqrt(), 1),
             scale: self.scale,
             x: da.then(|| fill.input(m, k, 1.0, 2)),
-            h: db.then(|| fill.input(m, r, 1.0, 8)),
+            h: db.then(|| fill.middle(m, r)),
             dx: dx.then(|| fill.output(m, k)),
             da: da.then(|| fill.gradient(r, k)),
             db: db.then(|| fill.gradient(n, r)),
@@ -147,6 +196,8 @@ impl Spec {
                 db: self.accumulate && db,
                 dbias: self.accumulate && dbias,
             },
+            dropout: self.dropout,
+            routes: self.routes.map(|routes| routes.words(m, r)),
         }
     }
 }
@@ -181,6 +232,18 @@ impl Fill<'_> {
     fn input<T: Element>(&mut self, rows: usize, cols: usize, size: f64, limit: i64) -> Host<T> {
         let host = self.place(rows, cols, T::from_f32(f32::NAN));
         self.values(host, size, limit)
+    }
+
+    /// h as forward writes it: zeros where the row does not go through the rank.
+    fn middle<T: Element>(&mut self, m: usize, r: usize) -> Host<T> {
+        let mut host = self.input(m, r, 1.0, 8);
+        let Some(routes) = self.spec.routes else { return host };
+        let gate = fused_lora::reference::gate(&routes.words(m, r), m, r);
+        for at in (0..m * r).filter(|&at| gate.data[at] == 0.0) {
+            let index = host.index(at / r, at % r);
+            host.data[index] = T::from_f32(0.0);
+        }
+        host
     }
 
     /// A number no result has, everywhere: what is not written shows, and so does a write outside.
@@ -237,6 +300,30 @@ pub fn subset_table(m: usize, n: usize, k: usize, r: usize) -> Vec<Spec> {
         }
     }
     table
+}
+
+/// Dropout at the edges of tiles: as in [`shape_table`], with p from hardly any to all, passed and in memory.
+pub fn dropout_table() -> Vec<Spec> {
+    let spec = |(i, &m): (usize, &usize)| {
+        let (n, k, r) = (EDGES[(i * 2 + 1) % 9], EDGES[(i * 5 + 3) % 9], RANKS[(i + 1) % 8]);
+        let p = [0.1, 0.5, 0.9, 1.0 / 65536.0, 1.0][i % 5];
+        let dropout = Some(HostDropout { p, seed: [i as u64 * 0x1234_5678_9abc, 3 + i as u64], in_memory: i % 2 == 0 });
+        let (f32_gradients, placement) = (i % 3 != 0, Placement::ALL[i % 4]);
+        Spec { placement, accumulate: i % 2 == 1, f32_gradients, keep_h: i % 4 != 1, dropout, ..Spec::new(m, n, k, r) }
+    };
+    EDGES.iter().enumerate().map(spec).collect()
+}
+
+/// Many adapters in a batch, at the edges of tiles.
+pub fn routes_table() -> Vec<Spec> {
+    let spec = |(i, &m): (usize, &usize)| {
+        let (n, k, r) = (EDGES[(i * 2 + 1) % 9], EDGES[(i * 5 + 3) % 9], [24, 64, 200, 130, 16, 8][i % 6]);
+        let routes = [Routes::Sorted(3), Routes::Mixed(4), Routes::Tiles(64), Routes::Nobody][i % 4];
+        let (f32_gradients, placement) = (i % 3 != 0, Placement::ALL[(i + 1) % 4]);
+        let routes = Some(routes);
+        Spec { placement, accumulate: i % 2 == 1, f32_gradients, keep_h: i % 4 != 1, routes, ..Spec::new(m, n, k, r) }
+    };
+    EDGES.iter().enumerate().map(spec).collect()
 }
 
 /// Small integers at the edges of tiles: every result must be the exact one, rounded once.

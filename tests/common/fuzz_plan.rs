@@ -375,6 +375,7 @@ fn forward(u: &mut Unstructured<'_>, place: &mut Place, dtype: Dtype, shape: Lor
         bias: if has_bias { Some(matrix(u, 1, n)?) } else { None },
         h: if keeps_h { Some(matrix(u, m, r)?) } else { None },
         y: matrix(u, m, n)?,
+        variant: raw::Variant::default(),
     })
 }
 
@@ -400,7 +401,8 @@ fn backward(u: &mut Unstructured<'_>, place: &mut Place, dtype: Dtype, shape: Lo
     let (da, db, dbias) = (gradient(u, da, r, k)?, gradient(u, db, n, r)?, gradient(u, dbias, 1, n)?);
     let [into_dx, into_da, into_db, into_dbias] = u.arbitrary()?;
     let accumulate = Accumulate { dx: into_dx, da: into_da, db: into_db, dbias: into_dbias };
-    Ok(raw::Backward { dtype, dy, w, a, b, scale: scale(u)?, x, h, dx, da, db, dbias, accumulate })
+    let variant = raw::Variant::default();
+    Ok(raw::Backward { dtype, dy, w, a, b, scale: scale(u)?, x, h, dx, da, db, dbias, accumulate, variant })
 }
 
 fn backward_arguments(op: &raw::Backward) -> Vec<Argument> {

@@ -1,8 +1,8 @@
 //! Layers that PEFT recorded, through `LoraLinear`.
 
-use fused_lora::linear::{Adapter, Backend, Gradients, LoraLinear, Scaling};
+use fused_lora::linear::{Adapter, Backend, Gradients, LoraLinear, Routes, Scaling};
 use fused_lora::reference::{self, Expected, Inputs, Mat, unit_roundoff};
-use fused_lora::{Dtype, Element, Matrix, MatrixMut, bf16, f16};
+use fused_lora::{Dtype, Element, Matrix, MatrixMut, Routing, bf16, f16};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde_json::Value;
@@ -101,11 +101,11 @@ impl Golden {
         ["A", "B"].map(|factor| self.tensor(&format!("{name}.{factor}{suffix}")))
     }
 
-    fn layer<B: Backend, T: Element>(&self, backend: &B, mode: Mode) -> LoraLinear<B, T> {
+    fn layer<B: Backend, T: Element>(&self, backend: &B, mode: Mode, names: &[&str]) -> LoraLinear<B, T> {
         let (n, k) = (self.size("out_features"), self.size("in_features"));
         let (w, bias) = (self.tensor("W").round::<T>(), self.find("b").map(|bias| bias.round::<T>()));
         let mut layer = LoraLinear::upload(backend.clone(), &w, bias.as_deref(), n, k).expect("a layer");
-        for name in self.active() {
+        for &name in names {
             let ((r, scaling), [a, b]) = (self.scaling(name), self.factors(name, mode));
             let adapter = if mode.f32_factors {
                 Adapter::upload_f32(backend, r, scaling, &a.round::<f32>(), &b.round::<f32>())
@@ -136,6 +136,8 @@ impl Golden {
             bias: self.find("b").map(|bias| Mat { rows: 1, cols: n, data: bias.data }),
             dy: self.tensor("dY").mat(),
             scale: 1.0,
+            keep: None,
+            gate: None,
         }
     }
 
@@ -154,7 +156,7 @@ impl Golden {
     pub fn check<B: Backend, T: Element>(&self, backend: &B, mode: Mode) {
         let (n, k) = (self.size("out_features"), self.size("in_features"));
         let names = self.active();
-        let mut layer = self.layer::<B, T>(backend, mode);
+        let mut layer = self.layer::<B, T>(backend, mode, &names);
         layer.activate_all(&names).expect("the adapters");
         let (x, dy) = (self.tensor("x"), self.tensor("dY"));
         let m = x.data.len() / k;
@@ -212,6 +214,38 @@ impl Golden {
         layer.unmerge().expect("an unmerge");
         let w = mat(n, k, &download(backend, layer.weight(), n * k));
         assert_eq!(w, all.w, "unmerged");
+    }
+}
+
+impl Golden {
+    /// A batch whose rows go through different adapters: y as far from the recorded truth as PEFT is.
+    pub fn check_mixed<B: Backend, T: Element>(&self, backend: &B, mode: Mode) {
+        let (n, k) = (self.size("out_features"), self.size("in_features"));
+        let names: Vec<&str> =
+            self.case["adapters"].as_object().expect("adapters").keys().map(|name| &**name).collect();
+        let layer = self.layer::<B, T>(backend, mode, &names);
+        let bank = layer.bank(&names).expect("a bank");
+        let x = self.tensor("x");
+        let m = x.data.len() / k;
+        // One name per entry of the first dimension of x.
+        let entries = self.case["adapter_names"].as_array().expect("a list");
+        let per_entry = m / entries.len();
+        let id = |row: usize| names.iter().position(|name| entries[row / per_entry] == *name);
+        let ids: Vec<Option<usize>> = (0..m).map(id).collect();
+        let routing = Routing::new(bank.slots(), &ids).expect("a routing");
+        let routes = Routes::upload(backend, &routing).expect("an upload");
+        let x_buffer = backend.upload(&x.round::<T>()).expect("an upload");
+        let y = layer.forward_routed(Matrix::new(B::read(&x_buffer), m, k), &bank, &routes).expect("forward");
+        let y = mat(m, n, &download(backend, &y, m * n));
+        // B carries the scales: every row goes through its own ranks of all adapters.
+        let all = self.inputs(&names, mode);
+        let r = all.a.rows;
+        let ranks: Vec<usize> = names.iter().map(|name| self.scaling(name).0).collect();
+        let first = |id: usize| ranks[..id].iter().sum::<usize>();
+        let goes = |row: usize, rank: usize| ids[row].is_some_and(|id| (first(id)..first(id + 1)).contains(&rank));
+        let gate = Some(Mat::from_fn(m, r, |row, rank| f64::from(u8::from(goes(row, rank)))));
+        let magnitude = reference::forward(&Inputs { gate, ..all.magnitudes() }).1;
+        self.judge::<T>(mode, "y", y, magnitude, 2 * k + r + 3, T::DTYPE);
     }
 }
 

@@ -4,10 +4,10 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use fused_lora::cuda::cudarc::driver::{CudaSlice, CudaStream};
 use fused_lora::cuda::{self, Kernels, Workspace};
-use fused_lora::{Element, Error, Gradient, LoraShape, Matrix, MatrixMut, Result};
+use fused_lora::{Dropout, Element, Error, Gradient, LoraShape, Matrix, MatrixMut, Result, Seed};
 
 use super::data::POISON;
-use super::{Backend, Host, HostBackward, HostForward, HostGradient, skipped};
+use super::{Backend, Host, HostBackward, HostDropout, HostForward, HostGradient, skipped};
 
 /// The kernels on GPU 0. Without a GPU the test is over: it says `SKIPPED: no GPU` on a line of its own, or fails when
 /// `FUSED_LORA_REQUIRE_GPU` is 1. Any error but that of a missing driver fails in any case.
@@ -49,6 +49,8 @@ pub struct DeviceForward<T> {
     bias: Option<CudaSlice<T>>,
     h: Option<CudaSlice<T>>,
     y: CudaSlice<T>,
+    seed: CudaSlice<u64>,
+    routes: Option<CudaSlice<u64>>,
 }
 
 /// da, db or dbias in device memory.
@@ -70,6 +72,8 @@ pub struct DeviceBackward<T> {
     da: Option<DeviceGradient<T>>,
     db: Option<DeviceGradient<T>>,
     dbias: Option<DeviceGradient<T>>,
+    seed: CudaSlice<u64>,
+    routes: Option<CudaSlice<u64>>,
 }
 
 impl Gpu {
@@ -93,6 +97,15 @@ impl Gpu {
         uploaded.expect("an upload")
     }
 
+    fn upload_seed(&self, dropout: Option<HostDropout>) -> CudaSlice<u64> {
+        self.stream.clone_htod(&dropout.map_or([0; 2], |dropout| dropout.seed)).expect("an upload")
+    }
+
+    fn upload_routes(&self, routes: &Option<Vec<u64>>) -> Option<CudaSlice<u64>> {
+        let upload = |words: &Vec<u64>| self.stream.clone_htod(if words.is_empty() { &[0][..] } else { words });
+        routes.as_ref().map(|words| upload(words).expect("an upload"))
+    }
+
     fn download<T: Element>(&self, device: &CudaSlice<T>, host: &mut Host<T>) {
         let all = self.stream.clone_dtoh(device).expect("a download");
         let elements = host.data.len();
@@ -108,6 +121,8 @@ impl Gpu {
             bias: host.bias.as_ref().map(|bias| self.upload(bias)),
             h: host.h.as_ref().map(|h| self.upload(h)),
             y: self.upload(&host.y),
+            seed: self.upload_seed(host.dropout),
+            routes: self.upload_routes(&host.routes),
             host: host.clone(),
         }
     }
@@ -131,6 +146,8 @@ impl Gpu {
             da: gradient(&host.da),
             db: gradient(&host.db),
             dbias: gradient(&host.dbias),
+            seed: self.upload_seed(host.dropout),
+            routes: self.upload_routes(&host.routes),
             host: host.clone(),
         }
     }
@@ -168,6 +185,20 @@ fn view<'a, T: Element>(
     cuda::matrix::<T>(data, host.rows, host.cols).with_offset(host.offset).with_row_stride(host.row_stride)
 }
 
+fn variant<'a>(
+    dropout: Option<HostDropout>,
+    state: &'a CudaSlice<u64>,
+    (routes, words): (&'a Option<CudaSlice<u64>>, &Option<Vec<u64>>),
+) -> cuda::Variant<'a> {
+    let seed = |[seed, offset]: [u64; 2], in_memory: bool| match in_memory {
+        true => Seed::Memory(cuda::matrix::<u64>(state, 1, 2)),
+        false => Seed::Value { seed, offset },
+    };
+    let dropout = dropout.map(|HostDropout { p, seed: of, in_memory }| Dropout { p, seed: seed(of, in_memory) });
+    let routes = routes.as_ref().zip(words.as_ref()).map(|(on, words)| cuda::matrix::<u64>(on, 1, words.len()));
+    cuda::Variant { dropout, routes }
+}
+
 fn view_mut<'a, T: Element>(
     data: &'a mut CudaSlice<T>,
     host: &Host<T>,
@@ -177,7 +208,7 @@ fn view_mut<'a, T: Element>(
 
 impl<T: Element> DeviceForward<T> {
     pub fn op(&mut self) -> cuda::Forward<'_, T> {
-        let Self { host, x, w, a, b, bias, h, y } = self;
+        let Self { host, x, w, a, b, bias, h, y, seed, routes } = self;
         cuda::Forward {
             x: view(x, &host.x),
             w: view(w, &host.w),
@@ -187,6 +218,24 @@ impl<T: Element> DeviceForward<T> {
             bias: bias.as_ref().zip(host.bias.as_ref()).map(|(bias, host)| view(bias, host)),
             h: h.as_mut().zip(host.h.as_ref()).map(|(h, host)| view_mut(h, host)),
             y: view_mut(y, &host.y),
+            variant: variant(host.dropout, seed, (routes, &host.routes)),
+        }
+    }
+
+    /// Exchanges the buffer of an argument with that of another call.
+    pub fn exchange(&mut self, arg: &str, other: &mut Self) {
+        let swap = std::mem::swap::<CudaSlice<T>>;
+        let optional = std::mem::swap::<Option<CudaSlice<T>>>;
+        match arg {
+            "x" => swap(&mut self.x, &mut other.x),
+            "w" => swap(&mut self.w, &mut other.w),
+            "a" => swap(&mut self.a, &mut other.a),
+            "b" => swap(&mut self.b, &mut other.b),
+            "bias" => optional(&mut self.bias, &mut other.bias),
+            "h" => optional(&mut self.h, &mut other.h),
+            "routes" => std::mem::swap(&mut self.routes, &mut other.routes),
+            "seed" => std::mem::swap(&mut self.seed, &mut other.seed),
+            _ => swap(&mut self.y, &mut other.y),
         }
     }
 
@@ -215,7 +264,7 @@ fn gradient<'a, T: Element>(
 
 impl<T: Element> DeviceBackward<T> {
     pub fn op(&mut self) -> cuda::Backward<'_, T> {
-        let Self { host, dy, w, a, b, x, h, dx, da, db, dbias } = self;
+        let Self { host, dy, w, a, b, x, h, dx, da, db, dbias, seed, routes } = self;
         cuda::Backward {
             dy: view(dy, &host.dy),
             w: view(w, &host.w),
@@ -229,6 +278,27 @@ impl<T: Element> DeviceBackward<T> {
             db: gradient(db, &host.db),
             dbias: gradient(dbias, &host.dbias),
             accumulate: host.accumulate,
+            variant: variant(host.dropout, seed, (routes, &host.routes)),
+        }
+    }
+
+    /// Exchanges the buffer of an argument with that of another call.
+    pub fn exchange(&mut self, arg: &str, other: &mut Self) {
+        let swap = std::mem::swap::<CudaSlice<T>>;
+        let optional = std::mem::swap::<Option<CudaSlice<T>>>;
+        match arg {
+            "dy" => swap(&mut self.dy, &mut other.dy),
+            "w" => swap(&mut self.w, &mut other.w),
+            "a" => swap(&mut self.a, &mut other.a),
+            "b" => swap(&mut self.b, &mut other.b),
+            "x" => optional(&mut self.x, &mut other.x),
+            "h" => optional(&mut self.h, &mut other.h),
+            "dx" => optional(&mut self.dx, &mut other.dx),
+            "da" => std::mem::swap(&mut self.da, &mut other.da),
+            "db" => std::mem::swap(&mut self.db, &mut other.db),
+            "routes" => std::mem::swap(&mut self.routes, &mut other.routes),
+            "seed" => std::mem::swap(&mut self.seed, &mut other.seed),
+            _ => std::mem::swap(&mut self.dbias, &mut other.dbias),
         }
     }
 

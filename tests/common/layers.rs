@@ -388,6 +388,8 @@ pub fn sums_several<B: Backend, T: Element>(backend: &B, f32_factors: bool) {
         bias: base.bias.as_ref().map(Host::to_mat),
         dy: Mat::from_fn(m, n, |_, _| 0.0),
         scale,
+        keep: None,
+        gate: None,
     };
     let scaled = Mat::from_fn(n, r, |i, j| f64::from(b[i][j]));
     let exact = inputs(1.0, scaled.clone());

@@ -11,6 +11,8 @@ pub mod clock;
 pub mod data;
 #[cfg(all(feature = "emulator", feature = "cuda"))]
 pub mod emulated;
+pub mod every;
+pub mod factors;
 #[cfg(feature = "peft")]
 pub mod fuzz_peft;
 pub mod fuzz_plan;
@@ -30,7 +32,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-use fused_lora::{Accumulate, Element, Gradient, Matrix, MatrixMut, Result, cpu};
+use fused_lora::{Accumulate, Dropout, Element, Gradient, Matrix, MatrixMut, Result, Seed, Variant, cpu};
 
 /// The project's folder. Asked at run time first, because a bundle runs the tests where they were not compiled.
 pub fn project() -> PathBuf {
@@ -90,6 +92,18 @@ impl<T: Element> Host<T> {
         self.offset + row * self.row_stride + col
     }
 
+    pub fn set(&mut self, row: usize, col: usize, value: f64) {
+        let at = self.index(row, col);
+        self.data[at] = T::from_f64(value);
+    }
+
+    /// Every element of the matrix, and nothing around it.
+    pub fn fill(&mut self, element: impl Fn(usize, usize) -> f64) {
+        for row in 0..self.rows {
+            (0..self.cols).for_each(|col| self.set(row, col, element(row, col)));
+        }
+    }
+
     /// Whether `data[at]` belongs to the matrix (and not to what surrounds it).
     pub fn is_element(&self, at: usize) -> bool {
         let from = at.wrapping_sub(self.offset);
@@ -117,6 +131,35 @@ impl<T: Element> HostGradient<T> {
     }
 }
 
+/// Dropout with seed and offset, passed or in memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HostDropout {
+    pub p: f32,
+    pub seed: [u64; 2],
+    pub in_memory: bool,
+}
+
+impl HostDropout {
+    fn view(&self) -> Dropout<'_, [u64]> {
+        let [seed, offset] = self.seed;
+        let passed = Seed::Value { seed, offset };
+        Dropout {
+            p: self.p,
+            seed: if self.in_memory { Seed::Memory(Matrix::new(&self.seed[..], 1, 2)) } else { passed },
+        }
+    }
+
+    /// What multiplies each element of an `m` × `k` matrix.
+    pub fn keep(&self, m: usize, k: usize) -> fused_lora::reference::Mat {
+        fused_lora::reference::keep(self.p, self.seed, m, k)
+    }
+}
+
+fn variant<'a>(dropout: &'a Option<HostDropout>, routes: &'a Option<Vec<u64>>) -> Variant<'a, [u64]> {
+    let routes = routes.as_ref().map(|words| Matrix::new(&words[..], 1, words.len()));
+    Variant { dropout: dropout.as_ref().map(HostDropout::view), routes }
+}
+
 /// Forward over host buffers; `h` and `y` are written in place.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostForward<T> {
@@ -128,12 +171,15 @@ pub struct HostForward<T> {
     pub bias: Option<Host<T>>,
     pub h: Option<Host<T>>,
     pub y: Host<T>,
+    pub dropout: Option<HostDropout>,
+    /// Words of a routing.
+    pub routes: Option<Vec<u64>>,
 }
 
 impl<T: Element> HostForward<T> {
     /// As the backends that compute on slices take it.
     pub fn views(&mut self) -> cpu::Forward<'_, T> {
-        let Self { x, w, a, b, scale, bias, h, y } = self;
+        let Self { x, w, a, b, scale, bias, h, y, dropout, routes } = self;
         cpu::Forward {
             x: x.view(),
             w: w.view(),
@@ -143,6 +189,7 @@ impl<T: Element> HostForward<T> {
             bias: bias.as_ref().map(Host::view),
             h: h.as_mut().map(Host::view_mut),
             y: y.view_mut(),
+            variant: variant(dropout, routes),
         }
     }
 }
@@ -162,12 +209,15 @@ pub struct HostBackward<T> {
     pub db: Option<HostGradient<T>>,
     pub dbias: Option<HostGradient<T>>,
     pub accumulate: Accumulate,
+    pub dropout: Option<HostDropout>,
+    /// Words of a routing.
+    pub routes: Option<Vec<u64>>,
 }
 
 impl<T: Element> HostBackward<T> {
     /// As the backends that compute on slices take it.
     pub fn views(&mut self) -> cpu::Backward<'_, T> {
-        let Self { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate } = self;
+        let Self { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, dropout, routes } = self;
         cpu::Backward {
             dy: dy.view(),
             w: w.view(),
@@ -181,6 +231,7 @@ impl<T: Element> HostBackward<T> {
             db: db.as_mut().map(HostGradient::view_mut),
             dbias: dbias.as_mut().map(HostGradient::view_mut),
             accumulate: *accumulate,
+            variant: variant(dropout, routes),
         }
     }
 }

@@ -35,6 +35,7 @@ pub fn forward(dtype: Dtype, LoraShape { m, n, k, r }: LoraShape) -> raw::Forwar
         bias: Some(matrix(1, n)),
         h: None,
         y: matrix(m, n),
+        variant: raw::Variant::default(),
     }
 }
 
@@ -56,12 +57,65 @@ pub fn backward(dtype: Dtype, LoraShape { m, n, k, r }: LoraShape) -> raw::Backw
         db: None,
         dbias: None,
         accumulate: Accumulate::default(),
+        variant: raw::Variant::default(),
     };
     let mut gradient = |rows, cols| Some(raw::Gradient { matrix: at.matrix(rows, cols, 4), f32: true });
     op.da = gradient(r, k);
     op.db = gradient(n, r);
     op.dbias = gradient(1, n);
     op
+}
+
+/// With W elsewhere, and factors in f32 or the storage type.
+pub fn merge(dtype: Dtype, LoraShape { n, k, r, .. }: LoraShape, f32_factors: bool) -> raw::Merge {
+    let mut at = Addresses::new();
+    let factor = if f32_factors { 4 } else { dtype.size() };
+    raw::Merge {
+        dtype,
+        w: Some(at.matrix(n, k, dtype.size())),
+        f32_factors,
+        a: at.matrix(r, k, factor),
+        b: at.matrix(n, r, factor),
+        scale: 2.0,
+        merged: at.matrix(n, k, dtype.size()),
+    }
+}
+
+/// Factors in f32 or the storage type.
+pub fn round(dtype: Dtype, LoraShape { n, k, r, .. }: LoraShape, f32_factors: bool) -> raw::Round {
+    let mut at = Addresses::new();
+    let factor = if f32_factors { 4 } else { dtype.size() };
+    raw::Round {
+        dtype,
+        f32_factors,
+        a: at.matrix(r, k, factor),
+        b: at.matrix(n, r, factor),
+        scale: 2.0,
+        rounded_a: at.matrix(r, k, dtype.size()),
+        rounded_b: at.matrix(n, r, dtype.size()),
+    }
+}
+
+/// The argument of a name. Panics for one that is absent.
+pub fn merge_argument<'a>(op: &'a mut raw::Merge, name: &str) -> &'a mut raw::Matrix {
+    match name {
+        "w" => op.w.as_mut().expect("w"),
+        "a" => &mut op.a,
+        "b" => &mut op.b,
+        "merged" => &mut op.merged,
+        _ => panic!("merge has no argument {name}"),
+    }
+}
+
+/// The argument of a name. Panics for one that is absent.
+pub fn round_argument<'a>(op: &'a mut raw::Round, name: &str) -> &'a mut raw::Matrix {
+    match name {
+        "a" => &mut op.a,
+        "b" => &mut op.b,
+        "rounded_a" => &mut op.rounded_a,
+        "rounded_b" => &mut op.rounded_b,
+        _ => panic!("round has no argument {name}"),
+    }
 }
 
 /// The argument of a name. Panics for one that is absent.

@@ -118,6 +118,7 @@ impl Runner for Cuda {
             bias: bias.as_ref().map(|bias| cuda::matrix(bias, 1, n)),
             h: Some(MatrixMut::new(&mut h, m, r)),
             y: MatrixMut::new(&mut y, m, n),
+            variant: Default::default(),
         };
         let start = self.now()?;
         self.kernels.forward(&self.stream, op, &mut workspace)?;
@@ -146,6 +147,7 @@ impl Runner for Cuda {
             db: Some(db.view(n, r)),
             dbias: dbias.as_mut().map(|dbias| dbias.view(1, n)),
             accumulate: Accumulate::default(),
+            variant: Default::default(),
         };
         let start = self.now()?;
         self.kernels.backward(&self.stream, op, &mut workspace)?;

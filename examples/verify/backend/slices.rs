@@ -75,6 +75,7 @@ impl<S: OnSlices> Runner for S {
                 bias: bias.as_ref().map(|bias| Matrix::new(&bias[..], 1, n)),
                 h: Some(MatrixMut::new(&mut h[..], m, r)),
                 y: MatrixMut::new(&mut y[..], m, n),
+                variant: Default::default(),
             },
         )?;
         Ok(Forward { h, y, time: start.elapsed() })
@@ -101,6 +102,7 @@ impl<S: OnSlices> Runner for S {
                 db: Some(view(&mut db, n, r)),
                 dbias: dbias.as_mut().map(|dbias| view(dbias, 1, n)),
                 accumulate: Accumulate::default(),
+                variant: Default::default(),
             },
         )?;
         Ok(Backward { dx, da, db, dbias, time: start.elapsed() })

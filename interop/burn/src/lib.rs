@@ -121,6 +121,7 @@ impl Lora {
             bias: None,
             h: Some(ph.matrix),
             y: py.matrix,
+            variant: raw::Variant::default(),
         };
         let plan = Plan::forward_with(&op, self.kernels.device(), self.kernels.plan_options())?;
         let workspace = self.reserve(plan.workspace_bytes())?;
@@ -167,6 +168,7 @@ impl Lora {
             db: f32(&pdb),
             dbias: None,
             accumulate: Accumulate::default(),
+            variant: raw::Variant::default(),
         };
         let plan = Plan::backward_with(&op, self.kernels.device(), self.kernels.plan_options())?;
         let workspace = self.reserve(plan.workspace_bytes())?;

@@ -98,8 +98,9 @@ impl Tile {
         let (sms, most) = (u64::from(device.sms), u64::from(self.ctas_per_sm(device)));
         let of_sm = match (device.arch, dtype) {
             (90, _) => PORTABLE.hopper_sm_flops_per_us,
-            // The data sheet's rate is that of tcgen05, or there is no tensor instruction.
-            (100..=119, _) | (75, Dtype::Bf16) => return None,
+            (75, Dtype::Bf16) => PORTABLE.turing_sm_f32_flops_per_us,
+            // The data sheet's rate is that of tcgen05, and what mma.sync reaches beside it is not known.
+            (100..=119, _) => return None,
             _ => PORTABLE.of_peak * f64::from(device.known_peak()?.teraflops) * 1e6 / sms as f64,
         };
         let flops_per_us = of_sm * self.rate;

@@ -90,6 +90,7 @@ fn no_operation_panics() {
             bias: Some(matrix(&input, dbias)),
             h: Some(matrix_mut(&mut out_h, h)),
             y: matrix_mut(&mut out_y, y),
+            variant: Default::default(),
         });
         accepted.set(accepted.get() + u32::from(result.is_ok()));
         judge(result, &[(&out_h, h), (&out_y, y)])?;
@@ -109,6 +110,7 @@ fn no_operation_panics() {
             db: Some(Gradient::Storage(matrix_mut(out_db, db))),
             dbias: Some(Gradient::Storage(matrix_mut(out_dbias, dbias))),
             accumulate: Accumulate { dx: true, ..Accumulate::default() },
+            variant: Default::default(),
         });
         judge(result, &[(&out[0], dx), (&out[1], da), (&out[2], db), (&out[3], dbias)])?;
 
@@ -145,6 +147,7 @@ fn no_plan_panics() {
             bias: None,
             h: Some(address(5, h)),
             y: address(6, y),
+            variant: raw::Variant::default(),
         };
         let backward = raw::Backward {
             dtype,
@@ -160,6 +163,7 @@ fn no_plan_panics() {
             db: gradient(10, db),
             dbias: gradient(11, dbias),
             accumulate: Accumulate::default(),
+            variant: raw::Variant::default(),
         };
         for device in [Device::of_arch("test", 80, 108), Device::of_arch("test", 90, 132)] {
             let plans = [Plan::forward(&forward, &device), Plan::backward(&backward, &device)];

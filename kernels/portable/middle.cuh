@@ -1,0 +1,39 @@
+// The narrow middle, h or dh: how its tiles are computed, and which of its ranks a main tile reads.
+#pragma once
+
+#include "epilogue.cuh"
+#include "tile.cuh"
+
+namespace lora {
+
+// A tile of h or dh at (m, n) into `out`: zeros where the rows do not go through a rank, which nobody computes where
+// none of the tile's rows does.
+template <class Tile, class Params>
+__device__ __forceinline__ void narrow_tile(Tile& tile, const Segment& product, const Params& p, const LoraMatrix& out,
+                                            uint32_t m, uint32_t n, const LoraDropout& dropout, uint32_t smem) {
+  static_assert(kNarrowN == LORA_ROUTE_RANKS && Tile::kBlockM % LORA_ROUTE_ROWS == 0, "a tile is a block of routes");
+  const Routes routes(p.routes, p.m);
+  const bool is_wanted = !routes.is_on() || (routes.ranks_of(m, Tile::kBlockM, p.r).mask >> (n / kNarrowN) & 1) != 0;
+  if (is_wanted) tile.accumulate(product, Segment{}, m, n, p.r - n, {}, dropout, smem);
+  if (routes.is_on()) keep_routed(tile, routes, m, n, p.m, p.scale);
+  const typename Tile::T* const no_bias = nullptr;
+  store_tile(tile, out, m, n, p.m, p.r, routes.is_on() ? 1.0f : p.scale, no_bias, false);
+}
+
+// The ranks that a main tile of rows from m on reads. Found anew for each step of the tail: a mask kept through the
+// loop would cost it registers.
+template <class Shape, class Params>
+struct RanksRead {
+  const Params& p;
+  uint32_t m;
+
+  __device__ __forceinline__ Picks picks() const {
+    const Routes routes(p.routes, p.m);
+    return routes.is_on() ? routes.ranks_of(m, Shape::kBlock, p.r) : everything(p.r);
+  }
+  __device__ __forceinline__ uint32_t operator()(uint32_t step) const {
+    return p.routes != 0 ? picks().start(step, kBlockK) : step * kBlockK;
+  }
+};
+
+}  // namespace lora
