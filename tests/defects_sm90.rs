@@ -12,6 +12,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+use common::HostDropout;
 use common::altered::{self, Edit, Site};
 use common::check;
 use common::data::{Placement, Spec};
@@ -40,6 +41,11 @@ fn cases(image: &str, tile: TileSize) -> Vec<Case> {
     let spec = |m, n, k, r| Spec { placement: Placement::Aligned, ..Spec::new(m, n, k, r) };
     let case = |sms, spec| Case { spec, sms, options };
     let chunks = |chunks, case: Case| Case { options: case.options.with_chunks(chunks), ..case };
+    let dropout = |in_memory| Some(HostDropout { p: 0.5, seed: [5, 1 << 33], in_memory });
+    let dropping = |in_memory, (m, n, k, r)| {
+        let outputs = [true, true, in_memory, false];
+        chunks(3, case(2, Spec { dropout: dropout(in_memory), outputs, keep_h: true, ..spec(m, n, k, r) }))
+    };
     if image == FORWARD {
         return vec![
             case(4, spec(300, 200, 136, 24)),
@@ -48,6 +54,10 @@ fn cases(image: &str, tile: TileSize) -> Vec<Case> {
             case(8, Spec { bias: false, ..spec(390, 136, 264, 16) }),
             case(2, spec(300, 264, 136, 24)),
             case(2, spec(70, 520, 136, 40)),
+            dropping(true, (200, 72, 328, 16)),
+            dropping(false, (200, 72, 264, 24)),
+            dropping(true, (300, 72, 136, 40)),
+            dropping(false, (130, 72, 200, 136)),
         ];
     }
     let strided = Spec { accumulate: true, placement: Placement::Strided, ..spec(390, 72, 264, 16) };
@@ -60,6 +70,10 @@ fn cases(image: &str, tile: TileSize) -> Vec<Case> {
         chunks(2, case(4, Spec { accumulate: true, ..spec(260, 136, 72, 136) })),
         chunks(3, case(2, spec(300, 136, 264, 40))),
         chunks(3, case(2, Spec { outputs: [true, false, false, true], ..spec(300, 520, 72, 24) })),
+        dropping(true, (300, 904, 136, 16)),
+        dropping(false, (520, 136, 200, 24)),
+        dropping(true, (390, 72, 264, 40)),
+        dropping(false, (300, 72, 136, 136)),
     ]
 }
 
@@ -235,7 +249,7 @@ fn redundant(image: &str, lines: &[String], Site { line, text, .. }: &Site) -> O
     if text.starts_with("wgmma.wait_group.sync.aligned 1;") && is_first() == Some(true) {
         return Some("there is no step before, whose stage it could let go");
     }
-    if image == FORWARD && *line < start && (text.starts_with("bar.sync") || text.starts_with("fence.proxy.async")) {
+    if image == FORWARD && *line < start && text.starts_with("fence.proxy.async") {
         return Some("only backward reads the constants that it guards");
     }
     if text.starts_with("bar.warp.sync") && lines[*line..].iter().take(10).any(starts("barrier.cluster")) {

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::data::{EDGES, Placement, RANKS, Spec, dropout_table, integer_table, shape_table, subset_table};
+use common::data::{EDGES, Placement, RANKS, Routes, Spec, dropout_table, integer_table, shape_table, subset_table};
 use common::emulated::Emulated;
 use common::{Backend, Cpu, HostBackward, HostDropout, HostForward, HostGradient, check};
 use fused_lora::emulator::{Checks, Class, Counters, Emulator, Timing};
@@ -360,6 +360,18 @@ fn no_bank_conflicts() {
                 assert_eq!(line.conflicts, 0, "{tile:?}: {line:?}");
             }
         }
+    }
+}
+
+/// No block of rows takes part in db or da, so that their units have no step.
+#[test]
+fn units_without_steps_are_ordered() {
+    for (outputs, tile) in
+        TILES.into_iter().flat_map(|tile| [([false, false, true, false], tile), ([false, true, false, false], tile)])
+    {
+        let spec = Spec { outputs, routes: Some(Routes::Nobody), ..Spec::new(47, 16, 24, 16) };
+        check::backward::<f16>(&Emulated::new(80, 40).with_tile(tile), &spec);
+        check::backward::<bf16>(&Emulated::new(80, 2).with_tile(tile), &Spec { m: 700, ..spec });
     }
 }
 

@@ -28,14 +28,15 @@ __device__ __forceinline__ void backward_dx(const LoraBackwardParams& p, uint32_
   const uint32_t m = block.row * Shape::kBlock;
   const uint32_t n = block.col * Shape::kBlock;
   const Segment main = segment(operand(p.dy, p.m, p.n), operand(p.w, p.k, p.n), 0);
-  const Segment tail = segment(operand(p.dh, p.m, p.r), operand(p.a, p.k, p.r), 0, ranks<Shape>(p, m));
+  const RanksRead<Shape, LoraBackwardParams> ranks = {p, m};
+  const Segment tail = segment(operand(p.dh, p.m, p.r), operand(p.a, p.k, p.r), 0, ranks.picks());
   Dependency dh = {};
   if (p.r != 0) {
     const uint32_t step = p.dropout.threshold != 0 ? 0 : main.steps;
     dh = depends_on(p.sync, p.flag_shift, p.m_blocks, p.dh_units / p.m_blocks, block.row, 1, step);
   }
   MainTile<T, Shape, Major::kMn, Drops::kTail> tile;
-  tile.accumulate(main, tail, m, n, Shape::kBlock, dh, p.dropout, smem);
+  tile.accumulate(main, tail, m, n, Shape::kBlock, dh, p.dropout, smem, InOrder{}, ranks);
   store_tile(tile, p.dx, m, n, p.m, p.k, 1.0f, static_cast<const T*>(nullptr), (p.flags & LORA_ACCUMULATE_DX) != 0);
 }
 
@@ -101,7 +102,10 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
       segment(operand(wide, out.rows, token_end), operand(narrow, out.cols, token_end), token, picks);
   LoraDropout dropout = p.dropout;
   if (!is_da) dropout.threshold = 0;
-  tile.accumulate(tokens, Segment{}, m, n, active_n, {}, dropout, smem);
+  tile.accumulate(tokens, Segment{}, m, n, active_n, {}, dropout, smem,
+                  [&](uint32_t step) { return picks.start(step, kBlockK); });
+  // The barrier of a step stands between the ticket of this unit and the next.
+  if (tokens.steps == 0) __syncthreads();
   if (!reduce_chunks(p, schedule, tile, first_tile + tile_index, chunk, active_n)) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

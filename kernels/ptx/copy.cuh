@@ -16,6 +16,15 @@ __device__ __forceinline__ void store_shared_16(uint32_t smem, uint4 value) {
                : "memory");
 }
 
+__device__ __forceinline__ uint4 load_shared_16(uint32_t smem) {
+  uint4 value;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(smem)
+               : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void store_shared_4(uint32_t smem, uint32_t value) {
   asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(smem), "r"(value) : "memory");
 }

@@ -3,6 +3,7 @@
 
 #include "../ptx/warpgroup.cuh"
 #include "../ptx/wgmma.cuh"
+#include "drop.cuh"
 #include "schedule.cuh"
 
 namespace lora::sm90 {
@@ -86,6 +87,13 @@ class Consumer {
   template <class Kind>
   __device__ __forceinline__ void narrow(float (&acc)[Kind::kN / 2], float (&sums)[4], uint32_t blocks) {
     constexpr uint32_t kPerStage = narrow_blocks<Shape>(Kind::kN);
+    if (blocks == 0) {
+#pragma unroll
+      for (float& value : acc) value = 0.0f;
+#pragma unroll
+      for (float& value : sums) value = 0.0f;
+      return;
+    }
     // The first condition is known when compiling: where a stage holds one block, the branch is left out.
     if (kPerStage > 1 && blocks < kPerStage) {
       narrow_step<Kind, 1, true>(acc, sums);
@@ -98,6 +106,61 @@ class Consumer {
     drain();
     if (Kind::kProduct) ptx::pin(acc);
     if (Kind::kSums) ptx::pin(sums);
+  }
+
+  // A tile of dx under dropout: `steps` of kBlockK, then a tail of `tail` times 16 to which dropout applies.
+  // `draw(kept, i)` draws what is kept of 16 columns, behind the products of the first steps; the tail goes to
+  // registers of its own, 64 columns at a time, of which kept elements are added.
+  template <class Draw>
+  __device__ __forceinline__ void wide_kept(float (&acc)[kWideN / 2], uint32_t steps, uint32_t tail, const Draw& draw) {
+    KeptBits<kWideN> kept;
+    uint32_t drawn = 0;
+    wide_step<1, 4, true>(acc);
+#pragma unroll 1
+    for (; drawn < min(kept.kDraws, steps - 1); ++drawn) {
+      wide_step<1, 4, false>(acc);
+      draw(kept, drawn);
+    }
+#pragma unroll 1
+    for (uint32_t i = drawn + 1; i < steps; ++i) wide_step<1, 4, false>(acc);
+#pragma unroll 1
+    for (; drawn < kept.kDraws; ++drawn) draw(kept, drawn);
+    // Before the tail, not with its first products: ptxas waits for each wgmma when adding follows others on some path.
+    drain();
+    ptx::pin(acc);
+#pragma unroll 1
+    for (uint32_t done = 0; done < tail; done += 4) kept_step(acc, kept, tail - done);
+  }
+
+  // A narrow tile as above, the product alone. `alter(slab, i)` is called for this warpgroup's slab of A in block i
+  // before it is multiplied, and may write to it.
+  template <class Kind, class Alter>
+  __device__ __forceinline__ void narrow_altered(float (&acc)[Kind::kN / 2], uint32_t blocks, const Alter& alter) {
+    constexpr uint32_t kPerStage = narrow_blocks<Shape>(Kind::kN);
+    static_assert(Kind::kProduct && !Kind::kSums, "the product alone");
+    float no_sums[4];
+    // One place in the code for `alter`, so no first step of its own.
+#pragma unroll
+    for (float& value : acc) value = 0.0f;
+#pragma unroll 1
+    for (uint32_t done = 0; done < blocks; done += kPerStage) {
+      const uint32_t count = min(kPerStage, blocks - done);
+      const uint32_t stage = begin();
+#pragma unroll 1
+      for (uint32_t i = 0; i < count; ++i) {
+        alter(stage + i * (kBytesA + Kind::kN * kRowBytes) + slab_ * kSlabBytes, done + i);
+      }
+      // Products read what any thread wrote, and copies overwrite it later.
+      ptx::fence_async_shared();
+      barrier();
+      if (kPerStage > 1 && count < kPerStage) {
+        narrow_products<Kind, 1, false>(acc, no_sums, stage);
+      } else {
+        narrow_products<Kind, kPerStage, false>(acc, no_sums, stage);
+      }
+    }
+    drain();
+    ptx::pin(acc);
   }
 
  private:
@@ -117,10 +180,56 @@ class Consumer {
     end();
   }
 
+  // A step of such a tail; `count` times 16 are left, of which it takes up to four.
+  __device__ __forceinline__ void kept_step(float (&acc)[kWideN / 2], const KeptBits<kWideN>& kept, uint32_t count) {
+    const uint32_t stage = begin();
+#pragma unroll
+    for (uint32_t part = 0; part < kWideN / 64; ++part) {
+      float sum[32];
+      if (count == 1) {
+        kept_part<1>(sum, stage, part);
+      } else if (count == 2) {
+        kept_part<2>(sum, stage, part);
+      } else if (count == 3) {
+        kept_part<3>(sum, stage, part);
+      } else {
+        kept_part<4>(sum, stage, part);
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < 32; ++i) {
+        if (kept.keeps(part, i)) acc[part * 32 + i] += sum[i];
+      }
+    }
+    held_ = ring_.empty();
+    let_go();
+    ring_.advance();
+  }
+
+  // The products of 64 columns.
+  template <uint32_t kCount>
+  __device__ __forceinline__ void kept_part(float (&sum)[32], uint32_t stage, uint32_t part) {
+    using Mma = ptx::Wgmma<T, 64, 0, 1>;
+    const uint64_t a = k_major(stage + slab_ * kSlabBytes);
+    const uint64_t b = mn_major<64>(stage + kBytesA + part * kSlabBytes);
+    ptx::wgmma_fence();
+    Mma::template mma<true>(sum, a, b);
+#pragma unroll
+    for (uint32_t i = 1; i < kCount; ++i) {
+      Mma::template mma<false>(sum, ptx::advance(a, i * kStepK), ptx::advance(b, i * kStepMn<64>));
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::pin(sum);
+  }
+
   template <class Kind, uint32_t kCount, bool kFirst>
   __device__ __forceinline__ void narrow_step(float (&acc)[Kind::kN / 2], float (&sums)[4]) {
+    narrow_products<Kind, kCount, kFirst>(acc, sums, begin());
+  }
+
+  template <class Kind, uint32_t kCount, bool kFirst>
+  __device__ __forceinline__ void narrow_products(float (&acc)[Kind::kN / 2], float (&sums)[4], uint32_t stage) {
     static_assert(kCount <= 2, "the blocks of a stage are written out");
-    const uint32_t stage = begin();
     ptx::wgmma_fence();
     narrow_block<Kind, kFirst>(acc, sums, stage);
     if (kCount == 2) narrow_block<Kind, false>(acc, sums, stage + kBytesA + Kind::kN * kRowBytes);
@@ -164,6 +273,10 @@ class Consumer {
 
   __device__ __forceinline__ void drain() {
     ptx::wgmma_wait<0>();
+    let_go();
+  }
+
+  __device__ __forceinline__ void let_go() {
     release();
     held_ = 0;
   }

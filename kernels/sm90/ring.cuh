@@ -47,8 +47,9 @@ struct Shape {
   static constexpr uint32_t kTicketFull = kEmpty + kStages * 8;
   static constexpr uint32_t kTicketEmpty = kTicketFull + 2 * 8;
   static constexpr uint32_t kTicket = kTicketEmpty + 2 * 8;
-  static constexpr uint32_t kArrival = kTicket + 2 * 4;  // one word per slab
-  static constexpr uint32_t kOnes = (kArrival + kSlabs * 4 + 127) / 128 * 128;
+  static constexpr uint32_t kArrival = kTicket + 2 * 4;                      // one word per slab
+  static constexpr uint32_t kSeed = (kArrival + kSlabs * 4 + 15) / 16 * 16;  // of dropout, and the offset
+  static constexpr uint32_t kOnes = (kSeed + 16 + 127) / 128 * 128;
   static_assert(kOnes + 256 <= kTail + LORA_SM90_TAIL_BYTES, "the tail holds it all");
 };
 
@@ -77,9 +78,18 @@ struct Ring {
   }
 };
 
+// Seed and offset of dropout, once for all units of the CTA.
+__device__ __forceinline__ void prepare_seed(uint32_t smem, const LoraDropout& dropout) {
+  const uint64_t* const state = reinterpret_cast<const uint64_t*>(dropout.state);
+  const uint64_t seed = state == nullptr ? dropout.seed : state[0];
+  const uint64_t offset = state == nullptr ? dropout.offset : state[1];
+  ptx::store_shared_16(smem, make_uint4(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
+                                        static_cast<uint32_t>(offset), static_cast<uint32_t>(offset >> 32)));
+}
+
 // Barriers and constants before anything else; ends with a barrier of the cluster.
 template <class Shape>
-__device__ __forceinline__ void prepare(uint32_t smem, uint32_t cluster, uint32_t ones) {
+__device__ __forceinline__ void prepare(uint32_t smem, uint32_t cluster, uint32_t ones, const LoraDropout& dropout) {
   if (threadIdx.x == 0) {
     for (uint32_t i = 0; i < Shape::kStages; ++i) {
       ptx::mbarrier_init(smem + Shape::kFull + i * 8, 1);
@@ -96,6 +106,7 @@ __device__ __forceinline__ void prepare(uint32_t smem, uint32_t cluster, uint32_
     ptx::store_shared_16(smem + Shape::kOnes + threadIdx.x * 16, make_uint4(ones, ones, ones, ones));
     ptx::fence_async_shared();
   }
+  if (threadIdx.x == kWarpgroup && dropout.threshold != 0) prepare_seed(smem + Shape::kSeed, dropout);
   __syncthreads();
   ptx::cluster_barrier_relaxed();
 }

@@ -48,9 +48,33 @@ class Operation {
   __device__ __forceinline__ const LoraTensorMap& map(uint32_t index) const { return maps_[index]; }
   __device__ __forceinline__ uint32_t width() const { return narrow_width(p_.r); }
 
+  __device__ __forceinline__ bool drops() const { return p_.dropout.threshold != 0; }
+  template <class Shape>
+  __device__ __forceinline__ Dropout dropout() const {
+    return load_dropout(place_.smem + Shape::kSeed, p_.dropout.threshold);
+  }
+
   // First row of this CTA's block in a group.
   __device__ __forceinline__ uint32_t row_of(uint32_t group) const {
     return (group * place_.size + place_.rank) * kBlockM;
+  }
+
+  __device__ __forceinline__ Routes routes() const { return Routes(p_.routes, p_.m); }
+
+  // The ranks that main tiles of rows from m on read. All CTAs of a cluster take the same steps, so they read what any
+  // of them needs.
+  __device__ __forceinline__ Picks ranks_read(uint32_t m) const {
+    if (!routes().is_on()) return everything(p_.r);
+    const uint32_t rows = place_.size * kBlockM;
+    return routes().ranks_of(m / rows * rows, rows, p_.r);
+  }
+
+  // Of the `blocks` that a narrow unit at (m, n) reduces over: none, where no row of the cluster goes through its
+  // ranks.
+  __device__ __forceinline__ uint32_t wanted(uint32_t m, uint32_t n, uint32_t blocks) const {
+    if (!routes().is_on()) return blocks;
+    const uint64_t ranks = (1u << (width() + LORA_ROUTE_RANKS - 1) / LORA_ROUTE_RANKS) - 1;
+    return (ranks_read(m).mask >> n / LORA_ROUTE_RANKS & ranks) != 0 ? blocks : 0;
   }
 
   // Main tile `index`: `columns` blocks side by side.
@@ -100,7 +124,7 @@ __device__ __forceinline__ void run(const Launch& launch) {
   extern __shared__ __align__(1024) uint8_t shared[];
   const Place place = {ptx::shared_address(shared), ptx::cluster_rank(), ptx::cluster_size()};
   const auto& p = launch.params;
-  prepare<Shape>(place.smem, place.size, kOnes<typename Shape::T>);
+  prepare<Shape>(place.smem, place.size, kOnes<typename Shape::T>, p.dropout);
   const Op operation(launch, place);
   if (threadIdx.x < kWarpgroup) {
     ptx::give_registers<kProducerRegs>();

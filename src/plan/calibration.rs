@@ -62,6 +62,13 @@ pub(super) struct Sm90 {
     pub pair: f64,
     /// Clocks of a narrow tile beside its steps: start, store, flag or counter. Not measured.
     pub unit: f64,
+    /// Clocks that dropout takes of a step of 64 of a narrow tile that reads x, while the products of the step before run: some
+    /// 140 logical instructions and comparisons of a warp at two clocks each, beside as long of multiplications, for each of the
+    /// two warps of a scheduler. Reckoned from the machine code, not measured.
+    pub drop: f64,
+    /// Clocks per column that it adds to a step of dx that reads dh: two instructions for each of 32 registers of 64 columns,
+    /// again twice, and about as long until products are done. Reckoned, not measured.
+    pub drop_column: f64,
     /// Microseconds of a launch before the first and after the last step. Not measured.
     pub launch: f64,
 }
@@ -82,5 +89,7 @@ pub(super) const SM90: Sm90 = Sm90 {
     column: 6.0,
     pair: 200.0,
     unit: 2000.0,
+    drop: 600.0,
+    drop_column: 4.0,
     launch: 4.0,
 };

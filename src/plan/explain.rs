@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use super::calibration::SM90;
 use super::{Choice, Params, Plan, SYNC_BYTES};
 use crate::params::{LORA_BLOCK_K, LORA_SM90_BLOCK_K, LORA_SM90_BLOCK_M, LoraDropout};
 use crate::{LoraShape, raw};
@@ -45,9 +46,10 @@ impl Plan {
         if dropout.threshold != 0 {
             line!(
                 out,
-                "  dropout    p = {} on x, for h and da; seed and offset {}; no predicted time counts it",
+                "  dropout    p = {} on x, for h and da; seed and offset {}; {}",
                 f64::from(dropout.threshold) / 65536.0,
                 if dropout.state != 0 { "read by the launch" } else { "passed" },
+                self.cost_of_dropout(),
             );
         }
         line!(
@@ -73,6 +75,17 @@ impl Plan {
             Params::Sm90Forward(p) => p.dropout,
             Params::Sm90Backward(p) => p.dropout,
             Params::Merge(_) | Params::Round(_) => LoraDropout::default(),
+        }
+    }
+
+    fn cost_of_dropout(&self) -> String {
+        let (drop, column) = (SM90.drop, SM90.drop_column);
+        match &self.launch.params {
+            Params::Sm90Forward(_) => format!("reckoned, not measured: {drop} clocks a step of h"),
+            Params::Sm90Backward(_) => {
+                format!("reckoned, not measured: {drop} clocks a step of da, {column} a column of dx for 64 ranks")
+            }
+            _ => "no predicted time counts it".to_owned(),
         }
     }
 

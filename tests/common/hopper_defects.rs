@@ -33,6 +33,7 @@ const RING: &str = "sm90/ring.cuh";
 const SCHEDULE: &str = "sm90/schedule.cuh";
 const PRODUCER: &str = "sm90/producer.cuh";
 const CONSUMER: &str = "sm90/consumer.cuh";
+const DROP: &str = "sm90/drop.cuh";
 const EPILOGUE: &str = "sm90/epilogue.cuh";
 const ROLES: &str = "sm90/roles.cuh";
 const FORWARD_CU: &str = "sm90/forward.cu";
@@ -55,13 +56,13 @@ pub const DEFECTS: &[Defect] = defects! {
     FORWARD Sm90N128 "products waited for a step late":
         (CONSUMER "ptx::wgmma_wait<1>();" => "ptx::wgmma_wait<2>();");
     FORWARD Sm90N128 "accumulators read before the products are done":
-        (CONSUMER "ptx::wgmma_wait<0>();" => "ptx::wgmma_wait<1>();");
+        (CONSUMER "ptx::wgmma_wait<0>();\n    let_go();" => "ptx::wgmma_wait<1>();\n    let_go();");
     FORWARD Sm90N128 "the stage at hand let go, not the one before":
         (CONSUMER "release();\n    held_ = ring_.empty();" => "held_ = ring_.empty();\n    release();");
     FORWARD Sm90N128 "the last stage of a tile not let go":
         (CONSUMER "release();\n    held_ = 0;" => "held_ = 0;");
     FORWARD Sm90N128 "no fence of the accumulators":
-        (CONSUMER "ptx::wgmma_fence();\n    Mma" => "Mma");
+        (CONSUMER "ptx::wgmma_fence();\n    Mma::template mma<kFirst>" => "Mma::template mma<kFirst>");
     FORWARD Sm90N128 "the producer waits for the other parity":
         (PRODUCER "ring_.parity ^ 1" => "ring_.parity");
     FORWARD Sm90N128 "the producer does not wait":
@@ -151,7 +152,7 @@ pub const DEFECTS: &[Defect] = defects! {
         (EPILOGUE "if (m < rows && col < cols) ptx::store_box(map, box, col, m);\n      ptx::store_commit();"
             => "if (m < rows && col < cols) { ptx::store_box(map, box, col, m); ptx::store_commit(); }");
     FORWARD Sm90N192 "the turn of boxes not continued across tiles":
-        (CONSUMER "    drain();\n    ptx::pin(acc);" => "    drain();\n    box_ = 0;\n    ptx::pin(acc);");
+        (CONSUMER "3, false>(acc);\n    drain();" => "3, false>(acc);\n    drain();\n    box_ = 0;");
     FORWARD Sm90N128 "another swizzle in stmatrix":
         (EPILOGUE "(chunk ^ box_row % 8)" => "(chunk ^ box_row % 4)");
     FORWARD Sm90N128 "bias of the wrong column":
@@ -170,7 +171,7 @@ pub const DEFECTS: &[Defect] = defects! {
     BACKWARD Sm90N128 "steps of k too short, MN-major":
         (CONSUMER "kStepMn = 16 *" => "kStepMn = 8 *");
     FORWARD Sm90N128 "the other slab's rows":
-        (CONSUMER "k_major(stage + slab_ * kSlabBytes)" => "k_major(stage + (slab_ ^ 1) * kSlabBytes)");
+        (CONSUMER "slab_ * kSlabBytes);\n    const uint64_t b = kMnMajorB" => "(slab_ ^ 1) * kSlabBytes);\n    const uint64_t b = kMnMajorB");
     FORWARD Sm90N192 "the second block of a stage misplaced":
         (CONSUMER "stage + kBytesA + Kind::kN * kRowBytes);" => "stage + kBytesA + kRowBytes);");
     FORWARD Sm90N128 "both halves of w the same":
@@ -239,6 +240,57 @@ pub const DEFECTS: &[Defect] = defects! {
         (ELEMENT "accumulate ? widen(*gmem) + value : value" => "value");
     BACKWARD Sm90N128 "a stage let go before its products are done, backward":
         (CONSUMER "ptx::wgmma_wait<1>();\n    release();" => "release();\n    ptx::wgmma_wait<1>();");
+    // Dropout, of a stage in shared memory.
+    FORWARD Sm90N128 "products of x without a fence after what is dropped":
+        (CONSUMER "      ptx::fence_async_shared();\n      barrier();" => "      barrier();");
+    FORWARD Sm90N128 "products of x before all has been dropped":
+        (CONSUMER "      ptx::fence_async_shared();\n      barrier();" => "      ptx::fence_async_shared();");
+    BACKWARD Sm90N128 "products of x without a fence after what is dropped, backward":
+        (CONSUMER "      ptx::fence_async_shared();\n      barrier();" => "      barrier();");
+    BACKWARD Sm90N128 "products of x before all has been dropped, backward":
+        (CONSUMER "      ptx::fence_async_shared();\n      barrier();" => "      ptx::fence_async_shared();");
+    FORWARD Sm90N192 "nothing dropped from the second block of a stage":
+        (CONSUMER "i < count; ++i) {\n        alter" => "i < 1; ++i) {\n        alter");
+    FORWARD Sm90N192 "the second block of a stage altered where the first is":
+        (CONSUMER "alter(stage + i * (" => "alter(stage + 0 * (");
+    FORWARD Sm90N128 "dropped from the other slab":
+        (CONSUMER "* kRowBytes) + slab_ * kSlabBytes" => "* kRowBytes) + (slab_ ^ 1) * kSlabBytes");
+    FORWARD Sm90N128 "the mask of the first slab for both":
+        (FORWARD_CU "const uint32_t row = m + consumer.slab() * kSlabM;" => "const uint32_t row = m;");
+    BACKWARD Sm90N128 "the mask of the first slab for both, backward":
+        (BACKWARD_CU "const uint32_t col = unit.m + consumer.slab() * kSlabM;" => "const uint32_t col = unit.m;");
+    BACKWARD Sm90N128 "the mask of the first chunk for all":
+        (BACKWARD_CU "unit.token + block * kBlockK, col" => "block * kBlockK, col");
+    FORWARD Sm90N128 "dropped without the swizzle":
+        (DROP "block_col * 2 + i / 2) ^ g)" => "block_col * 2 + i / 2))");
+    FORWARD Sm90N128 "x waited for by nobody before it is dropped":
+        (CONSUMER "const uint32_t stage = begin();\n#pragma unroll 1\n" => "const uint32_t stage = ring_.data();\n#pragma unroll 1\n");
+    BACKWARD Sm90N128 "dropped from dy too":
+        (BACKWARD_CU "!is_db && drops()" => "drops()");
+    FORWARD Sm90N128 "seed and offset read before they are there":
+        (RING "  __syncthreads();\n  ptx::cluster_barrier_relaxed();" => "  ptx::cluster_barrier_relaxed();");
+    FORWARD Sm90N128 "the offset of a graph from the call":
+        (RING "dropout.offset : state[1]" => "dropout.offset : dropout.offset");
+    // Dropout, of the tail of dx.
+    BACKWARD Sm90N128 "dx before dh":
+        (BACKWARD_CU "wait_for_block(flags(), m / kBlockM);" => "");
+    BACKWARD Sm90N128 "what is dropped of dx added too":
+        (CONSUMER "if (kept.keeps(part, i)) acc" => "acc");
+    BACKWARD Sm90N128 "columns without a draw in short tiles":
+        (CONSUMER "for (; drawn < kept.kDraws; ++drawn)" => "for (; drawn < min(kept.kDraws, steps); ++drawn)");
+    BACKWARD Sm90N192 "draws in another order":
+        (DROP "col / 16 + i, thread" => "col / 16 + (kDraws - 1 - i), thread");
+    BACKWARD Sm90N128 "the tail added before its products are done":
+        (CONSUMER "ptx::wgmma_wait<0>();\n    ptx::pin(sum);" => "ptx::pin(sum);");
+    BACKWARD Sm90N128 "the tail not fenced":
+        (CONSUMER "ptx::wgmma_fence();\n    Mma::template mma<true>" => "Mma::template mma<true>");
+    BACKWARD Sm90N128 "dx added to before its products are done":
+        (CONSUMER "    drain();\n    ptx::pin(acc);\n#pragma unroll 1" => "    ptx::pin(acc);\n#pragma unroll 1");
+    BACKWARD Sm90N128 "the last steps of the tail left out":
+        (CONSUMER "done < tail; done += 4" => "done + 4 <= tail; done += 4");
+    BACKWARD Sm90N128 "a stage of the tail let go before its last part":
+        (CONSUMER "    held_ = ring_.empty();\n    let_go();" => "")
+        (CONSUMER "    const uint32_t stage = begin();\n#pragma unroll\n" => "    const uint32_t stage = begin();\n    held_ = ring_.empty();\n    let_go();\n#pragma unroll\n");
     // Instructions that have a stronger relative.
     FORWARD Sm90N128 "the cluster does not release at the end":
         (MBARRIER "barrier.cluster.arrive.release.aligned" => "barrier.cluster.arrive.relaxed.aligned");

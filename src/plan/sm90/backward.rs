@@ -25,7 +25,8 @@ pub(in crate::plan) fn backward(
 ) -> Result<Draft> {
     let LoraShape { m, n, k, r } = shape;
     let wanted = Wanted::of(op);
-    let Setup { tile, cluster, bundle, chunks, clocks } = choose(wanted, shape, device, options)?;
+    let Setup { tile, cluster, bundle, chunks, clocks } =
+        choose(wanted, shape, op.variant.dropout().threshold != 0, device, options)?;
     let counts = Counts::of(wanted, shape, &tile, cluster);
     let Counts { m_groups, n_groups, k_groups, k_blocks, r_blocks, dh_units, db_tiles, da_tiles } = counts;
     let slabs = counts.slabs(cluster);
@@ -136,7 +137,7 @@ struct Setup {
 }
 
 /// The way with the shortest predicted time among those that the options leave.
-fn choose(wanted: Wanted, shape: LoraShape, device: &Device, options: &Options) -> Result<Setup> {
+fn choose(wanted: Wanted, shape: LoraShape, drops: bool, device: &Device, options: &Options) -> Result<Setup> {
     let mut candidates = candidates(options, device, shape.m)?;
     if !wanted.dx {
         // No main tile: the shapes differ in nothing.
@@ -146,7 +147,7 @@ fn choose(wanted: Wanted, shape: LoraShape, device: &Device, options: &Options) 
     shortest(
         options,
         candidates,
-        |tile, cluster| choose_for(wanted, shape, device, options, tile, cluster),
+        |tile, cluster| choose_for(wanted, shape, drops, device, options, tile, cluster),
         |setup| setup.clocks,
     )
 }
@@ -155,6 +156,7 @@ fn choose(wanted: Wanted, shape: LoraShape, device: &Device, options: &Options) 
 fn choose_for(
     wanted: Wanted,
     shape: LoraShape,
+    drops: bool,
     device: &Device,
     options: &Options,
     tile: Tile,
@@ -168,13 +170,18 @@ fn choose_for(
     let tickets = check_tickets(counts.dh_units + dx_tiles + gradient_tiles)?;
     let clusters = ctas(tickets, cluster, device) / cluster;
     let cuts = Chunks::candidates(options, (m, r), gradient_tiles, cluster, device.sms / cluster);
+    let main = |machine: &Machine| {
+        let plain = machine.main(&tile, n, r);
+        if drops { plain.dropping(&tile, r) } else { plain }
+    };
     let middle = |machine: &Machine| Middle {
         groups: counts.m_groups,
         columns: dx_tiles / counts.m_groups,
         units: counts.dh_units,
         depth: n,
         rank: r,
-        main: machine.main(&tile, n, r),
+        drops: false,
+        main: main(machine),
         group_m: options.group_m(counts.m_groups),
     };
     let whole = Chunks::cut(m, 1);
@@ -195,12 +202,13 @@ fn choose_for(
             let machine = Machine::new(device, cluster, clusters);
             let Ran { mut timeline, ready, stall } = middle(&machine).run(&machine, bundle);
             let left = 4.0 * (u64::from(LORA_SM90_SLABS) * chunks::partial_stride(r)) as f64;
-            let unit = machine.gradient(chunks.rows.min(m as u64), r, gradient_tiles * chunks.count, left);
-            timeline.draw(counts.db_tiles * chunks.count, unit);
+            let unit =
+                |drops| machine.gradient(chunks.rows.min(m as u64), r, gradient_tiles * chunks.count, left, drops);
+            timeline.draw(counts.db_tiles * chunks.count, unit(false));
             if counts.da_tiles > 0 {
                 timeline.wait(ready);
             }
-            timeline.draw(counts.da_tiles * chunks.count, unit);
+            timeline.draw(counts.da_tiles * chunks.count, unit(drops));
             let clocks = timeline.end() + stall;
             if clocks < best.clocks {
                 best = Setup { tile, cluster, bundle, chunks, clocks };

@@ -23,7 +23,7 @@ pub(in crate::plan) fn forward(
     options: &Options,
 ) -> Result<Draft> {
     let LoraShape { m, n, k, r } = shape;
-    let Setup { tile, cluster, bundle, clocks } = choose(shape, device, options)?;
+    let Setup { tile, cluster, bundle, clocks } = choose(shape, op.variant.dropout().threshold != 0, device, options)?;
     let m_groups = groups(m, cluster);
     let r_blocks = blocks(r, LORA_SM90_NARROW_N);
     let n_blocks = blocks(n, tile.columns);
@@ -72,18 +72,25 @@ struct Setup {
 }
 
 /// The way with the shortest predicted time among those that the options leave.
-fn choose(shape: LoraShape, device: &Device, options: &Options) -> Result<Setup> {
+fn choose(shape: LoraShape, drops: bool, device: &Device, options: &Options) -> Result<Setup> {
     let candidates = candidates(options, device, shape.m)?;
     shortest(
         options,
         candidates,
-        |tile, cluster| choose_for(shape, device, options, tile, cluster),
+        |tile, cluster| choose_for(shape, drops, device, options, tile, cluster),
         |setup| setup.clocks,
     )
 }
 
 /// The bundle for one tile shape and cluster size.
-fn choose_for(shape: LoraShape, device: &Device, options: &Options, tile: Tile, cluster: u32) -> Result<Setup> {
+fn choose_for(
+    shape: LoraShape,
+    drops: bool,
+    device: &Device,
+    options: &Options,
+    tile: Tile,
+    cluster: u32,
+) -> Result<Setup> {
     let LoraShape { m, n, k, r } = shape;
     let (m_groups, n_blocks) = (groups(m, cluster), blocks(n, tile.columns));
     let group_m = options.group_m(m_groups);
@@ -92,7 +99,7 @@ fn choose_for(shape: LoraShape, device: &Device, options: &Options, tile: Tile, 
     let setup = |bundle: u64, clusters: u32| {
         let machine = Machine::new(device, cluster, clusters);
         let main = machine.main(&tile, k, r);
-        let middle = Middle { groups: m_groups, columns: n_blocks, units, depth: k, rank: r, main, group_m };
+        let middle = Middle { groups: m_groups, columns: n_blocks, units, depth: k, rank: r, drops, main, group_m };
         (middle, machine, Setup { tile, cluster, bundle, clocks: f64::INFINITY })
     };
     let (middle, machine, mut best) = setup(1, most);

@@ -15,6 +15,8 @@ pub(super) struct Middle {
     /// The dimension that h reduces over.
     pub depth: usize,
     pub rank: usize,
+    /// Whether what it reads is subject to dropout.
+    pub drops: bool,
     pub main: MainTile,
     /// Groups of rows that pass over w together.
     pub group_m: u32,
@@ -40,7 +42,7 @@ impl Middle {
 
     /// Clocks of one unit of h when they are handed out in such bundles.
     fn unit(&self, machine: &Machine, bundle: u64) -> f64 {
-        machine.narrow(self.depth, self.rank, self.tickets(bundle))
+        machine.narrow(self.depth, self.rank, self.tickets(bundle), self.drops)
     }
 
     /// Bundle sizes worth a look: single units; as many as leave all of h to the clusters that have a free slot in the last

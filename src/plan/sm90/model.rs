@@ -49,7 +49,7 @@ pub(super) struct Machine {
 impl Machine {
     pub(super) fn new(device: &Device, cluster: u32, clusters: u32) -> Machine {
         let c = &SM90;
-        let gigabytes = device.peak.map_or(c.unknown_gigabytes, |peak| f64::from(peak.gigabytes_per_second));
+        let gigabytes = device.known_peak().map_or(c.unknown_gigabytes, |peak| f64::from(peak.gigabytes_per_second));
         Machine { cluster, clusters, memory: gigabytes * 1000.0 * c.memory / c.clocks_per_us }
     }
 
@@ -75,29 +75,31 @@ impl Machine {
         }
     }
 
-    /// A step of 64 of a narrow tile, when `streaming` CTAs read rows from memory at once.
-    fn narrow_step(&self, columns: u32, streaming: u64) -> f64 {
+    /// A step of 64 of a narrow tile, when `streaming` CTAs read rows from memory at once; `drops`: the rows are of x, and
+    /// there is dropout.
+    fn narrow_step(&self, columns: u32, streaming: u64, drops: bool) -> f64 {
         let c = &SM90;
+        let drop = if drops { c.drop } else { 0.0 };
         let fetched = bytes(LORA_SM90_BLOCK_M) + bytes(columns);
         let from_memory = bytes(LORA_SM90_BLOCK_M) * streaming as f64 / self.memory;
-        (products(columns) + c.step / 2.0).max(fetched / c.stream).max(from_memory)
+        (products(columns).max(drop) + c.step / 2.0).max(fetched / c.stream).max(from_memory)
     }
 
     fn streaming(&self, tickets: u64) -> u64 {
         tickets.min(u64::from(self.clusters)) * u64::from(self.cluster)
     }
 
-    /// A unit of h or dh over `depth`, of which `tickets` can run at once.
-    pub(super) fn narrow(&self, depth: usize, rank: usize, tickets: u64) -> f64 {
+    /// A unit of h or dh over `depth`, of which `tickets` can run at once; `drops` as for a step.
+    pub(super) fn narrow(&self, depth: usize, rank: usize, tickets: u64, drops: bool) -> f64 {
         let steps = depth.div_ceil(LORA_SM90_BLOCK_K as usize) as f64;
-        whole(steps * self.narrow_step(narrow_columns(rank), self.streaming(tickets)) + SM90.unit)
+        whole(steps * self.narrow_step(narrow_columns(rank), self.streaming(tickets), drops) + SM90.unit)
     }
 
     /// A unit of db or da over `tokens`, of which `tickets` can run at once; `partial_bytes` is what a CTA leaves, and reads
-    /// again with those of the other chunks.
-    pub(super) fn gradient(&self, tokens: u64, rank: usize, tickets: u64, partial_bytes: f64) -> f64 {
+    /// again with those of the other chunks; `drops` as for a step.
+    pub(super) fn gradient(&self, tokens: u64, rank: usize, tickets: u64, partial_bytes: f64, drops: bool) -> f64 {
         let steps = tokens.div_ceil(u64::from(LORA_SM90_BLOCK_K)) as f64;
-        let step = self.narrow_step(narrow_columns(rank), self.streaming(tickets));
+        let step = self.narrow_step(narrow_columns(rank), self.streaming(tickets), drops);
         whole(steps * step + SM90.unit + 2.0 * partial_bytes / SM90.stream)
     }
 }
@@ -108,4 +110,12 @@ pub(super) struct MainTile {
     pub clocks: f64,
     /// From its start until h (or dh) is wanted.
     pub until_tail: f64,
+}
+
+impl MainTile {
+    /// With a tail of `rank` to which dropout applies.
+    pub(super) fn dropping(self, tile: &Tile, rank: usize) -> MainTile {
+        let steps = rank.div_ceil(LORA_SM90_BLOCK_K as usize) as f64;
+        MainTile { clocks: whole(self.clocks + steps * f64::from(tile.columns) * SM90.drop_column), ..self }
+    }
 }

@@ -49,6 +49,12 @@ fn backward(LoraShape { m, n, k, r }: LoraShape) -> raw::Backward {
     }
 }
 
+/// Dropout of one element in ten.
+fn dropping() -> raw::Variant {
+    let dropout = Some(raw::Dropout { p: 0.1, seed: raw::Seed::Value { seed: 1, offset: 2 } });
+    raw::Variant { dropout, ..raw::Variant::default() }
+}
+
 /// What a simulation needs to know about a plan.
 struct Tickets {
     groups: u32,
@@ -58,6 +64,8 @@ struct Tickets {
     group_m: u32,
     depth: u32,
     rank: u32,
+    /// Whether its units of h read x under dropout; whether main tiles add dh A under it.
+    drops: [bool; 2],
 }
 
 fn tickets(plan: &Plan) -> (Tickets, Tile, Machine, MainTile) {
@@ -71,6 +79,7 @@ fn tickets(plan: &Plan) -> (Tickets, Tile, Machine, MainTile) {
             group_m: p.group_m,
             depth: p.k,
             rank: p.r,
+            drops: [p.dropout.threshold != 0, false],
         },
         Params::Sm90Backward(p) => Tickets {
             groups: p.m_groups,
@@ -80,11 +89,13 @@ fn tickets(plan: &Plan) -> (Tickets, Tile, Machine, MainTile) {
             group_m: p.group_m,
             depth: p.n,
             rank: p.r,
+            drops: [false, p.dropout.threshold != 0],
         },
         other => panic!("{other:?}"),
     };
     let machine = Machine::new(&plan.device, choice.cluster, plan.launch.grid[0] / choice.cluster);
     let main = machine.main(&choice.tile, tickets.depth as usize, tickets.rank as usize);
+    let main = if tickets.drops[1] { main.dropping(&choice.tile, tickets.rank as usize) } else { main };
     (tickets, choice.tile, machine, main)
 }
 
@@ -92,7 +103,7 @@ fn tickets(plan: &Plan) -> (Tickets, Tile, Machine, MainTile) {
 /// all, and the time when the last of them is done.
 fn simulate(plan: &Plan) -> (f64, f64) {
     let (t, _, machine, main) = tickets(plan);
-    let unit = machine.narrow(t.depth as usize, t.rank as usize, u64::from(t.tickets));
+    let unit = machine.narrow(t.depth as usize, t.rank as usize, u64::from(t.tickets), t.drops[0]);
     let mut free = vec![0.0_f64; machine.clusters as usize];
     // The cluster that is free first, which is then busy for as long as `clocks` says of its start.
     let mut draw = |clocks: &dyn Fn(f64) -> f64| {
@@ -130,10 +141,17 @@ fn no_main_tile_waits_for_h_or_dh() {
         for (n, k) in LAYERS {
             for r in [16, 64, 128] {
                 let shape = LoraShape { m: 8192, n, k, r };
-                for plan in [Plan::forward(&forward(shape), &device), Plan::backward(&backward(shape), &device)] {
-                    let plan = plan.expect("a plan");
-                    let (waited, _) = simulate(&plan);
-                    assert_eq!(waited, 0.0, "{}", plan.explain());
+                for variant in [raw::Variant::default(), dropping()] {
+                    let forward = raw::Forward { variant, ..forward(shape) };
+                    let backward = raw::Backward { variant, ..backward(shape) };
+                    for plan in [Plan::forward(&forward, &device), Plan::backward(&backward, &device)] {
+                        let plan = plan.expect("a plan");
+                        let (waited, end) = simulate(&plan);
+                        // A unit of h under dropout may take as long as a main tile; then a few tiles wait for a little.
+                        let most =
+                            if variant == dropping() { 0.01 * end * f64::from(plan.launch.grid[0]) } else { 0.0 };
+                        assert!(waited <= most, "{waited} {end}\n{}", plan.explain());
+                    }
                 }
             }
         }
@@ -148,13 +166,16 @@ fn predictions_are_those_of_a_simulation() {
         let device = Device::named("h200").expect("it is in the table");
         let shape = LoraShape { m, n, k, r };
         let options = crate::plan::Options::default().with_family(crate::plan::Family::Sm90);
-        let plan = Plan::forward_with(&forward(shape), &device, options).expect("a plan");
-        let (waited, end) = simulate(&plan);
-        let simulated = super::model::microseconds(end);
-        let predicted = plan.predicted_microseconds().expect("the family predicts");
-        let most = if waited > 0.0 { 1.1 } else { 1.0 + 1e-9 };
-        let ratio = predicted / simulated;
-        assert!((1.0 - 1e-9..most).contains(&ratio), "{predicted} {simulated} {waited}\n{}", plan.explain());
+        for variant in [raw::Variant::default(), dropping()] {
+            let op = raw::Forward { variant, ..forward(shape) };
+            let plan = Plan::forward_with(&op, &device, options).expect("a plan");
+            let (waited, end) = simulate(&plan);
+            let simulated = super::model::microseconds(end);
+            let predicted = plan.predicted_microseconds().expect("the family predicts");
+            let most = if waited > 0.0 { 1.1 } else { 1.0 + 1e-9 };
+            let ratio = predicted / simulated;
+            assert!((1.0 - 1e-9..most).contains(&ratio), "{predicted} {simulated} {waited}\n{}", plan.explain());
+        }
     }
 }
 
@@ -169,6 +190,30 @@ fn h_costs_nothing_beside_its_tail_where_a_wave_has_room() {
     for (r, most) in [(16, 0.005), (64, 0.02), (128, 0.045)] {
         let tax = time(r) / time(0) - 1.0;
         assert!((0.0..most).contains(&tax), "rank {r}: {tax}");
+    }
+}
+
+/// By the model dropout costs a few hundredths, more in backward, and `explain` says what it takes the parts to cost.
+#[test]
+fn dropout_costs_a_little() {
+    let device = Device::named("h200").expect("it is in the table");
+    for r in [16, 64, 128] {
+        let shape = LoraShape { m: 8192, n: 4096, k: 4096, r };
+        let plans = |variant| {
+            [
+                Plan::forward(&raw::Forward { variant, ..forward(shape) }, &device).expect("a plan"),
+                Plan::backward(&raw::Backward { variant, ..backward(shape) }, &device).expect("a plan"),
+            ]
+        };
+        let pairs = plans(raw::Variant::default()).into_iter().zip(plans(dropping()));
+        for ((without, with), unit) in pairs.zip(["h", "da"]) {
+            let time = |plan: &Plan| plan.predicted_microseconds().expect("the family predicts");
+            let tax = time(&with) / time(&without) - 1.0;
+            println!("rank {r}, {unit}: {tax:.4}");
+            assert!((0.0..0.06).contains(&tax), "rank {r}: {tax}\n{}", with.explain());
+            let says = format!("reckoned, not measured: 600 clocks a step of {unit}");
+            assert!(with.explain().contains(&says) && !without.explain().contains("dropout"), "{}", with.explain());
+        }
     }
 }
 
