@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::altered::{self, Edit, Site, Sources};
-use common::data::{Placement, Spec};
+use common::data::{Placement, Routes, Spec};
 use common::{HostDropout, check};
 use fused_lora::bf16;
 use fused_lora::emulator::{Emulator, Timing};
@@ -73,7 +73,13 @@ const DEFECTS: [Defect; 35] = [
     defect("flag read without acquire", FORWARD, SYNC, "ld.acquire.gpu", "ld.relaxed.gpu"),
     defect("flag raised without release", FORWARD, SYNC, "red.release.gpu", "red.relaxed.gpu"),
     defect("flag not waited for", FORWARD, TILE, "< target) __nanosleep", "< target - 1) __nanosleep"),
-    defect("flag waited for a step late", FORWARD, TILE, "step == dependency.step)", "step == dependency.step + 1)"),
+    defect(
+        "flag waited for a step late",
+        FORWARD,
+        TILE,
+        "dependency.must_wait(step)",
+        "dependency.must_wait(step - 1)",
+    ),
     defect("flag waited for without end", FORWARD, TILE, "< target) __nanosleep", "<= target) __nanosleep"),
     defect(
         "h published before it is written",
@@ -180,7 +186,7 @@ const DEFECTS: [Defect; 35] = [
 ];
 
 /// Cases that reach every part of a kernel: several CTAs and units, ragged edges, a tail of several steps, one that begins
-/// in the prologue of the ring, reductions in chunks, accumulation, dropout.
+/// in the prologue of the ring, reductions in chunks, accumulation, dropout, routes.
 fn specs(image: &str) -> Vec<(Spec, u32)> {
     let base = Spec::new(150, 70, 75, 13);
     let dropout = |in_memory| Some(HostDropout { p: 0.4, seed: [0x0123_4567_89ab_cdef, 1 << 40 | 5], in_memory });
@@ -191,6 +197,8 @@ fn specs(image: &str) -> Vec<(Spec, u32)> {
         (Spec { placement: Placement::Strided, accumulate: true, r: 5, ..base }, 3),
         (Spec { placement: Placement::Aligned, dropout: dropout(false), r: 40, ..base }, 5),
         (Spec { placement: Placement::Strided, accumulate: true, n: 40, dropout: dropout(true), ..base }, 2),
+        (Spec { placement: Placement::Aligned, routes: Some(Routes::Mixed(3)), r: 70, ..base }, 4),
+        (Spec { routes: Some(Routes::Tiles(64)), dropout: dropout(false), n: 20, r: 200, ..base }, 3),
     ];
     if image == BACKWARD {
         let chunked = Spec::new(1600, 40, 24, 9);
@@ -388,7 +396,7 @@ const HARMLESS: [(&str, &str, &str, [&str; 2]); 2] = [
     // `step % kStages` of the prologue, whose steps are fewer than the stages: what is multiplied is 0.
     ("lora_backward_bf16_large", "shift or stride doubled", "mul.lo.s16", ["", ""]),
     // In the prologue: y then waits for h at step 0, which is before it has to.
-    ("lora_forward_bf16_small", "guard negated", "@%p", ["step == dependency.step", "++step) issue(step);"]),
+    ("lora_forward_bf16_small", "guard negated", "@%p", ["dependency.must_wait(step)", "++step) issue(step);"]),
 ];
 
 #[test]

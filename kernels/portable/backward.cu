@@ -30,11 +30,8 @@ __device__ __forceinline__ void backward_dx(const LoraBackwardParams& p, uint32_
   const Segment main = segment(operand(p.dy, p.m, p.n), operand(p.w, p.k, p.n), 0);
   const RanksRead<Shape, LoraBackwardParams> ranks = {p, m};
   const Segment tail = segment(operand(p.dh, p.m, p.r), operand(p.a, p.k, p.r), 0, ranks.picks());
-  Dependency dh = {};
-  if (p.r != 0) {
-    const uint32_t step = p.dropout.threshold != 0 ? 0 : main.steps;
-    dh = depends_on(p.sync, p.flag_shift, p.m_blocks, p.dh_units / p.m_blocks, block.row, 1, step);
-  }
+  const uint32_t step = p.dropout.threshold != 0 ? 0 : main.steps;
+  const MiddleAwaited<LoraBackwardParams> dh = {p, p.dh_units, block.row, step};
   MainTile<T, Shape, Major::kMn, Drops::kTail> tile;
   tile.accumulate(main, tail, m, n, Shape::kBlock, dh, p.dropout, smem, InOrder{}, ranks);
   store_tile(tile, p.dx, m, n, p.m, p.k, 1.0f, static_cast<const T*>(nullptr), (p.flags & LORA_ACCUMULATE_DX) != 0);
@@ -88,7 +85,7 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
   const uint32_t active_n = out.ptr != 0 ? out.cols - n : 0;
   if (is_da) {
     wait_for(depends_on(p.sync, p.flag_shift, p.m_blocks, p.dh_units / p.m_blocks, token / Shape::kBlock,
-                        (token_end - token + Shape::kBlock - 1) / Shape::kBlock, 0));
+                        (token_end - token + Shape::kBlock - 1) / Shape::kBlock));
   }
   Gradient tile;
   tile.wants_sums = sums_out.ptr != 0 && n == 0;
@@ -107,18 +104,18 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
   // The barrier of a step stands between the ticket of this unit and the next.
   if (tokens.steps == 0) __syncthreads();
   if (!reduce_chunks(p, schedule, tile, first_tile + tile_index, chunk, active_n)) return;
+  const uint32_t thread = ptx::thread_index();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const uint32_t row = m + Gradient::row_of(0, half);
+    const uint32_t row = m + Gradient::row_of(thread, 0, half);
     // Every column of the sums is the same; one lane of four writes, in the first block of ranks.
-    if (sums_out.ptr != 0 && n == 0 && threadIdx.x % 4 == 0)
-      store_gradient<T>(sums_out, row, 0, tile.sums[0][2 * half]);
+    if (sums_out.ptr != 0 && n == 0 && thread % 4 == 0) store_gradient<T>(sums_out, row, 0, tile.sums[0][2 * half]);
     if (out.ptr == 0) continue;
 #pragma unroll
     for (int j = 0; j < Gradient::kFragsN; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        store_gradient<T>(out, row, n + Gradient::col_of(j) + e, tile.acc[0][j][2 * half + e]);
+        store_gradient<T>(out, row, n + Gradient::col_of(thread, j) + e, tile.acc[0][j][2 * half + e]);
       }
     }
   }

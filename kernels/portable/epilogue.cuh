@@ -11,11 +11,12 @@ namespace lora {
 template <class Tile>
 __device__ __forceinline__ void keep_routed(Tile& tile, const Routes& routes, uint32_t m, uint32_t n, uint32_t rows,
                                             float scale) {
+  const uint32_t thread = ptx::thread_index();
 #pragma unroll
   for (int i = 0; i < Tile::kFragsM; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t row = m + Tile::row_of(i, half);
+      const uint32_t row = m + Tile::row_of(thread, i, half);
       if (row >= rows) continue;
       const Routes::Row route = routes.row(row);
 #pragma unroll
@@ -23,7 +24,7 @@ __device__ __forceinline__ void keep_routed(Tile& tile, const Routes& routes, ui
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& value = tile.acc[i][j][2 * half + e];
-          value = route.keep(value * scale, n + Tile::col_of(j) + e);
+          value = route.keep(value * scale, n + Tile::col_of(thread, j) + e);
         }
       }
     }
@@ -34,11 +35,12 @@ __device__ __forceinline__ void keep_routed(Tile& tile, const Routes& routes, ui
 template <class Tile, typename T = typename Tile::T>
 __device__ __forceinline__ void store_tile(const Tile& tile, const LoraMatrix& out, uint32_t m, uint32_t n,
                                            uint32_t rows, uint32_t cols, float scale, const T* bias, bool accumulate) {
+  const uint32_t thread = ptx::thread_index();
   T* const base = reinterpret_cast<T*>(out.ptr);
   const bool paired = ((out.ptr | static_cast<uint64_t>(out.row_stride) * 2) & 3) == 0 && !accumulate;
 #pragma unroll
   for (int j = 0; j < Tile::kFragsN; ++j) {
-    const uint32_t col = n + Tile::col_of(j);
+    const uint32_t col = n + Tile::col_of(thread, j);
     if (col >= cols) continue;
     const bool second = col + 1 < cols;
     const float bias0 = bias != nullptr ? widen(bias[col]) : 0.0f;
@@ -47,7 +49,7 @@ __device__ __forceinline__ void store_tile(const Tile& tile, const LoraMatrix& o
     for (int i = 0; i < Tile::kFragsM; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint32_t row = m + Tile::row_of(i, half);
+        const uint32_t row = m + Tile::row_of(thread, i, half);
         if (row >= rows) continue;
         float value0 = tile.acc[i][j][2 * half] * scale;
         float value1 = tile.acc[i][j][2 * half + 1] * scale;

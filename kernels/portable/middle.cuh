@@ -2,6 +2,7 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "schedule.cuh"
 #include "tile.cuh"
 
 namespace lora {
@@ -19,6 +20,21 @@ __device__ __forceinline__ void narrow_tile(Tile& tile, const Segment& product, 
   const typename Tile::T* const no_bias = nullptr;
   store_tile(tile, out, m, n, p.m, p.r, routes.is_on() ? 1.0f : p.scale, no_bias, false);
 }
+
+// What a main tile of block of rows `row` waits for before step `step`: its rows of the middle, which `units` tiles of
+// it publish. Worked out when it is needed: kept through the loop, it would cost it registers.
+template <class Params>
+struct MiddleAwaited {
+  const Params& p;
+  uint32_t units;
+  uint32_t row;
+  uint32_t step;
+
+  __device__ __forceinline__ bool must_wait(uint32_t at) const { return p.r != 0 && at == step; }
+  __device__ __forceinline__ void wait() const {
+    wait_for(depends_on(p.sync, p.flag_shift, p.m_blocks, units / p.m_blocks, row, 1));
+  }
+};
 
 // The ranks that a main tile of rows from m on reads. Found anew for each step of the tail: a mask kept through the
 // loop would cost it registers.

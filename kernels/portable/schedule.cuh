@@ -8,6 +8,7 @@
 
 #include "../blocks.cuh"
 #include "../params.h"
+#include "../ptx/scalar.cuh"
 #include "../ptx/sync.cuh"
 #include "tile.cuh"
 
@@ -25,7 +26,7 @@ class TicketSchedule {
 
   // Draws the ticket of the following unit early, so that its latency hides behind the work on this one.
   __device__ __forceinline__ void draw() {
-    if (threadIdx.x == 0) drawn_ = ptx::atomic_add_relaxed(sync_ + LORA_SYNC_TICKET, 1);
+    if (ptx::thread_index() == 0) drawn_ = ptx::atomic_add_relaxed(sync_ + LORA_SYNC_TICKET, 1);
   }
 
   // The unit drawn before. Ends the use of shared memory by the unit at hand.
@@ -34,20 +35,20 @@ class TicketSchedule {
   // Counts this CTA's arrival at a word, after everything it did before its last barrier; true in the CTA that
   // completes `total` arrivals, which then sees everything the others did.
   __device__ __forceinline__ bool arrive_last(uint32_t word, uint32_t total) {
-    const uint32_t before = threadIdx.x == 0 ? ptx::atomic_add_acq_rel(sync_ + word, 1) : 0;
+    const uint32_t before = ptx::thread_index() == 0 ? ptx::atomic_add_acq_rel(sync_ + word, 1) : 0;
     return broadcast<kArrival>(before) == total - 1;
   }
 
   // Makes what the CTA wrote visible to those who wait for flag `index`.
   __device__ __forceinline__ void publish(uint32_t index) {
     __syncthreads();
-    if (threadIdx.x == 0) ptx::add_release(sync_ + LORA_SYNC_FLAGS + index, 1);
+    if (ptx::thread_index() == 0) ptx::add_release(sync_ + LORA_SYNC_FLAGS + index, 1);
   }
 
   // Leaves the launch; the last CTA to do so clears the first `words` words.
   __device__ __forceinline__ void finish(uint32_t words) {
     if (!arrive_last(LORA_SYNC_EXITED, gridDim.x)) return;
-    for (uint32_t i = threadIdx.x; i < words; i += blockDim.x) sync_[i] = 0;
+    for (uint32_t i = ptx::thread_index(); i < words; i += blockDim.x) sync_[i] = 0;
   }
 
  private:
@@ -58,7 +59,7 @@ class TicketSchedule {
   template <Slot kSlot>
   static __device__ __forceinline__ uint32_t broadcast(uint32_t value) {
     __shared__ uint32_t slot;
-    if (threadIdx.x == 0) slot = value;
+    if (ptx::thread_index() == 0) slot = value;
     __syncthreads();
     return slot;
   }
@@ -69,16 +70,12 @@ class TicketSchedule {
 
 // The flags that guard M-blocks [first, first + count); `parts` tiles publish each block.
 __device__ __forceinline__ Dependency depends_on(uint64_t sync, uint32_t flag_shift, uint32_t m_blocks, uint32_t parts,
-                                                 uint32_t first, uint32_t count, uint32_t step) {
+                                                 uint32_t first, uint32_t count) {
   const uint32_t first_flag = first >> flag_shift;
   const uint32_t last_flag = (m_blocks - 1) >> flag_shift;
   const uint32_t end_flag = ((first + count - 1) >> flag_shift) + 1;
-  return {reinterpret_cast<const uint32_t*>(sync) + LORA_SYNC_FLAGS + first_flag,
-          step,
-          end_flag - first_flag,
-          parts << flag_shift,
-          parts * (m_blocks - (last_flag << flag_shift)),
-          last_flag - first_flag};
+  return {reinterpret_cast<const uint32_t*>(sync) + LORA_SYNC_FLAGS + first_flag, end_flag - first_flag,
+          parts << flag_shift, parts * (m_blocks - (last_flag << flag_shift)), last_flag - first_flag};
 }
 
 }  // namespace lora

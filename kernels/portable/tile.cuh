@@ -88,10 +88,9 @@ struct InOrder {
   __device__ __forceinline__ uint32_t operator()(uint32_t step) const { return step * kBlockK; }
 };
 
-// Flags that must have reached their targets before step `step` may read what they guard.
+// Flags that must have reached their targets before what they guard may be read.
 struct Dependency {
-  const uint32_t* flags;  // first flag; nullptr: nothing to wait for
-  uint32_t step;
+  const uint32_t* flags;
   uint32_t count;
   uint32_t target;       // value of a flag when all its blocks are published
   uint32_t last_target;  // the last flag of the problem may guard fewer blocks
@@ -105,6 +104,12 @@ __device__ __forceinline__ void wait_for(const Dependency& dependency) {
   }
   __syncthreads();  // what one thread acquired, all may read
 }
+
+// A tile whose operands are there from the start.
+struct Ready {
+  __device__ __forceinline__ bool must_wait(uint32_t) const { return false; }
+  __device__ __forceinline__ void wait() const {}
+};
 
 // Position of 16-byte chunk `chunk` of row `row` in a stage. Eight rows that ldmatrix reads together fall into eight
 // different groups of four banks.
@@ -233,27 +238,27 @@ struct Tile {
   const uint32_t thread = ptx::thread_index();
 
   // Row and first of two columns, relative to the tile, of elements {0, 1} (half 0) or {2, 3} (half 1) of a fragment.
-  static __device__ __forceinline__ uint32_t row_of(int frag_m, int half) {
-    return threadIdx.x / 32 / kWarpsN * kWarpM_ + frag_m * 16 + half * 8 + threadIdx.x % 32 / 4;
+  static __device__ __forceinline__ uint32_t row_of(uint32_t thread, int frag_m, int half) {
+    return thread / 32 / kWarpsN * kWarpM_ + frag_m * 16 + half * 8 + thread % 32 / 4;
   }
-  static __device__ __forceinline__ uint32_t col_of(int frag_n) {
-    return threadIdx.x / 32 % kWarpsN * kWarpN_ + frag_n * 8 + threadIdx.x % 4 * 2;
+  static __device__ __forceinline__ uint32_t col_of(uint32_t thread, int frag_n) {
+    return thread / 32 % kWarpsN * kWarpN_ + frag_n * 8 + thread % 4 * 2;
   }
 
   // Accumulates main and then tail for the tile at (m, n), or tail first when it is to be dropped from. Columns from
   // `active_n` on, rounded up to 16, are left out. Leaves no copy in flight: the last step has waited for every group
   // but the empty ones.
-  template <class MainStart = InOrder, class TailStart = InOrder>
+  template <class Await = Ready, class MainStart = InOrder, class TailStart = InOrder>
   __device__ __forceinline__ void accumulate(const Segment& main, const Segment& tail, uint32_t m, uint32_t n,
-                                             uint32_t active_n, const Dependency& dependency,
-                                             const LoraDropout& dropout, uint32_t smem,
-                                             const MainStart& main_start = {}, const TailStart& tail_start = {}) {
+                                             uint32_t active_n, const Await& dependency, const LoraDropout& dropout,
+                                             uint32_t smem, const MainStart& main_start = {},
+                                             const TailStart& tail_start = {}) {
     const uint32_t steps = main.steps + tail.steps;
     const bool tail_first = kDrops == Drops::kTail && tail.steps != 0 && dropout.threshold != 0;
     const uint32_t first_steps = tail_first ? tail.steps : main.steps;
     const auto issue = [&](uint32_t step) {
       if (step < steps) {
-        if (dependency.flags != nullptr && step == dependency.step) wait_for(dependency);
+        if (dependency.must_wait(step)) dependency.wait();
         const bool in_first = step < first_steps;
         const bool in_main = in_first != tail_first;
         const uint32_t within = in_first ? step : step - first_steps;
@@ -293,8 +298,8 @@ struct Tile {
  private:
   // Zeroes what the adapter branch contributed to dropped elements. The columns of the output are those of x.
   __device__ __forceinline__ void drop_accumulators(const Dropout& dropout, uint32_t m, uint32_t n) {
-    const uint32_t row = (m + row_of(0, 0)) / 16;
-    const uint32_t col = (n + col_of(0)) / 16;
+    const uint32_t row = (m + row_of(thread, 0, 0)) / 16;
+    const uint32_t col = (n + col_of(thread, 0)) / 16;
 #pragma unroll
     for (int i = 0; i < kFragsM; ++i) {
 #pragma unroll
