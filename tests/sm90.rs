@@ -82,7 +82,10 @@ fn dropping(case: &Case) -> Case {
     let turn = case.turn;
     let p = [0.5, 0.1, 0.9, 1.0 / 65536.0, 1.0][turn % 5];
     let seed = [turn as u64 * 0x1234_5678_9abc, turn as u64];
-    Case { spec: Spec { dropout: Some(HostDropout { p, seed, in_memory: turn % 2 == 0 }), ..case.spec }, ..*case }
+    Case {
+        spec: Spec { dropout: Some(HostDropout { p, seed, in_memory: turn.is_multiple_of(2) }), ..case.spec },
+        ..*case
+    }
 }
 
 #[test]
