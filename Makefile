@@ -31,9 +31,26 @@ soak: toolchain ## Random calls against the oracle for three minutes (or FUSED_L
 	@. .toolchain/env; FUSED_LORA_SOAK_SECONDS=$${FUSED_LORA_SOAK_SECONDS:-180} cargo test --features candle,peft --test soak -- --nocapture
 
 .PHONY: check
-check: ## Check formatting, lints on all feature sets, documentation, dependencies and the compiled kernels
+check: ## Check formatting, lints on all feature sets, documentation, dependencies, packages and the compiled kernels
 	@scripts/toolchain check
 	@scripts/check
+
+.PHONY: advisories
+advisories: ## Hold the dependencies against RustSec's advisories, which it fetches from GitHub
+	@scripts/toolchain check
+	@.toolchain/cargo-deny/bin/cargo-deny check advisories
+
+.PHONY: package
+package: toolchain ## Build both crates from what `cargo package` packs, outside this folder, and their documentation as docs.rs does
+	@scripts/package-check
+
+.PHONY: fuzz
+fuzz: ## Fuzz the PTX parser, adapter files and the planner; ARGS='<seconds> <targets>'
+	@scripts/fuzz $(ARGS)
+
+.PHONY: semver
+semver: ## Hold the public API against that of BASE, the last release's tag
+	@scripts/semver-check $(BASE)
 
 .PHONY: cute-check
 cute-check: toolchain ## Hold the emulator's matrix layouts against CuTe's headers, which it installs

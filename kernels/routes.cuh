@@ -75,7 +75,7 @@ class Routes {
   }
 
   // Blocks of [row, row + count) with a row that keeps anything of ranks [rank, rank + width), from multiples of
-  // LORA_ROUTE_ROWS and LORA_ROUTE_RANKS on. By a whole warp.
+  // LORA_ROUTE_ROWS and LORA_ROUTE_RANKS on; as many rows to a block as leave 64 blocks at most. By a whole warp.
   __device__ __forceinline__ Picks rows_of(uint32_t row, uint32_t count, uint32_t rank, uint32_t width) const {
     const uint32_t blocks = (count + LORA_ROUTE_ROWS - 1) / LORA_ROUTE_ROWS;
     const uint32_t per_pick = (blocks + 63) / 64;
@@ -87,6 +87,25 @@ class Routes {
       uint64_t found = 0;
       for (uint32_t at = first; at < min(first + per_pick, blocks); ++at) found |= block(row + at * LORA_ROUTE_ROWS);
       mask |= static_cast<uint64_t>(__ballot_sync(0xffffffffu, (found & wanted) != 0)) << half * 32;
+    }
+    return {mask, per_pick * LORA_ROUTE_ROWS};
+  }
+
+  // The same by one thread.
+  __device__ __forceinline__ Picks rows_of_alone(uint32_t row, uint32_t count, uint32_t rank, uint32_t width) const {
+    const uint32_t blocks = (count + LORA_ROUTE_ROWS - 1) / LORA_ROUTE_ROWS;
+    const uint32_t per_pick = (blocks + 63) / 64;
+    const uint64_t wanted = valid(rank + width) & ~valid(rank);
+    uint64_t mask = 0;
+    uint64_t bit = 1;
+    uint32_t left = per_pick;
+#pragma unroll 4  // that many loads at a time
+    for (uint32_t at = 0; at < blocks; ++at) {
+      if ((block(row + at * LORA_ROUTE_ROWS) & wanted) != 0) mask |= bit;
+      if (--left == 0) {
+        bit <<= 1;
+        left = per_pick;
+      }
     }
     return {mask, per_pick * LORA_ROUTE_ROWS};
   }

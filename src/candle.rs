@@ -1,11 +1,11 @@
 //! An op with gradients and a layer for candle 0.11.
 //!
-//! [`lora`] is one node of candle's graph: x, A and B are its inputs and get their gradients, W and bias are frozen beside them.
+//! [`lora`] is one node of candle's graph: x, A, B and the bias are its inputs and get their gradients, W is frozen beside them.
 //! [`LoraLinear`] is a layer around it. On a CPU both compute on [`crate::cpu`] in f32, f16 or bf16; on GPUs, with the feature
 //! `candle-cuda`, by the kernels of `crate::cuda` in f16 or bf16, on candle's stream.
 //!
 //! ```
-//! use candle_core::{DType, Device, Module, Tensor};
+//! use candle_core::{DType, Device, ModuleT, Tensor};
 //! use candle_nn::{AdamW, Optimizer, VarBuilder, VarMap};
 //! use fused_lora::candle::{LoraConfig, LoraLinear};
 //!
@@ -13,13 +13,16 @@
 //! let (w, x) = (Tensor::randn(0f32, 0.1, (8, 6), &device)?, Tensor::randn(0f32, 1.0, (4, 6), &device)?);
 //! let config = LoraConfig { r: 2, alpha: 4.0, rslora: false };
 //! let layer = LoraLinear::new(w, None, config, VarBuilder::from_varmap(&vars, DType::F32, &device))?;
+//! let layer = layer.with_dropout(0.1, 42)?; // in training, from the seed 42
 //! let mut optimizer = AdamW::new_lr(vars.all_vars(), 0.01)?; // A and B; W is frozen
-//! let loss = || layer.forward(&x)?.sqr()?.mean_all();
+//! let loss = || layer.forward_t(&x, true)?.sqr()?.mean_all();
 //! let before = loss()?.to_scalar::<f32>()?;
 //! for _ in 0..10 {
 //!     optimizer.backward_step(&loss()?)?;
 //! }
 //! assert!(loss()?.to_scalar::<f32>()? < before);
+//! let y = layer.forward(&x)?; // for inference: nothing is dropped
+//! # assert_eq!(y.dims(), [4, 8]);
 //! # candle_core::Result::Ok(())
 //! ```
 //!
@@ -49,7 +52,7 @@ mod recent;
 mod view;
 
 pub use linear::{LoraConfig, LoraLinear};
-pub use op::lora;
+pub use op::{Dropout, Training, lora, lora_train};
 
 use crate::error::Error;
 

@@ -33,7 +33,7 @@
 //!
 //! // A step of gradient descent; the bf16 copies that forward reads are made anew.
 //! layer.update("default", |factors| -> fused_lora::Result<()> {
-//!     if let BuffersMut::F32 { a, b } = factors {
+//!     if let BuffersMut::F32 { a, b, .. } = factors {
 //!         a.iter_mut().zip(&da).for_each(|(a, da)| *a -= 0.0625 * da);
 //!         b.iter_mut().zip(&db).for_each(|(b, db)| *b -= 0.0625 * db);
 //!     }
@@ -56,6 +56,19 @@
 //! and rounded to the storage type. So adapters of equal scale keep their bits, and 16-bit factors of others take one more
 //! rounding of B; f32 factors take none more, as they are rounded once in any case. h of the pair is x Aᵀ by the largest scale:
 //! in f16 it can pass 65504 where that of an adapter of smaller scale would not by itself.
+//!
+//! # Training
+//!
+//! [`forward_train_with`](LoraLinear::forward_train_with) takes dropout, which is an argument of the pass and of nothing else: no
+//! other method drops. [`Gradients::accumulate`] adds a pass's gradients to those of others, in f32. A pass that is told not to
+//! keep h computes it again where db is asked for.
+//!
+//! # Biases
+//!
+//! Forward adds one bias. Where active adapters have biases of their own ([`Adapter::with_b_bias`], PEFT's `lora_bias`) that is
+//! bias + Σ sᵢ · b_biasᵢ, a vector of N elements that is summed when one of them changes: in f32, and rounded to the storage type
+//! once for each adapter. The gradient of the bias is dbias, that of b_biasᵢ is sᵢ times it, and neither needs the vector. A bias
+//! that is trained with the adapter (PEFT's `bias`) is the layer's: [`update_bias`](LoraLinear::update_bias) changes it.
 //!
 //! # Many adapters in one batch
 //!
@@ -96,6 +109,7 @@
 mod adapter;
 mod backend;
 mod bank;
+mod bias;
 mod merge;
 mod set;
 mod train;
@@ -106,11 +120,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub use adapter::{Adapter, Buffers, BuffersMut, Rejected, Scaling};
 pub use backend::Backend;
 pub use bank::{Bank, Routes};
-pub use train::{Gradients, Kept, Pass};
+pub use train::{Gradients, Kept, Pass, Training};
 
 use crate::error::{Error, Result};
 use crate::shape::check_length;
 use crate::{Element, Forward, LoraShape, Matrix, MatrixMut, Variant};
+use bias::Folded;
 use set::{Active, Named};
 
 /// A linear layer y = x Wᵀ (+ bias) with adapters; see the [module](self).
@@ -144,6 +159,7 @@ struct Operands<'a, B: Backend, T: Element> {
     a: Matrix<'a, B::Read<T>>,
     b: Matrix<'a, B::Read<T>>,
     scale: f32,
+    bias: Option<Matrix<'a, B::Read<T>>>,
 }
 
 /// The buffer must hold that many elements.
@@ -236,16 +252,6 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         self.merged.as_ref().unwrap_or(&self.w)
     }
 
-    /// N elements.
-    pub fn bias(&self) -> Option<&B::Buffer<T>> {
-        self.bias.as_ref()
-    }
-
-    /// The bias, to be trained.
-    pub fn bias_mut(&mut self) -> Option<&mut B::Write<T>> {
-        self.bias.as_mut().map(B::write)
-    }
-
     /// Makes the backend's workspace large enough for forward and backward of up to `tokens` rows of x with any of the
     /// adapters, so that no later call allocates for it.
     ///
@@ -254,7 +260,9 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     pub fn reserve(&self, tokens: usize) -> Result<()> {
         let ranks = self.adapters.iter().map(|named| named.adapter.rank()).chain([0, self.active_rank()]);
         let r = ranks.max().unwrap_or(0);
-        self.backend.reserve(T::DTYPE, LoraShape { m: tokens, n: self.n, k: self.k, r })
+        let shape = LoraShape { m: tokens, n: self.n, k: self.k, r };
+        self.backend.reserve(T::DTYPE, shape)?;
+        self.backend.reserve(T::DTYPE, LoraShape { n: self.n.min(train::COLUMNS), ..shape })
     }
 
     /// y = x Wᵀ + Σ s · (x Aᵀ) Bᵀ (+ bias) over the active adapters, in a new buffer of M × N; x is M × K.
@@ -273,18 +281,8 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// Those of the backend's forward (`cpu::forward`, `cuda::Kernels::forward`); [`Error::State`] when an
     /// [`update`](Self::update) could not renew the copies that forward reads. Nothing is written then.
     pub fn forward_into(&self, x: Matrix<'_, B::Read<T>>, y: MatrixMut<'_, B::Write<T>>) -> Result<()> {
-        let Operands { w, a, b, scale } = self.operands("forward")?;
-        self.backend.forward(Forward {
-            x,
-            w,
-            a,
-            b,
-            scale,
-            bias: self.bias_view(),
-            h: None,
-            y,
-            variant: Variant::default(),
-        })
+        let Operands { w, a, b, scale, bias } = self.operands("forward")?;
+        self.backend.forward(Forward { x, w, a, b, scale, bias, h: None, y, variant: Variant::default() })
     }
 
     /// A buffer for y.
@@ -312,32 +310,30 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
 
     fn operands(&self, operation: &'static str) -> Result<Operands<'_, B, T>> {
         match &self.active {
-            _ if self.merged.is_some() => Ok(self.plain()),
-            Active::None => Ok(self.plain()),
+            _ if self.merged.is_some() => Ok(self.plain(self.active_bias())),
+            Active::None => Ok(self.plain(None)),
             Active::One(id) => match self.by_id(*id) {
                 Some(named) => self.with_adapter(operation, named),
-                None => Ok(self.plain()),
+                None => Ok(self.plain(None)),
             },
             Active::Several(joined) => joined.operands(operation, self),
         }
     }
 
-    /// No adapter: matrices without elements, which lie nowhere in particular.
-    fn plain(&self) -> Operands<'_, B, T> {
+    /// No adapter, but for what it made of the bias: matrices without elements, which lie nowhere in particular.
+    fn plain<'a>(&'a self, folded: Option<&'a B::Buffer<T>>) -> Operands<'a, B, T> {
         let w = B::read(self.weight());
         let (a, b) = (Matrix::new(w, 0, self.k), Matrix::new(w, self.n, 0));
-        Operands { w: Matrix::new(w, self.n, self.k), a, b, scale: 1.0 }
+        let bias = folded.or(self.bias.as_ref()).map(|bias| Matrix::new(B::read(bias), 1, self.n));
+        Operands { w: Matrix::new(w, self.n, self.k), a, b, scale: 1.0, bias }
     }
 
     fn with_adapter<'a>(&'a self, operation: &'static str, named: &'a Named<B, T>) -> Result<Operands<'a, B, T>> {
-        let r = named.adapter.rank();
-        let Some((a, b)) = named.in_storage(operation)?.filter(|_| r != 0) else { return Ok(self.plain()) };
+        let (r, factors) = (named.adapter.rank(), named.in_storage(operation)?);
+        let plain = self.plain(named.folded().map(Folded::sum));
+        let Some((a, b)) = factors.filter(|_| r != 0) else { return Ok(plain) };
         let (a, b) = (Matrix::new(B::read(a), r, self.k), Matrix::new(B::read(b), self.n, r));
-        Ok(Operands { a, b, scale: named.adapter.scale(), ..self.plain() })
-    }
-
-    fn bias_view(&self) -> Option<Matrix<'_, B::Read<T>>> {
-        self.bias.as_ref().map(|bias| Matrix::new(B::read(bias), 1, self.n))
+        Ok(Operands { a, b, scale: named.adapter.scale(), ..plain })
     }
 }
 

@@ -230,7 +230,7 @@ impl Plan {
     pub fn forward_with(op: &raw::Forward, device: &Device, options: Options) -> Result<Plan> {
         let (shape, ranges) = op.judge()?;
         check(op.dtype, device, &options)?;
-        let obstacles = sm90::obstacles(device, shape, &sm90::forward_operands(op));
+        let obstacles = sm90::obstacles(device, shape, &op.variant, &sm90::forward_operands(op));
         let draft = draft(
             device,
             &options,
@@ -238,7 +238,7 @@ impl Plan {
             || sm90::forward(op, shape, device, &options),
             || portable::forward(op, shape, device, &options),
         )?;
-        let floor = Floor::forward(op, shape, device.peak);
+        let floor = Floor::forward(op, shape, device.known_peak());
         Ok(Plan::new(shape, op.dtype, device, options, ranges, floor, draft))
     }
 
@@ -259,7 +259,7 @@ impl Plan {
     pub fn backward_with(op: &raw::Backward, device: &Device, options: Options) -> Result<Plan> {
         let (shape, ranges) = op.judge()?;
         check(op.dtype, device, &options)?;
-        let obstacles = sm90::obstacles(device, shape, &sm90::backward_operands(op));
+        let obstacles = sm90::obstacles(device, shape, &op.variant, &sm90::backward_operands(op));
         let draft = draft(
             device,
             &options,
@@ -267,7 +267,7 @@ impl Plan {
             || sm90::backward(op, shape, device, &options),
             || portable::backward(op, shape, device, &options),
         )?;
-        let floor = Floor::backward(op, shape, device.peak);
+        let floor = Floor::backward(op, shape, device.known_peak());
         Ok(Plan::new(shape, op.dtype, device, options, ranges, floor, draft))
     }
 

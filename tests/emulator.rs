@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::data::{EDGES, Placement, RANKS, Spec, dropout_table, integer_table, shape_table, subset_table};
+use common::data::{EDGES, Placement, RANKS, Routes, Spec, dropout_table, integer_table, shape_table, subset_table};
 use common::emulated::Emulated;
 use common::{Backend, Cpu, HostBackward, HostDropout, HostForward, HostGradient, check};
 use fused_lora::emulator::{Checks, Class, Counters, Emulator, Timing};
@@ -322,6 +322,28 @@ fn no_kernel_adds_floats_atomically() {
     }
 }
 
+#[test]
+fn explain_says_what_dropout_does_to_the_order() {
+    let emulator = Emulator::new(Device::of_arch("emulated", 80, 5));
+    let [spec, ..] = busy_dropout(0.25, true);
+    let explain = |spec: Spec| {
+        let (mut forward, mut backward) = (spec.forward::<bf16>(), spec.backward::<bf16>());
+        let runs = [emulator.forward(forward.views()), emulator.backward(backward.views())];
+        runs.map(|run| run.expect("the kernel runs").plan.explain())
+    };
+    let (dropout, order) = ("p = 0.25 on x", "dx begins with dh A");
+    let [forward, backward] = explain(spec);
+    assert!(
+        forward.contains(dropout) && forward.contains("read by the launch") && !forward.contains(order),
+        "{forward}"
+    );
+    assert!(backward.contains(dropout) && backward.contains(order), "{backward}");
+    let no_dx = Spec { outputs: [false, true, true, true], ..spec };
+    for text in explain(no_dx).iter().chain(&explain(Spec { dropout: None, ..spec })) {
+        assert!(!text.contains(order), "{text}");
+    }
+}
+
 /// Aligned operands reach shared memory and the tensor cores without bank conflicts, in both directions and with both tiles.
 #[test]
 fn no_bank_conflicts() {
@@ -338,6 +360,18 @@ fn no_bank_conflicts() {
                 assert_eq!(line.conflicts, 0, "{tile:?}: {line:?}");
             }
         }
+    }
+}
+
+/// No block of rows takes part in db or da, so that their units have no step.
+#[test]
+fn units_without_steps_are_ordered() {
+    for (outputs, tile) in
+        TILES.into_iter().flat_map(|tile| [([false, false, true, false], tile), ([false, true, false, false], tile)])
+    {
+        let spec = Spec { outputs, routes: Some(Routes::Nobody), ..Spec::new(47, 16, 24, 16) };
+        check::backward::<f16>(&Emulated::new(80, 40).with_tile(tile), &spec);
+        check::backward::<bf16>(&Emulated::new(80, 2).with_tile(tile), &Spec { m: 700, ..spec });
     }
 }
 

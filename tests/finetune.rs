@@ -191,6 +191,7 @@ fn a_resumed_run_makes_the_same_bits() {
     resumed("adamw", &["--targets", "all-linear", "--lr", "1e-2"]);
     resumed("sgd", &["--optimizer", "sgd", "--momentum", "0.9", "--weight-decay", "0.1", "--lr", "0.1", "--seed", "3"]);
     resumed("f16", &["--dtype", "f16", "--lr", "1e-2"]);
+    resumed("dropout", &["--dropout", "0.2", "--rslora", "--lr", "1e-2", "--accumulate", "2"]);
 }
 
 #[test]
@@ -419,7 +420,7 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
     let out = scratch("refused");
     let init = golden("training/llama/qv_sgd/adapter_initial");
     let started = |more: &str| format!("--model {model} --data {data} --out {out} {more}");
-    let cases: [(String, u8, &[&str]); 28] = [
+    let cases: [(String, u8, &[&str]); 34] = [
         (String::new(), 3, &["`--model` is missing"]),
         (format!("--model {model} --out {out}"), 3, &["`--data` is missing"]),
         (format!("--model {model} --data {data}"), 3, &["`--out` is missing"]),
@@ -434,6 +435,12 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
         (started("--rank 0"), 3, &["`--rank` is `0`, expected a whole number of at least 1"]),
         (started(&format!("--rank {}", usize::MAX)), 3, &["`--rank` is `1", "at most 65536"]),
         (started("--alpha 0"), 3, &["`--alpha` is `0`, expected a positive number"]),
+        (started("--dropout 1"), 3, &["`--dropout` is `1`, expected a probability of at least 0 and below 1"]),
+        (started("--dropout -0.1"), 3, &["`--dropout` is `-0.1`"]),
+        (started("--accumulate 0"), 3, &["`--accumulate` is `0`, expected a whole number of at least 1"]),
+        (started("--steps 7 --accumulate 3"), 3, &["`--steps` is 7 with `--accumulate` 3", "holds 20 batches"]),
+        (started("--accumulate 21"), 3, &["`--steps` is 1 with `--accumulate` 21", "holds 20 batches"]),
+        (started(&format!("--init {init} --rslora")), 3, &["`--rslora` is given", "a scale of ALPHA / R"]),
         (started("--dtype f64"), 3, &["`--dtype` is `f64`, expected f32, f16 or bf16"]),
         (started("--device tpu"), 3, &["`--device` is `tpu`, expected cpu or cuda"]),
         (started("--targets q_proj,qq"), 3, &["`--targets` is `qq`", "q_proj, k_proj"]),
@@ -462,6 +469,10 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
     let output = run(&started(&format!("--init {dora}")).split_whitespace().collect::<Vec<_>>());
     assert_eq!(output.status, 2, "{}", output.err);
     assert!(output.err.contains("DoRA"), "{}", output.err);
+    let saved = golden("llama/adapters/head_saved");
+    let output = run(&started(&format!("--init {saved}")).split_whitespace().collect::<Vec<_>>());
+    assert_eq!(output.status, 2, "{}", output.err);
+    assert!(output.err.contains("training of whole modules (`modules_to_save`)"), "{}", output.err);
     let help = done(&["--help"]);
     assert!(help.out.starts_with("Usage: finetune --model DIR"), "{}", help.out);
 }
@@ -473,8 +484,10 @@ fn a_checkpoint_of_another_run_or_of_half_a_file_is_refused() {
     let resumed = |more: &[&str]| run(&[&arguments[..], &["--steps", "4", "--resume"], more].concat());
     done(&[&arguments[..], &["--steps", "3"]].concat());
     let adapter = read(&out, "adapter_model.safetensors");
-    let cases: [(&[&str], &[&str]); 4] = [
+    let cases: [(&[&str], &[&str]); 6] = [
         (&["--lr", "0.5"], &["--lr 0.5", "0.0002"]),
+        (&["--dropout", "0.5"], &["--dropout 0.5", "null"]),
+        (&["--accumulate", "2"], &["--accumulate 2", "null"]),
         (&["--seed", "1"], &["--seed 1"]),
         (&["--rank", "4"], &["an adapter with scales"]),
         (&["--steps", "2"], &["`--steps` is 2, but the checkpoint has 3 behind it"]),

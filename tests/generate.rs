@@ -68,7 +68,7 @@ fn tensors(file: &Path) -> std::collections::HashMap<String, Tensor> {
 
 fn logits(model: &Llama, ids: &Tensor) -> Tensor {
     let ids = ids.to_dtype(DType::U32).expect("ids");
-    model.hidden(&ids, None).and_then(|hidden| model.logits(&hidden)).expect("logits")
+    model.hidden(&ids, None, None).and_then(|hidden| model.logits(&hidden, None)).expect("logits")
 }
 
 /// ‖got - expected‖ / ‖expected‖.
@@ -128,7 +128,7 @@ fn every_option_of_the_configuration_is_as_in_transformers() {
     assert!(error < 2e-6, "{error:e}");
     let flat = |name: &str| expected[name].flatten_all().and_then(|flat| flat.to_vec1::<i64>()).expect("numbers");
     let ids: Vec<u32> = flat("input_ids").into_iter().map(|id| id as u32).collect();
-    let loss = model.loss(&ids, &flat("labels"), (2, 48)).and_then(|loss| loss.to_scalar::<f32>()).expect("a loss");
+    let loss = model.loss(&ids, &flat("labels"), (2, 48), 0).and_then(|loss| loss.to_scalar::<f32>()).expect("a loss");
     let recorded = expected["loss"].to_vec1::<f64>().expect("a number")[0];
     assert!((f64::from(loss) - recorded).abs() < 1e-6 * recorded, "{loss}, recorded {recorded}");
 }
@@ -147,9 +147,9 @@ fn an_embedding_that_an_adapter_brings_leaves_a_tied_head_as_it_was() {
         let parameters = names.iter().map(|name| (format!("{name}.weight"), other.clone())).collect();
         let changes = Changes { parameters, ..Changes::default() };
         let model = Llama::load(&config, &weights, changes).expect("it can be read");
-        let hidden = model.hidden(&ids, None).and_then(|hidden| hidden.flatten_to(1)).expect("states");
+        let hidden = model.hidden(&ids, None, None).and_then(|hidden| hidden.flatten_to(1)).expect("states");
         let expected = hidden.matmul(&head.t().expect("turned")).expect("logits");
-        distance(&model.logits(&hidden).expect("logits"), &expected)
+        distance(&model.logits(&hidden, None).expect("logits"), &expected)
     };
     assert!(error(&["model.embed_tokens"], &own) < 1e-6);
     assert!(error(&["model.embed_tokens"], &other) > 1e-2);
@@ -207,11 +207,13 @@ fn parts_named_by_an_index_are_the_whole() {
 fn the_cache_changes_nothing() {
     let (config, model) = load(&golden("llama_variant"), DType::F32, None);
     let ids = &tensors(&golden("llama_variant/expected.safetensors"))["input_ids"].to_dtype(DType::U32).expect("ids");
-    let whole = model.hidden(ids, None).expect("states");
+    let whole = model.hidden(ids, None, None).expect("states");
     let mut cache = Cache::new(&config);
     let mut parts = Vec::new();
     for (start, length) in [(0, 5), (5, 1), (6, 1), (7, 30), (37, 11)] {
-        parts.push(model.hidden(&ids.narrow(1, start, length).expect("a part"), Some(&mut cache)).expect("states"));
+        parts.push(
+            model.hidden(&ids.narrow(1, start, length).expect("a part"), Some(&mut cache), None).expect("states"),
+        );
     }
     let error = distance(&Tensor::cat(&parts, 1).expect("all"), &whole);
     assert!(error < 1e-6, "{error:e}");

@@ -85,6 +85,17 @@ mod cpu_backend {
             case.check::<_, f16>(&Cpu, golden::F16);
             case.check::<_, bf16>(&Cpu, golden::BF16_AMP);
         }
+        // Recorded in fewer modes.
+        for name in ["lora_bias", "high_rank", "zero_b"] {
+            Golden::load(name).check::<_, f32>(&Cpu, golden::F32);
+            Golden::load(name).check::<_, bf16>(&Cpu, golden::BF16);
+        }
+        Golden::load("bias_lora_only").check::<_, f32>(&Cpu, golden::F32);
+    }
+
+    #[test]
+    fn dropout_means_what_peft_means() {
+        Golden::load("dropout").check_oracle();
     }
 }
 
@@ -137,6 +148,7 @@ mod emulated {
 
     #[test]
     fn as_exact_as_peft() {
+        Golden::load("lora_bias").check::<_, bf16>(&emulator(80), golden::BF16);
         for name in ["plain", "rslora", "multi_active"] {
             let case = Golden::load(name);
             case.check::<_, bf16>(&emulator(80), golden::BF16);
@@ -509,7 +521,7 @@ fn stale_copies_are_refused_until_they_are_made_anew() {
         }
     }
     // An adapter whose copies fail does not get in.
-    let Buffers::F32 { a, b } = layer.adapter("one").expect("an adapter").buffers() else {
+    let Buffers::F32 { a, b, .. } = layer.adapter("one").expect("an adapter").buffers() else {
         unreachable!("its factors are f32")
     };
     let another = Adapter::upload_f32(&backend, 2, Scaling::Fixed(1.0), a, b).expect("an adapter");

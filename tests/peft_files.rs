@@ -280,7 +280,9 @@ fn built_adapters_round_trip() {
     assert!(adapter.insert("m.layers.2.q", pair(2, 5, 4)).is_err(), "not targeted");
     assert!(adapter.insert("m.layers.0.q", pair(3, 5, 4)).is_err(), "another rank");
     assert!(adapter.insert_parameter("m.norm.weight", tensor(&[4], 6)).is_err(), "nobody asks for it");
+    assert!(adapter.set_dropout(1.5).is_err() && adapter.set_dropout(f64::NAN).is_err(), "no probabilities");
     assert_eq!(adapter, before);
+    adapter.set_dropout(0.25).expect("a probability");
 
     let out = fresh("built");
     adapter.save(&out).expect("saved");
@@ -295,7 +297,7 @@ fn built_adapters_round_trip() {
     let qv = json_file(&golden("peft/llama/adapters/qv/adapter_config.json"));
     let keys = |value: &Value| value.as_object().expect("an object").keys().cloned().collect::<Vec<_>>();
     assert_eq!(keys(&written), keys(&qv), "the keys of PEFT 0.21, in its order");
-    assert_eq!(written["base_model_name_or_path"], "modèle/😀");
+    assert_eq!((&written["base_model_name_or_path"], &written["lora_dropout"]), (&json!("modèle/😀"), &json!(0.25)));
     assert_eq!((&written["lora_alpha"], &written["alpha_pattern"]["v"]), (&json!(3), &json!(1.5)));
 }
 

@@ -8,8 +8,9 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::fs;
 use std::panic::catch_unwind;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use common::clock::Clock;
 use common::data::Rng;
 use common::fuzz_peft;
 use fused_lora::peft::{Adapter, Config, ErrorKind};
@@ -55,30 +56,6 @@ unsafe impl GlobalAlloc for Counting {
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
-
-/// Time that this thread computed, where Linux tells it: others on the machine do not count. Elsewhere time as it passes.
-struct Clock {
-    computed: Option<Duration>,
-    start: Instant,
-}
-
-impl Clock {
-    fn start() -> Self {
-        Self { computed: Self::computed(), start: Instant::now() }
-    }
-
-    fn computed() -> Option<Duration> {
-        let line = fs::read_to_string("/proc/thread-self/schedstat").ok()?;
-        line.split(' ').next()?.parse().ok().filter(|&nanoseconds| nanoseconds > 0).map(Duration::from_nanos)
-    }
-
-    fn elapsed(&self) -> Duration {
-        match (self.computed, Self::computed()) {
-            (Some(before), Some(now)) => now.saturating_sub(before),
-            _ => self.start.elapsed(),
-        }
-    }
-}
 
 /// Bytes that `run` held at its worst, beside what was there before.
 fn peak<T>(run: impl FnOnce() -> T) -> (T, usize) {

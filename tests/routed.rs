@@ -129,3 +129,31 @@ fn banks_and_routes_that_do_not_fit_are_refused() {
     let layer = layer::<_, f32>(&Cpu);
     assert!(matches!(layer.bank(&["a", "nobody"]), Err(Error::AdapterName { .. })));
 }
+
+#[cfg(all(feature = "emulator", feature = "cuda"))]
+mod on_the_emulator {
+    use super::*;
+    use fused_lora::emulator::Emulator;
+    use fused_lora::plan::Device;
+
+    /// In both families: 90 takes the Hopper kernels where an adapter's rank lets it.
+    #[test]
+    fn each_row_as_with_its_adapter_alone() {
+        for arch in [80, 90] {
+            let emulator = Emulator::new(Device::of_arch("emulated", arch, 3));
+            each_row_as_alone::<_, bf16>(&emulator, 131, &mixed(131), close);
+            each_row_as_alone::<_, f16>(&emulator, 131, &in_runs(131), close);
+        }
+    }
+
+    #[test]
+    fn a_batch_that_peft_recorded() {
+        let case = Golden::load("mixed_batch");
+        for arch in [75, 80, 90] {
+            let emulator = Emulator::new(Device::of_arch("emulated", arch, 3));
+            case.check_mixed::<_, bf16>(&emulator, golden::BF16);
+            case.check_mixed::<_, f16>(&emulator, golden::F16);
+            case.check_mixed::<_, bf16>(&emulator, golden::BF16_AMP);
+        }
+    }
+}

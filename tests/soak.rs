@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use common::data::{Placement, Rng, Routes, Spec};
-use common::every::Any;
+use common::every::{Any, Kind, backends};
 use common::{Backend, HostBackward, HostDropout, HostForward, check};
 use fused_lora::{Element, bf16, f16};
 
@@ -216,6 +216,21 @@ fn typed(rng: &mut Rng, backend: &impl Backend, spec: &Spec, with_f32: bool, beg
     }
 }
 
+/// Every kernel once: the emulator keeps what it has read of their PTX.
+#[cfg(all(feature = "emulator", feature = "cuda"))]
+fn warm() {
+    for (kind, spec) in [(Kind::Ragged, Spec::new(3, 5, 7, 2)), (Kind::Hopper, Spec::new(3, 8, 16, 8))] {
+        for backend in backends(kind, "warm").iter().filter(|backend| matches!(backend, Any::Emulated(_))) {
+            case::<f16>(backend, &spec);
+            case::<bf16>(backend, &spec);
+        }
+    }
+    let (emulated, large) = (common::emulated::Emulated::new(75, 2), fused_lora::plan::TileSize::Large);
+    let backend = emulated.with_tile(large);
+    case::<f16>(&backend, &Spec::new(3, 5, 7, 2));
+    case::<bf16>(&backend, &Spec::new(3, 5, 7, 2));
+}
+
 /// A simulated GPU of any kind, with its own order of events.
 #[cfg(all(feature = "emulator", feature = "cuda"))]
 fn emulated(rng: &mut Rng) -> (common::emulated::Emulated, bool) {
@@ -245,6 +260,8 @@ fn alone() -> MutexGuard<'static, ()> {
 #[test]
 fn soak_on_the_cpu_and_the_emulator() {
     let _alone = alone();
+    #[cfg(all(feature = "emulator", feature = "cuda"))]
+    warm();
     soak(
         "cpu and emulator",
         || 0,
@@ -255,7 +272,7 @@ fn soak_on_the_cpu_and_the_emulator() {
             #[cfg(all(feature = "emulator", feature = "cuda"))]
             {
                 let (backend, aligned) = emulated(rng);
-                let small = spec(rng, 96, aligned);
+                let small = Spec { dropout: dropout(rng), routes: routes(rng), ..spec(rng, 96, aligned) };
                 typed(rng, &backend, &small, false, begins);
             }
         },
@@ -279,7 +296,10 @@ fn soak_on_the_gpu() {
         };
         let gpu = common::gpu::Gpu::new(kernels.with_plan_options(options));
         let most = if pick(rng, 20) == 0 { 1500 } else { 300 };
-        let spec = spec(rng, most, aligned);
+        let mut spec = spec(rng, most, aligned);
+        if !aligned {
+            spec = Spec { dropout: dropout(rng), ..spec };
+        }
         typed(rng, &gpu, &spec, false, begins);
     });
 }

@@ -17,7 +17,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
 /// Cases that are computed, each with its number of results on a backend that computes in every type.
-const COMPUTED: [(&str, usize); 9] = [
+const COMPUTED: [(&str, usize); 12] = [
     ("plain", 16),
     ("plain_3d_nobias", 16),
     ("odd_sizes", 16),
@@ -27,6 +27,9 @@ const COMPUTED: [(&str, usize); 9] = [
     ("zero_b", 8),
     ("conv1d_fan_in_fan_out", 16),
     ("bias_lora_only", 5),
+    ("lora_bias", 10),
+    ("multi_active", 32),
+    ("mixed_batch", 24),
 ];
 
 struct Output {
@@ -146,6 +149,21 @@ fn a_wrong_value_anywhere_is_noticed() {
     let case = copy_of("bias_lora_only", "wrong-value");
     spoil(&case.join("tensors.safetensors"), "f64/db");
     assert_eq!(on_cpu(&case).status, 1);
+    for (case, tensor) in [
+        ("lora_bias", "f64/default.dBbias"),
+        ("lora_bias", "bf16/default.dBbias"),
+        ("multi_active", "f64/b.dA"),
+        ("multi_active", "f64/c.dB"),
+        ("multi_active", "a.A_f32"),
+        ("multi_active", "f64/dX"),
+        ("mixed_batch", "f64/y"),
+        ("mixed_batch", "f64/b.dB"),
+        ("mixed_batch", "bf16/a.dA"),
+    ] {
+        let spoiled = copy_of(case, "wrong-value");
+        spoil(&spoiled.join("tensors.safetensors"), tensor);
+        assert_eq!(on_cpu(&spoiled).status, 1, "{case} {tensor}");
+    }
 }
 
 /// An adapter that is not the one the results were recorded with is no adapter to compare with.
@@ -162,6 +180,16 @@ fn the_adapter_on_disk_must_be_the_recorded_one() {
         let Output { status, err, .. } = on_cpu(&case);
         assert_eq!(status, 3, "{tensor}");
         assert!(err.contains("adapter_model.safetensors: lora_"), "{err}");
+    }
+    for (case, file, tensor) in [
+        ("lora_bias", "tensors.safetensors", "default.Bbias"),
+        ("lora_bias", "adapter/adapter_model.safetensors", "base_model.model.lin.lora_B.bias"),
+        ("multi_active", "adapter/c/adapter_model.safetensors", "base_model.model.lin.lora_B.weight"),
+    ] {
+        let case = copy_of(case, "other-adapter");
+        spoil(&case.join(file), tensor);
+        let Output { status, err, .. } = on_cpu(&case);
+        assert!(status == 3 && err.contains("adapter_model.safetensors: "), "{tensor}: {err}");
     }
     for (key, value) in
         [("r", json!(4)), ("lora_alpha", json!(1)), ("fan_in_fan_out", json!(true)), ("use_rslora", json!(true))]
@@ -186,9 +214,6 @@ fn what_is_not_built_is_named() {
     for (case, needed) in [
         ("dora", "needs DoRA, which is not built yet"),
         ("dropout", "needs dropout on the adapter branch"),
-        ("lora_bias", "needs a bias on lora_B"),
-        ("mixed_batch", "needs different adapters within one batch"),
-        ("multi_active", "needs 3 adapters active at once"),
         ("embedding", "needs LoRA on embeddings"),
     ] {
         let Output { status, err, .. } = on_cpu(&golden(case));

@@ -60,7 +60,7 @@ impl Layer {
     fn variant(&self, r: usize) -> raw::Variant {
         let (p, seed) = self.dropout;
         let dropout = raw::Dropout { p, seed: raw::Seed::Value { seed, offset: 0 } };
-        raw::Variant { dropout: Some(dropout).filter(|_| p > 0.0 && r != 0) }
+        raw::Variant { dropout: Some(dropout).filter(|_| p > 0.0 && r != 0), ..raw::Variant::default() }
     }
 
     fn forward(&self, dtype: Dtype, LoraShape { m, n, k, r }: LoraShape) -> raw::Forward {

@@ -9,7 +9,7 @@ use fused_lora::peft;
 
 use super::config::Config;
 use super::failure::{Failure, Result};
-use super::linear::Lora;
+use super::linear::{Dropping, Lora};
 use super::llama::{Changes, HEAD, linear_layers};
 use super::rng::Rng;
 
@@ -20,6 +20,9 @@ pub struct Start {
     pub targets: Option<Targets>,
     pub rank: Option<usize>,
     pub alpha: Option<f64>,
+    /// s = α / √r.
+    pub rslora: bool,
+    pub dropout: Option<f64>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -27,6 +30,11 @@ pub enum Targets {
     AllLinear,
     Names(Vec<String>),
 }
+
+/// Names of an adapter's parts behind that of their module.
+const A: &str = "lora_A.weight";
+const B: &str = "lora_B.weight";
+const B_BIAS: &str = "lora_B.bias";
 
 /// A trained tensor and its name in checkpoints.
 #[derive(Clone, Debug)]
@@ -44,23 +52,19 @@ impl Adapter {
         let layers = linear_layers(config);
         let linears: Vec<_> = layers.iter().map(|&(ref name, n, k)| peft::Linear { name, n, k }).collect();
         adapter.check_base(&linears, Some(HEAD))?;
-        if adapter.config().lora_bias {
-            return Err(Failure::NotBuilt("a bias on lora_B (`lora_bias`)".into()));
-        }
         Ok(Self(adapter))
     }
 
     /// For training: from disk or new.
     pub fn start(start: &Start, config: &Config, model: &Path, seed: u64) -> Result<Self> {
         let Some(directory) = &start.init else { return Self::new(start, config, model, seed) };
-        let adapter = Self::read(directory, config)?;
+        let mut adapter = Self::read(directory, config)?;
         start.agrees_with(adapter.0.config(), config)?;
-        let peft::Config { lora_dropout, bias, modules_to_save, .. } = adapter.0.config();
-        if *lora_dropout != 0.0 {
-            return Err(Failure::NotBuilt(format!("dropout in training (`lora_dropout` is {lora_dropout})")));
+        if !adapter.0.config().modules_to_save.is_empty() {
+            return Err(Failure::NotBuilt("training of whole modules (`modules_to_save`)".into()));
         }
-        if *bias != peft::Bias::None || !modules_to_save.is_empty() {
-            return Err(Failure::NotBuilt("training of biases (`bias`) or whole modules (`modules_to_save`)".into()));
+        if let Some(p) = start.dropout {
+            adapter.0.set_dropout(p)?;
         }
         Ok(adapter)
     }
@@ -68,7 +72,8 @@ impl Adapter {
     /// As PEFT begins: A uniform within ±1/√K (Kaiming with a = √5), B zero.
     fn new(start: &Start, config: &Config, model: &Path, seed: u64) -> Result<Self> {
         let (rank, alpha) = (start.rank.unwrap_or(8), start.alpha.unwrap_or(16.0));
-        let mut described = start.targets().config(rank, alpha, config)?;
+        let described = start.targets().config(rank, alpha, config)?;
+        let mut described = described.with_rslora(start.rslora).with_dropout(start.dropout.unwrap_or(0.0));
         described.task_type = Some("CAUSAL_LM".into());
         described.base_model_name_or_path = Some(model.display().to_string());
         let mut adapter = peft::Adapter::new(described.clone());
@@ -90,12 +95,23 @@ impl Adapter {
         self.0.modules().map(|(name, module, _)| (name, module.scale)).collect()
     }
 
+    /// Probability of dropout in training.
+    pub fn dropout(&self) -> f64 {
+        self.0.config().lora_dropout
+    }
+
+    /// How many layers have factors.
+    pub fn layers(&self) -> usize {
+        self.0.modules().len()
+    }
+
     /// What the adapter changes in the model.
     pub fn changes(&self, device: &Device) -> Result<Changes> {
         let mut changes = Changes::default();
         for (name, module, factors) in self.0.modules() {
             let (a, b) = (tensor(&factors.a, device)?, tensor(&factors.b, device)?);
-            changes.lora.insert(name.into(), Lora { a, b, scale: module.scale });
+            let b_bias = factors.b_bias.as_ref().map(|b_bias| tensor(b_bias, device)).transpose()?;
+            changes.lora.insert(name.into(), Lora { a, b, b_bias, scale: module.scale, dropout: None });
             for (part, value) in [("weight", &factors.weight), ("bias", &factors.bias)] {
                 if let Some(value) = value {
                     changes.parameters.insert(format!("{name}.{part}"), tensor(value, device)?);
@@ -108,27 +124,61 @@ impl Adapter {
         Ok(changes)
     }
 
-    /// The same with variables for A and B, which are listed in the order of their modules.
-    pub fn variables(&self, device: &Device) -> Result<(Changes, Vec<Parameter>)> {
+    /// The same with variables for what is trained, and with dropout. They are listed in the order of their modules, A, B and its
+    /// bias of each, and then the biases of the model.
+    pub fn variables(&self, device: &Device, seed: u64) -> Result<(Changes, Vec<Parameter>)> {
         let mut changes = self.changes(device)?;
         let mut parameters = Vec::new();
+        let mut variable = |name: String, value: &mut Tensor| -> Result<()> {
+            let var = Var::from_tensor(value)?;
+            *value = var.as_tensor().clone();
+            parameters.push(Parameter { name, var });
+            Ok(())
+        };
+        let p = self.dropout() as f32;
+        let mut seeds = Rng::new(!seed); // not the stream of the start values
         for (module, lora) in &mut changes.lora {
-            for (part, value) in [("lora_A", &mut lora.a), ("lora_B", &mut lora.b)] {
-                let var = Var::from_tensor(value)?;
-                *value = var.as_tensor().clone();
-                parameters.push(Parameter { name: format!("{module}.{part}.weight"), var });
+            let layer_seed = seeds.next_u64();
+            lora.dropout = (p != 0.0).then_some(Dropping { p, seed: layer_seed });
+            variable(format!("{module}.{A}"), &mut lora.a)?;
+            variable(format!("{module}.{B}"), &mut lora.b)?;
+            if let Some(b_bias) = &mut lora.b_bias {
+                variable(format!("{module}.{B_BIAS}"), b_bias)?;
+            }
+        }
+        for name in self.biases() {
+            if let Some(bias) = changes.parameters.get_mut(&name) {
+                variable(name, bias)?;
             }
         }
         Ok((changes, parameters))
     }
 
+    /// The biases of the model that the adapter trains: it brings them all.
+    fn biases(&self) -> Vec<String> {
+        let of_modules = self.0.modules().filter(|(_, _, factors)| factors.bias.is_some());
+        let of_modules = of_modules.map(|(name, ..)| format!("{name}.bias"));
+        of_modules.chain(self.0.biases().map(|(name, _)| name.to_owned())).collect()
+    }
+
     /// Saves the adapter with the values of [`variables`](Self::variables).
     pub fn save(&self, parameters: &[Parameter], directory: &Path) -> Result<()> {
         let mut adapter = self.0.clone();
-        for ((name, _, factors), pair) in self.0.modules().zip(parameters.chunks_exact(2)) {
-            let mut factors = factors.clone();
-            (factors.a, factors.b) = (stored(&pair[0].var)?, stored(&pair[1].var)?);
-            adapter.insert(name, factors)?;
+        let mut values = BTreeMap::new();
+        for Parameter { name, var } in parameters {
+            values.insert(name.as_str(), stored(var)?);
+        }
+        let value = |name: String, old: &peft::Tensor| values.get(name.as_str()).unwrap_or(old).clone();
+        for (name, _, factors) in self.0.modules() {
+            let mut new = factors.clone();
+            new.a = value(format!("{name}.{A}"), &factors.a);
+            new.b = value(format!("{name}.{B}"), &factors.b);
+            new.b_bias = factors.b_bias.as_ref().map(|old| value(format!("{name}.{B_BIAS}"), old));
+            new.bias = factors.bias.as_ref().map(|old| value(format!("{name}.bias"), old));
+            adapter.insert(name, new)?;
+        }
+        for (name, old) in self.0.biases() {
+            adapter.insert_parameter(name, value(name.to_owned(), old))?;
         }
         adapter.save(directory).map_err(|error| match &error.kind {
             // Not as an adapter that cannot be read.
@@ -166,6 +216,9 @@ impl Start {
         }
         if let Some(alpha) = self.alpha.filter(|&alpha| alpha != described.lora_alpha) {
             return differs("alpha", alpha.to_string(), described.lora_alpha.to_string());
+        }
+        if self.rslora && !described.use_rslora {
+            return differs("rslora", "given".into(), "a scale of ALPHA / R".into());
         }
         if let Some(targets) = &self.targets {
             let asked = targets.config(described.r, described.lora_alpha, config)?;

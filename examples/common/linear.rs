@@ -1,44 +1,69 @@
 //! A linear layer of the model, with or without an adapter.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Storage, Tensor};
+use fused_lora::candle::{Dropout, Training, lora_train};
 
-/// An adapter's part of a layer: a (R × K), b (N × R), variables where it is trained, and s.
+/// An adapter's part of a layer: a (R × K), b (N × R) and perhaps a bias on b (N), variables where it is trained, and s.
 #[derive(Clone, Debug)]
 pub struct Lora {
     pub a: Tensor,
     pub b: Tensor,
+    pub b_bias: Option<Tensor>,
     pub scale: f64,
+    /// Of training passes.
+    pub dropout: Option<Dropping>,
 }
 
-/// `y = x Wᵀ (+ s · (x Aᵀ) Bᵀ) (+ bias)`, W (N × K) and the bias frozen.
+/// Dropout of one layer: the probability, and a seed that no other layer has.
+#[derive(Clone, Copy, Debug)]
+pub struct Dropping {
+    pub p: f32,
+    pub seed: u64,
+}
+
+/// `y = x Wᵀ (+ s · ((x Aᵀ) Bᵀ + b_bias)) (+ bias)`, W (N × K) frozen.
 #[derive(Debug)]
 pub struct Linear {
     pub w: Tensor,
+    /// In W's type or f32; a variable where it is trained.
     pub bias: Option<Tensor>,
     pub lora: Option<Lora>,
 }
 
 impl Linear {
-    /// x is … × K.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match &self.lora {
-            Some(lora) if fused(x) => {
-                fused_lora::candle::lora(x, &self.w, &lora.a, &lora.b, lora.scale, self.bias.as_ref())
-            }
-            Some(Lora { a, b, scale }) => self.base(x)? + (product(&product(x, a)?, b)? * *scale)?,
-            None => self.base(x),
+    /// x is … × K. `pass` is the number of the training pass, which no other has, and `None` for inference.
+    pub fn forward(&self, x: &Tensor, pass: Option<u64>) -> Result<Tensor> {
+        let bias = self.bias()?;
+        let Some(Lora { a, b, scale, dropout, .. }) = &self.lora else {
+            return with_bias(product(x, &self.w)?, bias);
+        };
+        let dropout = dropout.zip(pass).map(|(Dropping { p, seed }, offset)| Dropout { p, seed, offset });
+        if fused(x.dtype(), x.device()) {
+            let training = Training { dropout, ..Training::default() };
+            return lora_train(x, &self.w, a, b, *scale, bias.as_ref(), training);
+        }
+        if dropout.is_some() {
+            candle_core::bail!("dropout is part of the fused op, which does not compute f32 on a GPU");
+        }
+        with_bias((product(x, &self.w)? + (product(&product(x, a)?, b)? * *scale)?)?, bias)
+    }
+
+    /// The layer's, with the adapter's inside its scale; in f32 where there are both.
+    fn bias(&self) -> Result<Option<Tensor>> {
+        let own = self.lora.as_ref().and_then(|lora| Some((lora.b_bias.as_ref()?, lora.scale)));
+        let Some((own, scale)) = own else { return Ok(self.bias.clone()) };
+        let own = (own.to_dtype(DType::F32)? * scale)?;
+        match &self.bias {
+            Some(bias) => (bias.to_dtype(DType::F32)? + own).map(Some),
+            None => Ok(Some(own)),
         }
     }
 
-    fn base(&self, x: &Tensor) -> Result<Tensor> {
-        let y = product(x, &self.w)?;
-        self.bias.as_ref().map_or_else(|| Ok(y.clone()), |bias| y.broadcast_add(bias))
-    }
-
-    /// W + s · B A, formed in f32 and rounded once, in place of W and the adapter.
+    /// W + s · B A and the sum of the biases, formed in f32 and rounded once, in place of W, bias and adapter.
     pub fn merge(&mut self) -> Result<()> {
-        if let Some(Lora { a, b, scale }) = self.lora.take() {
+        self.bias = self.bias()?;
+        if let Some(Lora { a, b, scale, .. }) = self.lora.take() {
             let f32 = |tensor: &Tensor| tensor.detach().to_dtype(DType::F32);
             let delta = (f32(&b)?.matmul(&f32(&a)?)? * scale)?;
             self.w = (f32(&self.w)? + delta)?.to_dtype(self.w.dtype())?;
@@ -48,8 +73,12 @@ impl Linear {
 }
 
 /// The fused op computes f32 on the CPU alone.
-fn fused(x: &Tensor) -> bool {
-    x.dtype() != DType::F32 || x.device().is_cpu()
+pub fn fused(dtype: DType, device: &Device) -> bool {
+    dtype != DType::F32 || device.is_cpu()
+}
+
+fn with_bias(y: Tensor, bias: Option<Tensor>) -> Result<Tensor> {
+    bias.map_or_else(|| Ok(y.clone()), |bias| y.broadcast_add(&bias.to_dtype(y.dtype())?))
 }
 
 /// x Wᵀ for x of … × K.

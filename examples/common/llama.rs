@@ -110,13 +110,24 @@ struct Source<'a> {
 
 impl Source<'_> {
     fn get(&mut self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        match self.changes.parameters.remove(name) {
+        match self.change(name, shape)? {
             None => self.weights.get(name, shape),
-            Some(value) if value.dims() == shape => Ok(value.to_dtype(self.weights.dtype)?),
-            Some(value) => {
+            Some(value) => Ok(value.to_dtype(self.weights.dtype)?),
+        }
+    }
+
+    /// An adapter's bias stays the tensor that it is: it may be a variable.
+    fn bias(&mut self, name: &str, n: usize) -> Result<Tensor> {
+        self.change(name, &[n])?.map_or_else(|| self.weights.get(name, &[n]), Ok)
+    }
+
+    fn change(&mut self, name: &str, shape: &[usize]) -> Result<Option<Tensor>> {
+        match self.changes.parameters.remove(name) {
+            Some(value) if value.dims() != shape => {
                 let got = value.dims();
                 Err(Failure::Usage(format!("the adapter's `{name}` has shape {got:?}, but the model's is {shape:?}")))
             }
+            value => Ok(value),
         }
     }
 
@@ -127,7 +138,7 @@ impl Source<'_> {
 
     fn linear_over(&mut self, module: &str, w: Tensor, bias: bool) -> Result<Linear> {
         let n = w.dim(0)?;
-        let bias = if bias { Some(self.get(&format!("{module}.bias"), &[n])?) } else { None };
+        let bias = if bias { Some(self.bias(&format!("{module}.bias"), n)?) } else { None };
         let lora = self.changes.lora.remove(module);
         Ok(Linear { w, bias, lora })
     }
@@ -175,8 +186,9 @@ impl Llama {
         Ok(Self { embedding, layers, norm, head, rotary, dtype: weights.dtype })
     }
 
-    /// The last hidden states (B × T × hidden) of ids (B × T), which follow the tokens in the cache.
-    pub fn hidden(&self, ids: &Tensor, mut cache: Option<&mut Cache>) -> Computed<Tensor> {
+    /// The last hidden states (B × T × hidden) of ids (B × T), which follow the tokens in the cache. `pass` is the number of the
+    /// training pass, `None` for inference.
+    pub fn hidden(&self, ids: &Tensor, mut cache: Option<&mut Cache>, pass: Option<u64>) -> Computed<Tensor> {
         let (batch, length) = ids.dims2()?;
         let seen = cache.as_ref().map_or(0, |cache| cache.len());
         let (cos, sin) = self.rotary.angles(seen, length)?;
@@ -184,26 +196,27 @@ impl Llama {
         let mut x = self.embedding.index_select(&ids.flatten_all()?, 0)?.reshape((batch, length, ()))?;
         for (index, layer) in self.layers.iter().enumerate() {
             let cache = cache.as_mut().and_then(|cache| cache.0.get_mut(index));
-            let attended = layer.attention.forward(&layer.input_norm.forward(&x)?, (&cos, &sin), &mask, cache)?;
+            let shared = Shared { cos: &cos, sin: &sin, mask: &mask, pass };
+            let attended = layer.attention.forward(&layer.input_norm.forward(&x)?, shared, cache)?;
             x = (x + attended)?;
-            x = (&x + layer.mlp.forward(&layer.attention_norm.forward(&x)?)?)?;
+            x = (&x + layer.mlp.forward(&layer.attention_norm.forward(&x)?, pass)?)?;
         }
         self.norm.forward(&x)
     }
 
     /// Logits of hidden states, in f32.
-    pub fn logits(&self, hidden: &Tensor) -> Computed<Tensor> {
-        self.head.forward(hidden)?.to_dtype(DType::F32)
+    pub fn logits(&self, hidden: &Tensor, pass: Option<u64>) -> Computed<Tensor> {
+        self.head.forward(hidden, pass)?.to_dtype(DType::F32)
     }
 
     /// Mean cross entropy (f32 scalar) of each token given those before it. ids and labels are B × T, row-major; a label
-    /// of [`IGNORED`] counts for nothing, nor does the first of a row.
-    pub fn loss(&self, ids: &[u32], labels: &[i64], (batch, length): (usize, usize)) -> Computed<Tensor> {
+    /// of [`IGNORED`] counts for nothing, nor does the first of a row. For training, in the pass of that number.
+    pub fn loss(&self, ids: &[u32], labels: &[i64], (batch, length): (usize, usize), pass: u64) -> Computed<Tensor> {
         let device = self.embedding.device();
         let ids = Tensor::from_slice(ids, (batch, length), device)?;
         let mut rows = Vec::new(); // of the hidden states, B · T in all
         let mut targets = Vec::new();
-        for (at, &label) in labels.iter().enumerate().filter(|&(at, &label)| at % length != 0 && label != IGNORED) {
+        for (at, label) in counted(labels, length) {
             rows.push((at - 1) as u32);
             targets.push(label as u32);
         }
@@ -212,8 +225,9 @@ impl Llama {
         }
         let count = rows.len();
         let rows = Tensor::from_vec(rows, count, device)?;
-        let hidden = self.hidden(&ids, None)?.flatten_to(1)?.index_select(&rows, 0)?;
-        let logits = self.logits(&hidden)?;
+        let pass = Some(pass);
+        let hidden = self.hidden(&ids, None, pass)?.flatten_to(1)?.index_select(&rows, 0)?;
+        let logits = self.logits(&hidden, pass)?;
         let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?.detach())?;
         let log_sum = shifted.exp()?.sum_keepdim(D::Minus1)?.log()?;
         let chosen = shifted.gather(&Tensor::from_vec(targets, (count, 1), device)?, 1)?;
@@ -236,6 +250,11 @@ impl Llama {
 /// The label of a token that is not to be learnt.
 pub const IGNORED: i64 = -100;
 
+/// The labels that count in rows of `length`, with their places.
+pub fn counted(labels: &[i64], length: usize) -> impl Iterator<Item = (usize, i64)> {
+    labels.iter().copied().enumerate().filter(move |&(at, label)| at % length != 0 && label != IGNORED)
+}
+
 impl Norm {
     fn forward(&self, x: &Tensor) -> Computed<Tensor> {
         rms_norm_slow(x, &self.weight, self.eps) // the differentiable one
@@ -243,26 +262,29 @@ impl Norm {
 }
 
 impl Mlp {
-    fn forward(&self, x: &Tensor) -> Computed<Tensor> {
-        self.down.forward(&(self.gate.forward(x)?.silu()? * self.up.forward(x)?)?)
+    fn forward(&self, x: &Tensor, pass: Option<u64>) -> Computed<Tensor> {
+        self.down.forward(&(self.gate.forward(x, pass)?.silu()? * self.up.forward(x, pass)?)?, pass)
     }
 }
 
+/// What the layers of a pass share.
+struct Shared<'a> {
+    cos: &'a Tensor,
+    sin: &'a Tensor,
+    mask: &'a Tensor,
+    pass: Option<u64>,
+}
+
 impl Attention {
-    fn forward(
-        &self,
-        x: &Tensor,
-        (cos, sin): (&Tensor, &Tensor),
-        mask: &Tensor,
-        cache: Option<&mut ConcatKvCache>,
-    ) -> Computed<Tensor> {
+    fn forward(&self, x: &Tensor, shared: Shared<'_>, cache: Option<&mut ConcatKvCache>) -> Computed<Tensor> {
+        let Shared { cos, sin, mask, pass } = shared;
         let (batch, length, _) = x.dims3()?;
         let &Self { heads, kv_heads, head_dim, .. } = self;
         let split = |y: Tensor, heads| y.reshape((batch, length, heads, head_dim))?.transpose(1, 2)?.contiguous();
         let turn = |y: Tensor| rope_slow(&y.to_dtype(DType::F32)?, cos, sin)?.to_dtype(x.dtype());
-        let q = turn(split(self.q.forward(x)?, heads)?)?;
-        let mut k = turn(split(self.k.forward(x)?, kv_heads)?)?;
-        let mut v = split(self.v.forward(x)?, kv_heads)?;
+        let q = turn(split(self.q.forward(x, pass)?, heads)?)?;
+        let mut k = turn(split(self.k.forward(x, pass)?, kv_heads)?)?;
+        let mut v = split(self.v.forward(x, pass)?, kv_heads)?;
         if let Some(cache) = cache {
             (k, v) = cache.append(&k, &v)?;
         }
@@ -273,7 +295,7 @@ impl Attention {
         let weights = softmax(&scores.reshape((batch, heads, length, ()))?.broadcast_add(mask)?)?;
         let y = weights.to_dtype(x.dtype())?.reshape(grouped)?.matmul(&v.contiguous()?)?;
         let y = y.reshape((batch, heads, length, head_dim))?.transpose(1, 2)?;
-        self.o.forward(&y.reshape((batch, length, heads * head_dim))?)
+        self.o.forward(&y.reshape((batch, length, heads * head_dim))?, pass)
     }
 }
 

@@ -24,7 +24,10 @@ Trains a LoRA adapter for a model of the Llama architecture in Hugging Face's fo
   --targets T         modules to adapt: names such as q_proj,v_proj (the default), or all-linear
   --rank R            default 8
   --alpha ALPHA       scale = ALPHA / R; default 16
-  --init DIR          start from this adapter, with its config: targets, rank and alpha are its own
+  --rslora            scale = ALPHA / √R
+  --dropout P         in training, elements of the adapters' inputs are dropped with this probability; default 0
+  --init DIR          start from this adapter, with its config: targets, rank, scale and dropout are its own, of which
+                      --dropout can change the last; it may bring biases to train, on B (`lora_bias`) or of the model (`bias`)
 
   --optimizer O       adamw (the default) or sgd, as torch.optim has them
   --lr LR             default 0.0002
@@ -36,7 +39,8 @@ Trains a LoRA adapter for a model of the Llama architecture in Hugging Face's fo
   --steps N           default 100, or as many as are recorded
   --batch N           sequences per step, default 4
   --seq N             tokens per sequence, default 128
-  --seed N            of the adapter's first values and of the order of the data, default 0
+  --accumulate N      batches per step, default 1: their gradients are added up in f32, each batch weighed by its labels
+  --seed N            of the adapter's first values, of the order of the data and of dropout, default 0
   --dtype DTYPE       of the model: f32 (the default on a CPU), bf16 (the default on a GPU) or f16; the adapter is
                       trained in f32
   --device DEVICE     cpu or cuda; default: cuda where the build has it and there is a GPU
@@ -61,6 +65,7 @@ pub struct Arguments {
     pub steps: Option<usize>,
     pub batch: Option<usize>,
     pub seq: Option<usize>,
+    pub accumulate: usize,
     pub seed: u64,
     /// None: what suits the device.
     pub dtype: Option<DType>,
@@ -86,7 +91,7 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>> {
     use lexopt::prelude::{Long, Short};
     let (mut model, mut data, mut out) = (None, None, None);
     let (mut adapter, mut optimizer) = (Start::default(), OptimizerFlags::default());
-    let (mut steps, mut batch, mut seq, mut seed) = (None, None, None, 0);
+    let (mut steps, mut batch, mut seq, mut seed, mut accumulate) = (None, None, None, 0, 1);
     let (mut dtype, mut place, mut checkpoint) = (None, Place::Any, 100);
     let (mut resume, mut json) = (false, false);
     let mut parser = lexopt::Parser::from_args(arguments);
@@ -96,9 +101,14 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>> {
             Long("data") => data = Some(flags::path(&mut parser)?),
             Long("out") => out = Some(flags::path(&mut parser)?),
             Long("targets") => adapter.targets = Some(targets(&mut parser)?),
-            Long("rank") => adapter.rank = Some(rank(&mut parser)?),
+            Long("rank") => adapter.rank = Some(bounded(&mut parser, "rank")?),
             Long("alpha") => {
                 adapter.alpha = Some(flags::number(&mut parser, "alpha", "a positive number", |a| a > 0.0)?)
+            }
+            Long("rslora") => adapter.rslora = true,
+            Long("dropout") => {
+                let expected = "a probability of at least 0 and below 1";
+                adapter.dropout = Some(flags::number(&mut parser, "dropout", expected, |p| (0.0..1.0).contains(&p))?);
             }
             Long("init") => adapter.init = Some(flags::path(&mut parser)?),
             Long(flag @ ("optimizer" | "lr" | "betas" | "eps" | "momentum" | "weight-decay")) => {
@@ -108,6 +118,7 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>> {
             Long("steps") => steps = Some(flags::count(&mut parser, "steps", 1)?),
             Long("batch") => batch = Some(flags::count(&mut parser, "batch", 1)?),
             Long("seq") => seq = Some(flags::count(&mut parser, "seq", 2)?),
+            Long("accumulate") => accumulate = bounded(&mut parser, "accumulate")?,
             Long("seed") => seed = flags::seed(&mut parser)?,
             Long("dtype") => dtype = Some(flags::dtype(&mut parser)?),
             Long("device") => place = Place::read(&mut parser)?,
@@ -127,6 +138,7 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>> {
         steps,
         batch,
         seq,
+        accumulate,
         seed,
         dtype,
         place,
@@ -136,10 +148,10 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>> {
     }))
 }
 
-/// Bounded, because the factors are made before anything of the model is.
-fn rank(parser: &mut lexopt::Parser) -> Result<usize> {
+/// A number that multiplies what is made before anything of the model is.
+fn bounded(parser: &mut lexopt::Parser, flag: &str) -> Result<usize> {
     const MOST: usize = 1 << 16;
-    flags::value(parser, "rank", &format!("a whole number of at least 1 and at most {MOST}"), |text| {
+    flags::value(parser, flag, &format!("a whole number of at least 1 and at most {MOST}"), |text| {
         text.parse().ok().filter(|rank| (1..=MOST).contains(rank))
     })
 }

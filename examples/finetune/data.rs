@@ -115,7 +115,7 @@ impl Data {
     }
 
     /// How many batches there are, where the data ends.
-    pub fn steps(&self) -> Option<usize> {
+    pub fn batches(&self) -> Option<usize> {
         match self.kind {
             Kind::Recorded { steps, .. } => Some(steps),
             Kind::Text { .. } => None,
@@ -141,18 +141,18 @@ impl Data {
         words.fold(0xcbf2_9ce4_8422_2325, |hash, word| (hash ^ word).wrapping_mul(0x100_0000_01b3))
     }
 
-    /// Batch `step`, which must be below [`Data::steps`] where the data ends.
-    pub fn batch(&mut self, step: usize) -> Batch {
+    /// Batch `at`, which must be below [`Data::batches`] where the data ends.
+    pub fn batch(&mut self, at: usize) -> Batch {
         let (batch, seq) = (self.batch, self.seq);
         match &mut self.kind {
             Kind::Recorded { ids, labels, .. } => {
-                let range = step * batch * seq..(step + 1) * batch * seq;
+                let range = at * batch * seq..(at + 1) * batch * seq;
                 Batch { ids: ids[range.clone()].to_vec(), labels: labels[range].to_vec() }
             }
             Kind::Text { tokens, seed, order } => {
                 let pieces = tokens.len() / seq;
                 let mut ids = Vec::with_capacity(batch * seq);
-                for drawn in step * batch..(step + 1) * batch {
+                for drawn in at * batch..(at + 1) * batch {
                     let piece = order.of(drawn / pieces, pieces, *seed)[drawn % pieces];
                     ids.extend_from_slice(&tokens[piece * seq..(piece + 1) * seq]);
                 }

@@ -28,6 +28,7 @@ use candle_core::DType;
 use common::adapters::Adapter;
 use common::config::Config;
 use common::failure::{self, Failure, Result};
+use common::linear::fused;
 use common::llama::{HEAD, Llama, linear_layers};
 use common::tokens::Tokens;
 use common::weights::Weights;
@@ -82,9 +83,12 @@ fn prepare(arguments: &Arguments) -> Result<Training> {
         weights.check(&format!("{name}.weight"), &[*n, *k])?;
     }
     let adapter = Adapter::start(&arguments.adapter, &config, &arguments.model, seed)?;
+    if adapter.dropout() != 0.0 && !fused(dtype, &device) {
+        return Err(Failure::NotBuilt("dropout in f32 on a GPU, where the fused op computes bf16 and f16".into()));
+    }
     std::fs::create_dir_all(&arguments.out).map_err(|error| Failure::output(arguments.out.display(), error))?;
 
-    let (changes, parameters) = adapter.variables(&device)?;
+    let (changes, parameters) = adapter.variables(&device, seed)?;
     let model = Llama::load(&config, &weights, changes)?;
     Ok(Training {
         model,
@@ -92,6 +96,7 @@ fn prepare(arguments: &Arguments) -> Result<Training> {
         optimizer: Optimizer::new(arguments.optimizer),
         settings: settings(arguments, dtype, &data, &adapter),
         data,
+        accumulate: arguments.accumulate,
         tokens: tokens.name(),
         adapter,
         history: History::default(),
@@ -106,7 +111,8 @@ fn introduce(arguments: &Arguments, training: &Training, streams: &mut Streams<'
     let Training { model, parameters, data, device, tokens, .. } = training;
     let (from, dtype, place) =
         (arguments.model.display(), model.dtype().as_str(), if device.is_cuda() { "cuda" } else { "cpu" });
-    let (layers, values) = (parameters.len() / 2, parameters.iter().map(|one| one.var.elem_count()).sum::<usize>());
+    let (layers, values) =
+        (training.adapter.layers(), parameters.iter().map(|one| one.var.elem_count()).sum::<usize>());
     say(
         arguments,
         streams,
@@ -133,6 +139,9 @@ fn settings(arguments: &Arguments, dtype: DType, data: &Data, adapter: &Adapter)
         "--weight-decay": weight_decay,
         "--batch": data.batch,
         "--seq": data.seq,
+        // As those before these flags were written: without them.
+        "--accumulate": Some(arguments.accumulate).filter(|&batches| batches != 1),
+        "--dropout": Some(adapter.dropout()).filter(|&p| p != 0.0),
         "--seed": arguments.seed,
         "--dtype": dtype.as_str(),
         "--data with digest": format!("{:016x}", data.digest()),
@@ -142,10 +151,15 @@ fn settings(arguments: &Arguments, dtype: DType, data: &Data, adapter: &Adapter)
 
 /// How many steps the run has in all.
 fn steps(arguments: &Arguments, training: &Training) -> Result<usize> {
-    let recorded = training.data.steps();
+    let (batches, accumulate) = (training.data.batches(), arguments.accumulate);
+    let recorded = batches.map(|batches| batches / accumulate);
     let steps = arguments.steps.or(recorded).unwrap_or(100);
-    if let Some(recorded) = recorded.filter(|&recorded| steps > recorded) {
-        return Err(Failure::Usage(format!("`--steps` is {steps}, but the data holds {recorded} batches")));
+    if let (Some(recorded), Some(batches)) = (recorded, batches)
+        && (steps > recorded || recorded == 0)
+    {
+        let each = if accumulate == 1 { String::new() } else { format!(" with `--accumulate` {accumulate}") };
+        let steps = arguments.steps.unwrap_or(1);
+        return Err(Failure::Usage(format!("`--steps` is {steps}{each}, but the data holds {batches} batches")));
     }
     let made = training.history.0.len();
     if made > steps {

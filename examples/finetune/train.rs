@@ -4,15 +4,15 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Result as Computed, Tensor};
 use serde_json::Value;
 
 use super::checkpoint::State;
 use super::common::adapters::Adapter;
 use super::common::adapters::Parameter;
 use super::common::failure::{Failure, Result};
-use super::common::llama::Llama;
-use super::data::Data;
+use super::common::llama::{Llama, counted};
+use super::data::{Batch, Data};
 use super::history::{History, Record};
 use super::optimizer::Optimizer;
 use super::progress::{Progress, Streams};
@@ -23,6 +23,8 @@ pub struct Training {
     pub parameters: Vec<Parameter>,
     pub optimizer: Optimizer,
     pub data: Data,
+    /// Batches per step.
+    pub accumulate: usize,
     /// What made tokens of text.
     pub tokens: &'static str,
     /// The same values as the parameters, with the config.
@@ -103,10 +105,11 @@ impl Training {
 
     fn step(&mut self, step: usize) -> Result<Record> {
         let began = Instant::now();
-        let batch = self.data.batch(step);
-        let loss = self.model.loss(&batch.ids, &batch.labels, (self.data.batch, self.data.seq))?;
-        let (gradients, grad_norm) = self.gradients(&loss)?;
-        let loss = f64::from(loss.to_scalar::<f32>()?);
+        let passes = step * self.accumulate..(step + 1) * self.accumulate;
+        let batches: Vec<(usize, Batch)> = passes.map(|pass| (pass, self.data.batch(pass))).collect();
+        let tokens: usize = batches.iter().map(|(_, batch)| batch.ids.len()).sum();
+        let (gradients, loss) = self.accumulated(&batches)?;
+        let grad_norm = norm(&gradients)?;
         let diverged = |what: &str, value: f64| Err(Failure::Diverged { step, problem: format!("{what} is {value}") });
         if !loss.is_finite() {
             return diverged("the loss", loss);
@@ -118,26 +121,40 @@ impl Training {
         }
         self.adapt_loss_scale(grad_norm.is_finite());
         self.device.synchronize()?;
-        let tokens_per_second = batch.ids.len() as f64 / began.elapsed().as_secs_f64().max(1e-9);
+        let tokens_per_second = tokens as f64 / began.elapsed().as_secs_f64().max(1e-9);
         Ok(Record { loss, grad_norm, tokens_per_second })
     }
 
-    /// The gradient of each parameter, and the L2 norm of all.
-    fn gradients(&self, loss: &Tensor) -> Result<(Vec<Tensor>, f64)> {
-        let scale = self.loss_scale.0;
-        let scaled = if scale == 1.0 { loss.clone() } else { (loss * scale)? };
-        let store = scaled.backward()?;
-        let mut gradients = Vec::with_capacity(self.parameters.len());
-        let mut squares = Vec::with_capacity(self.parameters.len());
-        for Parameter { name, var } in &self.parameters {
-            let gradient = store.get(var).ok_or_else(|| Failure::NotBuilt(format!("a gradient of `{name}`")))?;
-            let gradient = if scale == 1.0 { gradient.clone() } else { (gradient / scale)? };
-            squares.push(gradient.sqr()?.sum_all()?);
-            gradients.push(gradient);
+    /// The gradients and the mean loss over all labels of the batches, one graph at a time. A batch's number is that of its pass.
+    fn accumulated(&self, batches: &[(usize, Batch)]) -> Result<(Vec<Tensor>, f64)> {
+        let (batch_size, seq) = (self.data.batch, self.data.seq);
+        let labels = |batch: &Batch| counted(&batch.labels, seq).count() as f64;
+        let all: f64 = batches.iter().map(|(_, batch)| labels(batch)).sum();
+        let (mut sums, mut mean) = (Vec::new(), 0.0);
+        for (pass, batch) in batches {
+            let share = labels(batch) / all;
+            let loss = self.model.loss(&batch.ids, &batch.labels, (batch_size, seq), *pass as u64)?;
+            let gradients = self.gradients(&loss, share)?;
+            mean += share * f64::from(loss.to_scalar::<f32>()?);
+            sums = if sums.is_empty() {
+                gradients
+            } else {
+                sums.iter().zip(&gradients).map(|(sum, gradient)| sum + gradient).collect::<Computed<_>>()?
+            };
         }
-        let squares: Vec<f32> = Tensor::stack(&squares, 0)?.to_vec1()?;
-        let norm = squares.iter().map(|&square| f64::from(square)).sum::<f64>().sqrt();
-        Ok((gradients, norm))
+        Ok((sums, mean))
+    }
+
+    /// The gradient of each parameter, in f32, of `share` times the loss.
+    fn gradients(&self, loss: &Tensor, share: f64) -> Result<Vec<Tensor>> {
+        let times = |tensor: &Tensor, factor: f64| if factor == 1.0 { Ok(tensor.clone()) } else { tensor * factor };
+        let scale = self.loss_scale.0;
+        let store = times(loss, scale * share)?.backward()?;
+        let gradient = |Parameter { name, var }: &Parameter| {
+            let gradient = store.get(var).ok_or_else(|| Failure::NotBuilt(format!("a gradient of `{name}`")))?;
+            Ok(times(gradient, 1.0 / scale)?)
+        };
+        self.parameters.iter().map(gradient).collect()
     }
 
     fn adapt_loss_scale(&mut self, finite: bool) {
@@ -152,4 +169,11 @@ impl Training {
             (*scale, *age) = (*scale * 2.0, 0);
         }
     }
+}
+
+/// The L2 norm of all.
+fn norm(gradients: &[Tensor]) -> Result<f64> {
+    let squares = gradients.iter().map(|gradient| gradient.sqr()?.sum_all()).collect::<Computed<Vec<_>>>()?;
+    let squares: Vec<f32> = Tensor::stack(&squares, 0)?.to_vec1()?;
+    Ok(squares.iter().map(|&square| f64::from(square)).sum::<f64>().sqrt())
 }

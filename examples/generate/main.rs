@@ -207,8 +207,8 @@ fn continued(
     while added.len() < count {
         let length = next.len();
         let ids = Tensor::from_vec(next, (1, length), device)?;
-        let hidden = model.hidden(&ids, Some(&mut cache))?.narrow(1, length - 1, 1)?;
-        let logits: Vec<f32> = model.logits(&hidden)?.flatten_all()?.to_vec1()?;
+        let hidden = model.hidden(&ids, Some(&mut cache), None)?.narrow(1, length - 1, 1)?;
+        let logits: Vec<f32> = model.logits(&hidden, None)?.flatten_all()?.to_vec1()?;
         let Some(token) = arguments.sampling.choose(&logits, &mut rng) else {
             return Err(Failure::Diverged { step: added.len(), problem: "no logit is a number".into() });
         };

@@ -8,17 +8,20 @@ use super::case::{AdapterInfo, json, number, text};
 use super::failure::Failure;
 use super::tensors::Tensors;
 
-/// A (R × K) and B (N × R) as stored, and the bias that was trained with them, if any.
+/// A (R × K) and B (N × R) as stored, and the biases that were trained with them, if any.
 pub struct Adapter {
+    pub info: AdapterInfo,
     pub a: Vec<f64>,
     pub b: Vec<f64>,
+    /// N, inside the scale.
+    pub b_bias: Option<Vec<f64>>,
+    /// N, in place of the base layer's.
     pub bias: Option<Vec<f64>>,
 }
 
 /// Config entries that change what a layer computes, and what each stands for.
-const VARIANTS: [(&str, &str); 10] = [
+const VARIANTS: [(&str, &str); 9] = [
     ("use_dora", "DoRA"),
-    ("lora_bias", "a bias on lora_B (`lora_bias`)"),
     ("use_qalora", "QA-LoRA"),
     ("use_bdlora", "block-diagonal LoRA (`use_bdlora`)"),
     ("alora_invocation_tokens", "activated LoRA (`alora_invocation_tokens`)"),
@@ -43,14 +46,14 @@ impl Adapter {
     /// Reads `directory` and holds its config to what the case says of the adapter.
     pub fn read(
         directory: &Path,
-        info: &AdapterInfo,
+        info: AdapterInfo,
         fan_in_fan_out: bool,
         n: usize,
         k: usize,
     ) -> Result<Self, Failure> {
         let file = "adapter_config.json";
         let config = json(&directory.join(file), file)?;
-        check_config(&config, file, info, fan_in_fan_out)?;
+        check_config(&config, file, &info, fan_in_fan_out)?;
         let tensors = Tensors::read(&directory.join("adapter_model.safetensors"), "adapter_model.safetensors")?;
         let matrix = |suffix: &str, shape: [usize; 2]| {
             let name = single(&tensors, suffix)?;
@@ -64,7 +67,12 @@ impl Adapter {
             .find(|name| tensors.get(name).is_some())
             .map(|name| tensors.expect(name, &[n]).map(|tensor| tensor.data.clone()))
             .transpose()?;
-        Ok(Self { a, b, bias })
+        let b_bias = if config.get("lora_bias").and_then(Value::as_bool).unwrap_or(false) {
+            Some(tensors.expect(&format!("{layer}.lora_B.bias"), &[n])?.data.clone())
+        } else {
+            None
+        };
+        Ok(Self { info, a, b, b_bias, bias })
     }
 }
 

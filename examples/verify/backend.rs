@@ -26,6 +26,8 @@ pub struct Problem<T> {
     pub b: Vec<T>,
     pub bias: Option<Vec<T>>,
     pub dy: Vec<T>,
+    /// The words of a `Routing`, where rows go through adapters of their own.
+    pub routes: Option<Vec<u64>>,
 }
 
 /// What forward gives.

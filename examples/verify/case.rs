@@ -15,7 +15,7 @@ pub struct AdapterInfo {
     pub scaling: f64,
 }
 
-/// A linear layer with one plain LoRA adapter, as PEFT recorded it.
+/// A linear layer with one or several LoRA adapters, as PEFT recorded it.
 pub struct Case {
     pub name: String,
     pub m: usize,
@@ -23,11 +23,13 @@ pub struct Case {
     pub k: usize,
     /// Leading dimensions of x and y; their product is M.
     pub lead: Vec<usize>,
-    pub info: AdapterInfo,
     /// N × K, whatever the layout on disk.
     pub w: Vec<f64>,
-    pub adapter: Adapter,
-    /// The bias the layer adds: the trained one if the adapter has one, else that of the base layer.
+    /// Those whose contributions are summed, or among which `routes` chooses.
+    pub adapters: Vec<Adapter>,
+    /// For each row of x its adapter, or none.
+    pub routes: Option<Vec<Option<usize>>>,
+    /// The bias of the layer: the trained one if an adapter has one, else that of the base layer.
     pub bias: Option<Vec<f64>>,
     /// The modes case.json lists.
     pub modes: Vec<String>,
@@ -42,13 +44,12 @@ impl Case {
         let case = json(&directory.join(CASE), CASE)?;
         let name = text(&case, CASE, "name")?.to_owned();
         check_kind(&case)?;
-        let (active, described) = active_adapter(&case)?;
-        let (n, k) = (size(&case, CASE, "out_features")?, size(&case, CASE, "in_features")?);
-        let info = AdapterInfo {
-            name: active.to_owned(),
-            r: size(described, CASE, "r")?,
-            scaling: number(described, CASE, "scaling")?,
+        let entries = entries(&case)?;
+        let active = match &entries {
+            Some(entries) => chosen_adapters(&case, entries)?,
+            None => active_adapters(&case)?,
         };
+        let (n, k) = (size(&case, CASE, "out_features")?, size(&case, CASE, "in_features")?);
         let fan_in_fan_out = match text(&case, CASE, "weight_layout")? {
             layout if layout.starts_with("[out,in]") => false,
             layout if layout.starts_with("[in,out]") => true,
@@ -56,8 +57,8 @@ impl Case {
         };
         let (m, lead) = tokens(&case, k)?;
         let tensors = Tensors::read(&directory.join("tensors.safetensors"), "tensors.safetensors")?;
-        if training(&case) && tensors.get(&format!("{active}.mask")).is_some() {
-            return Err(Failure::NotBuilt("dropout on the adapter branch".into()));
+        if training(&case) && active.iter().any(|(name, _)| tensors.get(&format!("{name}.mask")).is_some()) {
+            return Err(recorded_mask());
         }
         let w = if fan_in_fan_out {
             tensors.expect("W", &[k, n])?.transposed(k, n)
@@ -65,20 +66,45 @@ impl Case {
             tensors.expect("W", &[n, k])?.data.clone()
         };
         let base_bias = tensors.get("b").map(|_| tensors.expect("b", &[n])).transpose()?;
-        let files = directory.join("adapter");
-        let files = if active == "default" { files } else { files.join(active) };
-        let adapter = Adapter::read(&files, &info, fan_in_fan_out, n, k)?;
-        let bias = adapter.bias.clone().or_else(|| base_bias.map(|bias| bias.data.clone()));
+        let routes = match entries {
+            Some(entries) => {
+                let shape: Vec<usize> = lead.iter().copied().chain([k]).collect();
+                tensors.expect("x", &shape)?; // M is not to be trusted before
+                Some(routes(&entries, &active, m, &lead)?)
+            }
+            None => None,
+        };
+        let mut adapters = Vec::with_capacity(active.len());
+        for (name, described) in active {
+            let info = AdapterInfo {
+                name: name.to_owned(),
+                r: size(described, CASE, "r")?,
+                scaling: number(described, CASE, "scaling")?,
+            };
+            let files = directory.join("adapter");
+            let files = if name == "default" { files } else { files.join(name) };
+            adapters.push(Adapter::read(&files, info, fan_in_fan_out, n, k)?);
+        }
+        if routes.is_some() && adapters.iter().any(|adapter| adapter.b_bias.is_some() || adapter.bias.is_some()) {
+            return Err(Failure::NotBuilt("biases of different adapters within one batch".into()));
+        }
+        let trained = adapters.iter().find_map(|adapter| adapter.bias.clone());
+        let bias = trained.or_else(|| base_bias.map(|bias| bias.data.clone()));
         let modes = list(&case, "modes")?;
         let errors = case.get("peft_error_vs_f64").cloned().unwrap_or_default();
-        let case = Self { name, m, n, k, lead, info, w, adapter, bias, modes, tensors, errors };
-        case.check_adapter()?;
+        let case = Self { name, m, n, k, lead, w, adapters, routes, bias, modes, tensors, errors };
+        case.adapters.iter().try_for_each(|adapter| case.check_adapter(adapter))?;
         Ok(case)
     }
 
     /// A tensor of the case whose name starts with the adapter's.
-    pub fn adapter_tensor(&self, what: &str, shape: &[usize]) -> Result<&Tensor, Failure> {
-        self.tensors.expect(&format!("{}.{what}", self.info.name), shape)
+    pub fn adapter_tensor(&self, adapter: &Adapter, what: &str, shape: &[usize]) -> Result<&Tensor, Failure> {
+        self.tensors.expect(&format!("{}.{what}", adapter.info.name), shape)
+    }
+
+    /// Ranks of all adapters.
+    pub fn rank(&self) -> usize {
+        self.adapters.iter().map(|adapter| adapter.info.r).sum()
     }
 
     /// The shape of a matrix with one row per token.
@@ -93,15 +119,17 @@ impl Case {
     }
 
     /// The adapter's files must hold the values that the results were recorded with.
-    fn check_adapter(&self) -> Result<(), Failure> {
-        let (n, k, r) = (self.n, self.k, self.info.r);
-        let trained = self.tensors.get(&format!("{}.b_trained", self.info.name)).map(|tensor| &tensor.data);
-        if trained != self.adapter.bias.as_ref() {
-            let problem = format!("its bias is not the case's `{}.b_trained`", self.info.name);
-            return Err(Failure::malformed("adapter_model.safetensors", problem));
+    fn check_adapter(&self, adapter: &Adapter) -> Result<(), Failure> {
+        let (n, k, r) = (self.n, self.k, adapter.info.r);
+        for (what, bias) in [("b_trained", &adapter.bias), ("Bbias", &adapter.b_bias)] {
+            let name = format!("{}.{what}", adapter.info.name);
+            if self.tensors.get(&name).map(|tensor| &tensor.data) != bias.as_ref() {
+                let problem = format!("its bias is not the case's `{name}`");
+                return Err(Failure::malformed("adapter_model.safetensors", problem));
+            }
         }
-        for (what, shape, values) in [("A", [r, k], &self.adapter.a), ("B", [n, r], &self.adapter.b)] {
-            let recorded = &self.adapter_tensor(what, &shape)?.data;
+        for (what, shape, values) in [("A", [r, k], &adapter.a), ("B", [n, r], &adapter.b)] {
+            let recorded = &self.adapter_tensor(adapter, what, &shape)?.data;
             if let Some(at) = (0..values.len()).find(|&at| values[at] != recorded[at]) {
                 let (got, expected) = (values[at], recorded[at]);
                 let problem = format!("lora_{what}: element {at} is {got}, but the case recorded {expected}");
@@ -110,6 +138,11 @@ impl Case {
         }
         Ok(())
     }
+}
+
+/// What drops is drawn anew from a seed here; torch's draws are recorded as what they dropped.
+fn recorded_mask() -> Failure {
+    Failure::NotBuilt("dropout on the adapter branch by a recorded mask, not by a seed".into())
 }
 
 fn training(case: &Value) -> bool {
@@ -128,29 +161,71 @@ fn check_kind(case: &Value) -> Result<(), Failure> {
     Err(Failure::NotBuilt(needed))
 }
 
-/// The one adapter the layer applies; other numbers of adapters and other variants are not built yet.
-fn active_adapter(case: &Value) -> Result<(&str, &Value), Failure> {
-    if case.get("adapter_names").is_some_and(|names| !names.is_null()) {
-        return Err(Failure::NotBuilt("different adapters within one batch".into()));
+/// PEFT's name for no adapter.
+const BASE: &str = "__base__";
+
+/// The adapter of each entry of x's first dimension, in a batch that mixes them.
+fn entries(case: &Value) -> Result<Option<Vec<String>>, Failure> {
+    match case.get("adapter_names") {
+        None | Some(Value::Null) => Ok(None),
+        Some(_) => list(case, "adapter_names").map(Some),
     }
+}
+
+/// Each adapter that an entry names, once.
+fn chosen_adapters<'a>(case: &'a Value, entries: &[String]) -> Result<Vec<(&'a str, &'a Value)>, Failure> {
+    let mut names: Vec<&String> = entries.iter().filter(|name| *name != BASE).collect();
+    names.sort();
+    names.dedup();
+    if names.is_empty() {
+        return Err(Failure::NotBuilt("a batch without an adapter".into()));
+    }
+    names.into_iter().map(|name| described_adapter(case, name)).collect()
+}
+
+/// The adapter of each of the M rows of x.
+fn routes(
+    entries: &[String],
+    adapters: &[(&str, &Value)],
+    m: usize,
+    lead: &[usize],
+) -> Result<Vec<Option<usize>>, Failure> {
+    let (got, expected) = (entries.len(), lead.first().copied().unwrap_or(1));
+    if got != expected || got == 0 {
+        let problem = format!("adapter_names has {got} entries, expected {expected}, the first dimension of x");
+        return Err(Failure::malformed(CASE, problem));
+    }
+    let position = |name: &String| adapters.iter().position(|(known, _)| known == name);
+    Ok((0..m).map(|row| position(&entries[row / (m / got)])).collect())
+}
+
+/// The adapters that the layer sums.
+fn active_adapters(case: &Value) -> Result<Vec<(&str, &Value)>, Failure> {
     let active = case.get("active").and_then(Value::as_array);
     let active = active.ok_or_else(|| Failure::malformed(CASE, "`active` is not a list"))?;
-    let [active] = active.as_slice() else {
-        return Err(Failure::NotBuilt(format!("{} adapters active at once", active.len())));
-    };
-    let active = active.as_str().ok_or_else(|| Failure::malformed(CASE, "`active` does not hold names"))?;
+    if active.is_empty() {
+        return Err(Failure::NotBuilt("a layer without an active adapter".into()));
+    }
+    let names: Option<Vec<&str>> = active.iter().map(Value::as_str).collect();
+    let names = names.ok_or_else(|| Failure::malformed(CASE, "`active` does not hold names"))?;
+    names.iter().map(|name| described_adapter(case, name)).collect()
+}
+
+/// The adapter's name and description; variants that are not built yet are refused.
+fn described_adapter<'a>(case: &'a Value, active: &str) -> Result<(&'a str, &'a Value), Failure> {
     if Path::new(active).components().count() != 1 || active.contains(['/', '\\']) || active.starts_with('.') {
         return Err(Failure::malformed(CASE, format!("adapter name `{active}` is not a plain name")));
     }
-    let described = case.get("adapters").and_then(|adapters| adapters.get(active));
-    let described = described.ok_or_else(|| Failure::malformed(CASE, format!("`adapters` lacks `{active}`")))?;
+    let described = case.get("adapters").and_then(Value::as_object).and_then(|adapters| adapters.get_key_value(active));
+    let (active, described) =
+        described.ok_or_else(|| Failure::malformed(CASE, format!("`adapters` lacks `{active}`")))?;
     let config = described.get("config").unwrap_or(&Value::Null);
     if let Some(variant) = variant(config) {
         return Err(Failure::NotBuilt(variant.into()));
     }
     let dropout = config.get("lora_dropout").and_then(Value::as_f64).unwrap_or(0.0);
     if training(case) && dropout != 0.0 {
-        return Err(Failure::NotBuilt("dropout on the adapter branch".into()));
+        return Err(recorded_mask());
     }
     Ok((active, described))
 }

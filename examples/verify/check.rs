@@ -1,12 +1,14 @@
 //! Runs a case in every mode and measures every result.
 
+use std::ops::Range;
 use std::time::Duration;
 
-use fused_lora::{Element, bf16, f16};
+use fused_lora::{Element, Routing, Slot, bf16, f16};
 use safetensors::Dtype;
 
-use super::backend::{Backend, Form, Forms, Kind, Problem, Runner, Values};
-use super::case::Case;
+use super::adapter::Adapter;
+use super::backend::{Backend, Backward, Form, Forms, Kind, Problem, Runner, Values};
+use super::case::{AdapterInfo, Case};
 use super::failure::{Failure, Outcome};
 use super::measure::{self, Error};
 use super::tensors::Tensor;
@@ -100,75 +102,198 @@ fn run_on(case: &Case, runner: &impl Runner) -> Result<Report, Failure> {
         let problem = format!("a recorded mode that the {} backend computes (recorded: {recorded})", runner.name());
         return Err(Failure::NotBuilt(problem));
     }
-    Ok(Report { case: case.name.clone(), dimensions: [case.m, case.n, case.k, case.info.r], rows, left_out })
+    Ok(Report { case: case.name.clone(), dimensions: [case.m, case.n, case.k, case.rank()], rows, left_out })
 }
 
 fn run_mode<T: Element>(case: &Case, runner: &impl Runner, mode: Mode) -> Result<Vec<Row>, Failure> {
     let failed = |error| Failure::Backend { backend: runner.name(), error };
-    let (n, k, r) = (case.n, case.k, case.info.r);
-    let problem = problem::<T>(case, mode)?;
-    let adapter = |what| format!("{}.{what}", case.info.name);
-    let outputs = [
-        ("y".into(), case.token_shape(n)),
-        ("dX".into(), case.token_shape(k)),
-        (adapter("dA"), vec![r, k]),
-        (adapter("dB"), vec![n, r]),
-        ("db".into(), vec![n]),
-    ];
-    let recorded: Vec<Option<Recorded<'_>>> =
-        outputs.iter().map(|(what, shape)| Recorded::find(case, mode, what, shape)).collect::<Result<_, _>>()?;
-    if recorded.iter().all(Option::is_none) {
+    let (n, k) = (case.n, case.k);
+    let find = |what: String, shape: Vec<usize>| Recorded::find(case, mode, what, shape);
+    let (y, dx) = (find("y".into(), case.token_shape(n))?, find("dX".into(), case.token_shape(k))?);
+    let dbias = find("db".into(), vec![n])?;
+    let mut gradients = Vec::with_capacity(case.adapters.len());
+    for Adapter { info: AdapterInfo { name, r, .. }, .. } in &case.adapters {
+        let (da, db) = (find(format!("{name}.dA"), vec![*r, k])?, find(format!("{name}.dB"), vec![n, *r])?);
+        gradients.push((da, db, find(format!("{name}.dBbias"), vec![n])?));
+    }
+    let absent = gradients.iter().all(|(da, db, own)| da.is_none() && db.is_none() && own.is_none());
+    if absent && y.is_none() && dx.is_none() && dbias.is_none() {
         let problem = format!("holds no result of mode `{}`, which case.json lists", mode.name);
         return Err(Failure::malformed("tensors.safetensors", problem));
     }
-    // A gradient is computed in the type PEFT recorded it in.
-    let form = |at: usize| match &recorded[at] {
-        Some(recorded) if recorded.peft.dtype == Dtype::F32 && T::DTYPE != fused_lora::Dtype::F32 => Form::F32,
-        _ => Form::Storage,
-    };
-    let forms = Forms { da: form(2), db: form(3), dbias: recorded[4].as_ref().map(|_| form(4)) };
+
+    // All adapters as one, for what they make together.
+    let (problem, firsts) = problem::<T>(case, mode, &case.adapters)?;
     let forward = runner.forward(&problem).map_err(failed)?;
-    let backward = runner.backward(&problem, &forward.h, forms).map_err(failed)?;
-    let results = [
-        Some(widened(&forward.y)),
-        Some(widened(&backward.dx)),
-        Some(values(&backward.da)),
-        Some(values(&backward.db)),
-        backward.dbias.as_ref().map(values),
-    ];
-    let mut rows = Vec::new();
-    for (at, ((name, shape), result)) in outputs.into_iter().zip(results).enumerate() {
-        if let (Some(recorded), Some((dtype, result))) = (&recorded[at], result) {
-            let time = if at == 0 { forward.time } else { backward.time };
-            rows.push(recorded.row(case, mode, name, shape, dtype, &result, time));
+    let own_bias = gradients.iter().any(|(_, _, own)| own.is_some());
+    let forms = |(da, db, _): &Gradients<'_>| Forms {
+        da: form::<T>(da.as_ref()),
+        db: form::<T>(db.as_ref()),
+        // Multiplied by a scale before it is rounded.
+        dbias: if own_bias { Some(Form::F32) } else { dbias.as_ref().map(|dbias| form::<T>(Some(dbias))) },
+    };
+    let backward = runner.backward(&problem, &forward.h, forms(&gradients[0])).map_err(failed)?;
+    let mut rows = Rows { case, mode, rows: Vec::new() };
+    rows.push(y, widened(&forward.y), forward.time);
+    rows.push(dx, widened(&backward.dx), backward.time);
+    let sums = backward.dbias.as_ref().map(values);
+    for ((adapter, gradients), first) in case.adapters.iter().zip(gradients).zip(firsts) {
+        // Side by side their scales are one, but for routes; the gradients of each do not depend on the others.
+        let shared = case.adapters.len() == 1 || case.routes.is_some();
+        let own = if shared { None } else { Some(alone::<T>(case, runner, mode, adapter, forms(&gradients))?) };
+        let (of, r, first) = match &own {
+            Some(own) => (own, adapter.info.r, 0),
+            None => (&backward, problem.r, first),
+        };
+        let (da, db, dbias) = gradients;
+        let ranks = first..first + adapter.info.r;
+        rows.push(da, part(values(&of.da), k, ranks.start * k..ranks.end * k, 0..k), of.time);
+        rows.push(db, part(values(&of.db), r, 0..n * r, ranks), of.time);
+        if let (Some(recorded), Some((_, sums))) = (dbias, &sums) {
+            let scaled: Vec<f64> = sums.iter().map(|sum| adapter.info.scaling * sum).collect();
+            let result = match form::<T>(Some(&recorded)) {
+                Form::F32 => (Dtype::F32, scaled),
+                Form::Storage => widened(&scaled.into_iter().map(T::from_f64).collect::<Vec<_>>()),
+            };
+            rows.push(Some(recorded), result, backward.time);
         }
     }
-    Ok(rows)
+    if let Some(sums) = sums {
+        rows.push(dbias, sums, backward.time);
+    }
+    Ok(rows.rows)
 }
 
-/// The inputs of the case, rounded to `T` as PEFT rounds them in this mode.
-fn problem<T: Element>(case: &Case, mode: Mode) -> Result<Problem<T>, Failure> {
-    let (n, k, r) = (case.n, case.k, case.info.r);
-    let narrow = |values: &[f64]| values.iter().map(|&value| T::from_f64(value)).collect::<Vec<T>>();
-    let (a, b) = if mode.f32_adapter {
-        let matrix = |what, shape: [usize; 2]| case.adapter_tensor(what, &shape).map(|tensor| narrow(&tensor.data));
-        (matrix("A_f32", [r, k])?, matrix("B_f32", [n, r])?)
-    } else {
-        (narrow(&case.adapter.a), narrow(&case.adapter.b))
+/// The columns of those rows of a matrix of `cols` columns, `rows` given by elements.
+fn part(
+    (dtype, values): (Dtype, Vec<f64>),
+    cols: usize,
+    rows: Range<usize>,
+    columns: Range<usize>,
+) -> (Dtype, Vec<f64>) {
+    (dtype, values[rows].chunks(cols).flat_map(|row| &row[columns.clone()]).copied().collect())
+}
+
+/// What is recorded of an adapter's gradients: dA, dB and that of B's bias.
+type Gradients<'a> = (Option<Recorded<'a>>, Option<Recorded<'a>>, Option<Recorded<'a>>);
+
+/// A gradient is computed in the type PEFT recorded it in.
+fn form<T: Element>(recorded: Option<&Recorded<'_>>) -> Form {
+    match recorded {
+        Some(recorded) if recorded.peft.dtype == Dtype::F32 && T::DTYPE != fused_lora::Dtype::F32 => Form::F32,
+        _ => Form::Storage,
+    }
+}
+
+/// The gradients of one adapter of several, which do not depend on the others.
+fn alone<T: Element>(
+    case: &Case,
+    runner: &impl Runner,
+    mode: Mode,
+    adapter: &Adapter,
+    forms: Forms,
+) -> Result<Backward<T>, Failure> {
+    let failed = |error| Failure::Backend { backend: runner.name(), error };
+    let (problem, _) = problem::<T>(case, mode, std::slice::from_ref(adapter))?;
+    let forward = runner.forward(&problem).map_err(failed)?;
+    runner.backward(&problem, &forward.h, forms).map_err(failed)
+}
+
+/// Adapters that rows choose among start at multiples of so many ranks, as those of a `Bank`.
+const ALIGN: usize = 16;
+
+/// The inputs of the case with some of its adapters, rounded to `T` as PEFT rounds them in this mode, and the first rank of each.
+/// Several that are summed are side by side under the largest of their scales, the others' B multiplied by what theirs are of it.
+fn problem<T: Element>(case: &Case, mode: Mode, adapters: &[Adapter]) -> Result<(Problem<T>, Vec<usize>), Failure> {
+    let (n, k) = (case.n, case.k);
+    let scales = adapters.iter().map(|adapter| adapter.info.scaling);
+    let scale = match case.routes {
+        Some(_) => 1.0,
+        None => scales.max_by(|one, other| one.abs().total_cmp(&other.abs())).unwrap_or(1.0),
     };
-    Ok(Problem {
+    let (mut a, mut b, mut firsts, mut slots) = (Vec::new(), vec![Vec::new(); n], Vec::new(), Vec::new());
+    let mut bias: Option<Vec<f32>> =
+        case.bias.as_deref().map(|bias| narrow::<T>(bias).iter().map(|value| value.to_f32()).collect());
+    for adapter in adapters {
+        let AdapterInfo { r, scaling, .. } = adapter.info;
+        let [wide_a, wide_b] = factors(case, mode, adapter)?;
+        firsts.push(a.len() / k);
+        slots.push(Slot { first_rank: a.len() / k, ranks: r, scale: scaling as f32 });
+        a.extend(narrow::<T>(&wide_a));
+        let ratio = if scale == 0.0 || case.routes.is_some() { 1.0 } else { (scaling / scale) as f32 };
+        let scaled = |value: &f64| T::from_f32(*value as f32 * ratio);
+        let gap = if case.routes.is_some() { r.next_multiple_of(ALIGN) - r } else { 0 };
+        for (row, line) in b.iter_mut().enumerate() {
+            line.extend(wide_b[row * r..][..r].iter().map(scaled));
+            line.extend(vec![T::default(); gap]);
+        }
+        a.extend(vec![T::default(); gap * k]);
+        if adapter.b_bias.is_some() {
+            let own = b_bias::<T>(case, mode, adapter)?;
+            let bias = bias.get_or_insert_with(|| vec![0.0; n]);
+            bias.iter_mut().zip(&own).for_each(|(bias, own)| *bias += scaling as f32 * own);
+        }
+    }
+    let routes = match &case.routes {
+        Some(ids) => {
+            let routing = Routing::new(&slots, ids);
+            let routing =
+                routing.map_err(|error| Failure::NotBuilt(format!("more than a table of routes: {error}")))?;
+            Some(routing.words().to_vec())
+        }
+        None => None,
+    };
+    let problem = Problem {
         m: case.m,
         n,
         k,
-        r,
-        scale: case.info.scaling as f32,
+        r: a.len() / k,
+        scale: scale as f32,
         x: narrow(&case.tensors.expect("x", &case.token_shape(k))?.data),
         w: narrow(&case.w),
         a,
-        b,
-        bias: case.bias.as_deref().map(narrow),
+        b: b.concat(),
+        bias: bias.map(|bias| bias.into_iter().map(T::from_f32).collect()),
         dy: narrow(&case.tensors.expect("dY", &case.token_shape(n))?.data),
-    })
+        routes,
+    };
+    Ok((problem, firsts))
+}
+
+fn narrow<T: Element>(values: &[f64]) -> Vec<T> {
+    values.iter().map(|&value| T::from_f64(value)).collect()
+}
+
+/// A and B as the mode keeps them.
+fn factors(case: &Case, mode: Mode, adapter: &Adapter) -> Result<[Vec<f64>; 2], Failure> {
+    if !mode.f32_adapter {
+        return Ok([adapter.a.clone(), adapter.b.clone()]);
+    }
+    let recorded =
+        |what, shape: [usize; 2]| case.adapter_tensor(adapter, what, &shape).map(|tensor| tensor.data.clone());
+    Ok([recorded("A_f32", [adapter.info.r, case.k])?, recorded("B_f32", [case.n, adapter.info.r])?])
+}
+
+/// The bias on B, likewise.
+fn b_bias<T: Element>(case: &Case, mode: Mode, adapter: &Adapter) -> Result<Vec<f32>, Failure> {
+    let recorded = |what| case.adapter_tensor(adapter, what, &[case.n]).map(|tensor| &tensor.data);
+    if mode.f32_adapter {
+        return Ok(recorded("Bbias_f32")?.iter().map(|&value| value as f32).collect());
+    }
+    Ok(narrow::<T>(recorded("Bbias")?).iter().map(|value| value.to_f32()).collect())
+}
+
+/// Results held to what is recorded of them.
+struct Rows<'a> {
+    case: &'a Case,
+    mode: Mode,
+    rows: Vec<Row>,
+}
+
+impl Rows<'_> {
+    fn push(&mut self, recorded: Option<Recorded<'_>>, (dtype, result): (Dtype, Vec<f64>), time: Duration) {
+        self.rows.extend(recorded.map(|recorded| recorded.row(self.case, self.mode, dtype, &result, time)));
+    }
 }
 
 fn widened<T: Element>(values: &[T]) -> (Dtype, Vec<f64>) {
@@ -189,36 +314,29 @@ fn values<T: Element>(values: &Values<T>) -> (Dtype, Vec<f64>) {
 
 /// What PEFT recorded of one result: in the mode itself, and the truth.
 struct Recorded<'a> {
+    what: String,
+    shape: Vec<usize>,
     peft: &'a Tensor,
     truth: &'a Tensor,
 }
 
 impl<'a> Recorded<'a> {
-    fn find(case: &'a Case, mode: Mode, what: &str, shape: &[usize]) -> Result<Option<Self>, Failure> {
+    fn find(case: &'a Case, mode: Mode, what: String, shape: Vec<usize>) -> Result<Option<Self>, Failure> {
         let name = format!("{}/{what}", mode.name);
         if case.tensors.get(&name).is_none() {
             return Ok(None);
         }
-        let peft = case.tensors.expect(&name, shape)?;
-        let truth = case.tensors.expect(&format!("{}/{what}", mode.truth), shape)?;
-        Ok(Some(Self { peft, truth }))
+        let peft = case.tensors.expect(&name, &shape)?;
+        let truth = case.tensors.expect(&format!("{}/{what}", mode.truth), &shape)?;
+        Ok(Some(Self { what, shape, peft, truth }))
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn row(
-        &self,
-        case: &Case,
-        mode: Mode,
-        name: String,
-        shape: Vec<usize>,
-        dtype: Dtype,
-        result: &[f64],
-        time: Duration,
-    ) -> Row {
+    fn row(self, case: &Case, mode: Mode, dtype: Dtype, result: &[f64], time: Duration) -> Row {
         let truth = &self.truth.data;
         let measured = measure::error(&self.peft.data, truth);
-        let peft =
-            case.recorded_error(mode.name, &name).map_or(measured, |(relative, largest)| Error { relative, largest });
+        let peft = case
+            .recorded_error(mode.name, &self.what)
+            .map_or(measured, |(relative, largest)| Error { relative, largest });
         let bound = measure::bound(peft, truth, mode.storage);
         // The triangle inequality, with a little room because the norm divided by is that of PEFT's tensor.
         let from_peft_bound = Error {
@@ -230,9 +348,9 @@ impl<'a> Recorded<'a> {
             bound,
             from_peft: measure::error(result, &self.peft.data),
             from_peft_bound,
-            name,
+            name: self.what,
             mode: mode.name,
-            shape,
+            shape: self.shape,
             dtype,
             time,
         }

@@ -28,14 +28,15 @@ __device__ __forceinline__ void backward_dx(const LoraBackwardParams& p, uint32_
   const uint32_t m = block.row * Shape::kBlock;
   const uint32_t n = block.col * Shape::kBlock;
   const Segment main = segment(operand(p.dy, p.m, p.n), operand(p.w, p.k, p.n), 0);
-  const Segment tail = segment(operand(p.dh, p.m, p.r), operand(p.a, p.k, p.r), 0, ranks<Shape>(p, m));
+  const RanksRead<Shape, LoraBackwardParams> ranks = {p, m};
+  const Segment tail = segment(operand(p.dh, p.m, p.r), operand(p.a, p.k, p.r), 0, ranks.picks());
   Dependency dh = {};
   if (p.r != 0) {
     const uint32_t step = p.dropout.threshold != 0 ? 0 : main.steps;
     dh = depends_on(p.sync, p.flag_shift, p.m_blocks, p.dh_units / p.m_blocks, block.row, 1, step);
   }
   MainTile<T, Shape, Major::kMn, Drops::kTail> tile;
-  tile.accumulate(main, tail, m, n, Shape::kBlock, dh, p.dropout, smem);
+  tile.accumulate(main, tail, m, n, Shape::kBlock, dh, p.dropout, smem, InOrder{}, ranks);
   store_tile(tile, p.dx, m, n, p.m, p.k, 1.0f, static_cast<const T*>(nullptr), (p.flags & LORA_ACCUMULATE_DX) != 0);
 }
 
@@ -101,7 +102,10 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
       segment(operand(wide, out.rows, token_end), operand(narrow, out.cols, token_end), token, picks);
   LoraDropout dropout = p.dropout;
   if (!is_da) dropout.threshold = 0;
-  tile.accumulate(tokens, Segment{}, m, n, active_n, {}, dropout, smem);
+  tile.accumulate(tokens, Segment{}, m, n, active_n, {}, dropout, smem,
+                  [&](uint32_t step) { return picks.start(step, kBlockK); });
+  // The barrier of a step stands between the ticket of this unit and the next.
+  if (tokens.steps == 0) __syncthreads();
   if (!reduce_chunks(p, schedule, tile, first_tile + tile_index, chunk, active_n)) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -125,7 +129,6 @@ __device__ __forceinline__ void backward(const LoraBackwardParams& p) {
   extern __shared__ __align__(128) uint8_t stages[];
   const uint32_t smem = ptx::shared_address(stages);
   TicketSchedule schedule(p.sync);
-  const uint32_t db_tiles = (p.db_end - p.dx_end) / p.chunks;
 #pragma unroll 1
   for (uint32_t unit = schedule.first(); unit < p.units; unit = schedule.next()) {
     schedule.draw();
@@ -136,6 +139,7 @@ __device__ __forceinline__ void backward(const LoraBackwardParams& p) {
     } else {
       // One copy of the loop for both gradients: only the matrices differ.
       const bool is_db = unit < p.db_end;
+      const uint32_t first_tile = is_db ? 0 : (p.db_end - p.dx_end) / p.chunks;
       const GradientOut db = {p.db.ptr,
                               p.db.row_stride,
                               1,
@@ -156,7 +160,7 @@ __device__ __forceinline__ void backward(const LoraBackwardParams& p) {
                                is_db ? db.cols : da.cols,
                                is_db ? db.f32 : da.f32,
                                is_db ? db.accumulate : da.accumulate};
-      backward_adapter<T, Shape>(p, schedule, wide, narrow, unit - (is_db ? p.dx_end : p.db_end), is_db ? 0 : db_tiles,
+      backward_adapter<T, Shape>(p, schedule, wide, narrow, unit - (is_db ? p.dx_end : p.db_end), first_tile,
                                  is_db ? p.n_blocks : p.k_blocks, out, dbias, !is_db, smem);
     }
   }

@@ -49,8 +49,12 @@ __device__ __forceinline__ void store_tile(const Tile& tile, const LoraMatrix& o
       for (int half = 0; half < 2; ++half) {
         const uint32_t row = m + Tile::row_of(i, half);
         if (row >= rows) continue;
-        const float value0 = tile.acc[i][j][2 * half] * scale + bias0;
-        const float value1 = tile.acc[i][j][2 * half + 1] * scale + bias1;
+        float value0 = tile.acc[i][j][2 * half] * scale;
+        float value1 = tile.acc[i][j][2 * half + 1] * scale;
+        if (bias != nullptr) {  // adding a zero would make 0 of -0
+          value0 += bias0;
+          value1 += bias1;
+        }
         T* const gmem = base + row * out.row_stride + col;
         if (paired && second) {
           *reinterpret_cast<uint32_t*>(gmem) = pack<T>(value0, value1);

@@ -26,13 +26,14 @@ __device__ __forceinline__ void forward_y(const LoraForwardParams& p, uint32_t u
   const uint32_t m = block.row * Shape::kBlock;
   const uint32_t n = block.col * Shape::kBlock;
   const Segment main = segment(operand(p.x, p.m, p.k), operand(p.w, p.n, p.k), 0);
-  const Segment tail = segment(operand(p.h, p.m, p.r), operand(p.b, p.n, p.r), 0, ranks<Shape>(p, m));
+  const RanksRead<Shape, LoraForwardParams> ranks = {p, m};
+  const Segment tail = segment(operand(p.h, p.m, p.r), operand(p.b, p.n, p.r), 0, ranks.picks());
   Dependency h = {};
   if (p.r != 0) {
     h = depends_on(p.sync, p.flag_shift, p.m_blocks, p.h_units / p.m_blocks, block.row, 1, main.steps);
   }
   MainTile<T, Shape, Major::kK, Drops::kNone> tile;
-  tile.accumulate(main, tail, m, n, Shape::kBlock, h, {}, smem);
+  tile.accumulate(main, tail, m, n, Shape::kBlock, h, {}, smem, InOrder{}, ranks);
   store_tile(tile, p.y, m, n, p.m, p.n, 1.0f, reinterpret_cast<const T*>(p.bias), false);
 }
 

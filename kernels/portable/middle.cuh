@@ -20,11 +20,20 @@ __device__ __forceinline__ void narrow_tile(Tile& tile, const Segment& product, 
   store_tile(tile, out, m, n, p.m, p.r, routes.is_on() ? 1.0f : p.scale, no_bias, false);
 }
 
-// The ranks that a main tile of rows from m on reads.
+// The ranks that a main tile of rows from m on reads. Found anew for each step of the tail: a mask kept through the
+// loop would cost it registers.
 template <class Shape, class Params>
-__device__ __forceinline__ Picks ranks(const Params& p, uint32_t m) {
-  const Routes routes(p.routes, p.m);
-  return routes.is_on() ? routes.ranks_of(m, Shape::kBlock, p.r) : everything(p.r);
-}
+struct RanksRead {
+  const Params& p;
+  uint32_t m;
+
+  __device__ __forceinline__ Picks picks() const {
+    const Routes routes(p.routes, p.m);
+    return routes.is_on() ? routes.ranks_of(m, Shape::kBlock, p.r) : everything(p.r);
+  }
+  __device__ __forceinline__ uint32_t operator()(uint32_t step) const {
+    return p.routes != 0 ? picks().start(step, kBlockK) : step * kBlockK;
+  }
+};
 
 }  // namespace lora

@@ -66,25 +66,27 @@ __device__ __forceinline__ Operand select(bool first, const Operand& a, const Op
           first ? a.k_end : b.k_end};
 }
 
-// A run of the reduction: operands, the first index, and which blocks from there on take part, in steps of kBlockK.
+// A run of the reduction: operands, the first index, and the number of steps of kBlockK.
 struct Segment {
   Operand a;
   Operand b;
   uint32_t k_begin;
   uint32_t steps;
-  Picks picks;
-
-  __device__ __forceinline__ uint32_t k_of(uint32_t step) const { return k_begin + picks.start(step, kBlockK); }
 };
 
-__device__ __forceinline__ Segment segment(const Operand& a, const Operand& b, uint32_t k_begin, const Picks& picks) {
-  return {a, b, k_begin, picks.steps(kBlockK, a.k_end - k_begin), picks};
+__device__ __forceinline__ Segment segment(const Operand& a, const Operand& b, uint32_t k_begin) {
+  return {a, b, k_begin, (a.k_end - k_begin + kBlockK - 1) / kBlockK};
 }
 
-// All from k_begin to the operands' end.
-__device__ __forceinline__ Segment segment(const Operand& a, const Operand& b, uint32_t k_begin) {
-  return {a, b, k_begin, (a.k_end - k_begin + kBlockK - 1) / kBlockK, everything(a.k_end - k_begin)};
+// The same, of which some blocks alone take part.
+__device__ __forceinline__ Segment segment(const Operand& a, const Operand& b, uint32_t k_begin, const Picks& picks) {
+  return {a, b, k_begin, picks.steps(kBlockK, a.k_end - k_begin)};
 }
+
+// Where the steps of a segment start, from k_begin on: all of it in order.
+struct InOrder {
+  __device__ __forceinline__ uint32_t operator()(uint32_t step) const { return step * kBlockK; }
+};
 
 // Flags that must have reached their targets before step `step` may read what they guard.
 struct Dependency {
@@ -241,9 +243,11 @@ struct Tile {
   // Accumulates main and then tail for the tile at (m, n), or tail first when it is to be dropped from. Columns from
   // `active_n` on, rounded up to 16, are left out. Leaves no copy in flight: the last step has waited for every group
   // but the empty ones.
+  template <class MainStart = InOrder, class TailStart = InOrder>
   __device__ __forceinline__ void accumulate(const Segment& main, const Segment& tail, uint32_t m, uint32_t n,
                                              uint32_t active_n, const Dependency& dependency,
-                                             const LoraDropout& dropout, uint32_t smem) {
+                                             const LoraDropout& dropout, uint32_t smem,
+                                             const MainStart& main_start = {}, const TailStart& tail_start = {}) {
     const uint32_t steps = main.steps + tail.steps;
     const bool tail_first = kDrops == Drops::kTail && tail.steps != 0 && dropout.threshold != 0;
     const uint32_t first_steps = tail_first ? tail.steps : main.steps;
@@ -255,9 +259,9 @@ struct Tile {
         const uint32_t within = in_first ? step : step - first_steps;
         uint32_t k;
         if (in_main) {
-          k = main.k_of(within);
+          k = main.k_begin + main_start(within);
         } else {
-          k = tail.k_of(within);
+          k = tail.k_begin + tail_start(within);
         }
         const uint32_t stage = smem + step % kStages * kStageBytes;
         load_operand<kMajorA, kBlockM, kThreads>(thread, stage, select(in_main, main.a, tail.a), m, k);
@@ -278,7 +282,8 @@ struct Tile {
         ptx::cp_async_wait<kStages - 2>();
         __syncthreads();  // the stage is complete for all, and the one about to be overwritten was read by all
         issue(step + kStages - 1);
-        multiply(smem + step % kStages * kStageBytes, active_n, drops_a, m, kDrops == Drops::kA ? main.k_of(step) : 0);
+        const uint32_t first_k = kDrops == Drops::kA ? main.k_begin + main_start(step) : 0;
+        multiply(smem + step % kStages * kStageBytes, active_n, drops_a, m, first_k);
       }
       if (!drops) break;
       drop_accumulators(Dropout(dropout), m, n);

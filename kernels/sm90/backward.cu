@@ -18,17 +18,18 @@ class Backward : Operation<LoraSm90Backward> {
     if (ticket < p_.dh_tickets) {
       for_each_narrow(ticket, p_.dh_tickets, p_.dh_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
         producer.template narrow<Major::kMn>(map(LORA_SM90_BACKWARD_DY), map(LORA_SM90_BACKWARD_B), m, n, width(),
-                                             n_steps());
+                                             wanted(m, n, n_steps()));
       });
     } else if (ticket < p_.dx_end) {
       const BlockIndex block = wide_block(ticket - p_.dh_tickets, p_.k_blocks);
       const uint32_t m = row_of(block.row);
       const uint32_t n = block.col * Shape::kBlockN;
-      producer.template wide<Major::kMn>(map(LORA_SM90_BACKWARD_DY), map(LORA_SM90_BACKWARD_W), m, n, n_steps());
+      producer.template wide<Major::kMn>(map(LORA_SM90_BACKWARD_DY), map(LORA_SM90_BACKWARD_W), m, n, everything(p_.n),
+                                         p_.n);
       if (p_.r == 0) return;
       wait_for_block(flags(), m / kBlockM);
-      producer.template wide<Major::kMn>(map(LORA_SM90_BACKWARD_DH), map(LORA_SM90_BACKWARD_A), m, n,
-                                         (p_.r + kBlockK - 1) / kBlockK);
+      producer.template wide<Major::kMn>(map(LORA_SM90_BACKWARD_DH), map(LORA_SM90_BACKWARD_A), m, n, ranks_read(m),
+                                         p_.r);
     } else {
       const bool is_db = ticket < p_.db_end;
       const GradientUnit unit = gradient_unit(ticket, is_db);
@@ -36,8 +37,10 @@ class Backward : Operation<LoraSm90Backward> {
       const LoraTensorMap& wide = map(is_db ? LORA_SM90_BACKWARD_DY_TOKENS : LORA_SM90_BACKWARD_X_TOKENS);
       const LoraTensorMap& narrow = map(is_db ? LORA_SM90_BACKWARD_H_TOKENS : LORA_SM90_BACKWARD_DH_TOKENS);
       const bool product = has_product(is_db);
-      producer.gradient(wide, narrow, unit.m, unit.n, product ? width() : kSumsN, product, unit.token,
-                        unit.token_blocks());
+      const Picks picks = reads_all(unit, is_db) ? everything(unit.tokens)
+                                                 : routes().rows_of_alone(unit.token, unit.tokens, unit.n, width());
+      producer.gradient(wide, narrow, unit.m, unit.n, product ? width() : kSumsN, product, unit.token, picks,
+                        picks.steps(kBlockK, unit.tokens));
     }
   }
 
@@ -69,8 +72,12 @@ class Backward : Operation<LoraSm90Backward> {
     uint32_t chunk;
     uint32_t token;
     uint32_t tokens;
-    __device__ __forceinline__ uint32_t token_blocks() const { return (tokens + kBlockK - 1) / kBlockK; }
   };
+
+  // Whether every token counts: without routes, and for dbias.
+  __device__ __forceinline__ bool reads_all(const GradientUnit& unit, bool is_db) const {
+    return !routes().is_on() || (is_db && p_.dbias != 0 && unit.n == 0);
+  }
 
   __device__ __forceinline__ uint32_t n_steps() const { return (p_.n + kBlockK - 1) / kBlockK; }
 
@@ -96,14 +103,14 @@ class Backward : Operation<LoraSm90Backward> {
   __device__ __forceinline__ void dh(Consumer<Shape>& consumer, uint32_t m, uint32_t n) const {
     float acc[kN / 2];
     float no_sums[4];
-    consumer.template narrow<Narrow<kN, 0, 1, true, false>>(acc, no_sums, n_steps());
-    store_narrow<Shape, kN>(acc, p_.dh, m + consumer.slab() * kSlabM, n, p_.m, p_.r, p_.scale);
+    consumer.template narrow<Narrow<kN, 0, 1, true, false>>(acc, no_sums, wanted(m, n, n_steps()));
+    store_narrow<Shape, kN>(acc, p_.dh, m + consumer.slab() * kSlabM, n, p_.m, p_.r, p_.scale, routes());
     publish_narrow(consumer, m);
   }
 
   __device__ __forceinline__ void dx(Consumer<Shape>& consumer, uint32_t ticket) const {
     const BlockIndex block = wide_block(ticket - p_.dh_tickets, p_.k_blocks);
-    const uint32_t tail = (p_.r + 15) / 16;
+    const uint32_t tail = ranks_read(row_of(block.row)).steps(16, p_.r);
     float acc[Shape::kBlockN / 2];
     const uint32_t m = row_of(block.row) + consumer.slab() * kSlabM;
     const uint32_t k = block.col * Shape::kBlockN;
@@ -135,15 +142,17 @@ class Backward : Operation<LoraSm90Backward> {
     const bool with_sums = is_db && p_.dbias != 0 && unit.n == 0;
     const uint32_t slab = p_.chunks == 1 ? blockIdx.x * kSlabs + consumer.slab() : unit.slab + consumer.slab();
     float* const mine = partial(slab, unit.chunk);
+    const Picks picks =
+        reads_all(unit, is_db) ? everything(unit.tokens) : routes().rows_of(unit.token, unit.tokens, unit.n, width());
     if (!product) {
-      multiply<Narrow<kSumsN, 1, 1, false, true>>(consumer, unit, mine, false);
+      multiply<Narrow<kSumsN, 1, 1, false, true>>(consumer, unit, picks, mine, false);
     } else if (with_sums) {
       for_narrow_width(width(), [&](auto width) LORA_INLINE {
-        multiply<Narrow<decltype(width)::kN, 1, 1, true, true>>(consumer, unit, mine, false);
+        multiply<Narrow<decltype(width)::kN, 1, 1, true, true>>(consumer, unit, picks, mine, false);
       });
     } else {
       for_narrow_width(width(), [&](auto width) LORA_INLINE {
-        multiply<Narrow<decltype(width)::kN, 1, 1, true, false>>(consumer, unit, mine, !is_db && drops());
+        multiply<Narrow<decltype(width)::kN, 1, 1, true, false>>(consumer, unit, picks, mine, !is_db && drops());
       });
     }
     if (p_.chunks > 1 && !arrive_last(consumer, place_, p_.sync, p_.counters + slab, p_.chunks)) return;
@@ -179,8 +188,9 @@ class Backward : Operation<LoraSm90Backward> {
   }
 
   template <class Kind>
-  __device__ __forceinline__ void multiply(Consumer<Shape>& consumer, const GradientUnit& unit, float* partial,
-                                           bool drops) const {
+  __device__ __forceinline__ void multiply(Consumer<Shape>& consumer, const GradientUnit& unit, const Picks& picks,
+                                           float* partial, bool drops) const {
+    const uint32_t blocks = picks.steps(kBlockK, unit.tokens);
     float acc[Kind::kN / 2];
     float sums[4];
     // Of what goes through here only x is subject to it, and x has no sums.
@@ -189,11 +199,11 @@ class Backward : Operation<LoraSm90Backward> {
         const Dropout dropout = this->template dropout<Shape>();
         const uint32_t col = unit.m + consumer.slab() * kSlabM;
         const auto drop = [&](uint32_t slab, uint32_t block)
-                              LORA_INLINE { drop_slab(dropout, slab, unit.token + block * kBlockK, col); };
-        consumer.template narrow_altered<Kind>(acc, unit.token_blocks(), drop);
+                              LORA_INLINE { drop_slab(dropout, slab, unit.token + picks.start(block, kBlockK), col); };
+        consumer.template narrow_altered<Kind>(acc, blocks, drop);
       }
     }
-    if (!drops) consumer.template narrow<Kind>(acc, sums, unit.token_blocks());
+    if (!drops) consumer.template narrow<Kind>(acc, sums, blocks);
     store_partial<Kind>(partial, acc, sums);
   }
 

@@ -87,6 +87,13 @@ class Consumer {
   template <class Kind>
   __device__ __forceinline__ void narrow(float (&acc)[Kind::kN / 2], float (&sums)[4], uint32_t blocks) {
     constexpr uint32_t kPerStage = narrow_blocks<Shape>(Kind::kN);
+    if (blocks == 0) {
+#pragma unroll
+      for (float& value : acc) value = 0.0f;
+#pragma unroll
+      for (float& value : sums) value = 0.0f;
+      return;
+    }
     // The first condition is known when compiling: where a stage holds one block, the branch is left out.
     if (kPerStage > 1 && blocks < kPerStage) {
       narrow_step<Kind, 1, true>(acc, sums);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../element.cuh"
+#include "../routes.cuh"
 #include "consumer.cuh"
 
 namespace lora::sm90 {
@@ -45,21 +46,28 @@ __device__ __forceinline__ void store_wide(Consumer<Shape>& consumer, const floa
   }
 }
 
-// A slab of h or dh: out = scale · acc, from registers.
+// A slab of h or dh: out = scale · acc, and of that what its rows keep, from registers.
 template <class Shape, int kN>
 __device__ __forceinline__ void store_narrow(const float (&acc)[kN / 2], const LoraMatrix& out, uint32_t m, uint32_t n,
-                                             uint32_t rows, uint32_t cols, float scale) {
+                                             uint32_t rows, uint32_t cols, float scale, const Routes& routes) {
   using T = typename Shape::T;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const uint32_t row = m + Consumer<Shape>::row_of(half);
     if (row >= rows) continue;
     T* const gmem = reinterpret_cast<T*>(out.ptr) + row * out.row_stride;
+    const Routes::Row route = routes.is_on() ? routes.row(row) : Routes::Row(0);
 #pragma unroll
     for (int j = 0; j < kN / 8; ++j) {
       const uint32_t col = n + Consumer<Shape>::col_of(j);
       if (col >= cols) continue;  // R is a multiple of 8: pairs are whole, and rows of 16 bytes aligned
-      const uint32_t pair = pack<T>(acc[4 * j + 2 * half] * scale, acc[4 * j + 2 * half + 1] * scale);
+      float low = acc[4 * j + 2 * half] * scale;
+      float high = acc[4 * j + 2 * half + 1] * scale;
+      if (routes.is_on()) {
+        low = route.keep(low, col);
+        high = route.keep(high, col + 1);
+      }
+      const uint32_t pair = pack<T>(low, high);
       *reinterpret_cast<uint32_t*>(gmem + col) = pair;
     }
   }

@@ -17,18 +17,17 @@ class Forward : Operation<LoraSm90Forward> {
     if (ticket < p_.h_tickets) {
       for_each_narrow(ticket, p_.h_tickets, p_.h_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
         producer.template narrow<Major::kK>(map(LORA_SM90_FORWARD_X), map(LORA_SM90_FORWARD_A), m, n, width(),
-                                            k_steps());
+                                            wanted(m, n, k_steps()));
       });
       return;
     }
     const BlockIndex block = wide_block(ticket - p_.h_tickets, p_.n_blocks);
     const uint32_t m = row_of(block.row);
     const uint32_t n = block.col * Shape::kBlockN;
-    producer.template wide<Major::kK>(map(LORA_SM90_FORWARD_X), map(LORA_SM90_FORWARD_W), m, n, k_steps());
+    producer.template wide<Major::kK>(map(LORA_SM90_FORWARD_X), map(LORA_SM90_FORWARD_W), m, n, everything(p_.k), p_.k);
     if (p_.r == 0) return;
     wait_for_block(flags(), m / kBlockM);
-    producer.template wide<Major::kK>(map(LORA_SM90_FORWARD_H), map(LORA_SM90_FORWARD_B), m, n,
-                                      (p_.r + kBlockK - 1) / kBlockK);
+    producer.template wide<Major::kK>(map(LORA_SM90_FORWARD_H), map(LORA_SM90_FORWARD_B), m, n, ranks_read(m), p_.r);
   }
 
   __device__ __forceinline__ void consume(Consumer<Shape>& consumer, uint32_t ticket) const {
@@ -42,7 +41,7 @@ class Forward : Operation<LoraSm90Forward> {
     const uint32_t m = row_of(block.row) + consumer.slab() * kSlabM;
     const uint32_t n = block.col * Shape::kBlockN;
     float acc[Shape::kBlockN / 2];
-    const uint32_t tail = (p_.r + 15) / 16;
+    const uint32_t tail = ranks_read(row_of(block.row)).steps(16, p_.r);
     consumer.template wide<0>(acc, k_steps() + tail / 4, tail % 4);
     const T* const bias = reinterpret_cast<const T*>(p_.bias);
     store_wide<Shape>(consumer, acc, map(LORA_SM90_FORWARD_Y), m, n, p_.m, p_.n,
@@ -63,13 +62,13 @@ class Forward : Operation<LoraSm90Forward> {
     if (this->drops()) {
       const Dropout dropout = this->template dropout<Shape>();
       const uint32_t row = m + consumer.slab() * kSlabM;
-      consumer.template narrow_altered<Kind>(acc, k_steps(), [&](uint32_t slab, uint32_t block) LORA_INLINE {
-        drop_slab(dropout, slab, row, block * kBlockK);
-      });
+      consumer.template narrow_altered<Kind>(acc, wanted(m, n, k_steps()),
+                                             [&](uint32_t slab, uint32_t block)
+                                                 LORA_INLINE { drop_slab(dropout, slab, row, block * kBlockK); });
     } else {
-      consumer.template narrow<Kind>(acc, no_sums, k_steps());
+      consumer.template narrow<Kind>(acc, no_sums, wanted(m, n, k_steps()));
     }
-    store_narrow<Shape, kN>(acc, p_.h, m + consumer.slab() * kSlabM, n, p_.m, p_.r, p_.scale);
+    store_narrow<Shape, kN>(acc, p_.h, m + consumer.slab() * kSlabM, n, p_.m, p_.r, p_.scale, routes());
     publish_narrow(consumer, m);
   }
 };

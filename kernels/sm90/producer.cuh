@@ -1,6 +1,7 @@
 // The copies of each kind of unit, by one thread. Steps and their order are those of consumer.cuh.
 #pragma once
 
+#include "../routes.cuh"
 #include "schedule.cuh"
 
 namespace lora::sm90 {
@@ -12,14 +13,15 @@ class Producer {
  public:
   __device__ __forceinline__ explicit Producer(const Place& place) : place_(place), ring_(place.smem) {}
 
-  // `steps` of a main tile at (m, n): kBlockM rows of `a`, and kBlockN of `b` that the cluster shares: each CTA copies
-  // its part to all.
+  // Steps of a main tile at (m, n), over the blocks of `extent` that take part: kBlockM rows of `a`, and kBlockN of `b`
+  // that the cluster shares: each CTA copies its part to all.
   template <Major kMajorB>
   __device__ __forceinline__ void wide(const LoraTensorMap& a, const LoraTensorMap& b, uint32_t m, uint32_t n,
-                                       uint32_t steps) {
+                                       const Picks& picks, uint32_t extent) {
+    const uint32_t steps = picks.steps(kBlockK, extent);
 #pragma unroll 1
     for (uint32_t step = 0; step < steps; ++step) {
-      const uint32_t k = step * kBlockK;
+      const uint32_t k = picks.start(step, kBlockK);
       const uint32_t stage = begin(Shape::kStageBytes);
       ptx::load_box(stage, a, ring_.full(), k, m);
       if (kMajorB == Major::kK) {
@@ -51,22 +53,24 @@ class Producer {
             load_columns(smem + kBytesA, b, n, width, k);
           }
         },
-        width, 0);
+        width, everything(0));
   }
 
   // A tile of db or daᵀ: kBlockM columns of `a` from m on, `width` columns of `b` from n on (room for them
-  // without `with_b`), over `blocks` blocks of 64 tokens from `token` on.
+  // without `with_b`), over `blocks` blocks of 64 tokens, of those that take part from `token` on.
   __device__ __forceinline__ void gradient(const LoraTensorMap& a, const LoraTensorMap& b, uint32_t m, uint32_t n,
-                                           uint32_t width, bool with_b, uint32_t token, uint32_t blocks) {
+                                           uint32_t width, bool with_b, uint32_t token, const Picks& picks,
+                                           uint32_t blocks) {
     for_each_block(
         blocks, kBytesA + (with_b ? width * kRowBytes : 0),
-        [&](uint32_t smem, uint32_t k) {
+        [&](uint32_t smem, uint32_t start) {
+          const uint32_t k = token + start;
           for (uint32_t slab = 0; slab < kSlabs; ++slab) {
             ptx::load_box(smem + slab * kSlabBytes, a, ring_.full(), m + slab * kSlabM, k);
           }
           if (with_b) load_columns(smem + kBytesA, b, n, width, k);
         },
-        width, token);
+        width, picks);
   }
 
  private:
@@ -95,14 +99,14 @@ class Producer {
 
   template <class Load>
   __device__ __forceinline__ void for_each_block(uint32_t blocks, uint32_t block_bytes, const Load& load,
-                                                 uint32_t width, uint32_t k) {
+                                                 uint32_t width, const Picks& picks) {
     const uint32_t per_stage = narrow_blocks<Shape>(width);
 #pragma unroll 1
     for (uint32_t done = 0; done < blocks; done += per_stage) {
       const uint32_t count = min(per_stage, blocks - done);
       const uint32_t stage = begin(count * block_bytes);
       for (uint32_t i = 0; i < count; ++i) {
-        load(stage + i * (kBytesA + width * kRowBytes), k + (done + i) * kBlockK);
+        load(stage + i * (kBytesA + width * kRowBytes), picks.start(done + i, kBlockK));
       }
       ring_.advance();
     }

@@ -59,6 +59,24 @@ class Operation {
     return (group * place_.size + place_.rank) * kBlockM;
   }
 
+  __device__ __forceinline__ Routes routes() const { return Routes(p_.routes, p_.m); }
+
+  // The ranks that main tiles of rows from m on read. All CTAs of a cluster take the same steps, so they read what any
+  // of them needs.
+  __device__ __forceinline__ Picks ranks_read(uint32_t m) const {
+    if (!routes().is_on()) return everything(p_.r);
+    const uint32_t rows = place_.size * kBlockM;
+    return routes().ranks_of(m / rows * rows, rows, p_.r);
+  }
+
+  // Of the `blocks` that a narrow unit at (m, n) reduces over: none, where no row of the cluster goes through its
+  // ranks.
+  __device__ __forceinline__ uint32_t wanted(uint32_t m, uint32_t n, uint32_t blocks) const {
+    if (!routes().is_on()) return blocks;
+    const uint64_t ranks = (1u << (width() + LORA_ROUTE_RANKS - 1) / LORA_ROUTE_RANKS) - 1;
+    return (ranks_read(m).mask >> n / LORA_ROUTE_RANKS & ranks) != 0 ? blocks : 0;
+  }
+
   // Main tile `index`: `columns` blocks side by side.
   __device__ __forceinline__ BlockIndex wide_block(uint32_t index, uint32_t columns) const {
     return grouped(index, p_.m_groups, columns, p_.group_m);

@@ -2,8 +2,9 @@
 
 use candle_core::{Result, Storage, WithDType};
 
+use super::op::Dropout;
 use super::view::View;
-use crate::Element;
+use crate::{Element, Seed, Variant};
 
 /// A matrix in one of candle's storages.
 #[derive(Debug)]
@@ -19,6 +20,12 @@ impl<S> Clone for Operand<'_, S> {
 }
 impl<S> Copy for Operand<'_, S> {}
 
+impl<S> Operand<'_, S> {
+    pub(super) fn first_rows(self, rows: usize) -> Self {
+        Self { view: View { rows, ..self.view }, ..self }
+    }
+}
+
 /// [`crate::Forward`] that allocates what it writes.
 pub(super) struct Forward<'a, S> {
     pub(super) x: Operand<'a, S>,
@@ -27,6 +34,7 @@ pub(super) struct Forward<'a, S> {
     pub(super) b: Operand<'a, S>,
     pub(super) bias: Option<Operand<'a, S>>,
     pub(super) scale: f32,
+    pub(super) dropout: Option<Dropout>,
     pub(super) keep_h: bool,
 }
 
@@ -45,12 +53,20 @@ pub(super) struct Backward<'a, S> {
     pub(super) x: Operand<'a, S>,
     pub(super) h: Option<Operand<'a, S>>,
     pub(super) scale: f32,
+    pub(super) dropout: Option<Dropout>,
     pub(super) dx: bool,
     pub(super) da: Option<Precision>,
     pub(super) db: Option<Precision>,
+    pub(super) dbias: Option<Precision>,
 }
 
-/// The type of an adapter's gradient: that of the adapter.
+/// Dropout as both operations take it.
+pub(super) fn variant<'a, U: ?Sized>(dropout: Option<Dropout>) -> Variant<'a, U> {
+    let given = |Dropout { p, seed, offset }| crate::Dropout { p, seed: Seed::Value { seed, offset } };
+    Variant { dropout: dropout.map(given), routes: None }
+}
+
+/// The type of the gradient of an adapter or a bias: its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Precision {
     Storage,
@@ -62,6 +78,7 @@ pub(super) struct Gradients<S> {
     pub(super) dx: Option<S>,
     pub(super) da: Option<S>,
     pub(super) db: Option<S>,
+    pub(super) dbias: Option<S>,
 }
 
 /// An element type that candle has, too.

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result};
 
-/// The frozen part: N × K, and N.
+/// The weight, frozen, N × K, and the bias of its type or f32, N.
 pub(super) fn base(w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
     frozen("w", w)?;
     rank("w", w, 2)?;
@@ -14,19 +14,21 @@ pub(super) fn base(w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
         _ => return Err(dtype("w", w, "f16 or bf16, what GPUs compute in".to_owned())),
     }
     let Some(bias) = bias else { return Ok(()) };
-    frozen("bias", bias)?;
-    rank("bias", bias, 1)?;
-    as_weight("bias", bias, w)?;
-    dimension("bias", "elements", bias.elem_count(), w.dims()[0])
+    vector("bias", w, bias)
+}
+
+/// N, of the weight's type or f32.
+pub(super) fn vector(arg: &'static str, w: &Tensor, tensor: &Tensor) -> Result<()> {
+    rank(arg, tensor, 1)?;
+    as_weight_or_f32(arg, tensor, w)?;
+    dimension(arg, "elements", tensor.elem_count(), w.dims()[0])
 }
 
 /// R × K and N × R, of the weight's type or f32.
 pub(super) fn adapter(w: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
     for (arg, tensor) in [("a", a), ("b", b)] {
         rank(arg, tensor, 2)?;
-        if tensor.dtype() != w.dtype() && tensor.dtype() != DType::F32 {
-            return Err(dtype(arg, tensor, format!("{}, that of w, or f32", w.dtype().as_str())));
-        }
+        as_weight_or_f32(arg, tensor, w)?;
     }
     if a.dims()[0] == 0 {
         return Err(Error::ZeroDimension { arg: "a", axis: "rows" });
@@ -64,12 +66,24 @@ fn as_weight(arg: &'static str, tensor: &Tensor, w: &Tensor) -> Result<()> {
     Err(dtype(arg, tensor, format!("{}, that of w", w.dtype().as_str())))
 }
 
+fn as_weight_or_f32(arg: &'static str, tensor: &Tensor, w: &Tensor) -> Result<()> {
+    if tensor.dtype() == w.dtype() || tensor.dtype() == DType::F32 {
+        return Ok(());
+    }
+    Err(dtype(arg, tensor, format!("{}, that of w, or f32", w.dtype().as_str())))
+}
+
 fn dtype(arg: &'static str, tensor: &Tensor, expected: String) -> Error {
     Error::ArgumentDtype { arg, got: tensor.dtype().as_str().to_owned(), expected }
 }
 
 fn dimension(arg: &'static str, axis: &'static str, got: usize, expected: usize) -> Result<()> {
     if got == expected { Ok(()) } else { Err(Error::Dimension { arg, axis, got, expected }) }
+}
+
+/// From 0 to 1.
+pub(super) fn probability(got: f32) -> Result<()> {
+    if (0.0..=1.0).contains(&got) { Ok(()) } else { Err(Error::Probability { got }) }
 }
 
 /// Finite in f32, which the products take it in.

@@ -2,10 +2,10 @@
 
 use candle_core::{CpuStorage, Result, Storage};
 
-use super::backend::{Backend, Backward, Forward, Gradients, Operand, Outputs, Precision, Scalar};
+use super::backend::{Backend, Backward, Forward, Gradients, Operand, Outputs, Precision, Scalar, variant};
 use super::wrap;
 use crate::error::Error;
-use crate::{Accumulate, Gradient, Matrix, MatrixMut, Variant, cpu};
+use crate::{Accumulate, Gradient, Matrix, MatrixMut, cpu};
 
 pub(super) struct Cpu;
 
@@ -36,7 +36,7 @@ impl Backend for Cpu {
             bias: op.bias.map(matrix).transpose()?,
             h: h.as_mut().map(|h| MatrixMut::new(h.as_mut_slice(), m, r)),
             y: MatrixMut::new(y.as_mut_slice(), m, n),
-            variant: Variant::default(),
+            variant: variant(op.dropout),
         })
         .map_err(wrap)?;
         Ok(Outputs { y: T::to_cpu_storage_owned(y), h: h.map(T::to_cpu_storage_owned) })
@@ -47,6 +47,7 @@ impl Backend for Cpu {
         let mut dx = if op.dx { Some(zeros::<T>(m, k)?) } else { None };
         let mut da = op.da.map(|precision| Buffer::<T>::new(precision, r, k)).transpose()?;
         let mut db = op.db.map(|precision| Buffer::<T>::new(precision, n, r)).transpose()?;
+        let mut dbias = op.dbias.map(|precision| Buffer::<T>::new(precision, 1, n)).transpose()?;
         cpu::backward(cpu::Backward {
             dy: matrix(op.dy)?,
             w: matrix(op.w)?,
@@ -58,15 +59,16 @@ impl Backend for Cpu {
             dx: dx.as_mut().map(|dx| MatrixMut::new(dx.as_mut_slice(), m, k)),
             da: da.as_mut().map(|da| da.gradient(r, k)),
             db: db.as_mut().map(|db| db.gradient(n, r)),
-            dbias: None,
+            dbias: dbias.as_mut().map(|dbias| dbias.gradient(1, n)),
             accumulate: Accumulate::default(),
-            variant: Variant::default(),
+            variant: variant(op.dropout),
         })
         .map_err(wrap)?;
         Ok(Gradients {
             dx: dx.map(T::to_cpu_storage_owned),
             da: da.map(Buffer::into_storage),
             db: db.map(Buffer::into_storage),
+            dbias: dbias.map(Buffer::into_storage),
         })
     }
 }

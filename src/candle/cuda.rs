@@ -8,12 +8,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use candle_core::cuda::cudarc::driver::{CudaSlice, CudaStream};
 use candle_core::{CudaDevice, CudaStorage, Result, Storage};
 
-use super::backend::{Backend, Backward, Forward, Gradients, Operand, Outputs, Precision, Scalar};
+use super::backend::{Backend, Backward, Forward, Gradients, Operand, Outputs, Precision, Scalar, variant};
 use super::recent::Recent;
 use super::wrap;
 use crate::cuda::{self, Kernels, Workspace};
 use crate::error::Error;
-use crate::{Accumulate, Gradient, Matrix, MatrixMut, Variant};
+use crate::{Accumulate, Gradient, Matrix, MatrixMut};
 
 /// Streams whose workspace is kept.
 const STREAMS: usize = 16;
@@ -52,7 +52,7 @@ impl Backend for Cuda {
                 bias: bias.map(|(slice, bias)| matrix(slice, bias)),
                 h: h.as_mut().map(|h| cuda::matrix_mut(h, m, r)),
                 y: cuda::matrix_mut(&mut y, m, n),
-                variant: Variant::default(),
+                variant: variant(op.dropout),
             };
             kernels.forward::<T>(&stream, forward, workspace)
         })?;
@@ -66,6 +66,7 @@ impl Backend for Cuda {
         let mut dx = if op.dx { Some(alloc::<T>(device, m, k)?) } else { None };
         let mut da = op.da.map(|precision| Buffer::<T>::new(device, precision, r, k)).transpose()?;
         let mut db = op.db.map(|precision| Buffer::<T>::new(device, precision, n, r)).transpose()?;
+        let mut dbias = op.dbias.map(|precision| Buffer::<T>::new(device, precision, 1, n)).transpose()?;
         let (dy, w, a, b) = (slice::<T>(op.dy)?, slice::<T>(op.w)?, slice::<T>(op.a)?, slice::<T>(op.b)?);
         let x = slice::<T>(op.x)?;
         let h = op.h.map(|h| slice::<T>(h).map(|slice| (slice, h))).transpose()?;
@@ -82,9 +83,9 @@ impl Backend for Cuda {
                 dx: dx.as_mut().map(|dx| cuda::matrix_mut(dx, m, k)),
                 da: da.as_mut().map(|da| da.gradient(r, k)),
                 db: db.as_mut().map(|db| db.gradient(n, r)),
-                dbias: None,
+                dbias: dbias.as_mut().map(|dbias| dbias.gradient(1, n)),
                 accumulate: Accumulate::default(),
-                variant: Variant::default(),
+                variant: variant(op.dropout),
             };
             kernels.backward::<T>(&stream, backward, workspace)
         })?;
@@ -92,6 +93,7 @@ impl Backend for Cuda {
             dx: dx.map(|dx| CudaStorage::wrap_cuda_slice::<T>(dx, device.clone())),
             da: da.map(|da| da.into_storage(device)),
             db: db.map(|db| db.into_storage(device)),
+            dbias: dbias.map(|dbias| dbias.into_storage(device)),
         })
     }
 }

@@ -1,12 +1,14 @@
 //! A frozen linear layer with adapters, as a candle module.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use candle_core::{DType, Module, Result, Tensor};
+use candle_core::{DType, Module, ModuleT, Result, Tensor};
 use candle_nn::{Init, Linear, VarBuilder, init};
 
 use super::view::addressable;
-use super::{check, lora, wrap};
+use super::{Dropout, Training, check, lora_train, wrap};
 use crate::error::Error;
 
 /// Rank and strength of an adapter, as PEFT's `LoraConfig` has them.
@@ -30,34 +32,58 @@ impl LoraConfig {
 
 /// y = x Wᵀ + s · (x Aᵀ) Bᵀ (+ bias): takes the place of a `candle_nn::Linear`.
 ///
-/// W and bias are frozen. Adapters have names; at most one takes part, chosen by [`activate`](Self::activate). A and B are
-/// whatever tensors they were added as: variables of a `VarMap`, a [`Var`](candle_core::Var)'s tensor, or constants. A layer
-/// without dropout: PEFT's `lora_dropout` is not offered.
+/// W is frozen, and so is the bias unless it is tracked. Adapters have names; at most one takes part, chosen by
+/// [`activate`](Self::activate). A, B and biases are whatever tensors they were added as: variables of a `VarMap`, a
+/// [`Var`](candle_core::Var)'s tensor, or constants.
+///
+/// It is a [`ModuleT`], whose `forward_t` drops in training what [`with_dropout`](Self::with_dropout) says. It is no
+/// [`Module`]: candle makes a `ModuleT` of each that ignores the flag. [`forward`](Self::forward) is that of inference.
 ///
 /// Without an active adapter, and while one is merged, forward is that of `candle_nn::Linear`, for x of more than four dimensions
 /// as well.
 #[derive(Clone, Debug)]
 pub struct LoraLinear {
-    base: Linear,
+    base: Base,
     adapters: BTreeMap<String, Adapter>,
     active: Option<String>,
     enabled: bool,
-    /// W + s · B A of the active adapter.
-    merged: Option<Linear>,
+    /// W + s · B A and the bias of the active adapter.
+    merged: Option<Base>,
+    dropout: Option<Passes>,
+    recompute: bool,
+}
+
+/// What is there without adapters.
+#[derive(Clone, Debug)]
+struct Base {
+    /// N × K, without the bias.
+    linear: Linear,
+    bias: Option<Tensor>,
 }
 
 #[derive(Clone, Debug)]
 struct Adapter {
     a: Tensor,
     b: Tensor,
+    /// N, inside the scale.
+    b_bias: Option<Tensor>,
     scale: f64,
+}
+
+/// Dropout, and the number of training passes, which is the offset of the next one.
+#[derive(Clone, Debug)]
+struct Passes {
+    p: f32,
+    seed: u64,
+    /// Shared by clones, whose masks would be the same otherwise.
+    made: Arc<AtomicU64>,
 }
 
 /// The adapter of a layer that was made with one, as PEFT calls it.
 const DEFAULT: &str = "default";
 
 impl LoraLinear {
-    /// A layer with one active adapter, `default`, made by [`add`](Self::add). `weight` is N × K, `bias` N; both are frozen.
+    /// A layer with one active adapter, `default`, made by [`add`](Self::add). `weight` is N × K, `bias` N.
     ///
     /// # Errors
     /// As [`frozen`](Self::frozen) and [`add`](Self::add).
@@ -79,16 +105,49 @@ impl LoraLinear {
         Ok(layer)
     }
 
-    /// A layer without an adapter. A weight that lies transposed is copied.
+    /// A layer without an adapter. A weight that lies transposed is copied. The bias is of the weight's dtype or f32; a tracked one
+    /// is trained, as with PEFT's `bias`.
     ///
     /// # Errors
-    /// [`Error::Tracked`] for a weight or bias that gradients are asked of; [`Error::Rank`], [`Error::Dimension`],
+    /// [`Error::Tracked`] for a weight that gradients are asked of; [`Error::Rank`], [`Error::Dimension`],
     /// [`Error::ArgumentDtype`].
     pub fn frozen(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         check::base(&weight, bias.as_ref()).map_err(wrap)?;
         // Once, instead of in every forward.
-        let base = Linear::new(addressable(&weight)?, bias);
-        Ok(Self { base, adapters: BTreeMap::new(), active: None, enabled: true, merged: None })
+        let base = Base { linear: Linear::new(addressable(&weight)?, None), bias };
+        let adapters = BTreeMap::new();
+        Ok(Self { base, adapters, active: None, enabled: true, merged: None, dropout: None, recompute: false })
+    }
+
+    /// The same layer with dropout on the adapter branch in training, PEFT's `lora_dropout`: `forward_t(x, true)` drops elements of
+    /// x with probability `p`, as [`Dropout`] says for this seed and, as the offset, the number of training passes before
+    /// ([`passes`](Self::passes)). So a seed makes a run repeatable; give each layer another one.
+    ///
+    /// # Errors
+    /// [`Error::Probability`] unless `p` is from 0 to 1.
+    pub fn with_dropout(mut self, p: f32, seed: u64) -> Result<Self> {
+        check::probability(p).map_err(wrap)?;
+        self.dropout = Some(Passes { p, seed, made: Arc::default() });
+        Ok(self)
+    }
+
+    /// The same layer, which keeps no h between forward and backward: [`Training::recompute`].
+    #[must_use]
+    pub fn with_recompute(mut self) -> Self {
+        self.recompute = true;
+        self
+    }
+
+    /// Training passes with dropout so far, of this layer and its clones.
+    pub fn passes(&self) -> u64 {
+        self.dropout.as_ref().map_or(0, |dropout| dropout.made.load(Ordering::Relaxed))
+    }
+
+    /// Lets the next training pass with dropout be that after `passes` others: a run that is resumed goes on with its masks.
+    pub fn set_passes(&self, passes: u64) {
+        if let Some(dropout) = &self.dropout {
+            dropout.made.store(passes, Ordering::Relaxed);
+        }
     }
 
     /// Adds an adapter from `vb`, in its dtype (that of the weight, or f32): `lora_A.weight` (R × K) and `lora_B.weight` (N × R),
@@ -98,7 +157,7 @@ impl LoraLinear {
     /// As [`add_tensors`](Self::add_tensors), and what `vb` refuses. A `VarMap` may hold new variables then; the layer is as
     /// before.
     pub fn add(&mut self, name: &str, config: LoraConfig, vb: VarBuilder) -> Result<()> {
-        let (n, k) = self.base.weight().dims2()?;
+        let (n, k) = self.base.linear.weight().dims2()?;
         let r = config.r;
         if r == 0 {
             return Err(wrap(Error::ZeroDimension { arg: "a", axis: "rows" }));
@@ -123,12 +182,30 @@ impl LoraLinear {
     /// [`Error::ArgumentDtype`], [`Error::Scale`]. The layer is as before.
     pub fn add_tensors(&mut self, name: &str, a: Tensor, b: Tensor, scale: f64) -> Result<()> {
         self.new_name(name)?;
-        check::adapter(self.base.weight(), &a, &b).and_then(|()| check::scale(scale)).map_err(wrap)?;
-        self.adapters.insert(name.to_owned(), Adapter { a, b, scale });
+        check::adapter(self.base.linear.weight(), &a, &b).and_then(|()| check::scale(scale)).map_err(wrap)?;
+        self.adapters.insert(name.to_owned(), Adapter { a, b, b_bias: None, scale });
         Ok(())
     }
 
-    /// Takes an adapter out of the layer.
+    /// Gives B of an adapter a bias of its own (PEFT's `lora_bias`, `lora_B.bias`), in place of the one it may have: N elements, of
+    /// the weight's dtype or f32; y += scale · `b_bias`. It is summed with the layer's bias in f32 and rounded once.
+    ///
+    /// # Errors
+    /// [`Error::AdapterName`]; [`Error::Rank`], [`Error::Dimension`], [`Error::ArgumentDtype`]; [`Error::State`] while the
+    /// adapter is merged. The layer is as before.
+    pub fn set_b_bias(&mut self, name: &str, b_bias: Tensor) -> Result<()> {
+        check::vector("b_bias", self.base.linear.weight(), &b_bias).map_err(wrap)?;
+        self.known_name(name)?;
+        if self.active() == Some(name) {
+            self.check_unmerged("set_b_bias")?;
+        }
+        if let Some(adapter) = self.adapters.get_mut(name) {
+            adapter.b_bias = Some(b_bias);
+        }
+        Ok(())
+    }
+
+    /// Takes an adapter out of the layer: A, B and the scale; [`b_bias`](Self::b_bias) before, where it has one.
     ///
     /// # Errors
     /// [`Error::AdapterName`]; [`Error::State`] while it is active.
@@ -138,7 +215,9 @@ impl LoraLinear {
             let got = format!("adapter `{name}` is active");
             return Err(wrap(Error::State { operation: "remove", got, expected: "another `activate` first" }));
         }
-        let Some(Adapter { a, b, scale }) = self.adapters.remove(name) else { return Err(wrap(self.unknown(name))) };
+        let Some(Adapter { a, b, scale, .. }) = self.adapters.remove(name) else {
+            return Err(wrap(self.unknown(name)));
+        };
         // `enable` finds none then.
         self.active.take_if(|active| active == name);
         Ok((a, b, scale))
@@ -171,22 +250,24 @@ impl LoraLinear {
         self.enabled = true;
     }
 
-    /// Folds the active adapter into a second weight, W + s · B A, formed in f32 and rounded once to W's type. W is kept, for
-    /// [`unmerge`](Self::unmerge). Until then forward is the plain product by the second weight, and A and B get no gradient.
+    /// Folds the active adapter into a second weight, W + s · B A, formed in f32 and rounded once to W's type, and a second bias
+    /// where it has its own. W is kept, for [`unmerge`](Self::unmerge). Until then forward is the plain product by the second
+    /// weight, and the adapter and the bias get no gradient.
     ///
     /// # Errors
     /// [`Error::State`] when no adapter is active or one is merged already; candle's. The layer is as before then.
     pub fn merge(&mut self) -> Result<()> {
         self.check_unmerged("merge")?;
-        let Some(Adapter { a, b, scale }) = self.takes_part() else {
+        let Some(adapter) = self.takes_part() else {
             let got = "no adapter is active".to_owned();
             return Err(wrap(Error::State { operation: "merge", got, expected: "`activate` first" }));
         };
         let f32 = |tensor: &Tensor| tensor.detach().to_dtype(DType::F32);
-        let weight = self.base.weight();
-        let delta = f32(b)?.matmul(&f32(a)?)?.affine(*scale, 0.0)?;
+        let weight = self.base.linear.weight();
+        let delta = f32(&adapter.b)?.matmul(&f32(&adapter.a)?)?.affine(adapter.scale, 0.0)?;
         let merged = (f32(weight)? + delta)?.to_dtype(weight.dtype())?;
-        self.merged = Some(Linear::new(merged, self.base.bias().cloned()));
+        let bias = self.base.bias_with(adapter)?.map(|bias| bias.detach().to_dtype(weight.dtype())).transpose()?;
+        self.merged = Some(Base { linear: Linear::new(merged, None), bias });
         Ok(())
     }
 
@@ -202,12 +283,12 @@ impl LoraLinear {
 
     /// W, or W + s · B A while that is merged: N × K.
     pub fn weight(&self) -> &Tensor {
-        self.merged.as_ref().unwrap_or(&self.base).weight()
+        self.merged.as_ref().unwrap_or(&self.base).linear.weight()
     }
 
-    /// The bias: N.
+    /// The bias, or that with the adapter's while it is merged: N.
     pub fn bias(&self) -> Option<&Tensor> {
-        self.base.bias()
+        self.merged.as_ref().unwrap_or(&self.base).bias.as_ref()
     }
 
     /// The name of the adapter that takes part.
@@ -227,7 +308,12 @@ impl LoraLinear {
 
     /// A, B and the scale of an adapter.
     pub fn adapter(&self, name: &str) -> Option<(&Tensor, &Tensor, f64)> {
-        self.adapters.get(name).map(|Adapter { a, b, scale }| (a, b, *scale))
+        self.adapters.get(name).map(|Adapter { a, b, scale, .. }| (a, b, *scale))
+    }
+
+    /// The bias that B of an adapter has.
+    pub fn b_bias(&self, name: &str) -> Option<&Tensor> {
+        self.adapters.get(name).and_then(|adapter| adapter.b_bias.as_ref())
     }
 
     fn takes_part(&self) -> Option<&Adapter> {
@@ -261,24 +347,63 @@ impl LoraLinear {
     }
 }
 
-impl Module for LoraLinear {
-    /// x of … × K, two dimensions or more, to … × N.
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+impl LoraLinear {
+    /// Forward for inference, x of … × K, two dimensions or more, to … × N: nothing is dropped.
+    ///
+    /// # Errors
+    /// As [`lora`](super::lora), and candle's.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_t(x, false)
+    }
+
+    /// What the next pass does otherwise than [`lora`](super::lora).
+    fn training(&self, train: bool) -> Training {
+        let dropout = self.dropout.as_ref().filter(|_| train).map(|Passes { p, seed, made }| {
+            let offset = made.fetch_add(1, Ordering::Relaxed);
+            Dropout { p: *p, seed: *seed, offset }
+        });
+        Training { dropout, recompute: self.recompute }
+    }
+}
+
+impl ModuleT for LoraLinear {
+    /// As [`LoraLinear::forward`], with dropout where `train` is set.
+    fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
         match (&self.merged, self.takes_part()) {
-            (Some(merged), _) => plain(merged, x),
-            (None, Some(Adapter { a, b, scale })) => lora(x, self.base.weight(), a, b, *scale, self.base.bias()),
-            (None, None) => plain(&self.base, x),
+            (Some(merged), _) => merged.forward(x),
+            (None, Some(adapter)) => {
+                let bias = self.base.bias_with(adapter)?;
+                let Adapter { a, b, scale, .. } = adapter;
+                lora_train(x, self.base.linear.weight(), a, b, *scale, bias.as_ref(), self.training(train))
+            }
+            (None, None) => self.base.forward(x),
         }
     }
 }
 
-/// candle's linear layer knows at most four dimensions.
-fn plain(linear: &Linear, x: &Tensor) -> Result<Tensor> {
-    match x.dims() {
-        [tokens @ .., _] if tokens.len() > 3 => {
-            let y = linear.forward(&x.flatten(0, tokens.len() - 1)?)?;
-            y.reshape([tokens, &[linear.weight().dim(0)?]].concat())
+impl Base {
+    /// The bias and the adapter's own inside its scale, in f32 where there are both; tracked where one of them is.
+    fn bias_with(&self, adapter: &Adapter) -> Result<Option<Tensor>> {
+        let Some(b_bias) = &adapter.b_bias else { return Ok(self.bias.clone()) };
+        let own = b_bias.to_dtype(DType::F32)?.affine(adapter.scale, 0.0)?;
+        match &self.bias {
+            Some(bias) => (bias.to_dtype(DType::F32)? + own).map(Some),
+            None => Ok(Some(own)),
         }
-        _ => linear.forward(x),
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = match x.dims() {
+            // candle's linear layer knows at most four dimensions.
+            [tokens @ .., _] if tokens.len() > 3 => {
+                let y = self.linear.forward(&x.flatten(0, tokens.len() - 1)?)?;
+                y.reshape([tokens, &[self.linear.weight().dim(0)?]].concat())?
+            }
+            _ => self.linear.forward(x)?,
+        };
+        match &self.bias {
+            Some(bias) => y.broadcast_add(&bias.to_dtype(y.dtype())?),
+            None => Ok(y),
+        }
     }
 }

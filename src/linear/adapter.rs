@@ -71,7 +71,7 @@ impl<V> From<Rejected<V>> for Error {
     }
 }
 
-/// A (R × K) and B (N × R), contiguous, in one type.
+/// A (R × K) and B (N × R), contiguous, and what is added to B's product where the adapter has it, in one type.
 pub enum Buffers<B: Backend, T: Element> {
     /// In the storage type of the layer.
     Storage {
@@ -79,6 +79,8 @@ pub enum Buffers<B: Backend, T: Element> {
         a: B::Buffer<T>,
         /// N × R.
         b: B::Buffer<T>,
+        /// N, PEFT's `lora_bias`: y += s · (B A x + this).
+        b_bias: Option<B::Buffer<T>>,
     },
     /// In f32, as PEFT keeps them by default while they are trained.
     F32 {
@@ -86,6 +88,8 @@ pub enum Buffers<B: Backend, T: Element> {
         a: B::Buffer<f32>,
         /// N × R.
         b: B::Buffer<f32>,
+        /// N, PEFT's `lora_bias`: y += s · (B A x + this).
+        b_bias: Option<B::Buffer<f32>>,
     },
 }
 
@@ -97,6 +101,8 @@ pub enum BuffersMut<'a, B: Backend, T: Element> {
         a: &'a mut B::Write<T>,
         /// N × R.
         b: &'a mut B::Write<T>,
+        /// N, where the adapter has it.
+        b_bias: Option<&'a mut B::Write<T>>,
     },
     /// In f32.
     F32 {
@@ -104,6 +110,8 @@ pub enum BuffersMut<'a, B: Backend, T: Element> {
         a: &'a mut B::Write<f32>,
         /// N × R.
         b: &'a mut B::Write<f32>,
+        /// N, where the adapter has it.
+        b_bias: Option<&'a mut B::Write<f32>>,
     },
 }
 
@@ -134,7 +142,7 @@ impl<B: Backend, T: Element> Adapter<B, T> {
     /// # Errors
     /// As [`new`](Self::new), and those of [`Backend::upload`].
     pub fn upload(backend: &B, rank: usize, scaling: Scaling, a: &[T], b: &[T]) -> Result<Self> {
-        let buffers = Buffers::Storage { a: backend.upload(a)?, b: backend.upload(b)? };
+        let buffers = Buffers::Storage { a: backend.upload(a)?, b: backend.upload(b)?, b_bias: None };
         Ok(Self::new(rank, scaling, buffers)?)
     }
 
@@ -143,8 +151,24 @@ impl<B: Backend, T: Element> Adapter<B, T> {
     /// # Errors
     /// As [`new`](Self::new), and those of [`Backend::upload`].
     pub fn upload_f32(backend: &B, rank: usize, scaling: Scaling, a: &[f32], b: &[f32]) -> Result<Self> {
-        let buffers = Buffers::F32 { a: backend.upload(a)?, b: backend.upload(b)? };
+        let buffers = Buffers::F32 { a: backend.upload(a)?, b: backend.upload(b)?, b_bias: None };
         Ok(Self::new(rank, scaling, buffers)?)
+    }
+
+    /// The same with a bias of its own on B (PEFT's `lora_bias`), N elements, rounded once to the type of A and B:
+    /// y = x Wᵀ + s · (x Aᵀ Bᵀ + `b_bias`) (+ bias).
+    ///
+    /// # Errors
+    /// Those of [`Backend::upload`].
+    pub fn with_b_bias(mut self, backend: &B, b_bias: &[f32]) -> Result<Self> {
+        match &mut self.buffers {
+            Buffers::Storage { b_bias: to, .. } => {
+                let rounded: Vec<T> = b_bias.iter().map(|&value| T::from_f32(value)).collect();
+                *to = Some(backend.upload(&rounded)?);
+            }
+            Buffers::F32 { b_bias: to, .. } => *to = Some(backend.upload(b_bias)?),
+        }
+        Ok(self)
     }
 
     /// R.
@@ -155,6 +179,14 @@ impl<B: Backend, T: Element> Adapter<B, T> {
     /// s.
     pub fn scale(&self) -> f32 {
         self.scale
+    }
+
+    /// Whether B has a bias of its own.
+    pub fn has_b_bias(&self) -> bool {
+        match &self.buffers {
+            Buffers::Storage { b_bias, .. } => b_bias.is_some(),
+            Buffers::F32 { b_bias, .. } => b_bias.is_some(),
+        }
     }
 
     /// A and B.
@@ -169,8 +201,12 @@ impl<B: Backend, T: Element> Adapter<B, T> {
 
     pub(super) fn buffers_mut(&mut self) -> BuffersMut<'_, B, T> {
         match &mut self.buffers {
-            Buffers::Storage { a, b } => BuffersMut::Storage { a: B::write(a), b: B::write(b) },
-            Buffers::F32 { a, b } => BuffersMut::F32 { a: B::write(a), b: B::write(b) },
+            Buffers::Storage { a, b, b_bias } => {
+                BuffersMut::Storage { a: B::write(a), b: B::write(b), b_bias: b_bias.as_mut().map(B::write) }
+            }
+            Buffers::F32 { a, b, b_bias } => {
+                BuffersMut::F32 { a: B::write(a), b: B::write(b), b_bias: b_bias.as_mut().map(B::write) }
+            }
         }
     }
 
@@ -178,23 +214,24 @@ impl<B: Backend, T: Element> Adapter<B, T> {
     pub(super) fn factors(&self, n: usize, k: usize) -> Factors<'_, B::Read<T>, B::Read<f32>> {
         let r = self.rank;
         match &self.buffers {
-            Buffers::Storage { a, b } => {
+            Buffers::Storage { a, b, .. } => {
                 Factors::Storage { a: Matrix::new(B::read(a), r, k), b: Matrix::new(B::read(b), n, r) }
             }
-            Buffers::F32 { a, b } => {
+            Buffers::F32 { a, b, .. } => {
                 Factors::F32 { a: Matrix::new(B::read(a), r, k), b: Matrix::new(B::read(b), n, r) }
             }
         }
     }
 
-    /// Both factors must have the layer's dimensions.
+    /// All parts must have the layer's dimensions.
     pub(super) fn check(&self, n: usize, k: usize) -> Result<()> {
-        let (a, b) = match &self.buffers {
-            Buffers::Storage { a, b } => (B::len(a), B::len(b)),
-            Buffers::F32 { a, b } => (B::len(a), B::len(b)),
+        let (a, b, b_bias) = match &self.buffers {
+            Buffers::Storage { a, b, b_bias } => (B::len(a), B::len(b), b_bias.as_ref().map(B::len)),
+            Buffers::F32 { a, b, b_bias } => (B::len(a), B::len(b), b_bias.as_ref().map(B::len)),
         };
         check_elements("a", a, elements("the number of elements of a", self.rank, k)?)?;
-        check_elements("b", b, elements("the number of elements of b", n, self.rank)?)
+        check_elements("b", b, elements("the number of elements of b", n, self.rank)?)?;
+        b_bias.map_or(Ok(()), |b_bias| check_elements("b_bias", b_bias, n))
     }
 }
 
@@ -205,6 +242,7 @@ impl<B: Backend, T: Element> fmt::Debug for Adapter<B, T> {
             .field("rank", &self.rank)
             .field("scale", &self.scale)
             .field("f32_factors", &f32_factors)
+            .field("b_bias", &self.has_b_bias())
             .finish_non_exhaustive()
     }
 }

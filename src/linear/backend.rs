@@ -80,6 +80,7 @@ pub trait Backend: Clone {
     ///
     /// # Errors
     /// What [`raw::Backward::check`](crate::raw::Backward::check) finds, and the backend's own. Nothing is written then.
+    #[allow(clippy::type_complexity, reason = "an operand type for each kind of argument")]
     fn backward<T: Element>(
         &self,
         op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words>,

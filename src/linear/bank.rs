@@ -1,6 +1,6 @@
 //! Many adapters of a layer in one batch: each row of x goes through its own.
 
-use super::{Backend, LoraLinear, elements};
+use super::{Backend, LoraLinear, Operands, elements};
 use crate::error::{Error, Result};
 use crate::{Element, Forward, Matrix, MatrixMut, Round, Routing, Slot, Variant};
 
@@ -69,13 +69,18 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// f32 factors are rounded to the storage type.
     ///
     /// # Errors
-    /// [`Error::AdapterName`]; [`Error::TooLarge`] for more ranks than [`MAX_ROUTED_RANK`](crate::MAX_ROUTED_RANK), each adapter's
+    /// [`Error::AdapterName`]; [`Error::State`] for an adapter with a bias on B; [`Error::TooLarge`] for more ranks than [`MAX_ROUTED_RANK`](crate::MAX_ROUTED_RANK), each adapter's
     /// counted as the next multiple of 16; those of [`Backend::upload`] and [`Backend::round`].
     pub fn bank(&self, names: &[&str]) -> Result<Bank<B, T>> {
         let mut chosen = Vec::with_capacity(names.len());
         let (mut slots, mut rank) = (Vec::with_capacity(names.len()), 0);
         for name in names {
             let named = &self.adapters[self.position(name)?];
+            if named.adapter.has_b_bias() {
+                let got = format!("adapter `{name}` has a bias on B");
+                let expected = "adapters without one: forward adds the same bias to every row";
+                return Err(Error::State { operation: "bank", got, expected });
+            }
             let ranks = named.adapter.rank();
             slots.push(Slot { first_rank: rank, ranks, scale: named.adapter.scale() });
             rank = ranks.checked_next_multiple_of(ALIGN).map_or(usize::MAX, |ranks| ranks.saturating_add(rank));
@@ -142,13 +147,13 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         if routes.ranks > bank.rank {
             return Err(Error::Dimension { arg: "routes", axis: "ranks", got: routes.ranks, expected: bank.rank });
         }
-        let plain = self.plain();
+        let plain = self.plain(None);
         let (a, b) = match bank.rank {
             0 => (plain.a, plain.b),
             rank => (Matrix::new(B::read(&bank.a), rank, self.k), Matrix::new(B::read(&bank.b), self.n, rank)),
         };
         let variant = Variant { dropout: None, routes: Some(routes.view()) };
-        let bias = self.bias_view();
-        self.backend.forward(Forward { x, w: plain.w, a, b, scale: 1.0, bias, h: None, y, variant })
+        let Operands { w, bias, .. } = plain;
+        self.backend.forward(Forward { x, w, a, b, scale: 1.0, bias, h: None, y, variant })
     }
 }

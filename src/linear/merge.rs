@@ -1,5 +1,7 @@
 //! Folding adapters into W, and taking them out again.
 
+use std::mem;
+
 use super::set::{Active, Named};
 use super::{Adapter, Backend, LoraLinear, next_version};
 use crate::error::{Error, Result};
@@ -13,10 +15,10 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
 
     /// Folds the active adapters into a second weight, W' = W + s · B A for each in turn, summed in f32 and rounded once per
     /// adapter. W is kept, for [`unmerge`](Self::unmerge). Until then forward is the plain product by W', and training, and changes
-    /// of the active adapters, are refused.
+    /// of the active adapters and of the bias, are refused. To the bias forward adds those of the adapters, as it does beside W.
     ///
     /// # Errors
-    /// [`Error::State`] when none is active or they are merged already; those of [`Backend::alloc`] and [`Backend::merge`]. The
+    /// [`Error::State`] when none is active, they are merged already, or the sum of biases could not be renewed; those of [`Backend::alloc`] and [`Backend::merge`]. The
     /// layer is as before then.
     pub fn merge(&mut self) -> Result<()> {
         self.check_mergeable("merge")?;
@@ -38,9 +40,12 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         self.merged.take().map(drop).ok_or(Error::State { operation: "unmerge", got, expected: "`merge` first" })
     }
 
-    /// As [`merge`](Self::merge), or after it, without a way back: W' takes the place of W, and the merged adapters leave the
-    /// layer and are returned with their names. One adapter is folded in place, without a second buffer; several take one
-    /// until they are done.
+    /// As [`merge`](Self::merge), or after it, without a way back: W' takes the place of W, the bias with those of the adapters
+    /// that of the bias, and the merged adapters leave the layer and are returned with their names. One adapter is folded in
+    /// place, without a second buffer; several take one until they are done.
+    ///
+    /// Adapters that stay and have a bias of their own get their sum with the new bias; where that cannot be made, forward with
+    /// them is refused until [`refresh`](Self::refresh) has made it.
     ///
     /// # Errors
     /// [`Error::State`] when no adapter is active; those of [`merge`](Self::merge). The layer is as before then.
@@ -49,6 +54,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         match (&self.active, self.merged.take()) {
             (_, Some(merged)) => self.w = merged,
             (&Active::One(id), None) => {
+                self.check_biases("merge_for_good")?;
                 let named = self.adapters.iter().find(|named| named.id == id);
                 fold(&self.backend, named, (self.n, self.k), None, &mut self.w)?;
             }
@@ -62,12 +68,25 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         }
         self.version = next_version();
         let ids = self.active_ids().to_vec();
-        self.active = Active::None;
         let (folded, left) = self.adapters.drain(..).partition(|named| ids.contains(&named.id));
         self.adapters = left;
         let mut folded: Vec<Named<B, T>> = folded;
         folded.sort_by_key(|named| ids.iter().position(|id| *id == named.id));
+        let bias = match mem::replace(&mut self.active, Active::None) {
+            Active::Several(joined) => joined.into_bias(),
+            _ => folded.first_mut().and_then(Named::take_bias),
+        };
+        if bias.is_some() {
+            self.bias = bias;
+            self.mark_bias_changed();
+            let _ = self.renew_biases(); // a failure leaves its mark
+        }
         Ok(folded.into_iter().map(|named| (named.name, named.adapter)).collect())
+    }
+
+    /// The sum of biases that merged adapters add is the one of forward, which must be as new as they are.
+    fn check_biases(&self, operation: &'static str) -> Result<()> {
+        if self.active_bias().is_some() { self.operands(operation).map(drop) } else { Ok(()) }
     }
 
     fn check_mergeable(&self, operation: &'static str) -> Result<()> {
@@ -76,7 +95,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             let got = "no adapter is active".to_owned();
             return Err(Error::State { operation, got, expected: "`activate` first" });
         }
-        Ok(())
+        self.check_biases(operation)
     }
 }
 

@@ -1,7 +1,8 @@
 //! The adapters of a layer, and which of them take part.
 
-use std::mem;
+use std::{iter, mem};
 
+use super::bias::Folded;
 use super::{Adapter, Backend, Buffers, BuffersMut, LoraLinear, Operands, Rejected, elements, next_version};
 use crate::error::{Error, Result};
 use crate::{Element, Matrix, MatrixMut, Round};
@@ -16,7 +17,9 @@ pub(super) struct Named<B: Backend, T: Element> {
     pub(super) adapter: Adapter<B, T>,
     /// A and B in the storage type, where the adapter's own are f32.
     rounded: Option<(B::Buffer<T>, B::Buffer<T>)>,
-    /// `rounded` is older than the factors.
+    /// The bias of the layer with the adapter's own, where it has one.
+    folded: Option<Folded<B, T>>,
+    /// `rounded` or `folded` is older than what it is made of.
     is_stale: bool,
 }
 
@@ -47,7 +50,9 @@ pub(super) struct Joined<B: Backend, T: Element> {
     a: B::Buffer<T>,
     /// N × Σ R.
     b: B::Buffer<T>,
-    /// An adapter changed, and a copy of it failed.
+    /// The bias of the layer with those of the adapters, where they have some.
+    folded: Option<Folded<B, T>>,
+    /// An adapter or the bias changed, and a copy of it failed.
     is_stale: bool,
 }
 
@@ -65,26 +70,38 @@ impl<B: Backend, T: Element> Named<B, T> {
     #[allow(clippy::type_complexity, reason = "two buffers")]
     pub(super) fn in_storage(&self, operation: &'static str) -> Result<Option<(&B::Buffer<T>, &B::Buffer<T>)>> {
         match (self.adapter.buffers(), &self.rounded) {
-            (Buffers::Storage { a, b }, _) => Ok(Some((a, b))),
-            (Buffers::F32 { .. }, Some(_)) if self.is_stale => Err(stale(operation, &self.name)),
+            _ if self.is_stale => Err(stale(operation, &self.name)),
+            (Buffers::Storage { a, b, .. }, _) => Ok(Some((a, b))),
             (Buffers::F32 { .. }, Some((a, b))) => Ok(Some((a, b))),
             (Buffers::F32 { .. }, None) => Ok(None),
         }
     }
 
-    /// Copies f32 factors to the storage type.
-    fn refresh(&mut self, backend: &B, n: usize, k: usize) -> Result<()> {
+    /// What its bias makes of the layer's.
+    pub(super) fn folded(&self) -> Option<&Folded<B, T>> {
+        self.folded.as_ref()
+    }
+
+    pub(super) fn take_bias(&mut self) -> Option<B::Buffer<T>> {
+        self.folded.take().map(Folded::into_sum)
+    }
+
+    /// Copies f32 factors to the storage type, and sums the biases.
+    fn refresh(&mut self, backend: &B, (n, k): (usize, usize), bias: Option<&B::Buffer<T>>) -> Result<()> {
         let r = self.adapter.rank();
+        self.is_stale = self.rounded.is_some() || self.folded.is_some();
         if let Some((a, b)) = &mut self.rounded {
-            self.is_stale = true;
             backend.round(Round {
                 factors: self.adapter.factors(n, k),
                 scale: 1.0,
                 rounded_a: MatrixMut::new(B::write(a), r, k),
                 rounded_b: MatrixMut::new(B::write(b), n, r),
             })?;
-            self.is_stale = false;
         }
+        if let Some(folded) = &mut self.folded {
+            folded.refresh(backend, n, bias, iter::once(&self.adapter))?;
+        }
+        self.is_stale = false;
         Ok(())
     }
 }
@@ -100,17 +117,34 @@ impl<B: Backend, T: Element> Joined<B, T> {
             scale,
             a: layer.backend.alloc(elements("the number of elements of a", rank, layer.k)?)?,
             b: layer.backend.alloc(elements("the number of elements of b", layer.n, rank)?)?,
+            folded: Folded::new(layer, chosen.iter().map(|named| &named.adapter))?,
             is_stale: true,
         };
-        joined.refresh(&layer.backend, (layer.n, layer.k), &layer.adapters)?;
+        joined.refresh(&layer.backend, (layer.n, layer.k), layer.bias.as_ref(), &layer.adapters)?;
         Ok(joined)
     }
 
-    /// Copies the factors of every adapter to their place.
-    fn refresh(&mut self, backend: &B, (n, k): (usize, usize), adapters: &[Named<B, T>]) -> Result<()> {
+    /// What the adapters' biases make of the layer's.
+    pub(super) fn folded(&self) -> Option<&Folded<B, T>> {
+        self.folded.as_ref()
+    }
+
+    pub(super) fn into_bias(self) -> Option<B::Buffer<T>> {
+        self.folded.map(Folded::into_sum)
+    }
+
+    /// Copies the factors of every adapter to their place, and sums the biases.
+    fn refresh(
+        &mut self,
+        backend: &B,
+        (n, k): (usize, usize),
+        bias: Option<&B::Buffer<T>>,
+        adapters: &[Named<B, T>],
+    ) -> Result<()> {
         self.is_stale = true;
         let mut first = 0;
-        for named in self.ids.iter().filter_map(|id| adapters.iter().find(|named| named.id == *id)) {
+        let chosen = || self.ids.iter().filter_map(|id| adapters.iter().find(|named| named.id == *id));
+        for named in chosen() {
             let r = named.adapter.rank();
             if r == 0 {
                 continue;
@@ -124,6 +158,9 @@ impl<B: Backend, T: Element> Joined<B, T> {
             })?;
             first += r;
         }
+        if let Some(folded) = &mut self.folded {
+            folded.refresh(backend, n, bias, chosen().map(|named| &named.adapter))?;
+        }
         self.is_stale = false;
         Ok(())
     }
@@ -136,22 +173,24 @@ impl<B: Backend, T: Element> Joined<B, T> {
         if self.is_stale {
             return Err(stale(operation, &layer.active().join("`, `")));
         }
+        let bias = self.folded.as_ref().map(Folded::sum);
+        let plain = layer.plain(bias);
         if self.rank == 0 {
-            return Ok(layer.plain());
+            return Ok(plain);
         }
         let (a, b) =
             (Matrix::new(B::read(&self.a), self.rank, layer.k), Matrix::new(B::read(&self.b), layer.n, self.rank));
-        Ok(Operands { a, b, scale: self.scale, ..layer.plain() })
+        Ok(Operands { a, b, scale: self.scale, ..plain })
     }
 }
 
 impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// Adds an adapter, which takes part once it is activated. For one in f32 this makes the copies in the storage type
-    /// that the products read.
+    /// that the products read, for one with a bias on B the sum of the biases.
     ///
     /// # Errors
-    /// [`Error::AdapterName`] when there is one of that name; [`Error::Dimension`] when a factor has another number of
-    /// elements than R × K or N × R; those of [`Backend::alloc`] and [`Backend::round`]. The adapter comes back with the error,
+    /// [`Error::AdapterName`] when there is one of that name; [`Error::Dimension`] when a part has another number of
+    /// elements than R × K, N × R or N; those of [`Backend::alloc`], [`Backend::round`] and [`Backend::merge`]. The adapter comes back with the error,
     /// and the layer is as before.
     pub fn add(&mut self, name: &str, adapter: Adapter<B, T>) -> Result<(), Rejected<Adapter<B, T>>> {
         let (n, k, r) = (self.n, self.k, adapter.rank());
@@ -161,18 +200,19 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
                 return Err(Error::AdapterName { got: name.to_owned(), expected });
             }
             adapter.check(n, k)?;
-            match adapter.buffers() {
-                Buffers::F32 { .. } if r != 0 => Ok(Some((self.backend.alloc(r * k)?, self.backend.alloc(n * r)?))),
-                _ => Ok(None),
-            }
+            let rounded = match adapter.buffers() {
+                Buffers::F32 { .. } if r != 0 => Some((self.backend.alloc(r * k)?, self.backend.alloc(n * r)?)),
+                _ => None,
+            };
+            Ok((rounded, Folded::new(self, iter::once(&adapter))?))
         };
-        let rounded = match check() {
-            Ok(rounded) => rounded,
+        let (rounded, folded) = match check() {
+            Ok(parts) => parts,
             Err(error) => return Err(Rejected { error, value: adapter }),
         };
         let (id, version) = (next_version(), next_version());
-        let mut named = Named { name: name.to_owned(), id, version, adapter, rounded, is_stale: false };
-        match named.refresh(&self.backend, n, k) {
+        let mut named = Named { name: name.to_owned(), id, version, adapter, rounded, folded, is_stale: false };
+        match named.refresh(&self.backend, (n, k), self.bias.as_ref()) {
             Ok(()) => self.adapters.push(named),
             Err(error) => return Err(Rejected { error, value: named.adapter }),
         }
@@ -310,7 +350,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     fn mark_changed(&mut self, at: usize) {
         let named = &mut self.adapters[at];
         named.version = next_version();
-        named.is_stale = named.rounded.is_some();
+        named.is_stale = named.rounded.is_some() || named.folded.is_some();
         let id = named.id;
         for chosen in [&mut self.active, &mut self.disabled] {
             if let Active::Several(joined) = chosen {
@@ -319,16 +359,34 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         }
     }
 
-    fn renew(&mut self, at: usize) -> Result<()> {
-        let (n, k) = (self.n, self.k);
-        self.adapters[at].refresh(&self.backend, n, k)?;
+    /// No sum with the layer's bias may be used from here on.
+    pub(super) fn mark_bias_changed(&mut self) {
+        self.adapters.iter_mut().for_each(|named| named.is_stale |= named.folded.is_some());
+        for chosen in [&mut self.active, &mut self.disabled] {
+            if let Active::Several(joined) = chosen {
+                joined.is_stale |= joined.folded.is_some();
+            }
+        }
+    }
+
+    pub(super) fn renew(&mut self, at: usize) -> Result<()> {
+        let (dims, bias) = ((self.n, self.k), self.bias.as_ref());
+        self.adapters[at].refresh(&self.backend, dims, bias)?;
         for chosen in [&mut self.active, &mut self.disabled] {
             match chosen {
-                Active::Several(joined) if joined.is_stale => joined.refresh(&self.backend, (n, k), &self.adapters)?,
+                Active::Several(joined) if joined.is_stale => {
+                    joined.refresh(&self.backend, dims, bias, &self.adapters)?;
+                }
                 _ => {}
             }
         }
         Ok(())
+    }
+
+    /// Makes every sum of biases anew.
+    pub(super) fn renew_biases(&mut self) -> Result<()> {
+        (0..self.adapters.len())
+            .try_for_each(|at| if self.adapters[at].folded.is_some() { self.renew(at) } else { Ok(()) })
     }
 
     pub(super) fn position(&self, name: &str) -> Result<usize> {

@@ -5,12 +5,41 @@ use std::fmt;
 use super::set::{Active, Named};
 use super::{Backend, LoraLinear, Operands, elements};
 use crate::error::{Error, Result};
-use crate::{Accumulate, Backward, Element, Forward, Gradient, Matrix, MatrixMut, Variant};
+use crate::{Accumulate, Backward, Dropout, Element, Forward, Gradient, Matrix, MatrixMut, Seed, Variant};
+
+/// Columns of y that a forward pass computes where h is all that is wanted of it: a row of 16 bytes at least.
+pub(super) const COLUMNS: usize = 8;
+
+/// How a pass departs from the default, which drops nothing and keeps h.
+pub struct Training<'a, B: Backend> {
+    /// Elements of x that the adapter does not see, in forward and in backward of this pass. Each pass wants another offset,
+    /// each layer another seed.
+    pub dropout: Option<Dropout<'a, B::Words>>,
+    /// Forward keeps no h, and backward computes it again where db is asked for: M × R elements less between the two, for one
+    /// launch more, which reads x and A, and writes h to memory that is held until backward returns. Its bits are those that
+    /// forward would have kept where the backend sums alike for fewer columns of y, as the CPU does; elsewhere h may be
+    /// rounded from another order of summation.
+    pub recompute: bool,
+}
+
+impl<B: Backend> Clone for Training<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B: Backend> Copy for Training<'_, B> {}
+impl<B: Backend> Default for Training<'_, B> {
+    fn default() -> Self {
+        Self { dropout: None, recompute: false }
+    }
+}
 
 /// What forward leaves for backward, beside x: h, and which state of the layer it is of.
 pub struct Kept<B: Backend, T: Element> {
-    /// M × R; `None` without an adapter or at rank 0.
+    /// M × R; `None` without an adapter, at rank 0, and where backward computes it.
     h: Option<B::Buffer<T>>,
+    /// The probability of dropout, with seed and offset unless they lie in memory.
+    dropout: Option<(f32, Option<[u64; 2]>)>,
     rank: usize,
     tokens: usize,
     /// Of W.
@@ -21,10 +50,11 @@ pub struct Kept<B: Backend, T: Element> {
 
 /// One forward pass, for [`LoraLinear::backward`]: x and what forward kept. It may be used any number of times.
 ///
-/// It borrows x. A caller that cannot keep the borrow takes it apart with [`into_kept`](Self::into_kept) and puts it together
-/// again with [`Kept::with`].
+/// It borrows x, and the seed of dropout where that lies in memory. A caller that cannot keep the borrow takes it apart with
+/// [`into_kept`](Self::into_kept) and puts it together again with [`Kept::with`].
 pub struct Pass<'a, B: Backend, T: Element> {
     x: Matrix<'a, B::Read<T>>,
+    dropout: Option<Dropout<'a, B::Words>>,
     kept: Kept<B, T>,
 }
 
@@ -34,28 +64,64 @@ impl<'a, B: Backend, T: Element> Pass<'a, B, T> {
         self.x
     }
 
-    /// M × R, as forward wrote it: s · x Aᵀ in the storage type.
+    /// M × R, as forward wrote it: s · x Aᵀ in the storage type, of what dropout left of x. `None` without an adapter, at rank 0,
+    /// and where backward is to compute it.
     pub fn h(&self) -> Option<&B::Buffer<T>> {
         self.kept.h.as_ref()
     }
 
-    /// Lets x go.
+    /// Lets x go, and a seed in memory.
     pub fn into_kept(self) -> Kept<B, T> {
         self.kept
     }
 }
 
+#[allow(clippy::result_large_err, reason = "what was kept comes back")]
 impl<B: Backend, T: Element> Kept<B, T> {
     /// The pass again. `x` must be what forward read, which only the caller can know; its number of rows is checked.
     ///
     /// # Errors
-    /// [`Error::Dimension`]. What was kept comes back with it.
+    /// [`Error::Dimension`]; [`Error::Missing`] for a pass that took its seed from memory, which
+    /// [`with_seed`](Self::with_seed) wants. What was kept comes back with it.
     pub fn with(self, x: Matrix<'_, B::Read<T>>) -> Result<Pass<'_, B, T>, super::Rejected<Self>> {
-        if x.rows != self.tokens {
-            let error = Error::Dimension { arg: "x", axis: "rows", got: x.rows, expected: self.tokens };
-            return Err(super::Rejected { error, value: self });
+        self.rejoined(x, None)
+    }
+
+    /// As [`with`](Self::with) for a pass that took its seed from memory: `seed` must hold what forward read there.
+    ///
+    /// # Errors
+    /// As [`with`](Self::with); [`Error::State`] for a pass that took no seed from memory.
+    pub fn with_seed<'a>(
+        self,
+        x: Matrix<'a, B::Read<T>>,
+        seed: Matrix<'a, B::Words>,
+    ) -> Result<Pass<'a, B, T>, super::Rejected<Self>> {
+        self.rejoined(x, Some(seed))
+    }
+
+    fn rejoined<'a>(
+        self,
+        x: Matrix<'a, B::Read<T>>,
+        memory: Option<Matrix<'a, B::Words>>,
+    ) -> Result<Pass<'a, B, T>, super::Rejected<Self>> {
+        let seed = match (self.dropout, memory) {
+            _ if x.rows != self.tokens => {
+                Err(Error::Dimension { arg: "x", axis: "rows", got: x.rows, expected: self.tokens })
+            }
+            (None, None) => Ok(None),
+            (Some((p, Some([seed, offset]))), None) => Ok(Some(Dropout { p, seed: Seed::Value { seed, offset } })),
+            (Some((p, None)), Some(memory)) => Ok(Some(Dropout { p, seed: Seed::Memory(memory) })),
+            (Some((_, None)), None) => Err(Error::Missing { arg: "seed", output: "dropout" }),
+            (_, Some(_)) => Err(Error::State {
+                operation: "with_seed",
+                got: "the pass took no seed from memory".to_owned(),
+                expected: "`with`",
+            }),
+        };
+        match seed {
+            Ok(dropout) => Ok(Pass { x, dropout, kept: self }),
+            Err(error) => Err(super::Rejected { error, value: self }),
         }
-        Ok(Pass { x, kept: self })
     }
 }
 
@@ -79,7 +145,7 @@ pub struct Gradients<'a, B: Backend, T: Element> {
     pub da: Option<MatrixMut<'a, B::Write<f32>>>,
     /// N × R, in f32.
     pub db: Option<MatrixMut<'a, B::Write<f32>>>,
-    /// 1 × N, in f32.
+    /// 1 × N, in f32: Σ dy, the gradient of the bias. That of a bias on B is the adapter's scale times this.
     pub dbias: Option<MatrixMut<'a, B::Write<f32>>>,
     /// Which of them add to what is there.
     pub accumulate: Accumulate,
@@ -98,8 +164,21 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// As [`forward`](Self::forward); [`Error::State`] while adapters are merged or several are active.
     #[allow(clippy::type_complexity, reason = "y and the pass")]
     pub fn forward_train<'a>(&self, x: Matrix<'a, B::Read<T>>) -> Result<(B::Buffer<T>, Pass<'a, B, T>)> {
+        self.forward_train_with(x, Training::default())
+    }
+
+    /// As [`forward_train`](Self::forward_train), with dropout, or without keeping h.
+    ///
+    /// # Errors
+    /// As [`forward_train`](Self::forward_train); [`Error::Probability`].
+    #[allow(clippy::type_complexity, reason = "y and the pass")]
+    pub fn forward_train_with<'a>(
+        &self,
+        x: Matrix<'a, B::Read<T>>,
+        training: Training<'a, B>,
+    ) -> Result<(B::Buffer<T>, Pass<'a, B, T>)> {
         let mut y = self.output(x)?;
-        let pass = self.forward_train_into(x, MatrixMut::new(B::write(&mut y), x.rows, self.n))?;
+        let pass = self.forward_train_with_into(x, MatrixMut::new(B::write(&mut y), x.rows, self.n), training)?;
         Ok((y, pass))
     }
 
@@ -112,32 +191,53 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         x: Matrix<'a, B::Read<T>>,
         y: MatrixMut<'_, B::Write<T>>,
     ) -> Result<Pass<'a, B, T>> {
+        self.forward_train_with_into(x, y, Training::default())
+    }
+
+    /// As [`forward_train_with`](Self::forward_train_with), into `y`. Allocates h where it is kept, M × R elements.
+    ///
+    /// # Errors
+    /// As [`forward_train_with`](Self::forward_train_with).
+    pub fn forward_train_with_into<'a>(
+        &self,
+        x: Matrix<'a, B::Read<T>>,
+        y: MatrixMut<'_, B::Write<T>>,
+        training: Training<'a, B>,
+    ) -> Result<Pass<'a, B, T>> {
         self.check_unmerged("forward_train")?;
         let named = self.trained("forward_train")?;
-        let Operands { w, a, b, scale } = self.operands("forward_train")?;
-        let rank = a.rows;
-        // The rows of y are those of x, or the operation is refused; both buffers bound them.
-        let mut h = match rank {
+        let Operands { w, a, b, scale, bias } = self.operands("forward_train")?;
+        let Training { dropout, recompute } = training;
+        let mut h = match a.rows {
             0 => None,
-            _ => {
-                self.check_input(x)?;
-                Some(self.backend.alloc::<T>(elements("the number of elements of h", x.rows, rank)?)?)
-            }
+            _ if recompute => None,
+            rank => Some(self.middle(x, rank)?),
         };
-        let keep = h.as_mut().map(|h| MatrixMut::new(B::write(h), x.rows, rank));
+        let keep = h.as_mut().map(|h| MatrixMut::new(B::write(h), x.rows, a.rows));
         self.backend.forward(Forward {
             x,
             w,
             a,
             b,
             scale,
-            bias: self.bias_view(),
+            bias,
             h: keep,
             y,
-            variant: Variant::default(),
+            variant: Variant { dropout, ..Variant::default() },
         })?;
-        let adapter = named.map(|named| named.version);
-        Ok(Pass { x, kept: Kept { h, rank, tokens: x.rows, base: self.version, adapter } })
+        let (adapter, rank) = (named.map(|named| named.version), a.rows);
+        let kept_dropout = dropout.map(|Dropout { p, seed }| match seed {
+            Seed::Value { seed, offset } => (p, Some([seed, offset])),
+            Seed::Memory(_) => (p, None),
+        });
+        let kept = Kept { h, dropout: kept_dropout, rank, tokens: x.rows, base: self.version, adapter };
+        Ok(Pass { x, dropout, kept })
+    }
+
+    /// A buffer for h. The rows of y are those of x, or the operation is refused; both buffers bound them.
+    fn middle(&self, x: Matrix<'_, B::Read<T>>, rank: usize) -> Result<B::Buffer<T>> {
+        self.check_input(x)?;
+        self.backend.alloc::<T>(elements("the number of elements of h", x.rows, rank)?)
     }
 
     /// The gradients at `dy` (M × N) of the pass, with the adapter that it was made with, whether or not that is still the
@@ -146,7 +246,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// # Errors
     /// Those of the backend's backward (`cpu::backward`, `cuda::Kernels::backward`); [`Error::State`] when the layer is not
     /// the pass's, when the adapter or W has changed since, and while adapters are merged. Nothing is written then, and the
-    /// pass can be used again.
+    /// pass can be used again. Where h is computed again, [`Backend::forward`] and [`Backend::alloc`] can fail as well.
     pub fn backward(
         &self,
         pass: &Pass<'_, B, T>,
@@ -154,28 +254,54 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         gradients: Gradients<'_, B, T>,
     ) -> Result<()> {
         self.check_unmerged("backward")?;
-        let Operands { w, a, b, scale } = self.operands_of(&pass.kept)?;
+        let Pass { x, dropout, kept: Kept { ref h, rank, tokens, .. } } = *pass;
+        let Operands { w, a, b, scale, .. } = self.operands_of(&pass.kept)?;
         let Gradients { dx, da, db, dbias, accumulate } = gradients;
-        if dy.rows != pass.kept.tokens {
-            return Err(Error::Dimension { arg: "dy", axis: "rows", got: dy.rows, expected: pass.kept.tokens });
+        if dy.rows != tokens {
+            return Err(Error::Dimension { arg: "dy", axis: "rows", got: dy.rows, expected: tokens });
         }
-        let nothing = Matrix { rows: pass.kept.tokens, cols: 0, row_stride: 0, offset: 0, ..dy };
-        let h = pass.kept.h.as_ref().map_or(nothing, |h| Matrix::new(B::read(h), pass.kept.tokens, pass.kept.rank));
+        let again = if h.is_none() && rank != 0 && db.is_some() { Some(self.middle_of(pass)?) } else { None };
+        let nothing = Matrix { rows: tokens, cols: 0, row_stride: 0, offset: 0, ..dy };
+        let h = match h.as_ref().or(again.as_ref()) {
+            Some(h) => Some(Matrix::new(B::read(h), tokens, rank)),
+            None => (rank == 0).then_some(nothing),
+        };
         self.backend.backward(Backward {
             dy,
             w,
             a,
             b,
             scale,
-            x: Some(pass.x),
-            h: Some(h),
+            x: Some(x),
+            h,
             dx,
             da: da.map(Gradient::F32),
             db: db.map(Gradient::F32),
             dbias: dbias.map(Gradient::F32),
             accumulate,
-            variant: Variant::default(),
+            variant: Variant { dropout, ..Variant::default() },
         })
+    }
+
+    /// h of a pass that kept none: that of a forward pass to a few columns of y.
+    fn middle_of(&self, pass: &Pass<'_, B, T>) -> Result<B::Buffer<T>> {
+        let Pass { x, dropout, kept: Kept { rank, tokens, .. } } = *pass;
+        let Operands { w, a, b, scale, .. } = self.operands_of(&pass.kept)?;
+        let columns = self.n.min(COLUMNS);
+        let mut h = self.middle(x, rank)?;
+        let mut y = self.backend.alloc::<T>(elements("the number of elements of y", tokens, columns)?)?;
+        self.backend.forward(Forward {
+            x,
+            w: Matrix { rows: columns, ..w },
+            a,
+            b: Matrix { rows: columns, ..b },
+            scale,
+            bias: None,
+            h: Some(MatrixMut::new(B::write(&mut h), tokens, rank)),
+            y: MatrixMut::new(B::write(&mut y), tokens, columns),
+            variant: Variant { dropout, ..Variant::default() },
+        })?;
+        Ok(h)
     }
 
     /// The active adapter, when it is the only one.
@@ -201,7 +327,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             return refused("the pass is of another layer, or of another W");
         }
         match kept.adapter {
-            None => Ok(self.plain()),
+            None => Ok(self.plain(None)),
             Some(version) => match self.adapters.iter().find(|named| named.version == version) {
                 Some(named) => self.with_adapter("backward", named),
                 None => refused("the pass is of an adapter that was changed or removed since"),

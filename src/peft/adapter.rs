@@ -162,6 +162,18 @@ impl Adapter {
         self.biases.iter().map(|(name, tensor)| (name.as_str(), tensor))
     }
 
+    /// Sets the probability of dropout that the configuration names: the one field of it that no tensor must agree with.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Field`] unless `p` is from 0 to 1. The adapter is as before then.
+    pub fn set_dropout(&mut self, p: f64) -> Result<()> {
+        let config = self.config.clone().with_dropout(p);
+        config.check()?;
+        self.config = config;
+        Ok(())
+    }
+
     /// Puts the factors of a module, in place of those it may have.
     ///
     /// # Errors

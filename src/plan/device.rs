@@ -60,7 +60,8 @@ pub struct Device {
     pub shared_per_block: u32,
     /// Shared memory of an SM, in bytes.
     pub shared_per_sm: u32,
-    /// What the data sheet promises, where it is known: for the model and for [`explain`](super::Plan::explain) alone.
+    /// What the data sheet promises, where it is known: for the model and for [`explain`](super::Plan::explain) alone. With a rate
+    /// of 0 nothing is known.
     pub peak: Option<Peak>,
 }
 
@@ -82,6 +83,11 @@ impl Device {
             shared_per_sm: shared_per_sm << 10,
             peak: Peak::of(name),
         }
+    }
+
+    /// The peak to reckon with: at a rate of 0 nothing would ever be done.
+    pub(super) fn known_peak(&self) -> Option<Peak> {
+        self.peak.filter(|peak| peak.teraflops != 0 && peak.gigabytes_per_second != 0)
     }
 
     /// A well-known GPU, for planning without it: [`names`](Self::names) lists what is known. Case, spaces and hyphens

@@ -91,7 +91,11 @@ impl Case {
     }
 
     /// Forward and backward of `op`, with those of x, A and B tracked that `tracked` says.
-    pub fn run(&self, tracked: [bool; 3], op: Op) -> Result<Results> {
+    pub fn run(
+        &self,
+        tracked: [bool; 3],
+        op: impl Fn(&Tensor, &Tensor, &Tensor, &Tensor, f64, Option<&Tensor>) -> Result<Tensor>,
+    ) -> Result<Results> {
         // A variable is contiguous; what is not tracked keeps its layout.
         let inputs = [&self.x, &self.a, &self.b];
         let vars: Vec<Option<Var>> = inputs
@@ -152,7 +156,7 @@ impl Case {
     }
 
     /// As the products take them: f32 adapters over 16 bits are rounded.
-    fn inputs(&self) -> Inputs {
+    pub fn inputs(&self) -> Inputs {
         let rounded = |tensor: &Tensor| mat(&tensor.to_dtype(self.w.dtype()).expect("a cast"));
         Inputs {
             x: mat(&self.x),
@@ -168,7 +172,7 @@ impl Case {
     }
 }
 
-fn dtype(dtype: DType) -> Dtype {
+pub fn dtype(dtype: DType) -> Dtype {
     match dtype {
         DType::F16 => Dtype::F16,
         DType::BF16 => Dtype::Bf16,

@@ -2,7 +2,9 @@
 
 #![allow(clippy::panic)] // how a test fails
 
+mod biases;
 mod case;
+mod dropout;
 #[cfg(feature = "candle-cuda")]
 mod gpu;
 mod gradients;

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use fused_lora::Error;
-use fused_lora::candle::{LoraConfig, LoraLinear, cause, lora};
+use fused_lora::candle::{Dropout, LoraConfig, LoraLinear, Training, cause, lora, lora_train};
 
 fn zeros(dims: &[usize], dtype: DType) -> Tensor {
     Tensor::zeros(dims, dtype, &Device::Cpu).expect("zeros")
@@ -48,7 +48,6 @@ fn tracked_weights() -> Result<()> {
         |arg| format!("`{arg}` is tracked for gradients, which are not computed for it: expected it detached");
     let error = refused(Arguments::apply(|it| it.w = tracked(&[5, 6])), &message("w"));
     assert_eq!(error, Error::Tracked { arg: "w" });
-    refused(Arguments::apply(|it| it.bias = tracked(&[5])), &message("bias"));
     // A result of a variable as much as the variable itself.
     refused(Arguments::apply(|it| it.w = tracked(&[6, 5]).t().expect("a view")), &message("w"));
     refused(LoraLinear::frozen(tracked(&[5, 6]), None), &message("w"));
@@ -81,7 +80,7 @@ fn dtypes() {
     );
     refused(
         Arguments::apply(|it| it.bias = cast(&it.bias, DType::F16)),
-        "`bias` is of dtype f16, expected f32, that of w",
+        "`bias` is of dtype f16, expected f32, that of w, or f32",
     );
 }
 
@@ -108,6 +107,11 @@ fn shapes() {
     refused(Arguments::apply(|it| it.w = f32(&[5, 0])), "`a` has 6 columns, expected 0");
     refused(Arguments::apply(|it| it.scale = f64::NAN), "`scale` is NaN, expected a finite number");
     refused(Arguments::apply(|it| it.scale = 1e39), "`scale` is inf, expected a finite number");
+    let Arguments { x, w, a, b, .. } = Arguments::new();
+    let training = Training { dropout: Some(Dropout { p: -0.5, seed: 1, offset: 2 }), ..Training::default() };
+    let message = "`dropout` is -0.5, expected a probability from 0 to 1";
+    refused(lora_train(&x, &w, &a, &b, 1.0, None, training), message);
+    refused(LoraLinear::frozen(w.clone(), None).and_then(|layer| layer.with_dropout(-0.5, 1)), message);
 }
 
 #[test]
@@ -141,6 +145,9 @@ fn what_a_layer_is_not_ready_for() -> Result<()> {
         layer.add_tensors("three", f32(&[2, 6]), f32(&[5, 2]), f64::NAN),
         "`scale` is NaN, expected a finite number",
     );
+    refused(layer.set_b_bias("three", f32(&[5])), "the adapter name is \"three\", expected \"one\" or \"two\"");
+    refused(layer.set_b_bias("one", f32(&[6])), "`b_bias` has 6 elements, expected 5");
+    refused(layer.set_b_bias("one", f32(&[5, 1])), "`b_bias` has 2 dimensions, expected 1");
     layer.activate("one")?;
     refused(
         layer.remove("one"),
@@ -150,6 +157,8 @@ fn what_a_layer_is_not_ready_for() -> Result<()> {
     let merged = |operation| format!("`{operation}` was called while `one` is merged, expected `unmerge` first");
     refused(layer.activate("two"), &merged("activate"));
     refused(layer.disable(), &merged("disable"));
+    refused(layer.set_b_bias("one", f32(&[5])), &merged("set_b_bias"));
+    layer.set_b_bias("two", f32(&[5]))?;
     refused(layer.merge(), &merged("merge"));
     layer.remove("two")?;
     assert_eq!(layer.names().collect::<Vec<_>>(), ["one"]);

@@ -1,6 +1,6 @@
 //! Training with candle's optimisers follows the composed expression's trajectory.
 
-use candle_core::{DType, Device, Module, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, SGD, VarBuilder, VarMap};
 use fused_lora::candle::{LoraConfig, LoraLinear};
 

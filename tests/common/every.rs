@@ -62,7 +62,10 @@ pub enum Kind {
 
 /// The backends of a kind; `test` is named where there is no GPU.
 pub fn backends(kind: Kind, test: &str) -> Vec<Any> {
-    let mut backends = if kind == Kind::Ragged { vec![Any::Cpu] } else { Vec::new() };
+    let mut backends = Vec::new();
+    if kind == Kind::Ragged {
+        backends.push(Any::Cpu);
+    }
     #[cfg(not(feature = "cuda"))]
     let _ = test;
     #[cfg(all(feature = "emulator", feature = "cuda"))]

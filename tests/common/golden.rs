@@ -39,6 +39,7 @@ fn values(view: &TensorView<'_>) -> Vec<f64> {
         safetensors::Dtype::BF16 => bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f64()).collect(),
         safetensors::Dtype::F16 => bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f64()).collect(),
         safetensors::Dtype::F32 => bytes.as_chunks().0.iter().map(|&b| f64::from(f32::from_le_bytes(b))).collect(),
+        safetensors::Dtype::U8 => bytes.iter().map(|&b| f64::from(b)).collect(),
         safetensors::Dtype::F64 => bytes.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b)).collect(),
         other => unreachable!("a tensor of {other:?}"),
     }
@@ -101,9 +102,21 @@ impl Golden {
         ["A", "B"].map(|factor| self.tensor(&format!("{name}.{factor}{suffix}")))
     }
 
+    /// The bias on B.
+    fn b_bias(&self, name: &str, mode: Mode) -> Option<Tensor> {
+        let suffix = if mode.f32_factors { "_f32" } else { "" };
+        self.find(&format!("{name}.Bbias{suffix}"))
+    }
+
+    /// The layer's bias: that of the base, or what an adapter brings in its place.
+    fn bias(&self) -> Option<Tensor> {
+        let trained = self.active().into_iter().find_map(|name| self.find(&format!("{name}.b_trained")));
+        trained.or_else(|| self.find("b"))
+    }
+
     fn layer<B: Backend, T: Element>(&self, backend: &B, mode: Mode, names: &[&str]) -> LoraLinear<B, T> {
         let (n, k) = (self.size("out_features"), self.size("in_features"));
-        let (w, bias) = (self.tensor("W").round::<T>(), self.find("b").map(|bias| bias.round::<T>()));
+        let (w, bias) = (self.tensor("W").round::<T>(), self.bias().map(|bias| bias.round::<T>()));
         let mut layer = LoraLinear::upload(backend.clone(), &w, bias.as_deref(), n, k).expect("a layer");
         for &name in names {
             let ((r, scaling), [a, b]) = (self.scaling(name), self.factors(name, mode));
@@ -112,32 +125,66 @@ impl Golden {
             } else {
                 Adapter::upload(backend, r, scaling, &a.round::<T>(), &b.round::<T>())
             };
-            layer.add(name, adapter.expect("an adapter")).expect("an added adapter");
+            let mut adapter = adapter.expect("an adapter");
+            if let Some(b_bias) = self.b_bias(name, mode) {
+                adapter = adapter.with_b_bias(backend, &b_bias.round::<f32>()).expect("a bias");
+            }
+            layer.add(name, adapter).expect("an added adapter");
         }
         layer
     }
 
-    /// What the oracle takes; B scaled, so that adapters of different scales are one.
+    /// What the oracle takes; B and its bias scaled, so that adapters of different scales are one.
     fn inputs(&self, names: &[&str], mode: Mode) -> Inputs {
         let (n, k) = (self.size("out_features"), self.size("in_features"));
         let (mut a, mut b, mut r) = (Vec::new(), vec![Vec::new(); n], 0);
+        let mut bias = self.bias().map(|bias| bias.data);
         for name in names {
             let ((rank, scaling), [a32, b32]) = (self.scaling(name), self.factors(name, mode));
             let scale = f64::from(scaling.scale(rank));
             a.extend(a32.data);
             (0..n).for_each(|row| b[row].extend(b32.data[row * rank..][..rank].iter().map(|v| v * scale)));
             r += rank;
+            if let Some(b_bias) = self.b_bias(name, mode) {
+                let bias = bias.get_or_insert_with(|| vec![0.0; n]);
+                bias.iter_mut().zip(&b_bias.data).for_each(|(bias, own)| *bias += scale * own);
+            }
         }
         Inputs {
             x: self.tensor("x").mat(),
             w: self.tensor("W").mat(),
             a: Mat { rows: r, cols: k, data: a },
             b: Mat { rows: n, cols: r, data: b.concat() },
-            bias: self.find("b").map(|bias| Mat { rows: 1, cols: n, data: bias.data }),
+            bias: bias.map(|data| Mat { rows: 1, cols: n, data }),
             dy: self.tensor("dY").mat(),
             scale: 1.0,
-            keep: None,
+            keep: self.mask(names),
             gate: None,
+        }
+    }
+
+    /// What dropout multiplied x by, where it was recorded.
+    fn mask(&self, names: &[&str]) -> Option<Mat> {
+        let [name] = names else { return None };
+        let p = self.case["adapters"][name]["config"]["lora_dropout"].as_f64()?;
+        Some(self.find(&format!("{name}.mask"))?.mat().map(|kept| kept / (1.0 - p)))
+    }
+
+    /// The oracle with the recorded mask against what PEFT computed in f64: dropout means the same to both.
+    pub fn check_oracle(&self) {
+        let mode = F32; // whose truth is that of A and B
+        let [name] = self.active()[..] else { unreachable!("several adapters") };
+        let inputs = self.inputs(&[name], mode);
+        let scale = f64::from(self.scaling(name).1.scale(inputs.a.rows));
+        let (h, y) = reference::forward(&inputs);
+        let gradients = reference::backward(&inputs, &h);
+        // B carries the scale here, and h does not.
+        let (da, db) = (format!("{name}.dA"), format!("{name}.dB"));
+        let results = [("y", y), ("dX", gradients.dx), (&da, gradients.da), (&db, gradients.db.map(|v| scale * v))];
+        for (what, got) in results {
+            let recorded = self.tensor(&format!("f64/{what}")).mat();
+            let error = got.plus(&recorded.map(|v| -v)).norm() / recorded.norm();
+            assert!(error <= 1e-14, "{}: {what} is off by {error:e}", self.case["name"]);
         }
     }
 
@@ -175,10 +222,12 @@ impl Golden {
             let mut dx = backend.alloc::<T>(m * k).expect("memory");
             let (mut da, mut db) =
                 (backend.alloc::<f32>(r * k).expect("memory"), backend.alloc::<f32>(n * r).expect("memory"));
+            let mut dbias = backend.alloc::<f32>(n).expect("memory");
             let gradients = Gradients {
                 dx: Some(MatrixMut::new(B::write(&mut dx), m, k)),
                 da: Some(MatrixMut::new(B::write(&mut da), r, k)),
                 db: Some(MatrixMut::new(B::write(&mut db), n, r)),
+                dbias: Some(MatrixMut::new(B::write(&mut dbias), 1, n)),
                 ..Gradients::default()
             };
             layer.backward(&pass, dy, gradients).expect("backward");
@@ -193,6 +242,13 @@ impl Golden {
             let output = if mode.f32_factors { Dtype::F32 } else { T::DTYPE };
             self.judge::<T>(mode, &format!("{name}.dA"), da, magnitude.da, n + m, output);
             self.judge::<T>(mode, &format!("{name}.dB"), db, magnitude.db, k + m, output);
+            let dbias = mat(1, n, &download(backend, &dbias, n));
+            for (what, factor) in [("db".to_owned(), 1.0), (format!("{name}.dBbias"), scale)] {
+                if self.find(&format!("{}/{what}", mode.name)).is_some() {
+                    let times = |sums: &Mat| sums.map(|v| factor * v);
+                    self.judge::<T>(mode, &what, times(&dbias), times(&magnitude.dbias), m + 1, output);
+                }
+            }
             if let [_] = names[..] {
                 let dx = mat(m, k, &download(backend, &dx, m * k));
                 self.judge::<T>(mode, "dX", dx, magnitude.dx, 2 * n + r + 2, T::DTYPE);
@@ -210,6 +266,14 @@ impl Golden {
         for (at, (got, truth)) in merged.data.iter().zip(&truth.data).enumerate() {
             let bound = each * limit.data[at] + 1e-8;
             assert!((got - truth).abs() <= bound, "{} {}: merged {at}", self.case["name"], mode.name);
+        }
+        if let Some(exact) = self.find(&format!("{}/b_merged", mode.truth)) {
+            let got = mat(1, n, &download(backend, layer.bias().expect("a bias"), n));
+            let limit = all.magnitudes().bias.expect("a bias");
+            for (at, (got, truth)) in got.data.iter().zip(&exact.data).enumerate() {
+                let bound = (unit_roundoff(T::DTYPE) + 2.0 * unit_roundoff(Dtype::F32)) * limit.data[at];
+                assert!((got - truth).abs() <= bound, "{} {}: merged bias {at}", self.case["name"], mode.name);
+            }
         }
         layer.unmerge().expect("an unmerge");
         let w = mat(n, k, &download(backend, layer.weight(), n * k));

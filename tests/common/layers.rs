@@ -426,7 +426,7 @@ pub fn follows_updates<B: Backend, T: Element>(backend: &B) {
         let scaling = Scaling::Fixed(f64::from(spec.scale));
         fresh.add("one", Adapter::upload_f32(backend, 5, scaling, &a, &b).expect("an adapter")).expect("added");
         if several {
-            let Some(Buffers::Storage { a, b }) = layer.adapter("other").map(Adapter::buffers) else {
+            let Some(Buffers::Storage { a, b, .. }) = layer.adapter("other").map(Adapter::buffers) else {
                 unreachable!("the other adapter is in the storage type")
             };
             let (a, b) = (download(backend, a, 3 * 18), download(backend, b, 21 * 3));
@@ -442,7 +442,7 @@ pub fn follows_updates<B: Backend, T: Element>(backend: &B) {
     layer.activate_all(&["one", "other"]).expect("adapters");
     assert_ne!(y(&layer), together);
     let change = |factors: BuffersMut<'_, B, T>| match factors {
-        BuffersMut::F32 { a: to_a, b: to_b } => {
+        BuffersMut::F32 { a: to_a, b: to_b, .. } => {
             backend.overwrite(&a, to_a)?;
             backend.overwrite(&b, to_b)
         }

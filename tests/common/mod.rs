@@ -7,6 +7,7 @@
 #[cfg(feature = "cuda")]
 pub mod altered;
 pub mod check;
+pub mod clock;
 pub mod data;
 #[cfg(all(feature = "emulator", feature = "cuda"))]
 pub mod emulated;

@@ -43,6 +43,10 @@ impl Cuda {
         self.stream.clone_dtoh(data).map_err(copying)
     }
 
+    fn upload_routes<T>(&self, problem: &Problem<T>) -> Result<Option<CudaSlice<u64>>> {
+        problem.routes.as_ref().map(|words| self.stream.clone_htod(words).map_err(copying)).transpose()
+    }
+
     fn workspace<T>(&self, problem: &Problem<T>) -> Result<Workspace>
     where
         T: Element,
@@ -93,6 +97,11 @@ impl<T: Element> Output<T> {
     }
 }
 
+fn variant(routes: &Option<CudaSlice<u64>>) -> cuda::Variant<'_> {
+    let routes = routes.as_ref().map(|words| cuda::matrix(words, 1, words.len()));
+    cuda::Variant { routes, ..cuda::Variant::default() }
+}
+
 impl Runner for Cuda {
     fn name(&self) -> &'static str {
         "cuda"
@@ -107,6 +116,7 @@ impl Runner for Cuda {
         let (x, w) = (self.upload(&problem.x)?, self.upload(&problem.w)?);
         let (a, b) = (self.upload(&problem.a)?, self.upload(&problem.b)?);
         let bias = problem.bias.as_ref().map(|bias| self.upload(bias)).transpose()?;
+        let routes = self.upload_routes(problem)?;
         let (mut h, mut y) = (self.zeros::<T>(m * r)?, self.zeros::<T>(m * n)?);
         let mut workspace = self.workspace(problem)?;
         let op = cuda::Forward {
@@ -118,7 +128,7 @@ impl Runner for Cuda {
             bias: bias.as_ref().map(|bias| cuda::matrix(bias, 1, n)),
             h: Some(MatrixMut::new(&mut h, m, r)),
             y: MatrixMut::new(&mut y, m, n),
-            variant: Default::default(),
+            variant: variant(&routes),
         };
         let start = self.now()?;
         self.kernels.forward(&self.stream, op, &mut workspace)?;
@@ -132,6 +142,7 @@ impl Runner for Cuda {
         let (a, b) = (self.upload(&problem.a)?, self.upload(&problem.b)?);
         let (x, h, mut dx) = (self.upload(&problem.x)?, self.upload(h)?, self.zeros::<T>(m * k)?);
         let (mut da, mut db) = (Output::zeros(self, forms.da, r * k)?, Output::zeros(self, forms.db, n * r)?);
+        let routes = self.upload_routes(problem)?;
         let mut dbias = forms.dbias.map(|form| Output::zeros(self, form, n)).transpose()?;
         let mut workspace = self.workspace(problem)?;
         let op = cuda::Backward {
@@ -147,7 +158,7 @@ impl Runner for Cuda {
             db: Some(db.view(n, r)),
             dbias: dbias.as_mut().map(|dbias| dbias.view(1, n)),
             accumulate: Accumulate::default(),
-            variant: Default::default(),
+            variant: variant(&routes),
         };
         let start = self.now()?;
         self.kernels.backward(&self.stream, op, &mut workspace)?;

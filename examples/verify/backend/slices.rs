@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use fused_lora::{Accumulate, Dtype, Element, Gradient, Matrix, MatrixMut, Result, cpu};
+use fused_lora::{Accumulate, Dtype, Element, Gradient, Matrix, MatrixMut, Result, Variant, cpu};
 
 use super::{Backward, Form, Forms, Forward, Problem, Runner, Values};
 
@@ -60,7 +60,7 @@ impl<S: OnSlices> Runner for S {
     }
 
     fn forward<T: Element>(&self, problem: &Problem<T>) -> Result<Forward<T>> {
-        let Problem { m, n, k, r, scale, x, w, a, b, bias, .. } = problem;
+        let Problem { m, n, k, r, scale, x, w, a, b, bias, routes, .. } = problem;
         let (m, n, k, r) = (*m, *n, *k, *r);
         let (mut h, mut y) = (vec![T::default(); m * r], vec![T::default(); m * n]);
         let start = Instant::now();
@@ -75,14 +75,14 @@ impl<S: OnSlices> Runner for S {
                 bias: bias.as_ref().map(|bias| Matrix::new(&bias[..], 1, n)),
                 h: Some(MatrixMut::new(&mut h[..], m, r)),
                 y: MatrixMut::new(&mut y[..], m, n),
-                variant: Default::default(),
+                variant: variant(routes),
             },
         )?;
         Ok(Forward { h, y, time: start.elapsed() })
     }
 
     fn backward<T: Element>(&self, problem: &Problem<T>, h: &[T], forms: Forms) -> Result<Backward<T>> {
-        let Problem { m, n, k, r, scale, x, w, a, b, dy, .. } = problem;
+        let Problem { m, n, k, r, scale, x, w, a, b, dy, routes, .. } = problem;
         let (m, n, k, r) = (*m, *n, *k, *r);
         let (mut dx, mut da, mut db) = (vec![T::default(); m * k], forms.da.zeros(r * k), forms.db.zeros(n * r));
         let mut dbias = forms.dbias.map(|form: Form| form.zeros(n));
@@ -102,11 +102,16 @@ impl<S: OnSlices> Runner for S {
                 db: Some(view(&mut db, n, r)),
                 dbias: dbias.as_mut().map(|dbias| view(dbias, 1, n)),
                 accumulate: Accumulate::default(),
-                variant: Default::default(),
+                variant: variant(routes),
             },
         )?;
         Ok(Backward { dx, da, db, dbias, time: start.elapsed() })
     }
+}
+
+fn variant(routes: &Option<Vec<u64>>) -> Variant<'_, [u64]> {
+    let routes = routes.as_ref().map(|words| Matrix::new(&words[..], 1, words.len()));
+    Variant { routes, ..Variant::default() }
 }
 
 fn view<T>(values: &mut Values<T>, rows: usize, cols: usize) -> Gradient<'_, [T], [f32]> {

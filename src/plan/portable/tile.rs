@@ -101,7 +101,7 @@ impl Tile {
             (75, Dtype::Bf16) => PORTABLE.turing_sm_f32_flops_per_us,
             // The data sheet's rate is that of tcgen05, and what mma.sync reaches beside it is not known.
             (100..=119, _) => return None,
-            _ => PORTABLE.of_peak * f64::from(device.peak?.teraflops) * 1e6 / sms as f64,
+            _ => PORTABLE.of_peak * f64::from(device.known_peak()?.teraflops) * 1e6 / sms as f64,
         };
         let flops_per_us = of_sm * self.rate;
         let time = |&(rows, cols, depth): &(usize, usize, usize)| {

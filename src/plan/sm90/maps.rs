@@ -3,9 +3,9 @@
 use super::{ARCH, TILES};
 use crate::params::*;
 use crate::plan::{Device, Swizzle, TensorMap};
-use crate::{Dtype, LoraShape, raw};
+use crate::{Dtype, LoraShape, MAX_ROUTED_RANK, raw};
 
-/// Largest rank that the narrow tiles cover.
+/// Largest rank of an adapter; of many in one batch each block of rows reads those that it goes through.
 const MAX_RANK: usize = 256;
 /// Addresses and row strides are multiples of this, in bytes.
 const ALIGN: u64 = 16;
@@ -19,6 +19,7 @@ const MAX_ROW_BYTES: u64 = 1 << 40;
 pub(in crate::plan) fn obstacles(
     device: &Device,
     shape: LoraShape,
+    variant: &raw::Variant,
     operands: &[(&'static str, Option<raw::Matrix>)],
 ) -> Vec<String> {
     let mut found = Vec::new();
@@ -37,8 +38,9 @@ pub(in crate::plan) fn obstacles(
             found.push(format!("{name} is {value}, not a multiple of {ALIGN_ELEMENTS}"));
         }
     }
-    if r > MAX_RANK {
-        found.push(format!("R is {r}, more than {MAX_RANK}"));
+    let most = if variant.routes.is_some() { MAX_ROUTED_RANK } else { MAX_RANK };
+    if r > most {
+        found.push(format!("R is {r}, more than {most}"));
     }
     for (name, matrix) in operands {
         let Some(matrix) = matrix.filter(|matrix| matrix.rows != 0 && matrix.cols != 0) else { continue };

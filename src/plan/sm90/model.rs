@@ -49,7 +49,7 @@ pub(super) struct Machine {
 impl Machine {
     pub(super) fn new(device: &Device, cluster: u32, clusters: u32) -> Machine {
         let c = &SM90;
-        let gigabytes = device.peak.map_or(c.unknown_gigabytes, |peak| f64::from(peak.gigabytes_per_second));
+        let gigabytes = device.known_peak().map_or(c.unknown_gigabytes, |peak| f64::from(peak.gigabytes_per_second));
         Machine { cluster, clusters, memory: gigabytes * 1000.0 * c.memory / c.clocks_per_us }
     }
 
