@@ -51,14 +51,43 @@ pub struct Site {
     pub source: String,
 }
 
+/// The CUDA sources that a PTX file names.
+pub struct Sources<'a> {
+    files: BTreeMap<&'a str, &'a str>,
+    texts: BTreeMap<&'a str, String>,
+}
+
+impl<'a> Sources<'a> {
+    pub fn new(ptx: &'a str) -> Self {
+        let files = ptx
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix(".file")?.trim().split_once(char::is_whitespace))
+            .map(|(index, name)| (index, name.trim().trim_matches('"')))
+            .collect();
+        Self { files, texts: BTreeMap::new() }
+    }
+
+    /// The source line of a place, which begins with the numbers of file and line.
+    fn line(&mut self, place: &str) -> String {
+        let mut numbers = place.split_whitespace();
+        let (file, number) = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
+        let path = self.files.get(file).copied().unwrap_or_default();
+        let number: usize = number.parse().unwrap_or(0);
+        let text = self.texts.entry(path).or_insert_with(|| fs::read_to_string(path).unwrap_or_default());
+        text.lines().nth(number.saturating_sub(1)).unwrap_or_default().trim().to_owned()
+    }
+
+    /// The source line of a `.loc` directive, and the outermost one that it is inlined in.
+    pub fn lines(&mut self, directive: &str) -> [String; 2] {
+        let place = directive.trim_start_matches(".loc");
+        let outer = place.rsplit_once("inlined_at ").map_or(place, |(_, outer)| outer);
+        [self.line(place), self.line(outer)]
+    }
+}
+
 /// The lines of a PTX file, and the instructions of one of its kernels that `weakened` has something else for.
 pub fn sites(ptx: &str, kernel: &str, weakened: impl Fn(&str) -> Option<String>) -> (Vec<String>, Vec<Site>) {
-    let files: BTreeMap<&str, &str> = ptx
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix(".file")?.trim().split_once(char::is_whitespace))
-        .map(|(index, name)| (index, name.trim().trim_matches('"')))
-        .collect();
-    let mut texts: BTreeMap<&str, String> = BTreeMap::new();
+    let mut sources = Sources::new(ptx);
     let (mut lines, mut sites, mut source, mut inside) = (Vec::new(), Vec::new(), String::new(), false);
     for line in ptx.lines() {
         let trimmed = line.trim();
@@ -67,13 +96,7 @@ pub fn sites(ptx: &str, kernel: &str, weakened: impl Fn(&str) -> Option<String>)
         }
         if inside && trimmed.starts_with(".loc") {
             // The place the instruction's wrapper is called from says more than the wrapper.
-            let place = trimmed.rsplit_once("inlined_at ").map_or(trimmed, |(_, place)| place);
-            let mut numbers = place.trim_start_matches(".loc").split_whitespace();
-            let (file, number) = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
-            let path = files.get(file).copied().unwrap_or_default();
-            let number: usize = number.parse().unwrap_or(0);
-            let text = texts.entry(path).or_insert_with(|| fs::read_to_string(path).unwrap_or_default());
-            source = text.lines().nth(number.saturating_sub(1)).unwrap_or_default().trim().to_owned();
+            [_, source] = sources.lines(trimmed);
         }
         if inside && let Some(replacement) = weakened(trimmed) {
             sites.push(Site { line: lines.len(), text: trimmed.to_owned(), replacement, source: source.clone() });
