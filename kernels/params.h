@@ -69,12 +69,13 @@ typedef struct LoraMatrix {
   int64_t row_stride;
 } LoraMatrix;
 
-/* Routes (src/routing.rs): a word per row of x, scale and first and one past the last rank that it keeps; then a word per
- * LORA_ROUTE_ROWS rows, whose bit i says that one of them keeps ranks from LORA_ROUTE_RANKS i on. */
+/* Routes (src/routing.rs): a word per row of x, scale and first and one past the last rank that it keeps; then a word
+ * per LORA_ROUTE_ROWS rows, whose bit i says that one of them keeps ranks from LORA_ROUTE_RANKS i on. */
 #define LORA_ROUTE_ROWS 64
 #define LORA_ROUTE_RANKS 64
 
-/* Dropout on the adapter branch: src/ops.rs says which elements of x are dropped. The factor 1 / (1 - p) is in `scale`. */
+/* Dropout on the adapter branch: src/ops.rs says which elements of x are dropped. The factor 1 / (1 - p) is in `scale`.
+ */
 typedef struct LoraDropout {
   uint64_t seed;
   uint64_t offset;

@@ -21,7 +21,6 @@ pub use adapter::{merge, round};
 
 use crate::dropout::Keep;
 use crate::error::{Error, Result};
-use crate::routing::Route;
 use crate::shape::{LoraShape, check_length};
 use crate::{Dropout, Dtype, Element, Gradient, Matrix, MatrixMut, Seed, raw};
 use product::{Epilogue, Side, Term, column_sums, product};
@@ -78,7 +77,7 @@ pub fn forward<T: Element>(op: Forward<'_, T>) -> Result<()> {
         Some(h) => h,
         None => middle(&mut scratch, shape)?,
     };
-    let scaled = Epilogue { scale: Some(scale), routes: routes.as_deref(), ..Epilogue::default() };
+    let scaled = Epilogue { scale: Some(scale), routes, ..Epilogue::default() };
     product(&[Term::new(Side::rows(x).keeping(keep), Side::rows(a))], &scaled, reborrow(&mut h));
     let terms = [Term::new(Side::rows(x), Side::rows(w)), Term::new(Side::rows(shared(&h)), Side::rows(b))];
     product(&terms, &Epilogue { bias: bias.as_deref(), ..Epilogue::default() }, y);
@@ -99,7 +98,7 @@ pub fn backward<T: Element>(op: Backward<'_, T>) -> Result<()> {
     let mut scratch = Vec::new();
     if dx.is_some() || da.is_some() {
         let mut dh = middle(&mut scratch, shape)?;
-        let scaled = Epilogue { scale: Some(scale), routes: routes.as_deref(), ..Epilogue::default() };
+        let scaled = Epilogue { scale: Some(scale), routes, ..Epilogue::default() };
         product(&[Term::new(Side::rows(dy), Side::columns(b))], &scaled, reborrow(&mut dh));
         let dh = shared(&dh);
         if let Some(dx) = dx {
@@ -181,9 +180,9 @@ fn fits_variant(variant: &Variant<'_>) -> Result<()> {
 }
 
 /// The route of each row; `None` without a table. The variant has been checked.
-fn routed(variant: &Variant<'_>, m: usize) -> Option<Vec<Route>> {
+fn routed<'a>(variant: &Variant<'a>, m: usize) -> Option<&'a [u64]> {
     let Matrix { data, offset, .. } = variant.routes?;
-    Some(data[offset..offset + m].iter().map(|&word| Route::from_word(word)).collect())
+    Some(&data[offset..offset + m])
 }
 
 /// The elements of x that the adapter branch sees; `None` for all. The variant has been checked.

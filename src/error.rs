@@ -94,7 +94,7 @@ pub enum Error {
     /// Backward was called without any output.
     #[error("no output is requested, expected at least one of dx, da, db, dbias")]
     NoOutput,
-    /// The scale is NaN or infinite.
+    /// The scale is NaN or infinite, or becomes so when dropout divides it by 1 − p.
     #[error("`scale` is {got}, expected a finite number")]
     Scale {
         /// Value passed.

@@ -73,8 +73,8 @@
 //! # Many adapters in one batch
 //!
 //! [`bank`](LoraLinear::bank) copies adapters side by side, and [`forward_routed`](LoraLinear::forward_routed) takes each row of x
-//! through the one that its [`Routes`] name, in one launch. The routes of a batch are made once and serve every layer whose adapters
-//! have the same ranks:
+//! through the one that its [`Routes`] name, in one launch. The routes of a batch are made once and serve every layer whose bank has
+//! the same slots, that is, ranks and scales in the same order:
 //!
 //! ```
 //! # use fused_lora::{Matrix, Routing, cpu::Cpu, linear::{Adapter, LoraLinear, Routes, Scaling}};
@@ -253,7 +253,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     }
 
     /// Makes the backend's workspace large enough for forward and backward of up to `tokens` rows of x with any of the
-    /// adapters, so that no later call allocates for it.
+    /// adapters, so that no later call allocates for it. Batches with routes: [`reserve_routed`](Self::reserve_routed).
     ///
     /// # Errors
     /// Those of [`Backend::reserve`].

@@ -107,7 +107,7 @@ pub struct Accumulate {
 #[derive(Debug)]
 pub struct Dropout<'a, U: ?Sized> {
     /// Probability that an element is dropped, from 0 to 1. It is rounded to a multiple of 2⁻¹⁶, and the factor 1 / (1 − p)
-    /// with it; 0 gives the bits of no dropout, 1 an h of zeros.
+    /// with it; 0 gives the bits of no dropout, 1 drops everything.
     pub p: f32,
     /// Seed and offset.
     pub seed: Seed<'a, U>,
@@ -204,7 +204,8 @@ pub struct Backward<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized> {
     pub scale: f32,
     /// M × K, the input of forward; needed for da.
     pub x: Option<Matrix<'a, D>>,
-    /// M × R, the h that forward wrote; needed for db.
+    /// M × R, the h that forward wrote; needed for db. With routes it must be zero, as forward writes it, where a row does not go
+    /// through a rank: blocks of zeros are not read.
     pub h: Option<Matrix<'a, D>>,
     /// M × K.
     pub dx: Option<MatrixMut<'a, O>>,

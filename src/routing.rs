@@ -17,7 +17,8 @@ pub struct Slot {
     pub scale: f32,
 }
 
-/// The table of routes of one batch, as a launch reads it from memory: every layer of a model and both directions can share it.
+/// The table of routes of one batch, as a launch reads it from memory: layers whose adapters have the
+/// same slots can share it, and both directions do.
 ///
 /// ```
 /// use fused_lora::{Routing, Slot};
@@ -27,9 +28,10 @@ pub struct Slot {
 /// assert_eq!(routing.words().len(), Routing::words_for(4));
 /// # Ok::<(), fused_lora::Error>(())
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Routing {
     words: Vec<u64>,
+    slots: Vec<Slot>,
     rows: usize,
     ranks: usize,
 }
@@ -97,7 +99,7 @@ impl Routing {
                 blocks.for_each(|block| *mask |= 1 << block);
             }
         }
-        Ok(Routing { words, rows: ids.len(), ranks })
+        Ok(Routing { words, slots: slots.to_vec(), rows: ids.len(), ranks })
     }
 
     /// Words of the table of `rows` rows: one per row, and one for each 64 of them.
@@ -108,6 +110,11 @@ impl Routing {
     /// The table: what [`Variant::routes`](crate::Variant::routes) points to, as a matrix of one row.
     pub fn words(&self) -> &[u64] {
         &self.words
+    }
+
+    /// The adapters that the rows were routed among.
+    pub fn slots(&self) -> &[Slot] {
+        &self.slots
     }
 
     /// Rows of the batch.

@@ -204,7 +204,7 @@ impl Forward {
         if let Some(bias) = self.bias {
             inputs.push(operand("bias", bias, 1, n)?);
         }
-        self.variant.operands(shape, &mut inputs)?;
+        self.variant.operands(shape, self.scale, &mut inputs)?;
         let mut outputs = vec![operand("y", self.y, m, n)?];
         if let Some(h) = self.h {
             outputs.push(operand("h", h, m, r)?);
@@ -215,7 +215,7 @@ impl Forward {
 
 impl Variant {
     /// Adds what is read beside the matrices.
-    fn operands(&self, shape: LoraShape, inputs: &mut Vec<Operand>) -> Result<()> {
+    fn operands(&self, shape: LoraShape, scale: f32, inputs: &mut Vec<Operand>) -> Result<()> {
         if let Some(routes) = self.routes {
             if shape.r > MAX_ROUTED_RANK {
                 let (what, got) = ("R (rows of a) of a batch with routes", shape.r as u64);
@@ -226,6 +226,10 @@ impl Variant {
         let Some(dropout) = self.dropout else { return Ok(()) };
         if !(0.0..=1.0).contains(&dropout.p) {
             return Err(Error::Probability { got: dropout.p });
+        }
+        // What kernels multiply by; a scale that is not finite itself is named further on.
+        if scale.is_finite() && !(scale * self.factor()).is_finite() {
+            return Err(Error::Scale { got: scale * self.factor() });
         }
         if let Seed::Memory(state) = dropout.seed {
             inputs.push(sized("seed", state, 8, 1, 2)?);
@@ -272,7 +276,7 @@ impl Backward {
         if let Some(h) = self.h {
             inputs.push(sized("h", h, bytes, m, r)?);
         }
-        self.variant.operands(shape, &mut inputs)?;
+        self.variant.operands(shape, self.scale, &mut inputs)?;
         let mut outputs = Vec::new();
         if let Some(dx) = self.dx {
             outputs.push(sized("dx", dx, bytes, m, k)?);

@@ -391,6 +391,12 @@ fn the_bias_of_the_layer_is_changed_with_what_was_made_of_it() {
     assert!(state(layer.update_bias(change).expect_err("merged")));
     let mut none = LoraLinear::upload(Cpu, &[bf16::ONE; 6], None, 2, 3).expect("a layer");
     assert!(state(none.update_bias(change).expect_err("no bias")));
+    // Nothing has become older than anything: the layer is as before.
+    let (mut without, _) = biased(None);
+    without.activate("f32").expect("an adapter");
+    let before = zero(&without);
+    assert!(state(without.update_bias(change).expect_err("no bias")));
+    assert_eq!(zero(&without), before);
 }
 
 #[test]

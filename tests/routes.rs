@@ -3,12 +3,12 @@
 
 mod common;
 
-use common::data::{Placement, Routes, Spec, routes_table};
+use common::data::{Placement, Rng, Routes, Spec, routes_table};
 use common::emulated::Emulated;
 use common::hopper::{COLUMNS, PLACEMENTS, ROWS, variants};
 use common::{Backend, HostBackward, HostDropout, HostForward, HostGradient, check};
 use fused_lora::emulator::{Checks, Counters, Emulator, Timing};
-use fused_lora::plan::{Device, TileSize};
+use fused_lora::plan::{Device, Options, TileSize};
 use fused_lora::{Element, Routing, Slot, bf16, f16};
 use rayon::prelude::*;
 
@@ -149,6 +149,31 @@ fn sorted_rows_have_the_bits_of_each_adapter_alone_on_hopper() {
         let emulator = Emulator::new(Device::of_arch("emulated", 90, 5)).with_plan_options(options);
         each_has_the_bits_of_itself_alone(&Emulated(emulator), 128);
     }
+}
+
+/// A table that nobody made: garbage gives garbage, and touches nothing but the outputs. What is read outside a matrix, and what is
+/// written there, the emulator reports.
+#[test]
+fn any_table_stays_inside_the_matrices() {
+    let mut rng = Rng(7);
+    let mut tables: Vec<(Option<Options>, usize, Vec<u64>)> = Vec::new();
+    for (turn, r) in [8, 72, 136, 640].into_iter().enumerate() {
+        let len = Routing::words_for(300);
+        let options = variants()[(turn * 5 + 1) % 6].with_chunks(2);
+        for options in [None, Some(options)] {
+            tables.push((options, r, (0..len).map(|_| rng.bits()).collect()));
+            tables.push((options, r, vec![u64::MAX; len]));
+        }
+    }
+    tables.par_iter().for_each(|(options, r, words)| {
+        let spec = Spec { placement: Placement::Aligned, ..Spec::new(300, 72, 64, *r) };
+        let (mut forward, mut backward) = (spec.forward::<bf16>(), spec.backward::<bf16>());
+        (forward.routes, backward.routes) = (Some(words.clone()), Some(words.clone()));
+        let emulator = Emulator::new(Device::of_arch("emulated", if options.is_some() { 90 } else { 80 }, 3));
+        let emulator = emulator.with_plan_options(options.unwrap_or_default());
+        emulator.forward(forward.views()).expect("forward runs");
+        emulator.backward(backward.views()).expect("backward runs");
+    });
 }
 
 /// Sectors of global memory: what reads the table, and everything else but looks at flags, which depend on who is late.

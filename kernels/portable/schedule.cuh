@@ -55,7 +55,8 @@ class TicketSchedule {
   enum Slot { kTicket, kArrival };
 
   // Thread 0's value to all threads. Each use has its own word and is followed by a barrier before the next: a unit's
-  // steps after its ticket, the next ticket after an arrival. So no one overwrites what others still have to read.
+  // steps, or what stands for them, after its ticket, the next ticket after an arrival. So no one overwrites what
+  // others still have to read.
   template <Slot kSlot>
   static __device__ __forceinline__ uint32_t broadcast(uint32_t value) {
     __shared__ uint32_t slot;

@@ -211,7 +211,7 @@ class Consumer {
     using Mma = ptx::Wgmma<T, 64, 0, 1>;
     const uint64_t a = k_major(stage + slab_ * kSlabBytes);
     const uint64_t b = mn_major<64>(stage + kBytesA + part * kSlabBytes);
-    ptx::wgmma_fence();
+    ptx::wgmma_fence();  // of the part before
     Mma::template mma<true>(sum, a, b);
 #pragma unroll
     for (uint32_t i = 1; i < kCount; ++i) {

@@ -105,7 +105,7 @@ pub(super) struct Epilogue<'a> {
     /// Multiplies the sum.
     pub(super) scale: Option<f32>,
     /// What of a row's sum is kept, and another factor: one per output row.
-    pub(super) routes: Option<&'a [Route]>,
+    pub(super) routes: Option<&'a [u64]>,
     /// One value per output column.
     pub(super) bias: Option<&'a [f32]>,
     /// Adds what the output holds.
@@ -229,12 +229,12 @@ fn fill<S: Sum, T: Element, O: Element>(
     let bias = epilogue.bias.map(|bias| &bias[tile.col..tile.col + cols]);
     let (row, col) = (tile.row, tile.col);
     for (at, (line, sums)) in tile.lines.into_iter().zip(sums.chunks_exact_mut(cols)).enumerate() {
-        let route = epilogue.routes.map(|routes| &routes[row + at]);
+        let route = epilogue.routes.map(|routes| Route::from_word(routes[row + at]));
         if let Some(scale) = epilogue.scale {
             sums.iter_mut().for_each(|sum| *sum *= S::from(scale));
         }
         if let Some(route) = route {
-            keep_route(route, col, sums);
+            keep_route(&route, col, sums);
         }
         if let Some(bias) = bias {
             sums.iter_mut().zip(bias).for_each(|(sum, &bias)| *sum += S::from(bias));

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::plan::{Device, Family, Options, Plan, workspace_up_to};
-use crate::{Accumulate, Dtype, LoraShape, raw};
+use crate::{Accumulate, Dtype, LoraShape, MAX_ROUTED_RANK, Routing, raw};
 
 /// Hands out disjoint stretches of an address space that no one looks into: what a plan needs depends on shapes alone.
 struct Addresses(u64);
@@ -17,6 +17,11 @@ impl Addresses {
         self.0 = end.filter(|&end| end <= i64::MAX as u64).ok_or(too_large)?;
         Ok(raw::Matrix::new(ptr, rows, cols))
     }
+
+    /// A row of words of 64 bits.
+    fn words(&mut self, words: usize) -> Result<raw::Matrix> {
+        self.matrix(2, words).map(|room| raw::Matrix::new(room.ptr, 1, words))
+    }
 }
 
 /// The options under which to plan for a call whose strides and addresses are not known yet: they decide between families,
@@ -26,6 +31,31 @@ fn possibilities(options: Options) -> Vec<Options> {
         Some(_) => vec![options],
         None => vec![options, options.with_family(Family::Portable)],
     }
+}
+
+/// What a call may ask for beside the plain formula: it decides, too.
+fn variants(r: usize, at: &mut Addresses, m: usize) -> Result<Vec<raw::Variant>> {
+    let dropout = Some(raw::Dropout { p: 0.5, seed: raw::Seed::Value { seed: 0, offset: 0 } });
+    let routes = if r == 0 || r > MAX_ROUTED_RANK { None } else { Some(at.words(Routing::words_for(m))?) };
+    let mut all = vec![raw::Variant::default(), raw::Variant { dropout, routes: None }];
+    if routes.is_some() {
+        all.extend([raw::Variant { dropout: None, routes }, raw::Variant { dropout, routes }]);
+    }
+    Ok(all)
+}
+
+/// The most that any of the plans needs. A family that the caller decided on may be able to do some of the calls only; the error is
+/// that of the plainest when it can do none.
+fn most(plans: impl IntoIterator<Item = Result<Plan>>) -> Result<usize> {
+    let needs = plans.into_iter().map(|plan| plan.map(|plan| plan.workspace_bytes()));
+    needs
+        .reduce(|most, need| match (most, need) {
+            (Ok(most), Ok(need)) => Ok(most.max(need)),
+            (Ok(most), Err(_)) => Ok(most),
+            (Err(_), Ok(need)) => Ok(need),
+            (Err(first), Err(_)) => Err(first),
+        })
+        .unwrap_or(Ok(0))
 }
 
 /// What suffices for forward, whether h is kept or not.
@@ -44,11 +74,10 @@ pub(super) fn forward(dtype: Dtype, shape: LoraShape, device: &Device, options: 
         y: at.matrix(m, n)?,
         variant: raw::Variant::default(),
     };
-    let mut most = 0;
-    for options in possibilities(options) {
-        most = most.max(Plan::forward_with(&op, device, options)?.workspace_bytes());
-    }
-    Ok(most)
+    let variants = variants(r, &mut at, m)?;
+    let ways =
+        variants.into_iter().flat_map(|variant| possibilities(options).into_iter().map(move |way| (variant, way)));
+    most(ways.map(|(variant, way)| Plan::forward_with(&raw::Forward { variant, ..op }, device, way)))
 }
 
 /// What suffices for backward with any choice of outputs. All outputs together need not be the worst: with fewer tiles the
@@ -60,7 +89,8 @@ pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device, options:
     let (x, h, dx) = (at.matrix(m, k)?, at.matrix(m, r)?, at.matrix(m, k)?);
     let (da, db, dbias) = (at.matrix(r, k)?, at.matrix(n, r)?, at.matrix(1, n)?);
     let gradient = |wanted: bool, matrix| wanted.then_some(raw::Gradient { matrix, f32: true });
-    let mut most = 0;
+    let mut plans = Vec::new();
+    let variants = variants(r, &mut at, m)?;
     for outputs in 1..16u32 {
         let wants = |bit: u32| outputs >> bit & 1 == 1;
         let op = raw::Backward {
@@ -79,11 +109,14 @@ pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device, options:
             accumulate: Accumulate::default(),
             variant: raw::Variant::default(),
         };
-        for options in possibilities(options) {
-            most = most.max(Plan::backward_with(&op, device, options)?.workspace_bytes());
+        for &variant in &variants {
+            for options in possibilities(options) {
+                let op = raw::Backward { variant, ..op };
+                plans.push(Plan::backward_with(&op, device, options));
+            }
         }
     }
-    Ok(most)
+    most(plans)
 }
 
 /// What suffices for forward and backward of `shape`, and of every shape with fewer tokens or a lower rank.
@@ -98,7 +131,7 @@ mod tests {
     use super::{backward, forward, up_to};
     use crate::error::Error;
     use crate::plan::{Device, Options, Plan, SYNC_BYTES};
-    use crate::{Accumulate, Dtype, LoraShape, raw};
+    use crate::{Accumulate, Dtype, LoraShape, Routing, raw};
 
     #[test]
     fn a_workspace_holds_the_middle() {
@@ -119,17 +152,23 @@ mod tests {
         let gradient =
             |index: u64, rows, cols| raw::Gradient { matrix: raw::Matrix::new(index << 40, rows, cols), f32: false };
         for (m, n, k, r) in
-            [(8192, 4096, 4096, 16), (8192, 512, 256, 128), (20000, 64, 8, 256), (77, 40, 24, 8), (1, 64, 64, 8)]
+            [(8192, 4096, 4096, 16), (8192, 512, 256, 128), (20000, 64, 8, 256), (512, 4096, 4096, 512), (1, 64, 64, 8)]
         {
             let shape = LoraShape { m, n, k, r };
             let forward_bound = forward(Dtype::F16, shape, &device, Options::default()).expect("a bound");
             let backward_bound = backward(Dtype::F16, shape, &device, Options::default()).expect("a bound");
-            for case in 0..64_u64 {
+            let dropout = Some(raw::Dropout { p: 0.1, seed: raw::Seed::Value { seed: 1, offset: 2 } });
+            let routes = Some(raw::Matrix::new(1 << 45, 1, Routing::words_for(m)));
+            for case in 0..256_u64 {
                 // An address that the Hopper kernels take, or one that they do not; and every choice of outputs.
                 let at = |index: u64, rows, cols| raw::Matrix::new((index << 40) + case % 2 * 2, rows, cols);
                 let (x, w, a, b) = (at(1, m, k), at(2, n, k), at(3, r, k), at(4, n, r));
                 let h = (case & 2 != 0).then_some(at(5, m, r));
-                let (y, variant) = (at(6, m, n), raw::Variant::default());
+                let variant = raw::Variant {
+                    dropout: dropout.filter(|_| case & 64 != 0),
+                    routes: routes.filter(|_| case & 128 != 0),
+                };
+                let y = at(6, m, n);
                 let op = raw::Forward { dtype: Dtype::F16, x, w, a, b, scale: 1.0, bias: None, h, y, variant };
                 let plan = Plan::forward(&op, &device).expect("a plan");
                 assert!(plan.workspace_bytes() <= forward_bound, "{}", plan.explain());

@@ -2,7 +2,7 @@
 
 use super::{Backend, LoraLinear, Operands, elements};
 use crate::error::{Error, Result};
-use crate::{Element, Forward, Matrix, MatrixMut, Round, Routing, Slot, Variant};
+use crate::{Element, Forward, LoraShape, Matrix, MatrixMut, Round, Routing, Slot, Variant};
 
 /// Every adapter starts at a multiple of so many ranks: of what tensor cores sum at once, so that its sums are those of the adapter
 /// alone, and of what the Hopper kernels ask for.
@@ -23,7 +23,7 @@ pub struct Bank<B: Backend, T: Element> {
 pub struct Routes<B: Backend> {
     words: B::WordBuffer,
     rows: usize,
-    ranks: usize,
+    slots: Vec<Slot>,
 }
 
 impl<B: Backend> Routes<B> {
@@ -33,7 +33,7 @@ impl<B: Backend> Routes<B> {
     /// Those of [`Backend::upload_words`].
     pub fn upload(backend: &B, routing: &Routing) -> Result<Self> {
         let words = backend.upload_words(routing.words())?;
-        Ok(Self { words, rows: routing.rows(), ranks: routing.ranks() })
+        Ok(Self { words, rows: routing.rows(), slots: routing.slots().to_vec() })
     }
 
     /// As an operation takes it.
@@ -107,6 +107,14 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         Ok(Bank { copied, slots, rank, a, b })
     }
 
+    /// Makes the backend's workspace large enough for [`forward_routed`](Self::forward_routed) of up to `tokens` rows through a bank.
+    ///
+    /// # Errors
+    /// Those of [`Backend::reserve`].
+    pub fn reserve_routed(&self, tokens: usize, bank: &Bank<B, T>) -> Result<()> {
+        self.backend.reserve(T::DTYPE, LoraShape { m: tokens, n: self.n, k: self.k, r: bank.rank })
+    }
+
     /// y = x Wᵀ + s · (x Aᵀ) Bᵀ (+ bias), row by row with the adapter that `routes` has for it, or with none; in a new buffer of
     /// M × N. Which adapters are active does not matter.
     ///
@@ -126,8 +134,8 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// As [`forward_routed`](Self::forward_routed), into `y`.
     ///
     /// # Errors
-    /// Those of the backend's forward; [`Error::Dimension`] for routes of another number of rows or past the bank's ranks;
-    /// [`Error::State`] when an adapter of the bank has changed or left the layer, and while adapters are merged.
+    /// Those of the backend's forward; [`Error::Dimension`] for routes of another number of rows; [`Error::State`]
+    /// for routes that were made for other slots, when an adapter of the bank has changed or left the layer, and while adapters are merged.
     pub fn forward_routed_into(
         &self,
         x: Matrix<'_, B::Read<T>>,
@@ -144,8 +152,9 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         if routes.rows != x.rows {
             return Err(Error::Dimension { arg: "routes", axis: "rows", got: routes.rows, expected: x.rows });
         }
-        if routes.ranks > bank.rank {
-            return Err(Error::Dimension { arg: "routes", axis: "ranks", got: routes.ranks, expected: bank.rank });
+        if routes.slots != bank.slots {
+            let got = "the routes were made for other ranks or scales than the bank's".to_owned();
+            return Err(Error::State { operation: "forward_routed", got, expected: "routes of the bank's `slots`" });
         }
         let plain = self.plain(None);
         let (a, b) = match bank.rank {

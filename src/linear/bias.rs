@@ -80,7 +80,8 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     }
 
     /// Changes the bias of the layer, to train it: the only way to do so. Afterwards, whatever `change` returned, its sums with
-    /// the biases of adapters are made anew. A [`Pass`](super::Pass) from before stays good: backward does not read the bias.
+    /// the biases of adapters are made anew. A [`Pass`](super::Pass) from before stays good, as backward does not read the bias, but where
+    /// a sum could not be made and [`refresh`](Self::refresh) has to.
     ///
     /// # Errors
     /// What `change` returns; [`Error::State`] for a layer without a bias, and while adapters are merged; those of
@@ -91,12 +92,12 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         change: impl FnOnce(&mut B::Write<T>) -> Result<(), E>,
     ) -> Result<(), E> {
         self.check_unmerged("update_bias")?;
-        self.mark_bias_changed();
-        let Some(bias) = &mut self.bias else {
+        if self.bias.is_none() {
             let got = "the layer has no bias".to_owned();
             return Err(Error::State { operation: "update_bias", got, expected: "a layer made with one" }.into());
-        };
-        let outcome = change(B::write(bias));
+        }
+        self.mark_bias_changed();
+        let outcome = self.bias.as_mut().map_or(Ok(()), |bias| change(B::write(bias)));
         let renewed = self.renew_biases();
         outcome?;
         Ok(renewed?)

@@ -166,6 +166,20 @@ mod tests {
         }
     }
 
+    /// Planning took seconds where a rate of 0 made every unit last forever.
+    #[test]
+    fn a_rate_of_0_is_not_known() {
+        for peak in [(0, 4800), (989, 0)] {
+            let peak = Some(Peak { teraflops: peak.0, gigabytes_per_second: peak.1 });
+            for device in ["h200", "a100"].map(|name| Device::named(name).unwrap()) {
+                let of = |peak| Plan::forward(&forward(), &Device { peak, ..device.clone() }).unwrap();
+                let (plan, unknown) = (of(peak), of(None));
+                assert_eq!(plan.predicted_microseconds(), unknown.predicted_microseconds());
+                assert_eq!((plan.launch, plan.floor), (unknown.launch, unknown.floor));
+            }
+        }
+    }
+
     #[test]
     fn names_are_unique_and_written_as_they_are_looked_up() {
         let mut names: Vec<&str> = Device::names().collect();

@@ -52,6 +52,12 @@ impl Plan {
                 self.cost_of_dropout(),
             );
         }
+        if self.routes() != 0 {
+            line!(
+                out,
+                "  routes     each row of x through its own ranks; the predicted time counts all ranks for all rows, the floor none"
+            );
+        }
         line!(
             out,
             "  workspace  {} bytes: {SYNC_BYTES} of synchronisation words, {} of scratch",
@@ -66,6 +72,16 @@ impl Plan {
             line!(out, "  note       sm_75 has no bf16 tensor instruction: products are done in f32 arithmetic");
         }
         out
+    }
+
+    fn routes(&self) -> u64 {
+        match self.launch.params {
+            Params::Forward(p) => p.routes,
+            Params::Backward(p) => p.routes,
+            Params::Sm90Forward(p) => p.routes,
+            Params::Sm90Backward(p) => p.routes,
+            Params::Merge(_) | Params::Round(_) => 0,
+        }
     }
 
     fn dropout(&self) -> LoraDropout {

@@ -6,12 +6,18 @@ use crate::{LoraShape, raw};
 /// The work of a call, and the time that it takes at least.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Floor {
-    /// Floating-point operations: two per multiply-add of the products that the outputs need.
+    /// Floating-point operations: two per multiply-add of the products that the outputs need; of adapters that rows are routed
+    /// through none, as no row need go through one.
     pub flops: f64,
     /// Bytes of every argument that is read or written, once (twice for an output that is added to).
     pub bytes: f64,
     /// The device's rates, where its data sheet is known.
     pub peak: Option<Peak>,
+}
+
+/// Ranks that are counted: with routes none, as a row may go through no adapter.
+fn through_any(variant: &raw::Variant, rank: f64) -> f64 {
+    if variant.routes.is_some() { 0.0 } else { rank }
 }
 
 impl Floor {
@@ -26,15 +32,17 @@ impl Floor {
     }
 
     pub(super) fn forward(op: &raw::Forward, shape: LoraShape, peak: Option<Peak>) -> Floor {
-        let [m, n, k, r] = [shape.m, shape.n, shape.k, shape.r].map(|extent| extent as f64);
+        let [m, n, k, rank] = [shape.m, shape.n, shape.k, shape.r].map(|extent| extent as f64);
+        let r = through_any(&op.variant, rank);
         let elements = m * k + n * k + r * k + n * r + m * n;
-        let kept = if op.h.is_some() { m * r } else { 0.0 };
+        let kept = if op.h.is_some() { m * rank } else { 0.0 };
         let bias = if op.bias.is_some() { n } else { 0.0 };
         Floor { flops: 2.0 * m * (n * k + r * (k + n)), bytes: (elements + kept + bias) * op.dtype.size() as f64, peak }
     }
 
     pub(super) fn backward(op: &raw::Backward, shape: LoraShape, peak: Option<Peak>) -> Floor {
-        let [m, n, k, r] = [shape.m, shape.n, shape.k, shape.r].map(|extent| extent as f64);
+        let [m, n, k, rank] = [shape.m, shape.n, shape.k, shape.r].map(|extent| extent as f64);
+        let r = through_any(&op.variant, rank);
         let (dx, da, db) = (op.dx.is_some(), op.da.is_some(), op.db.is_some());
         let when = |condition: bool, amount: f64| if condition { amount } else { 0.0 };
         let size = op.dtype.size() as f64;
@@ -53,8 +61,8 @@ impl Floor {
         Floor {
             flops: 2.0 * macs,
             bytes: read * size
-                + gradient(op.da, op.accumulate.da, r * k)
-                + gradient(op.db, op.accumulate.db, n * r)
+                + gradient(op.da, op.accumulate.da, rank * k)
+                + gradient(op.db, op.accumulate.db, n * rank)
                 + gradient(op.dbias, op.accumulate.dbias, n),
             peak,
         }

@@ -5,7 +5,7 @@
 
 use arbitrary::{Result, Unstructured};
 use fused_lora::plan::{Device, Family, Launch, Options, Peak, Plan, TileSize};
-use fused_lora::{Accumulate, Dtype, Error, LoraShape, MAX_DIMENSION, raw};
+use fused_lora::{Accumulate, Dtype, Error, LoraShape, MAX_DIMENSION, Routing, raw};
 
 use super::legal;
 
@@ -41,6 +41,7 @@ fn solve(u: &mut Unstructured<'_>, outcome: &mut Outcome) -> Result<()> {
         [("x", op.x), ("w", op.w), ("a", op.a), ("b", op.b)].into_iter().chain(op.bias.map(|bias| ("bias", bias)));
     let outputs = [("y", op.y)].into_iter().chain(op.h.map(|h| ("h", h)));
     let arguments: Vec<Argument> = (inputs.map(|(name, matrix)| Argument::new(name, matrix, dtype.size(), false)))
+        .chain(variant_arguments(&op.variant))
         .chain(outputs.map(|(name, matrix)| Argument::new(name, matrix, dtype.size(), true)))
         .collect();
     let plan = || Plan::forward_with(&op, &device, options);
@@ -96,8 +97,11 @@ fn factors(
 fn refused(error: &Error, of_arguments: Option<Error>, dtype: Dtype, has_options: bool, outcome: &mut Outcome) {
     outcome.refused += 1;
     if let Some(expected) = of_arguments {
-        // Scale may be NaN, which is not equal to itself.
-        assert!(*error == expected || matches!(expected, Error::Scale { .. }), "{error} for {expected}");
+        // A scale or a probability may be NaN, which is not equal to itself.
+        assert!(
+            *error == expected || matches!(expected, Error::Scale { .. } | Error::Probability { .. }),
+            "{error} for {expected}"
+        );
         return;
     }
     match error {
@@ -248,7 +252,9 @@ impl Argument {
 fn check_arguments(arguments: &[Argument]) {
     for argument in arguments {
         let Argument { name, matrix, bytes, .. } = *argument;
-        assert!([matrix.rows, matrix.cols].iter().all(|&extent| extent <= MAX_DIMENSION), "{name}: {matrix:?}");
+        // The table of routes has a word for each row and some more.
+        let is_small = matrix.rows.max(matrix.cols) <= MAX_DIMENSION;
+        assert!(is_small || name == "routes", "{name}: {matrix:?}");
         assert!(matrix.row_stride >= matrix.cols, "{name}: {matrix:?}");
         if !argument.is_empty() {
             assert!(matrix.ptr != 0 && matrix.ptr.is_multiple_of(bytes as u64), "{name}: {matrix:?}");
@@ -361,6 +367,32 @@ fn scale(u: &mut Unstructured<'_>) -> Result<f32> {
     Ok(if u.ratio(1, 60)? { f32::from_bits(u.arbitrary()?) } else { 2.0 })
 }
 
+/// Dropout in a third of the calls, routes in as many.
+fn variant(u: &mut Unstructured<'_>, place: &mut Place, m: usize) -> Result<raw::Variant> {
+    let mut variant = raw::Variant::default();
+    if u.ratio(1, 3)? {
+        let p = if u.ratio(1, 20)? { f32::from_bits(u.arbitrary()?) } else { 0.25 };
+        let seed = match u.arbitrary()? {
+            true => raw::Seed::Memory(place.matrix(u, 1, 2, 8)?),
+            false => raw::Seed::Value { seed: u.arbitrary()?, offset: u.arbitrary()? },
+        };
+        variant.dropout = Some(raw::Dropout { p, seed });
+    }
+    if u.ratio(1, 3)? {
+        variant.routes = Some(place.matrix(u, 1, Routing::words_for(m), 8)?);
+    }
+    Ok(variant)
+}
+
+fn variant_arguments(variant: &raw::Variant) -> impl Iterator<Item = Argument> {
+    let state = variant.dropout.and_then(|dropout| match dropout.seed {
+        raw::Seed::Memory(state) => Some(("seed", state)),
+        raw::Seed::Value { .. } => None,
+    });
+    let read = variant.routes.map(|routes| ("routes", routes)).into_iter().chain(state);
+    read.map(|(name, matrix)| Argument::new(name, matrix, 8, false))
+}
+
 fn forward(u: &mut Unstructured<'_>, place: &mut Place, dtype: Dtype, shape: LoraShape) -> Result<raw::Forward> {
     let LoraShape { m, n, k, r } = shape;
     let mut matrix = |u: &mut Unstructured<'_>, rows, cols| place.matrix(u, rows, cols, dtype.size());
@@ -375,7 +407,7 @@ fn forward(u: &mut Unstructured<'_>, place: &mut Place, dtype: Dtype, shape: Lor
         bias: if has_bias { Some(matrix(u, 1, n)?) } else { None },
         h: if keeps_h { Some(matrix(u, m, r)?) } else { None },
         y: matrix(u, m, n)?,
-        variant: raw::Variant::default(),
+        variant: variant(u, place, m)?,
     })
 }
 
@@ -401,7 +433,7 @@ fn backward(u: &mut Unstructured<'_>, place: &mut Place, dtype: Dtype, shape: Lo
     let (da, db, dbias) = (gradient(u, da, r, k)?, gradient(u, db, n, r)?, gradient(u, dbias, 1, n)?);
     let [into_dx, into_da, into_db, into_dbias] = u.arbitrary()?;
     let accumulate = Accumulate { dx: into_dx, da: into_da, db: into_db, dbias: into_dbias };
-    let variant = raw::Variant::default();
+    let variant = variant(u, place, m)?;
     Ok(raw::Backward { dtype, dy, w, a, b, scale: scale(u)?, x, h, dx, da, db, dbias, accumulate, variant })
 }
 
@@ -415,6 +447,7 @@ fn backward_arguments(op: &raw::Backward) -> Vec<Argument> {
         let raw::Gradient { matrix, f32 } = gradient?;
         Some(Argument::new(name, matrix, if f32 { 4 } else { bytes }, true))
     });
+    let inputs = inputs.chain(variant_arguments(&op.variant));
     inputs.chain(op.dx.map(|dx| Argument::new("dx", dx, bytes, true))).chain(gradients).collect()
 }
 

@@ -180,9 +180,9 @@ pub const DEFECTS: &[Defect] = defects! {
         (FORWARD_CU "k_steps() + tail / 4, tail % 4" => "k_steps() + tail / 4, 0");
     FORWARD Sm90N128 "the last step that reads h left out":
         (FORWARD_CU "k_steps() + tail / 4, tail % 4" => "k_steps() + tail / 4, 0")
-        (FORWARD_CU "(p_.r + kBlockK - 1) / kBlockK" => "p_.r / kBlockK");
+        (FORWARD_CU "ranks_read(m), p_.r);" => "ranks_read(m), p_.r / kBlockK * kBlockK);");
     FORWARD Sm90N128 "the last ranks left out":
-        (FORWARD_CU "tail = (p_.r + 15) / 16;" => "tail = p_.r / 16;");
+        (FORWARD_CU ".steps(16, p_.r);" => ".steps(16, p_.r / 16 * 16);");
     FORWARD Sm90N128 "a step of k left out":
         (FORWARD_CU "(p_.k + kBlockK - 1) / kBlockK" => "p_.k / kBlockK");
     // h as it is stored.
@@ -200,7 +200,7 @@ pub const DEFECTS: &[Defect] = defects! {
     BACKWARD Sm90N128 "dbias written by all lanes":
         (BACKWARD_CU "if (threadIdx.x % 4 == 0) store_gradient" => "store_gradient");
     BACKWARD Sm90N128 "dbias in every block of ranks":
-        (BACKWARD_CU "p_.dbias != 0 && unit.n == 0" => "p_.dbias != 0");
+        (BACKWARD_CU "with_sums = is_db && p_.dbias != 0 && unit.n == 0" => "with_sums = is_db && p_.dbias != 0");
     BACKWARD Sm90N128 "partial sums counted before they are written":
         (EPILOGUE "  consumer.barrier();  // and all have read the slot of the time before\n" => "");
     BACKWARD Sm90N128 "the count read before it is there":
@@ -218,7 +218,7 @@ pub const DEFECTS: &[Defect] = defects! {
     BACKWARD Sm90N128 "clusters leave their sums in one place":
         (BACKWARD_CU "blockIdx.x * kSlabs + consumer.slab()" => "place_.rank * kSlabs + consumer.slab()");
     BACKWARD Sm90N128 "a chunk's last tokens left out":
-        (BACKWARD_CU "(tokens + kBlockK - 1) / kBlockK" => "tokens / kBlockK");
+        (BACKWARD_CU "p_.m - unit.token);" => "p_.m - unit.token) / kBlockK * kBlockK;");
     BACKWARD Sm90N128 "da waits for the first block of dh alone":
         (BACKWARD_CU "(unit.tokens + kBlockM - 1) / kBlockM);" => "1);");
     BACKWARD Sm90N128 "the flags of a chunk looked at without acquire":
@@ -260,7 +260,7 @@ pub const DEFECTS: &[Defect] = defects! {
     BACKWARD Sm90N128 "the mask of the first slab for both, backward":
         (BACKWARD_CU "const uint32_t col = unit.m + consumer.slab() * kSlabM;" => "const uint32_t col = unit.m;");
     BACKWARD Sm90N128 "the mask of the first chunk for all":
-        (BACKWARD_CU "unit.token + block * kBlockK, col" => "block * kBlockK, col");
+        (BACKWARD_CU "unit.token + picks.start(block, kBlockK), col" => "picks.start(block, kBlockK), col");
     FORWARD Sm90N128 "dropped without the swizzle":
         (DROP "block_col * 2 + i / 2) ^ g)" => "block_col * 2 + i / 2))");
     FORWARD Sm90N128 "x waited for by nobody before it is dropped":
@@ -283,7 +283,7 @@ pub const DEFECTS: &[Defect] = defects! {
     BACKWARD Sm90N128 "the tail added before its products are done":
         (CONSUMER "ptx::wgmma_wait<0>();\n    ptx::pin(sum);" => "ptx::pin(sum);");
     BACKWARD Sm90N128 "the tail not fenced":
-        (CONSUMER "ptx::wgmma_fence();\n    Mma::template mma<true>" => "Mma::template mma<true>");
+        (CONSUMER "ptx::wgmma_fence();  // of the part before\n" => "");
     BACKWARD Sm90N128 "dx added to before its products are done":
         (CONSUMER "    drain();\n    ptx::pin(acc);\n#pragma unroll 1" => "    ptx::pin(acc);\n#pragma unroll 1");
     BACKWARD Sm90N128 "the last steps of the tail left out":

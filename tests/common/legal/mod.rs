@@ -8,7 +8,7 @@ mod portable;
 mod sm90;
 
 use fused_lora::plan::{
-    Device, Family, Launch, LoraMatrix, Options, Plan, SYNC_BYTES, Swizzle, TensorMap, WORKSPACE_ALIGN,
+    Device, Family, Launch, LoraDropout, LoraMatrix, Options, Plan, SYNC_BYTES, Swizzle, TensorMap, WORKSPACE_ALIGN,
 };
 use fused_lora::{Dtype, LoraShape, raw};
 
@@ -184,6 +184,21 @@ fn check_flags(blocks: u128, flag_shift: u32, end: u32, sync_words: u32) {
 
 fn check_dimensions(got: [u32; 4], LoraShape { m, n, k, r }: LoraShape) {
     assert_eq!(got.map(|dimension| dimension as usize), [m, n, k, r]);
+}
+
+/// The scale, with the dropout and the routes that a kernel has: p counts in 2^-16.
+fn check_variant(got: (f32, LoraDropout, u64), scale: f32, variant: &raw::Variant) {
+    let dropped = variant.dropout.map_or(0.0, |dropout| (f64::from(dropout.p) * 65536.0).round());
+    let factor = if dropped == 65536.0 { 0.0 } else { 65536.0 / (65536.0 - dropped) };
+    let expected = match variant.dropout.filter(|_| dropped != 0.0).map(|dropout| dropout.seed) {
+        None => (0, 0, 0),
+        Some(raw::Seed::Value { seed, offset }) => (seed, offset, 0),
+        Some(raw::Seed::Memory(state)) => (0, 0, state.ptr),
+    };
+    let (got_scale, dropout, routes) = got;
+    assert_eq!((dropout.seed, dropout.offset, dropout.state), expected);
+    assert_eq!((got_scale, f64::from(dropout.threshold)), (scale * factor as f32, dropped));
+    assert_eq!(routes, variant.routes.map_or(0, |routes| routes.ptr));
 }
 
 /// The address that the kernel has for a gradient.

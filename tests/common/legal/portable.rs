@@ -3,7 +3,7 @@
 use fused_lora::plan::{LoraBackwardParams, LoraForwardParams, Params};
 use fused_lora::{Dtype, LoraShape, raw};
 
-use super::{Planned, Region, assert_covers, check_dimensions, check_flags, check_tickets, pointer};
+use super::{Planned, Region, assert_covers, check_dimensions, check_flags, check_tickets, check_variant, pointer};
 
 /// Columns of h, dh, da and db that one tile computes: LORA_NARROW_N.
 const NARROW: usize = 64;
@@ -50,7 +50,8 @@ pub(super) fn forward(planned: &Planned<'_>, op: &raw::Forward, shape: LoraShape
     let LoraShape { m, n, r, .. } = shape;
     check_dimensions([p.m, p.n, p.k, p.r], shape);
     assert_eq!((p.x.ptr, p.w.ptr, p.a.ptr, p.b.ptr, p.y.ptr), (op.x.ptr, op.w.ptr, op.a.ptr, op.b.ptr, op.y.ptr));
-    assert_eq!((p.sync, p.scale, p.bias), (planned.workspace, op.scale, op.bias.map_or(0, |bias| bias.ptr)));
+    assert_eq!((p.sync, p.bias), (planned.workspace, op.bias.map_or(0, |bias| bias.ptr)));
+    check_variant((p.scale, p.dropout, p.routes), op.scale, &op.variant);
     assert_covers("M", p.m_blocks, block, m);
     assert_covers("N", p.n_blocks, block, n);
     let [m_blocks, n_blocks] = [p.m_blocks, p.n_blocks].map(u128::from);
@@ -91,7 +92,8 @@ pub(super) fn backward(planned: &Planned<'_>, op: &raw::Backward, shape: LoraSha
     let p = backward_params(&planned.launch.params);
     let LoraShape { m, n, k, r } = shape;
     check_dimensions([p.m, p.n, p.k, p.r], shape);
-    assert_eq!((p.sync, p.scale), (planned.workspace, op.scale));
+    assert_eq!(p.sync, planned.workspace);
+    check_variant((p.scale, p.dropout, p.routes), op.scale, &op.variant);
     for (what, blocks, extent) in [("M", p.m_blocks, m), ("N", p.n_blocks, n), ("K", p.k_blocks, k)] {
         assert_covers(what, blocks, block, extent);
     }

@@ -3,7 +3,7 @@
 use fused_lora::plan::{LoraSm90BackwardParams, LoraSm90ForwardParams, Params, Swizzle, TileSize};
 use fused_lora::{Dtype, LoraShape, raw};
 
-use super::{Planned, Region, assert_covers, check_dimensions, check_flags, check_tickets, pointer};
+use super::{Planned, Region, assert_covers, check_dimensions, check_flags, check_tickets, check_variant, pointer};
 
 /// Rows of a block.
 const BLOCK: u32 = 128;
@@ -85,7 +85,8 @@ pub(super) fn forward(planned: &Planned<'_>, op: &raw::Forward, shape: LoraShape
     let LoraShape { m, n, r, .. } = shape;
     let cluster = planned.launch.cluster[0];
     check_dimensions([p.m, p.n, p.k, p.r], shape);
-    assert_eq!((p.sync, p.scale, p.bias), (planned.workspace, op.scale, op.bias.map_or(0, |bias| bias.ptr)));
+    assert_eq!((p.sync, p.bias), (planned.workspace, op.bias.map_or(0, |bias| bias.ptr)));
+    check_variant((p.scale, p.dropout, p.routes), op.scale, &op.variant);
     assert_covers("M", p.m_groups, BLOCK * cluster, m);
     assert_covers("N", p.n_blocks, columns, n);
     assert_eq!(p.r_blocks as usize, r.div_ceil(NARROW));
@@ -141,7 +142,8 @@ pub(super) fn backward(planned: &Planned<'_>, op: &raw::Backward, shape: LoraSha
     let LoraShape { m, n, k, r } = shape;
     let cluster = planned.launch.cluster[0];
     check_dimensions([p.m, p.n, p.k, p.r], shape);
-    assert_eq!((p.sync, p.scale), (planned.workspace, op.scale));
+    assert_eq!(p.sync, planned.workspace);
+    check_variant((p.scale, p.dropout, p.routes), op.scale, &op.variant);
     for (what, groups, extent) in [("M", p.m_groups, m), ("N", p.n_groups, n), ("K", p.k_groups, k)] {
         assert_covers(what, groups, BLOCK * cluster, extent);
     }
