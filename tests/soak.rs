@@ -11,7 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use common::data::{Placement, Rng, Routes, Spec};
-use common::every::{Any, Kind, backends};
+use common::every::Any;
+#[cfg(all(feature = "emulator", feature = "cuda"))]
+use common::every::{Kind, backends};
 use common::{Backend, HostBackward, HostDropout, HostForward, check};
 use fused_lora::{Element, bf16, f16};
 
