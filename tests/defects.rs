@@ -48,7 +48,7 @@ const ELEMENT: &str = "element.cuh";
 const SYNC: &str = "ptx/sync.cuh";
 const DROPOUT: &str = "dropout.cuh";
 
-const DEFECTS: [Defect; 35] = [
+const DEFECTS: [Defect; 38] = [
     defect(
         "no barrier per step",
         FORWARD,
@@ -105,7 +105,7 @@ const DEFECTS: [Defect; 35] = [
     ),
     defect("rows loaded past the end", FORWARD, TILE, "row + i * kRowStep < row_end ? cols : 0", "cols"),
     defect("columns loaded past the end", FORWARD, TILE, "min(col_end - col, static_cast<uint32_t>(kChunkElems))", "8"),
-    defect("rows stored past the end", FORWARD, EPILOGUE, "if (row >= rows) continue;", ""),
+    defect("rows stored past the end", FORWARD, EPILOGUE, "if (row >= rows) continue;\n        float", "float"),
     defect("columns stored past the end", FORWARD, EPILOGUE, "if (col >= cols) continue;", ""),
     defect(
         "tail one step short",
@@ -169,8 +169,8 @@ const DEFECTS: [Defect; 35] = [
         "dropout: of the base product's x",
         FORWARD,
         "portable/forward.cu",
-        "Drops::kNone> tile;\n  tile.accumulate(main, tail, m, n, Shape::kBlock, h, {}, smem);",
-        "Drops::kA> tile;\n  tile.accumulate(main, tail, m, n, Shape::kBlock, h, p.dropout, smem);",
+        "Drops::kNone> tile;\n  tile.accumulate(main, tail, m, n, Shape::kBlock, h, {}, smem, InOrder{}, ranks);",
+        "Drops::kA> tile;\n  tile.accumulate(main, tail, m, n, Shape::kBlock, h, p.dropout, smem, InOrder{}, ranks);",
     ),
     defect("dropout: halves not swapped", BACKWARD, DROPOUT, "__shfl_xor_sync(0xffffffffu, given, 4)", "given"),
     defect("dropout: of dy for db", BACKWARD, "portable/backward.cu", "if (!is_da) dropout.threshold = 0;", ""),
@@ -182,6 +182,27 @@ const DEFECTS: [Defect; 35] = [
         "main.steps",
     ),
     defect("dropout: tail not dropped from", BACKWARD, TILE, "drop_accumulators(Dropout(dropout), m, n);", ""),
+    defect(
+        "routes: units without a step pass no barrier",
+        BACKWARD,
+        "portable/backward.cu",
+        "if (tokens.steps == 0) __syncthreads();",
+        "",
+    ),
+    defect(
+        "routes: ranks of other adapters kept",
+        FORWARD,
+        "routes.cuh",
+        "return kept ? value",
+        "return kept || true ? value",
+    ),
+    defect(
+        "routes: blocks of the row before",
+        FORWARD,
+        "routes.cuh",
+        "mask |= block(at);",
+        "mask |= block(at >= LORA_ROUTE_ROWS ? at - LORA_ROUTE_ROWS : at);",
+    ),
     defect("dropout: of the base product too", BACKWARD, TILE, "drops ? first_steps : steps", "steps"),
 ];
 
@@ -203,6 +224,10 @@ fn specs(image: &str) -> Vec<(Spec, u32)> {
     if image == BACKWARD {
         let chunked = Spec::new(1600, 40, 24, 9);
         specs.push((Spec { placement: Placement::Aligned, outputs: [false, true, true, true], ..chunked }, 6));
+        // Units of db, and of da, without a step.
+        let nobody = Spec { routes: Some(Routes::Nobody), ..Spec::new(700, 16, 24, 16) };
+        specs.push((Spec { outputs: [false, false, true, false], ..nobody }, 2));
+        specs.push((Spec { outputs: [false, true, false, false], ..nobody }, 2));
         // More steps over n than the ring has stages.
         specs.push((Spec { placement: Placement::Aligned, n: 300, ..base }, 4));
     }
