@@ -19,6 +19,8 @@ mod product;
 pub(crate) use adapter::{check_merge, check_round};
 pub use adapter::{merge, round};
 
+use std::ops::Range;
+
 use crate::dropout::Keep;
 use crate::error::{Error, Result};
 use crate::shape::{LoraShape, check_length};
@@ -29,6 +31,14 @@ use product::{Epilogue, Side, Term, column_sums, product};
 pub type Forward<'a, T> = crate::Forward<'a, [T], [T], [u64]>;
 /// [`crate::Backward`] over slices; gradients are `[T]` or `[f32]`.
 pub type Backward<'a, T> = crate::Backward<'a, [T], [T], [f32], [u64]>;
+/// [`crate::ForwardProjection`] over slices.
+pub type ForwardProjection<'a, T> = crate::ForwardProjection<'a, [T], [T]>;
+/// [`crate::ForwardShared`] over slices.
+pub type ForwardShared<'a, T> = crate::ForwardShared<'a, [T], [T], [u64]>;
+/// [`crate::BackwardProjection`] over slices; gradients are `[T]` or `[f32]`.
+pub type BackwardProjection<'a, T> = crate::BackwardProjection<'a, [T], [T], [f32]>;
+/// [`crate::BackwardShared`] over slices; gradients are `[T]` or `[f32]`.
+pub type BackwardShared<'a, T> = crate::BackwardShared<'a, [T], [T], [f32], [u64]>;
 /// [`crate::Variant`] over slices.
 pub type Variant<'a> = crate::Variant<'a, [u64]>;
 /// [`crate::Merge`] over slices; factors are `[T]` or `[f32]`.
@@ -66,21 +76,38 @@ pub struct Cpu;
 /// What [`raw::Forward::check`] finds, [`Error::BufferTooShort`], and [`Error::OutOfMemory`] for the scratch of h.
 /// Nothing is written then.
 pub fn forward<T: Element>(op: Forward<'_, T>) -> Result<()> {
+    forward_shared(op.into())
+}
+
+/// For each projection y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, all of one x.
+///
+/// # Errors
+/// What [`raw::ForwardShared::check`] finds, [`Error::Projections`], [`Error::BufferTooShort`], and [`Error::OutOfMemory`] for the
+/// scratch of h. Nothing is written then.
+pub fn forward_shared<T: Element>(op: ForwardShared<'_, T>) -> Result<()> {
     let shape = check_forward(&op)?;
-    let Forward { x, w, a, b, scale, bias, h, y, variant } = op;
-    let (keep, scale) = (kept(&variant), scale * raw_variant(&variant).factor());
+    let ForwardShared { x, a, h, projections, variant } = op;
+    let (keep, factor) = (kept(&variant), raw_variant(&variant).factor());
     let routes = routed(&variant, shape.m);
-    let bias = bias
-        .map(|bias| -> Vec<f32> { bias.data[bias.offset..bias.offset + shape.n].iter().map(|v| v.to_f32()).collect() });
     let mut scratch = Vec::new();
     let mut h = match h {
         Some(h) => h,
         None => middle(&mut scratch, shape)?,
     };
-    let scaled = Epilogue { scale: Some(scale), routes, ..Epilogue::default() };
-    product(&[Term::new(Side::rows(x).keeping(keep), Side::rows(a))], &scaled, reborrow(&mut h));
-    let terms = [Term::new(Side::rows(x), Side::rows(w)), Term::new(Side::rows(shared(&h)), Side::rows(b))];
-    product(&terms, &Epilogue { bias: bias.as_deref(), ..Epilogue::default() }, y);
+    let mut first_rank = 0;
+    for ForwardProjection { w, b, scale, bias, y } in projections {
+        let (a, ranks) = (rows_of(a, first_rank, b.cols), first_rank..first_rank + b.cols);
+        let scaled = Epilogue { scale: Some(scale * factor), routes, ..Epilogue::default() };
+        let own = reborrow_columns(&mut h, ranks.clone());
+        product(&[Term::new(Side::rows(x).keeping(keep), Side::rows(a))], &scaled, own);
+        let bias = bias.map(|bias| -> Vec<f32> {
+            bias.data[bias.offset..bias.offset + bias.cols].iter().map(|v| v.to_f32()).collect()
+        });
+        let own = columns_of(shared(&h), ranks);
+        let terms = [Term::new(Side::rows(x), Side::rows(w)), Term::new(Side::rows(own), Side::rows(b))];
+        product(&terms, &Epilogue { bias: bias.as_deref(), ..Epilogue::default() }, y);
+        first_rank += b.cols;
+    }
     Ok(())
 }
 
@@ -90,23 +117,36 @@ pub fn forward<T: Element>(op: Forward<'_, T>) -> Result<()> {
 /// What [`raw::Backward::check`] finds, [`Error::BufferTooShort`], and [`Error::OutOfMemory`] for the scratch of dh.
 /// Nothing is written then.
 pub fn backward<T: Element>(op: Backward<'_, T>) -> Result<()> {
+    backward_shared(op.into())
+}
+
+/// dx = Σ dy W + dh A over all projections, da = dhᵀ x, and for each db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B; only the
+/// outputs that are present.
+///
+/// # Errors
+/// What [`raw::BackwardShared::check`] finds, [`Error::Projections`], [`Error::BufferTooShort`], and [`Error::OutOfMemory`] for the
+/// scratch of dh. Nothing is written then.
+pub fn backward_shared<T: Element>(op: BackwardShared<'_, T>) -> Result<()> {
     let shape = check_backward(&op)?;
-    let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, variant } = op;
-    let (keep, scale) = (kept(&variant), scale * raw_variant(&variant).factor());
+    let BackwardShared { a, x, h, dx, da, projections, accumulate, variant } = op;
+    let (keep, factor) = (kept(&variant), raw_variant(&variant).factor());
     let routes = routed(&variant, shape.m);
     let adds = |accumulate| Epilogue { accumulate, ..Epilogue::default() };
     let mut scratch = Vec::new();
     if dx.is_some() || da.is_some() {
         let mut dh = middle(&mut scratch, shape)?;
-        let scaled = Epilogue { scale: Some(scale), routes, ..Epilogue::default() };
-        product(&[Term::new(Side::rows(dy), Side::columns(b))], &scaled, reborrow(&mut dh));
+        let mut first_rank = 0;
+        for &BackwardProjection { dy, b, scale, .. } in &projections {
+            let scaled = Epilogue { scale: Some(scale * factor), routes, ..Epilogue::default() };
+            let own = reborrow_columns(&mut dh, first_rank..first_rank + b.cols);
+            product(&[Term::new(Side::rows(dy), Side::columns(b))], &scaled, own);
+            first_rank += b.cols;
+        }
         let dh = shared(&dh);
         if let Some(dx) = dx {
-            // The adapter's part first: of it alone the dropped elements are zeros.
-            let terms = [
-                Term::new(Side::rows(dh), Side::columns(a)).keeping(keep),
-                Term::new(Side::rows(dy), Side::columns(w)),
-            ];
+            // The adapters' part first: of it alone the dropped elements are zeros.
+            let mut terms = vec![Term::new(Side::rows(dh), Side::columns(a)).keeping(keep)];
+            terms.extend(projections.iter().map(|of| Term::new(Side::rows(of.dy), Side::columns(of.w))));
             product(&terms, &adds(accumulate.dx), dx);
         }
         if let (Some(da), Some(x)) = (da, x) {
@@ -114,15 +154,34 @@ pub fn backward<T: Element>(op: Backward<'_, T>) -> Result<()> {
             adapter_gradient(term, &adds(accumulate.da), da);
         }
     }
-    if let (Some(db), Some(h)) = (db, h) {
-        adapter_gradient(Term::new(Side::columns(dy), Side::columns(h)), &adds(accumulate.db), db);
-    }
-    match dbias {
-        Some(Gradient::Storage(dbias)) => column_sums(dy, accumulate.dbias, dbias),
-        Some(Gradient::F32(dbias)) => column_sums(dy, accumulate.dbias, dbias),
-        None => {}
+    let mut first_rank = 0;
+    for BackwardProjection { dy, b, db, dbias, .. } in projections {
+        if let (Some(db), Some(h)) = (db, h) {
+            let own = columns_of(h, first_rank..first_rank + b.cols);
+            adapter_gradient(Term::new(Side::columns(dy), Side::columns(own)), &adds(accumulate.db), db);
+        }
+        match dbias {
+            Some(Gradient::Storage(dbias)) => column_sums(dy, accumulate.dbias, dbias),
+            Some(Gradient::F32(dbias)) => column_sums(dy, accumulate.dbias, dbias),
+            None => {}
+        }
+        first_rank += b.cols;
     }
     Ok(())
+}
+
+/// `rows` rows from `first` on.
+fn rows_of<T>(matrix: Matrix<'_, [T]>, first: usize, rows: usize) -> Matrix<'_, [T]> {
+    Matrix { offset: matrix.offset + first * matrix.row_stride, rows, ..matrix }
+}
+
+fn columns_of<T>(matrix: Matrix<'_, [T]>, columns: Range<usize>) -> Matrix<'_, [T]> {
+    Matrix { offset: matrix.offset + columns.start, cols: columns.len(), ..matrix }
+}
+
+fn reborrow_columns<'a, T>(matrix: &'a mut MatrixMut<'_, [T]>, columns: Range<usize>) -> MatrixMut<'a, [T]> {
+    let whole = reborrow(matrix);
+    MatrixMut { offset: whole.offset + columns.start, cols: columns.len(), ..whole }
 }
 
 fn adapter_gradient<T: Element>(term: Term<'_, T>, epilogue: &Epilogue<'_>, output: Gradient<'_, [T], [f32]>) {
@@ -201,62 +260,92 @@ fn fits<T>(arg: &'static str, matrix: Matrix<'_, [T]>) -> Result<()> {
     check_length(arg, data.len(), offset, (rows, cols, row_stride))
 }
 
-pub(crate) fn check_forward<T: Element>(op: &Forward<'_, T>) -> Result<LoraShape> {
-    let Forward { x, w, a, b, scale, bias, ref h, ref y, ref variant } = *op;
-    let (h, y) = (h.as_ref().map(shared), shared(y));
-    let shape = raw::Forward {
+fn fits_if_there<T>((arg, matrix): (&'static str, Option<Matrix<'_, [T]>>)) -> Result<()> {
+    matrix.map_or(Ok(()), |matrix| fits(arg, matrix))
+}
+
+pub(crate) fn check_forward<T: Element>(op: &ForwardShared<'_, T>) -> Result<LoraShape> {
+    let ForwardShared { x, a, ref h, ref projections, ref variant } = *op;
+    let h = h.as_ref().map(shared);
+    let count = projections.len();
+    let mut lengths = [("x", Some(x)), ("a", Some(a)), ("h", h)].into_iter().try_for_each(fits_if_there);
+    let mut judged = Vec::with_capacity(count);
+    for (at, ForwardProjection { w, b, scale, bias, y }) in projections.iter().enumerate() {
+        let y = shared(y);
+        let own = [("w", Some(*w)), ("b", Some(*b)), ("bias", *bias), ("y", Some(y))];
+        lengths = lengths
+            .and_then(|()| own.into_iter().try_for_each(|(arg, m)| fits_if_there((raw::named(arg, at, count), m))));
+        judged.push(raw::ForwardProjection {
+            w: raw(*w),
+            b: raw(*b),
+            scale: *scale,
+            bias: bias.map(raw),
+            y: raw(y),
+        });
+    }
+    let shape = raw::ForwardShared {
         dtype: T::DTYPE,
         x: raw(x),
-        w: raw(w),
         a: raw(a),
-        b: raw(b),
-        scale,
-        bias: bias.map(raw),
         h: h.map(raw),
-        y: raw(y),
+        projections: raw::Projections::new(&judged)?,
         variant: raw_variant(variant),
     }
     .check();
-    let named =
-        [("x", Some(x)), ("w", Some(w)), ("a", Some(a)), ("b", Some(b)), ("bias", bias), ("h", h), ("y", Some(y))];
-    let lengths = named.into_iter().try_for_each(|(arg, matrix)| matrix.map_or(Ok(()), |matrix| fits(arg, matrix)));
     judge(shape, lengths.and(fits_variant(variant)))
 }
 
-pub(crate) fn check_backward<T: Element>(op: &Backward<'_, T>) -> Result<LoraShape> {
-    let Backward { dy, w, a, b, scale, x, h, ref dx, ref da, ref db, ref dbias, accumulate, ref variant } = *op;
+fn raw_gradient<T: Element>(gradient: &Gradient<'_, [T], [f32]>) -> raw::Gradient {
+    match gradient {
+        Gradient::Storage(m) => raw::Gradient { matrix: raw(shared(m)), f32: T::DTYPE == Dtype::F32 },
+        Gradient::F32(m) => raw::Gradient { matrix: raw(shared(m)), f32: true },
+    }
+}
+
+fn gradient_fits<T: Element>(arg: &'static str, gradient: &Option<Gradient<'_, [T], [f32]>>) -> Result<()> {
+    match gradient {
+        Some(Gradient::Storage(m)) => fits(arg, shared(m)),
+        Some(Gradient::F32(m)) => fits(arg, shared(m)),
+        None => Ok(()),
+    }
+}
+
+pub(crate) fn check_backward<T: Element>(op: &BackwardShared<'_, T>) -> Result<LoraShape> {
+    let BackwardShared { a, x, h, ref dx, ref da, ref projections, accumulate, ref variant } = *op;
     let dx = dx.as_ref().map(shared);
-    let gradient = |gradient: &Option<Gradient<'_, [T], [f32]>>| match gradient {
-        Some(Gradient::Storage(m)) => Some(raw::Gradient { matrix: raw(shared(m)), f32: T::DTYPE == Dtype::F32 }),
-        Some(Gradient::F32(m)) => Some(raw::Gradient { matrix: raw(shared(m)), f32: true }),
-        None => None,
-    };
-    let shape = raw::Backward {
+    let count = projections.len();
+    let named = [("a", Some(a)), ("x", x), ("h", h), ("dx", dx)];
+    let mut lengths = named.into_iter().try_for_each(fits_if_there).and(gradient_fits("da", da));
+    let mut judged = Vec::with_capacity(count);
+    for (at, BackwardProjection { dy, w, b, scale, db, dbias }) in projections.iter().enumerate() {
+        let name = |arg| raw::named(arg, at, count);
+        let own = [("dy", *dy), ("w", *w), ("b", *b)];
+        lengths = lengths
+            .and_then(|()| own.into_iter().try_for_each(|(arg, matrix)| fits(name(arg), matrix)))
+            .and_then(|()| gradient_fits(name("db"), db))
+            .and_then(|()| gradient_fits(name("dbias"), dbias));
+        judged.push(raw::BackwardProjection {
+            dy: raw(*dy),
+            w: raw(*w),
+            b: raw(*b),
+            scale: *scale,
+            db: db.as_ref().map(raw_gradient),
+            dbias: dbias.as_ref().map(raw_gradient),
+        });
+    }
+    let shape = raw::BackwardShared {
         dtype: T::DTYPE,
-        dy: raw(dy),
-        w: raw(w),
         a: raw(a),
-        b: raw(b),
-        scale,
         x: x.map(raw),
         h: h.map(raw),
         dx: dx.map(raw),
-        da: gradient(da),
-        db: gradient(db),
-        dbias: gradient(dbias),
+        da: da.as_ref().map(raw_gradient),
+        projections: raw::Projections::new(&judged)?,
         accumulate,
         variant: raw_variant(variant),
     }
     .check();
-    let named = [("dy", Some(dy)), ("w", Some(w)), ("a", Some(a)), ("b", Some(b)), ("x", x), ("h", h), ("dx", dx)];
-    let inputs = named.into_iter().try_for_each(|(arg, matrix)| matrix.map_or(Ok(()), |matrix| fits(arg, matrix)));
-    let gradients =
-        [("da", da), ("db", db), ("dbias", dbias)].into_iter().try_for_each(|(arg, gradient)| match gradient {
-            Some(Gradient::Storage(m)) => fits(arg, shared(m)),
-            Some(Gradient::F32(m)) => fits(arg, shared(m)),
-            None => Ok(()),
-        });
-    judge(shape, inputs.and(gradients).and(fits_variant(variant)))
+    judge(shape, lengths.and(fits_variant(variant)))
 }
 
 /// Which verdict to report. Slices cannot overlap; an address that seems to says that a matrix leaves its buffer.

@@ -1,10 +1,13 @@
 //! The one place that judges dimensions, strides, alignment and overlap.
 
 use crate::error::{Error, Result};
-use crate::raw::{Backward, Forward, Gradient, Matrix, Merge, Round, Seed, Variant};
+use crate::raw::{
+    Backward, BackwardShared, Forward, ForwardShared, Gradient, Matrix, Merge, Round, Seed, Variant, named, share_ranks,
+};
 use crate::{Dtype, MAX_ROUTED_RANK, Routing};
 
-/// The four dimensions of a layer call: x is M × K, w is N × K, a is R × K, b is N × R.
+/// The four dimensions of a layer call: x is M × K, w is N × K, a is R × K, b is N × R. Of projections that share x, N and R are
+/// the sums over all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LoraShape {
     /// Tokens.
@@ -138,7 +141,7 @@ impl Operand {
 /// Checks shared by all operations, after the dimensions agreed.
 fn check_operands(
     shape: LoraShape,
-    scale: f32,
+    scales: &[(&'static str, f32)],
     inputs: &[Operand],
     outputs: &[Operand],
 ) -> Result<(LoraShape, Ranges)> {
@@ -152,8 +155,8 @@ fn check_operands(
             return Err(Error::TooLarge { what, got: got as u64, limit: MAX_DIMENSION as u64 });
         }
     }
-    if !scale.is_finite() {
-        return Err(Error::Scale { got: scale });
+    if let Some(&(arg, got)) = scales.iter().find(|scale| !scale.1.is_finite()) {
+        return Err(Error::Scale { arg, got });
     }
     for operand in inputs.iter().chain(outputs) {
         operand.check_memory()?;
@@ -182,41 +185,65 @@ impl Forward {
     /// [`Error::ZeroDimension`], [`Error::Dimension`], [`Error::TooLarge`], [`Error::Scale`], [`Error::Probability`],
     /// [`Error::Stride`], [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
+        ForwardShared::from(self).check()
+    }
+}
+
+impl ForwardShared {
+    /// Dimensions, strides, addresses, overlap and scales; returns the shape, with the N and the ranks of all projections added up,
+    /// when all are right. Arguments of one of several projections are named with its number.
+    ///
+    /// # Errors
+    /// As [`Forward::check`], and [`Error::RoutedProjections`].
+    pub fn check(&self) -> Result<LoraShape> {
         self.judge().map(|(shape, _)| shape)
     }
 
     pub(crate) fn judge(&self) -> Result<(LoraShape, Ranges)> {
+        let all = &self.projections;
+        let name = |name, at| named(name, at, all.len());
         nonzero("x", &self.x)?;
-        nonzero("w", &self.w)?;
-        let shape = LoraShape { m: self.x.rows, n: self.w.rows, k: self.w.cols, r: self.a.rows };
-        let LoraShape { m, n, k, r } = shape;
+        for (at, projection) in all.iter().enumerate() {
+            nonzero(name("w", at), &projection.w)?;
+        }
+        let (m, k, r) = (self.x.rows, all[0].w.cols, self.a.rows);
+        let n = all.iter().fold(0_usize, |n, projection| n.saturating_add(projection.w.rows));
+        let shape = LoraShape { m, n, k, r };
         let bytes = self.dtype.size();
-        let operand = |arg, matrix: Matrix, rows, cols| {
-            let operand = Operand { arg, matrix, element_bytes: bytes };
-            operand.check_dims(rows, cols).map(|()| operand)
-        };
-        let mut inputs = vec![
-            operand("x", self.x, m, k)?,
-            operand("w", self.w, n, k)?,
-            operand("a", self.a, r, k)?,
-            operand("b", self.b, n, r)?,
-        ];
-        if let Some(bias) = self.bias {
-            inputs.push(operand("bias", bias, 1, n)?);
+        let ranks = share_ranks(r, &all.iter().map(|projection| projection.b.cols).collect::<Vec<_>>());
+        let mut inputs = vec![sized("x", self.x, bytes, m, k)?];
+        for (at, projection) in all.iter().enumerate() {
+            inputs.push(sized(name("w", at), projection.w, bytes, projection.w.rows, k)?);
         }
-        self.variant.operands(shape, self.scale, &mut inputs)?;
-        let mut outputs = vec![operand("y", self.y, m, n)?];
+        inputs.push(sized("a", self.a, bytes, r, k)?);
+        for (at, (projection, ranks)) in all.iter().zip(ranks).enumerate() {
+            inputs.push(sized(name("b", at), projection.b, bytes, projection.w.rows, ranks)?);
+        }
+        for (at, projection) in all.iter().enumerate() {
+            if let Some(bias) = projection.bias {
+                inputs.push(sized(name("bias", at), bias, bytes, 1, projection.w.rows)?);
+            }
+        }
+        let scales: Vec<_> = all.iter().enumerate().map(|(at, of)| (name("scale", at), of.scale)).collect();
+        self.variant.operands(shape, &scales, &mut inputs)?;
+        let mut outputs = Vec::new();
+        for (at, projection) in all.iter().enumerate() {
+            outputs.push(sized(name("y", at), projection.y, bytes, m, projection.w.rows)?);
+        }
         if let Some(h) = self.h {
-            outputs.push(operand("h", h, m, r)?);
+            outputs.push(sized("h", h, bytes, m, r)?);
         }
-        check_operands(shape, self.scale, &inputs, &outputs)
+        check_operands(shape, &scales, &inputs, &outputs)
     }
 }
 
 impl Variant {
     /// Adds what is read beside the matrices.
-    fn operands(&self, shape: LoraShape, scale: f32, inputs: &mut Vec<Operand>) -> Result<()> {
+    fn operands(&self, shape: LoraShape, scales: &[(&'static str, f32)], inputs: &mut Vec<Operand>) -> Result<()> {
         if let Some(routes) = self.routes {
+            if scales.len() > 1 {
+                return Err(Error::RoutedProjections { got: scales.len() });
+            }
             if shape.r > MAX_ROUTED_RANK {
                 let (what, got) = ("R (rows of a) of a batch with routes", shape.r as u64);
                 return Err(Error::TooLarge { what, got, limit: MAX_ROUTED_RANK as u64 });
@@ -228,8 +255,9 @@ impl Variant {
             return Err(Error::Probability { got: dropout.p });
         }
         // What kernels multiply by; a scale that is not finite itself is named further on.
-        if scale.is_finite() && !(scale * self.factor()).is_finite() {
-            return Err(Error::Scale { got: scale * self.factor() });
+        let mut divided = scales.iter().filter(|of| of.1.is_finite()).map(|&(arg, scale)| (arg, scale * self.factor()));
+        if let Some((arg, got)) = divided.find(|scale| !scale.1.is_finite()) {
+            return Err(Error::Scale { arg, got });
         }
         if let Seed::Memory(state) = dropout.seed {
             inputs.push(sized("seed", state, 8, 1, 2)?);
@@ -246,47 +274,84 @@ impl Backward {
     /// [`Error::TooLarge`], [`Error::Scale`], [`Error::Probability`], [`Error::Stride`], [`Error::NullPointer`],
     /// [`Error::Misaligned`], [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
+        BackwardShared::from(self).check()
+    }
+}
+
+impl BackwardShared {
+    /// Dimensions, strides, addresses, overlap, scales and presence; returns the shape, with the N and the ranks of all projections
+    /// added up, when all are right. Arguments of one of several projections are named with its number.
+    ///
+    /// # Errors
+    /// As [`Backward::check`], and [`Error::RoutedProjections`].
+    pub fn check(&self) -> Result<LoraShape> {
         self.judge().map(|(shape, _)| shape)
     }
 
-    pub(crate) fn judge(&self) -> Result<(LoraShape, Ranges)> {
-        nonzero("dy", &self.dy)?;
-        nonzero("w", &self.w)?;
-        let shape = LoraShape { m: self.dy.rows, n: self.w.rows, k: self.w.cols, r: self.a.rows };
-        let LoraShape { m, n, k, r } = shape;
-        if self.dx.is_none() && self.da.is_none() && self.db.is_none() && self.dbias.is_none() {
+    /// What is asked for, and what it needs.
+    fn check_presence(&self) -> Result<()> {
+        let all = &self.projections;
+        let has_own = all.iter().any(|projection| projection.db.is_some() || projection.dbias.is_some());
+        if self.dx.is_none() && self.da.is_none() && !has_own {
             return Err(Error::NoOutput);
         }
         if self.da.is_some() && self.x.is_none() {
             return Err(Error::Missing { arg: "x", output: "da" });
         }
-        if self.db.is_some() && self.h.is_none() {
-            return Err(Error::Missing { arg: "h", output: "db" });
+        match all.iter().position(|projection| projection.db.is_some()) {
+            Some(at) if self.h.is_none() => Err(Error::Missing { arg: "h", output: named("db", at, all.len()) }),
+            _ => Ok(()),
         }
+    }
+
+    pub(crate) fn judge(&self) -> Result<(LoraShape, Ranges)> {
+        let all = &self.projections;
+        let name = |name, at| named(name, at, all.len());
+        for (at, projection) in all.iter().enumerate() {
+            nonzero(name("dy", at), &projection.dy)?;
+            nonzero(name("w", at), &projection.w)?;
+        }
+        let (m, k, r) = (all[0].dy.rows, all[0].w.cols, self.a.rows);
+        let n = all.iter().fold(0_usize, |n, projection| n.saturating_add(projection.w.rows));
+        let shape = LoraShape { m, n, k, r };
+        self.check_presence()?;
         let bytes = self.dtype.size();
-        let mut inputs = vec![
-            sized("dy", self.dy, bytes, m, n)?,
-            sized("w", self.w, bytes, n, k)?,
-            sized("a", self.a, bytes, r, k)?,
-            sized("b", self.b, bytes, n, r)?,
-        ];
+        let ranks = share_ranks(r, &all.iter().map(|projection| projection.b.cols).collect::<Vec<_>>());
+        let mut inputs = Vec::new();
+        for (at, projection) in all.iter().enumerate() {
+            inputs.push(sized(name("dy", at), projection.dy, bytes, m, projection.w.rows)?);
+            inputs.push(sized(name("w", at), projection.w, bytes, projection.w.rows, k)?);
+        }
+        inputs.push(sized("a", self.a, bytes, r, k)?);
+        for (at, (projection, &ranks)) in all.iter().zip(&ranks).enumerate() {
+            inputs.push(sized(name("b", at), projection.b, bytes, projection.w.rows, ranks)?);
+        }
         if let Some(x) = self.x {
             inputs.push(sized("x", x, bytes, m, k)?);
         }
         if let Some(h) = self.h {
             inputs.push(sized("h", h, bytes, m, r)?);
         }
-        self.variant.operands(shape, self.scale, &mut inputs)?;
+        let scales: Vec<_> = all.iter().enumerate().map(|(at, of)| (name("scale", at), of.scale)).collect();
+        self.variant.operands(shape, &scales, &mut inputs)?;
         let mut outputs = Vec::new();
         if let Some(dx) = self.dx {
             outputs.push(sized("dx", dx, bytes, m, k)?);
         }
-        for (arg, gradient, rows, cols) in [("da", self.da, r, k), ("db", self.db, n, r), ("dbias", self.dbias, 1, n)] {
+        let mut gradient = |arg, gradient: Option<Gradient>, rows, cols| {
             if let Some(Gradient { matrix, f32 }) = gradient {
                 outputs.push(sized(arg, matrix, if f32 { 4 } else { bytes }, rows, cols)?);
             }
+            Ok(())
+        };
+        gradient("da", self.da, r, k)?;
+        for (at, (projection, &ranks)) in all.iter().zip(&ranks).enumerate() {
+            gradient(name("db", at), projection.db, projection.w.rows, ranks)?;
         }
-        check_operands(shape, self.scale, &inputs, &outputs)
+        for (at, projection) in all.iter().enumerate() {
+            gradient(name("dbias", at), projection.dbias, 1, projection.w.rows)?;
+        }
+        check_operands(shape, &scales, &inputs, &outputs)
     }
 }
 
@@ -317,7 +382,7 @@ impl Merge {
             inputs.push(sized("w", w, storage, n, k)?);
         }
         let outputs = [sized("merged", self.merged, storage, n, k)?];
-        check_operands(shape, self.scale, &inputs, &outputs).map(|(shape, _)| shape)
+        check_operands(shape, &[("scale", self.scale)], &inputs, &outputs).map(|(shape, _)| shape)
     }
 }
 
@@ -334,6 +399,6 @@ impl Round {
         let inputs = [sized("a", self.a, factor, r, k)?, sized("b", self.b, factor, n, r)?];
         let outputs =
             [sized("rounded_a", self.rounded_a, storage, r, k)?, sized("rounded_b", self.rounded_b, storage, n, r)?];
-        check_operands(shape, self.scale, &inputs, &outputs).map(|(shape, _)| shape)
+        check_operands(shape, &[("scale", self.scale)], &inputs, &outputs).map(|(shape, _)| shape)
     }
 }

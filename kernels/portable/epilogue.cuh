@@ -31,10 +31,16 @@ __device__ __forceinline__ void keep_routed(Tile& tile, const Routes& routes, ui
   }
 }
 
-// Stores a tile of y, h, dh or dx at (m, n): out = scale · acc + bias (+ out).
-template <class Tile, typename T = typename Tile::T>
+// A factor of 1 for every column.
+struct NoScale {
+  __device__ __forceinline__ float operator()(uint32_t) const { return 1.0f; }
+};
+
+// Stores a tile of y, h, dh or dx at (m, n): out = scale(column) · acc + bias (+ out).
+template <class Tile, class Scale, typename T = typename Tile::T>
 __device__ __forceinline__ void store_tile(const Tile& tile, const LoraMatrix& out, uint32_t m, uint32_t n,
-                                           uint32_t rows, uint32_t cols, float scale, const T* bias, bool accumulate) {
+                                           uint32_t rows, uint32_t cols, const Scale& scale, const T* bias,
+                                           bool accumulate) {
   const uint32_t thread = ptx::thread_index();
   T* const base = reinterpret_cast<T*>(out.ptr);
   const bool paired = ((out.ptr | static_cast<uint64_t>(out.row_stride) * 2) & 3) == 0 && !accumulate;
@@ -45,14 +51,16 @@ __device__ __forceinline__ void store_tile(const Tile& tile, const LoraMatrix& o
     const bool second = col + 1 < cols;
     const float bias0 = bias != nullptr ? widen(bias[col]) : 0.0f;
     const float bias1 = bias != nullptr && second ? widen(bias[col + 1]) : 0.0f;
+    const float scale0 = scale(col);
+    const float scale1 = scale(col + 1);
 #pragma unroll
     for (int i = 0; i < Tile::kFragsM; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t row = m + Tile::row_of(thread, i, half);
         if (row >= rows) continue;
-        float value0 = tile.acc[i][j][2 * half] * scale;
-        float value1 = tile.acc[i][j][2 * half + 1] * scale;
+        float value0 = tile.acc[i][j][2 * half] * scale0;
+        float value1 = tile.acc[i][j][2 * half + 1] * scale1;
         if (bias != nullptr) {  // adding a zero would make 0 of -0
           value0 += bias0;
           value1 += bias1;

@@ -88,6 +88,19 @@ struct InOrder {
   __device__ __forceinline__ uint32_t operator()(uint32_t step) const { return step * kBlockK; }
 };
 
+// What a step reads: operands, and where in the reduction it starts.
+struct Source {
+  Operand a;
+  Operand b;
+  uint32_t k;
+};
+
+// Of step `step` of a segment; what else can be a main run of a reduction has a function of its own.
+template <class Start>
+__device__ __forceinline__ Source source_of(const Segment& segment, uint32_t step, const Start& start) {
+  return {segment.a, segment.b, segment.k_begin + start(step)};
+}
+
 // Flags that must have reached their targets before what they guard may be read.
 struct Dependency {
   const uint32_t* flags;
@@ -247,9 +260,9 @@ struct Tile {
 
   // Accumulates main and then tail for the tile at (m, n), or tail first when it is to be dropped from. Columns from
   // `active_n` on, rounded up to 16, are left out. Leaves no copy in flight: the last step has waited for every group
-  // but the empty ones.
-  template <class Await = Ready, class MainStart = InOrder, class TailStart = InOrder>
-  __device__ __forceinline__ void accumulate(const Segment& main, const Segment& tail, uint32_t m, uint32_t n,
+  // but the empty ones. `Main` is a segment, or has as many steps and a `source_of`.
+  template <class Main, class Await = Ready, class MainStart = InOrder, class TailStart = InOrder>
+  __device__ __forceinline__ void accumulate(const Main& main, const Segment& tail, uint32_t m, uint32_t n,
                                              uint32_t active_n, const Await& dependency, const LoraDropout& dropout,
                                              uint32_t smem, const MainStart& main_start = {},
                                              const TailStart& tail_start = {}) {
@@ -262,15 +275,15 @@ struct Tile {
         const bool in_first = step < first_steps;
         const bool in_main = in_first != tail_first;
         const uint32_t within = in_first ? step : step - first_steps;
-        uint32_t k;
+        Source from;
         if (in_main) {
-          k = main.k_begin + main_start(within);
+          from = source_of(main, within, main_start);
         } else {
-          k = tail.k_begin + tail_start(within);
+          from = source_of(tail, within, tail_start);
         }
         const uint32_t stage = smem + step % kStages * kStageBytes;
-        load_operand<kMajorA, kBlockM, kThreads>(thread, stage, select(in_main, main.a, tail.a), m, k);
-        load_operand<kMajorB, kBlockN, kThreads>(thread, stage + kBytesA, select(in_main, main.b, tail.b), n, k);
+        load_operand<kMajorA, kBlockM, kThreads>(thread, stage, from.a, m, from.k);
+        load_operand<kMajorB, kBlockN, kThreads>(thread, stage + kBytesA, from.b, n, from.k);
       }
       ptx::cp_async_commit();  // an empty group past the end keeps the count of groups in step with `step`
     };
@@ -287,7 +300,8 @@ struct Tile {
         ptx::cp_async_wait<kStages - 2>();
         __syncthreads();  // the stage is complete for all, and the one about to be overwritten was read by all
         issue(step + kStages - 1);
-        const uint32_t first_k = kDrops == Drops::kA ? main.k_begin + main_start(step) : 0;
+        uint32_t first_k = 0;
+        if constexpr (kDrops == Drops::kA) first_k = main.k_begin + main_start(step);
         multiply(smem + step % kStages * kStageBytes, active_n, drops_a, m, first_k);
       }
       if (!drops) break;

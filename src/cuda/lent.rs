@@ -1,0 +1,43 @@
+//! A single layer's operation as one of projections that share x, without giving its buffers away.
+
+use cudarc::driver::DevicePtrMut;
+
+use super::{Backward, BackwardProjection, BackwardShared, Forward, ForwardProjection, ForwardShared};
+use crate::{Gradient, MatrixMut};
+
+type Lent<'b, T> = MatrixMut<'b, dyn DevicePtrMut<T> + 'b>;
+
+fn matrix<'b, T>(matrix: &'b mut MatrixMut<'_, dyn DevicePtrMut<T> + '_>) -> Lent<'b, T> {
+    let MatrixMut { ref mut data, offset, rows, cols, row_stride } = *matrix;
+    MatrixMut { data: &mut **data, offset, rows, cols, row_stride }
+}
+
+fn gradient<'b, T>(
+    gradient: &'b mut Gradient<'_, dyn DevicePtrMut<T> + '_, dyn DevicePtrMut<f32> + '_>,
+) -> Gradient<'b, dyn DevicePtrMut<T> + 'b, dyn DevicePtrMut<f32> + 'b> {
+    match gradient {
+        Gradient::Storage(storage) => Gradient::Storage(matrix(storage)),
+        Gradient::F32(f32) => Gradient::F32(matrix(f32)),
+    }
+}
+
+pub(super) fn forward<'b, T>(op: &'b mut Forward<'_, T>) -> ForwardShared<'b, T> {
+    let Forward { x, w, a, b, scale, bias, h, y, variant } = op;
+    let projection = ForwardProjection { w: *w, b: *b, scale: *scale, bias: *bias, y: matrix(y) };
+    ForwardShared { x: *x, a: *a, h: h.as_mut().map(matrix), projections: vec![projection], variant: *variant }
+}
+
+pub(super) fn backward<'b, T>(op: &'b mut Backward<'_, T>) -> BackwardShared<'b, T> {
+    let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, variant } = op;
+    let (db, dbias) = (db.as_mut().map(gradient), dbias.as_mut().map(gradient));
+    BackwardShared {
+        a: *a,
+        x: *x,
+        h: *h,
+        dx: dx.as_mut().map(matrix),
+        da: da.as_mut().map(gradient),
+        projections: vec![BackwardProjection { dy: *dy, w: *w, b: *b, scale: *scale, db, dbias }],
+        accumulate: *accumulate,
+        variant: *variant,
+    }
+}
