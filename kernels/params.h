@@ -51,6 +51,7 @@
 #define LORA_DA_F32 16u
 #define LORA_DB_F32 32u
 #define LORA_DBIAS_F32 64u
+#define LORA_ACCUMULATE_DM 128u
 
 /* merge: rows and columns of a tile, threads, and ranks per step. */
 #define LORA_MERGE_BLOCK 64
@@ -60,7 +61,10 @@
 #define LORA_ROUND_ROWS 8
 #define LORA_ROUND_COLS 256
 #define LORA_ROUND_THREADS 256
-/* LoraMergeParams::flags, LoraRoundParams::flags: a and b are f32. */
+/* gain: rows of w per CTA, threads. */
+#define LORA_GAIN_ROWS 16
+#define LORA_GAIN_THREADS 256
+/* LoraMergeParams::flags, LoraRoundParams::flags, LoraGainParams::flags: a and b are f32. */
 #define LORA_FACTORS_F32 1u
 
 /* A row-major matrix: address of element (0, 0), 0 when absent, and elements between row starts. */
@@ -88,12 +92,21 @@ typedef struct LoraDropout {
   uint32_t padding;
 } LoraDropout;
 
+/* DoRA in backward: what its gradient of the magnitude is computed from and where it goes; dm is 0 when not wanted. */
+typedef struct LoraMagnitude {
+  LoraMatrix y;
+  uint64_t bias;      /* N elements of the storage type, 0 when absent */
+  uint64_t magnitude; /* N elements of f32 */
+  uint64_t dm;        /* N elements of f32, output */
+} LoraMagnitude;
+
 /* A projection of forward. Blocks of columns are numbered over all projections, and so are ranks. */
 typedef struct LoraForwardProjection {
   LoraMatrix w;
   LoraMatrix b;
   LoraMatrix y;
   uint64_t bias; /* N elements, 0 when absent */
+  uint64_t gain; /* N elements of f32; 0 when absent */
   uint32_t n;
   uint32_t r; /* its ranks are columns [first_rank, first_rank + r) of h */
   uint32_t first_rank;
@@ -132,7 +145,9 @@ typedef struct LoraBackwardProjection {
   LoraMatrix w;
   LoraMatrix b;
   LoraMatrix db;
+  LoraMagnitude magnitude;
   uint64_t dbias; /* N elements, 0 when absent */
+  uint64_t gain; /* N elements of f32; 0 when absent */
   uint32_t n;
   uint32_t r; /* its ranks are columns [first_rank, first_rank + r) of h and dh */
   uint32_t first_rank;
@@ -210,6 +225,22 @@ typedef struct LoraRoundParams {
   uint32_t flags;
 } LoraRoundParams;
 
+/* norm = ||w + scale b a|| of each row, gain = magnitude / norm. A CTA has LORA_GAIN_ROWS rows. */
+typedef struct LoraGainParams {
+  LoraMatrix w;
+  LoraMatrix a;
+  LoraMatrix b;
+  uint64_t magnitude; /* N elements of f32, as the next two; 0 when absent */
+  uint64_t norm;
+  uint64_t gain;
+  uint32_t n;
+  uint32_t k;
+  uint32_t r;
+  float scale;
+  uint32_t flags;
+  uint32_t padding;
+} LoraGainParams;
+
 /* What cuTensorMapEncodeTiled writes. CUDA 13 declares it with this alignment; CUDA 12 asked for half of it. */
 typedef struct LoraTensorMap {
   uint64_t words[16];
@@ -247,6 +278,7 @@ typedef struct LoraTensorMap {
 /* As LoraForwardProjection. */
 typedef struct LoraSm90ForwardProjection {
   uint64_t bias;
+  uint64_t gain;
   uint32_t n;
   uint32_t r;
   uint32_t first_rank;
@@ -288,7 +320,9 @@ typedef struct LoraSm90Forward {
 /* As LoraBackwardProjection. */
 typedef struct LoraSm90BackwardProjection {
   LoraMatrix db;
+  LoraMagnitude magnitude;
   uint64_t dbias;
+  uint64_t gain;
   uint32_t n;
   uint32_t r;
   uint32_t first_rank;

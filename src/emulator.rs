@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::kernels::Image;
 use crate::params::MAP_BYTES;
 use crate::plan::{self, Device, Launch, Plan, SYNC_BYTES};
-use crate::{Dropout, Dtype, Element, Factors, Gradient, Matrix, MatrixMut, Seed, cpu, raw};
+use crate::{Dropout, Dtype, Element, Factors, Gradient, MagnitudeGradient, Matrix, MatrixMut, Seed, cpu, raw};
 
 /// A simulated GPU.
 #[derive(Clone, Debug)]
@@ -194,17 +194,18 @@ impl Emulator {
     /// As [`cpu::forward_shared`], what [`Plan::forward_shared`] finds, and [`Error::Emulator`].
     pub fn forward_shared<T: Element>(&self, op: cpu::ForwardShared<'_, T>) -> Result<Run> {
         cpu::check_forward(&op)?;
-        let cpu::ForwardShared { x, a, mut h, mut projections, variant } = op;
+        let cpu::ForwardShared { x, a, mut h, mut projections, dropout, routes } = op;
         let mut memory = Memory::new();
         let (x, a) = (upload(&mut memory, "x", x, true)?, upload(&mut memory, "a", a, true)?);
         let mut own = Vec::with_capacity(projections.len());
-        for (at, cpu::ForwardProjection { w, b, scale, bias, y }) in projections.iter().enumerate() {
+        for (at, cpu::ForwardProjection { w, b, scale, bias, gain, y }) in projections.iter().enumerate() {
             let name = |arg| raw::named(arg, at, projections.len());
             own.push(raw::ForwardProjection {
                 w: upload(&mut memory, name("w"), *w, true)?,
                 b: upload(&mut memory, name("b"), *b, true)?,
                 scale: *scale,
                 bias: bias.map(|bias| upload(&mut memory, name("bias"), bias, true)).transpose()?,
+                gain: gain.map(|gain| upload(&mut memory, name("gain"), gain, true)).transpose()?,
                 y: upload(&mut memory, name("y"), cpu::shared(y), false)?,
             });
         }
@@ -214,7 +215,8 @@ impl Emulator {
             a,
             h: h.as_ref().map(|h| upload(&mut memory, "h", cpu::shared(h), false)).transpose()?,
             projections: raw::Projections::new(&own)?,
-            variant: upload_variant(&mut memory, &variant)?,
+            dropout: upload_dropout(&mut memory, &dropout)?,
+            routes: routes.map(|routes| upload_words(&mut memory, "routes", routes)).transpose()?,
         };
         let plan = Plan::forward_shared_with(&uploaded, &self.device, self.plan_options())?;
         let counters = self.execute(&mut memory, &plan)?;
@@ -242,10 +244,10 @@ impl Emulator {
     /// As [`cpu::backward_shared`], what [`Plan::backward_shared`] finds, and [`Error::Emulator`].
     pub fn backward_shared<T: Element>(&self, op: cpu::BackwardShared<'_, T>) -> Result<Run> {
         cpu::check_backward(&op)?;
-        let cpu::BackwardShared { a, x, h, mut dx, mut da, mut projections, accumulate, variant } = op;
+        let cpu::BackwardShared { a, x, h, mut dx, mut da, mut projections, accumulate, dropout, routes } = op;
         let mut memory = Memory::new();
         let mut own = Vec::with_capacity(projections.len());
-        for (at, cpu::BackwardProjection { dy, w, b, scale, db, dbias }) in projections.iter().enumerate() {
+        for (at, cpu::BackwardProjection { dy, w, b, scale, db, dbias, dm, gain }) in projections.iter().enumerate() {
             let name = |arg| raw::named(arg, at, projections.len());
             own.push(raw::BackwardProjection {
                 dy: upload(&mut memory, name("dy"), *dy, true)?,
@@ -254,6 +256,8 @@ impl Emulator {
                 scale: *scale,
                 db: upload_gradient(&mut memory, name("db"), db, accumulate.db)?,
                 dbias: upload_gradient(&mut memory, name("dbias"), dbias, accumulate.dbias)?,
+                dm: dm.as_ref().map(|dm| upload_magnitude(&mut memory, name, dm, accumulate.dm)).transpose()?,
+                gain: gain.map(|gain| upload(&mut memory, name("gain"), gain, true)).transpose()?,
             });
         }
         let uploaded = raw::BackwardShared {
@@ -265,7 +269,8 @@ impl Emulator {
             da: upload_gradient(&mut memory, "da", &da, accumulate.da)?,
             projections: raw::Projections::new(&own)?,
             accumulate,
-            variant: upload_variant(&mut memory, &variant)?,
+            dropout: upload_dropout(&mut memory, &dropout)?,
+            routes: routes.map(|routes| upload_words(&mut memory, "routes", routes)).transpose()?,
         };
         let plan = Plan::backward_shared_with(&uploaded, &self.device, self.plan_options())?;
         let counters = self.execute(&mut memory, &plan)?;
@@ -277,6 +282,9 @@ impl Emulator {
             let name = |arg| raw::named(arg, at, own.len());
             download_gradient(&memory, name("db"), from.db, &mut projection.db)?;
             download_gradient(&memory, name("dbias"), from.dbias, &mut projection.dbias)?;
+            if let (Some(target), Some(from)) = (&mut projection.dm, from.dm) {
+                download(&memory, name("dm"), from.dm, &mut target.dm)?;
+            }
         }
         Ok(Run { plan, counters })
     }
@@ -326,6 +334,38 @@ impl Emulator {
         let counters = self.run(&mut memory, &launch)?;
         download(&memory, "rounded_a", uploaded.rounded_a, &mut rounded_a)?;
         download(&memory, "rounded_b", uploaded.rounded_b, &mut rounded_b)?;
+        Ok(counters)
+    }
+
+    /// norm = ‖W + scale · B A‖ and gain = magnitude / norm.
+    ///
+    /// # Errors
+    /// As [`cpu::gain`], what [`Launch::gain`] finds, and [`Error::Emulator`].
+    pub fn gain<T: Element>(&self, op: cpu::Gain<'_, T>) -> Result<Counters> {
+        cpu::check_gain(&op)?;
+        let cpu::Gain { w, factors, scale, magnitude, mut norm, mut gain } = op;
+        let mut memory = Memory::new();
+        let (a, b, f32_factors) = upload_factors(&mut memory, &factors)?;
+        let output = |memory: &mut Memory, name, vector: &Option<MatrixMut<'_, [f32]>>| {
+            vector.as_ref().map(|vector| upload(memory, name, cpu::shared(vector), false)).transpose()
+        };
+        let uploaded = raw::Gain {
+            dtype: T::DTYPE,
+            w: upload(&mut memory, "w", w, true)?,
+            f32_factors,
+            a,
+            b,
+            scale,
+            magnitude: magnitude.map(|magnitude| upload(&mut memory, "magnitude", magnitude, true)).transpose()?,
+            norm: output(&mut memory, "norm", &norm)?,
+            gain: output(&mut memory, "gain", &gain)?,
+        };
+        let counters = self.run(&mut memory, &Launch::gain(&uploaded)?)?;
+        for (name, target, from) in [("norm", &mut norm, uploaded.norm), ("gain", &mut gain, uploaded.gain)] {
+            if let (Some(target), Some(from)) = (target, from) {
+                download(&memory, name, from, target)?;
+            }
+        }
         Ok(counters)
     }
 
@@ -415,14 +455,28 @@ fn upload_words(memory: &mut Memory, name: &str, matrix: Matrix<'_, [u64]>) -> R
     Ok(raw::Matrix { ptr: base + 8 * offset as u64, rows, cols, row_stride })
 }
 
-fn upload_variant(memory: &mut Memory, variant: &cpu::Variant<'_>) -> Result<raw::Variant> {
-    let routes = variant.routes.map(|routes| upload_words(memory, "routes", routes)).transpose()?;
-    let Some(Dropout { p, seed }) = variant.dropout else { return Ok(raw::Variant { dropout: None, routes }) };
+fn upload_dropout(memory: &mut Memory, dropout: &Option<Dropout<'_, [u64]>>) -> Result<Option<raw::Dropout>> {
+    let Some(Dropout { p, seed }) = *dropout else { return Ok(None) };
     let seed = match seed {
         Seed::Value { seed, offset } => raw::Seed::Value { seed, offset },
         Seed::Memory(state) => raw::Seed::Memory(upload_words(memory, "seed", state)?),
     };
-    Ok(raw::Variant { dropout: Some(raw::Dropout { p, seed }), routes })
+    Ok(Some(raw::Dropout { p, seed }))
+}
+
+/// What DoRA's gradient of the magnitude takes; dm itself where it `keeps` what it holds.
+fn upload_magnitude<T: Element>(
+    memory: &mut Memory,
+    name: impl Fn(&'static str) -> &'static str,
+    from: &MagnitudeGradient<'_, [T], [f32], [f32]>,
+    keeps: bool,
+) -> Result<raw::MagnitudeGradient> {
+    Ok(raw::MagnitudeGradient {
+        y: upload(memory, name("y"), from.y, true)?,
+        bias: from.bias.map(|bias| upload(memory, name("bias"), bias, true)).transpose()?,
+        magnitude: upload(memory, name("magnitude"), from.magnitude, true)?,
+        dm: upload(memory, name("dm"), cpu::shared(&from.dm), keeps)?,
+    })
 }
 
 /// da, db or dbias, with what it holds where `keeps`.

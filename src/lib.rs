@@ -61,6 +61,7 @@
 //!     da: Some(Gradient::F32(MatrixMut::new(&mut da, r, k))),
 //!     db: Some(Gradient::F32(MatrixMut::new(&mut db, n, r))),
 //!     dbias: None,
+//!     dm: None,
 //!     accumulate: Accumulate::default(),
 //!     variant: Variant::default(),
 //! })?;
@@ -163,7 +164,7 @@ pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use ops::{
     Accumulate, Backward, BackwardProjection, BackwardShared, Dropout, Factors, Forward, ForwardProjection,
-    ForwardShared, Gradient, Matrix, MatrixMut, Merge, Round, Seed, Variant,
+    ForwardShared, Gain, Gradient, MagnitudeGradient, Matrix, MatrixMut, Merge, Round, Seed, Variant,
 };
 pub use routing::{MAX_ROUTED_RANK, Routing, Slot};
 pub use shape::{LoraShape, MAX_DIMENSION};

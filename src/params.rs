@@ -30,6 +30,20 @@ pub struct LoraDropout {
     pub padding: u32,
 }
 
+/// What DoRA's gradient of the magnitude is computed from, and where it goes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoraMagnitude {
+    /// M × N, as forward wrote it.
+    pub y: LoraMatrix,
+    /// Device address of N elements of the storage type; 0 when absent.
+    pub bias: u64,
+    /// Device address of N elements of f32.
+    pub magnitude: u64,
+    /// Device address of N elements of f32, output; 0 when not asked for.
+    pub dm: u64,
+}
+
 /// A projection of forward. Blocks of columns are numbered over all projections, and so are ranks.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -42,6 +56,8 @@ pub struct LoraForwardProjection {
     pub y: LoraMatrix,
     /// Device address of N elements of the storage type; 0 when absent.
     pub bias: u64,
+    /// Device address of N elements of f32, DoRA's factors of the columns; 0 when absent.
+    pub gain: u64,
     /// Output features.
     pub n: u32,
     /// Rank: columns `first_rank` to `first_rank` + r of h are its own. 0 for the plain product.
@@ -113,8 +129,12 @@ pub struct LoraBackwardProjection {
     pub b: LoraMatrix,
     /// N × R, output; absent when not asked for.
     pub db: LoraMatrix,
+    /// DoRA's gradient of the magnitude.
+    pub magnitude: LoraMagnitude,
     /// Device address of N elements, output; 0 when not asked for.
     pub dbias: u64,
+    /// Device address of N elements of f32, DoRA's factors of the columns; 0 when absent.
+    pub gain: u64,
     /// Output features.
     pub n: u32,
     /// Rank: columns `first_rank` to `first_rank` + r of h and dh are its own. 0 for the plain product.
@@ -211,6 +231,8 @@ pub struct LoraBackwardParams {
 pub struct LoraSm90ForwardProjection {
     /// Device address of N elements of the storage type; 0 when absent.
     pub bias: u64,
+    /// Device address of N elements of f32, DoRA's factors of the columns; 0 when absent.
+    pub gain: u64,
     /// Output features.
     pub n: u32,
     /// Rank.
@@ -276,8 +298,12 @@ pub struct LoraSm90ForwardParams {
 pub struct LoraSm90BackwardProjection {
     /// N × R, output; absent when not asked for.
     pub db: LoraMatrix,
+    /// DoRA's gradient of the magnitude.
+    pub magnitude: LoraMagnitude,
     /// Device address of N elements, output; 0 when not asked for.
     pub dbias: u64,
+    /// Device address of N elements of f32, DoRA's factors of the columns; 0 when absent.
+    pub gain: u64,
     /// Output features.
     pub n: u32,
     /// Rank.
@@ -423,6 +449,36 @@ pub struct LoraRoundParams {
     pub flags: u32,
 }
 
+/// The parameter of gain: norm = ‖w + scale · B A‖ of each row and gain = magnitude / norm; a CTA has `LORA_GAIN_ROWS` rows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LoraGainParams {
+    /// N × K.
+    pub w: LoraMatrix,
+    /// R × K, of the storage type or f32.
+    pub a: LoraMatrix,
+    /// N × R, as `a`.
+    pub b: LoraMatrix,
+    /// Device address of N elements of f32; 0 when absent.
+    pub magnitude: u64,
+    /// Device address of N elements of f32, output; 0 when not asked for.
+    pub norm: u64,
+    /// Device address of N elements of f32, output; 0 when not asked for.
+    pub gain: u64,
+    /// Output features.
+    pub n: u32,
+    /// Input features.
+    pub k: u32,
+    /// Rank.
+    pub r: u32,
+    /// α/r or α/√r.
+    pub scale: f32,
+    /// `LORA_FACTORS_F32` or 0.
+    pub flags: u32,
+    /// Zero: the struct ends at a multiple of 8 bytes.
+    pub padding: u32,
+}
+
 /// Defines each constant once and, with the header at hand, proves that it agrees.
 macro_rules! constants {
     ($($name:ident = $value:expr;)*) => {
@@ -481,6 +537,8 @@ constants! {
     LORA_ROUND_ROWS = 8;
     LORA_ROUND_COLS = 256;
     LORA_ROUND_THREADS = 256;
+    LORA_GAIN_ROWS = 16;
+    LORA_GAIN_THREADS = 256;
     LORA_FACTORS_F32 = 1;
     LORA_ROUTE_ROWS = 64;
     LORA_ROUTE_RANKS = 64;
@@ -493,6 +551,7 @@ constants! {
     LORA_DA_F32 = 16;
     LORA_DB_F32 = 32;
     LORA_DBIAS_F32 = 64;
+    LORA_ACCUMULATE_DM = 128;
 }
 
 #[cfg(all(feature = "cuda", not(fused_lora_no_kernels)))]
@@ -511,20 +570,22 @@ mod header {
     const _: () = {
         same_layout!(LoraMatrix: ptr row_stride);
         same_layout!(LoraDropout: seed offset state threshold padding);
-        same_layout!(LoraForwardProjection: w b y bias n r first_rank first_block scale padding);
+        same_layout!(LoraMagnitude: y bias magnitude dm);
+        same_layout!(LoraForwardProjection: w b y bias gain n r first_rank first_block scale padding);
         same_layout!(LoraForwardParams: x a h sync m k r projection_count m_blocks n_blocks h_units units group_m
             flag_shift sync_words padding dropout routes projections);
-        same_layout!(LoraBackwardProjection: dy w b db dbias n r first_rank n_blocks first_step first_narrow
+        same_layout!(LoraBackwardProjection: dy w b db magnitude dbias gain n r first_rank n_blocks first_step first_narrow
             first_db_tile flags scale padding);
         same_layout!(LoraBackwardParams: a x h dh dx da partials sync m k r projection_count n_steps m_blocks k_blocks
             dh_units dx_end db_end units chunks chunk_rows partial_stride counters group_m flag_shift sync_words flags
             padding dropout routes projections);
         same_layout!(LoraMergeParams: w a b merged n k r scale k_blocks flags);
         same_layout!(LoraRoundParams: a b rounded_a rounded_b n k r scale a_units k_blocks r_blocks flags);
-        same_layout!(LoraSm90ForwardProjection: bias n r first_rank first_block scale padding);
+        same_layout!(LoraGainParams: w a b magnitude norm gain n k r scale flags padding);
+        same_layout!(LoraSm90ForwardProjection: bias gain n r first_rank first_block scale padding);
         same_layout!(LoraSm90ForwardParams: h sync m k r projection_count m_groups n_blocks r_blocks h_units h_tickets
             tickets group_m flag_shift sync_words padding dropout routes projections);
-        same_layout!(LoraSm90BackwardProjection: db dbias n r first_rank n_groups first_narrow first_db_tile flags
+        same_layout!(LoraSm90BackwardProjection: db magnitude dbias gain n r first_rank n_groups first_narrow first_db_tile flags
             scale);
         same_layout!(LoraSm90BackwardParams: dh dx da partials sync m k r most_r projection_count n_steps m_groups
             k_groups k_blocks dh_blocks dh_units dh_tickets dx_end db_end tickets chunks chunk_rows partial_stride
@@ -570,4 +631,6 @@ pub enum Params {
     Merge(LoraMergeParams),
     /// Of round.
     Round(LoraRoundParams),
+    /// Of gain.
+    Gain(LoraGainParams),
 }

@@ -16,7 +16,7 @@ mod sm90;
 
 pub use crate::params::{
     LoraBackwardParams, LoraBackwardProjection, LoraDropout, LoraForwardParams, LoraForwardProjection, LoraMatrix,
-    LoraMergeParams, LoraRoundParams, LoraSm90BackwardParams, LoraSm90BackwardProjection, LoraSm90ForwardParams,
+    LoraGainParams, LoraMagnitude, LoraMergeParams, LoraRoundParams, LoraSm90BackwardParams, LoraSm90BackwardProjection, LoraSm90ForwardParams,
     LoraSm90ForwardProjection, Params,
 };
 pub use device::{Device, Peak};
@@ -87,6 +87,17 @@ impl Part {
     fn of_backward(op: &raw::BackwardShared) -> Vec<Part> {
         Part::all(op.projections.iter().map(|projection| (projection.w, projection.b)))
     }
+}
+
+/// What the kernels have for each projection, from the first on.
+fn each<P: Default, Q>(all: &[Q], of: impl Fn(usize, &Q) -> P) -> [P; raw::MAX_PROJECTIONS] {
+    std::array::from_fn(|at| all.get(at).map_or_else(P::default, |projection| of(at, projection)))
+}
+
+/// Ranks that a column of y goes through, on average.
+fn mean_rank(parts: &[Part]) -> usize {
+    let columns: usize = parts.iter().map(|part| part.n).sum();
+    parts.iter().map(|part| part.n * part.r).sum::<usize>() / columns.max(1)
 }
 
 /// The sum of counts up to each: where the items of each begin when those of all are numbered in turn, and how many there are.
@@ -205,6 +216,7 @@ fn gradient_flags(op: &raw::BackwardShared) -> u32 {
         (op.accumulate.da, LORA_ACCUMULATE_DA),
         (op.accumulate.db, LORA_ACCUMULATE_DB),
         (op.accumulate.dbias, LORA_ACCUMULATE_DBIAS),
+        (op.accumulate.dm, LORA_ACCUMULATE_DM),
         (is_f32(op.da), LORA_DA_F32),
     ])
 }
@@ -300,7 +312,8 @@ impl Plan {
         let (shape, ranges) = op.judge()?;
         let parts = Part::of_forward(op);
         check(op.dtype, device, &options)?;
-        let obstacles = sm90::obstacles(device, shape, &parts, &op.variant, &sm90::forward_operands(op));
+        let departs = (op.routes.is_some(), op.projections.iter().any(|of| of.gain.is_some()));
+        let obstacles = sm90::obstacles(device, shape.k, &parts, departs, &sm90::forward_operands(op));
         let draft = draft(
             device,
             &options,
@@ -346,7 +359,8 @@ impl Plan {
         let (shape, ranges) = op.judge()?;
         let parts = Part::of_backward(op);
         check(op.dtype, device, &options)?;
-        let obstacles = sm90::obstacles(device, shape, &parts, &op.variant, &sm90::backward_operands(op));
+        let departs = (op.routes.is_some(), op.projections.iter().any(|of| of.gain.is_some()));
+        let obstacles = sm90::obstacles(device, shape.k, &parts, departs, &sm90::backward_operands(op));
         let draft = draft(
             device,
             &options,
@@ -434,38 +448,36 @@ impl Plan {
             return Err(Error::Overlap { output: "workspace", other });
         }
         let mut launch = self.launch.clone();
-        let place = |ptr: &mut u64, offset: Option<u64>| {
-            if let Some(offset) = offset {
-                *ptr = workspace + offset;
-            }
-        };
-        let maps: &[u32] = match &mut launch.params {
+        // What is in the workspace is told from its start so far.
+        let place = |ptr: &mut u64, offset: Option<u64>| *ptr += offset.map_or(0, |offset| workspace + offset);
+        let of_ranks = |at: usize| LORA_SM90_FORWARD_FIRST + at as u32 * LORA_SM90_FORWARD_EACH + LORA_SM90_FORWARD_H;
+        let maps: Vec<u32> = match &mut launch.params {
             Params::Forward(params) => {
                 params.sync = workspace;
                 place(&mut params.h.ptr, self.scratch.h);
-                &[]
+                Vec::new()
             }
             Params::Backward(params) => {
                 params.sync = workspace;
                 place(&mut params.dh.ptr, self.scratch.h);
                 place(&mut params.partials, self.scratch.partials);
-                &[]
+                Vec::new()
             }
             Params::Sm90Forward(params) => {
                 params.sync = workspace;
                 place(&mut params.h.ptr, self.scratch.h);
-                &self.scratch_maps
+                (0..self.parts.len()).map(of_ranks).collect()
             }
             Params::Sm90Backward(params) => {
                 params.sync = workspace;
                 place(&mut params.dh.ptr, self.scratch.h);
                 place(&mut params.partials, self.scratch.partials);
-                &[LORA_SM90_BACKWARD_DH, LORA_SM90_BACKWARD_DH_TOKENS]
+                vec![LORA_SM90_BACKWARD_DH, LORA_SM90_BACKWARD_DH_TOKENS]
             }
             // Launches of these need no workspace, and no plan.
-            Params::Merge(_) | Params::Round(_) => &[],
+            Params::Merge(_) | Params::Round(_) | Params::Gain(_) => Vec::new(),
         };
-        for &index in maps {
+        for index in maps {
             if let Some(Some(map)) = launch.maps.get_mut(index as usize) {
                 place(&mut map.address, self.scratch.h);
             }

@@ -2,7 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::raw::{
-    Backward, BackwardShared, Forward, ForwardShared, Gradient, Matrix, Merge, Round, Seed, Variant, named, share_ranks,
+    Backward, BackwardShared, Dropout, Forward, ForwardShared, Gain, Gradient, MagnitudeGradient, Matrix, Merge, Round,
+    Seed, named, share_ranks,
 };
 use crate::{Dtype, MAX_ROUTED_RANK, Routing};
 
@@ -183,7 +184,7 @@ impl Forward {
     ///
     /// # Errors
     /// [`Error::ZeroDimension`], [`Error::Dimension`], [`Error::TooLarge`], [`Error::Scale`], [`Error::Probability`],
-    /// [`Error::Stride`], [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
+    /// [`Error::Exclusive`], [`Error::Stride`], [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
         ForwardShared::from(self).check()
     }
@@ -207,7 +208,8 @@ impl ForwardShared {
             nonzero(name("w", at), &projection.w)?;
         }
         let (m, k, r) = (self.x.rows, all[0].w.cols, self.a.rows);
-        let n = all.iter().fold(0_usize, |n, projection| n.saturating_add(projection.w.rows));
+        let columns: Vec<_> = all.iter().map(|projection| projection.w.rows).collect();
+        let n = columns.iter().fold(0_usize, |n, columns| n.saturating_add(*columns));
         let shape = LoraShape { m, n, k, r };
         let bytes = self.dtype.size();
         let ranks = share_ranks(r, &all.iter().map(|projection| projection.b.cols).collect::<Vec<_>>());
@@ -225,7 +227,9 @@ impl ForwardShared {
             }
         }
         let scales: Vec<_> = all.iter().enumerate().map(|(at, of)| (name("scale", at), of.scale)).collect();
-        self.variant.operands(shape, &scales, &mut inputs)?;
+        let gains: Vec<_> = all.iter().map(|projection| projection.gain).collect();
+        let departures = Departures { dropout: self.dropout, routes: self.routes, gains: &gains, scales: &scales };
+        departures.operands(shape, &columns, &mut inputs)?;
         let mut outputs = Vec::new();
         for (at, projection) in all.iter().enumerate() {
             outputs.push(sized(name("y", at), projection.y, bytes, m, projection.w.rows)?);
@@ -237,12 +241,21 @@ impl ForwardShared {
     }
 }
 
-impl Variant {
-    /// Adds what is read beside the matrices.
-    fn operands(&self, shape: LoraShape, scales: &[(&'static str, f32)], inputs: &mut Vec<Operand>) -> Result<()> {
+/// What departs from the plain formula, and what of each projection it acts on.
+struct Departures<'a> {
+    dropout: Option<Dropout>,
+    routes: Option<Matrix>,
+    gains: &'a [Option<Matrix>],
+    scales: &'a [(&'static str, f32)],
+}
+
+impl Departures<'_> {
+    /// Adds what is read beside the matrices; `columns` are N of each projection.
+    fn operands(&self, shape: LoraShape, columns: &[usize], inputs: &mut Vec<Operand>) -> Result<()> {
+        let count = columns.len();
         if let Some(routes) = self.routes {
-            if scales.len() > 1 {
-                return Err(Error::RoutedProjections { got: scales.len() });
+            if count > 1 {
+                return Err(Error::RoutedProjections { got: count });
             }
             if shape.r > MAX_ROUTED_RANK {
                 let (what, got) = ("R (rows of a) of a batch with routes", shape.r as u64);
@@ -250,12 +263,22 @@ impl Variant {
             }
             inputs.push(sized("routes", routes, 8, 1, Routing::words_for(shape.m))?);
         }
+        for (at, (gain, &n)) in self.gains.iter().zip(columns).enumerate() {
+            let Some(gain) = *gain else { continue };
+            let arg = named("gain", at, count);
+            inputs.push(sized(arg, gain, 4, 1, n)?);
+            let rival = [("dropout", self.dropout.is_some()), ("routes", self.routes.is_some())];
+            if let Some((other, _)) = rival.into_iter().find(|(_, is_there)| *is_there) {
+                return Err(Error::Exclusive { arg, other });
+            }
+        }
         let Some(dropout) = self.dropout else { return Ok(()) };
         if !(0.0..=1.0).contains(&dropout.p) {
             return Err(Error::Probability { got: dropout.p });
         }
         // What kernels multiply by; a scale that is not finite itself is named further on.
-        let mut divided = scales.iter().filter(|of| of.1.is_finite()).map(|&(arg, scale)| (arg, scale * self.factor()));
+        let factor = Dropout::factor(self.dropout);
+        let mut divided = self.scales.iter().filter(|of| of.1.is_finite()).map(|&(arg, scale)| (arg, scale * factor));
         if let Some((arg, got)) = divided.find(|scale| !scale.1.is_finite()) {
             return Err(Error::Scale { arg, got });
         }
@@ -271,8 +294,8 @@ impl Backward {
     ///
     /// # Errors
     /// [`Error::NoOutput`], [`Error::Missing`], and as forward [`Error::ZeroDimension`], [`Error::Dimension`],
-    /// [`Error::TooLarge`], [`Error::Scale`], [`Error::Probability`], [`Error::Stride`], [`Error::NullPointer`],
-    /// [`Error::Misaligned`], [`Error::Overlap`].
+    /// [`Error::TooLarge`], [`Error::Scale`], [`Error::Probability`], [`Error::Exclusive`], [`Error::Stride`],
+    /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
         BackwardShared::from(self).check()
     }
@@ -291,9 +314,13 @@ impl BackwardShared {
     /// What is asked for, and what it needs.
     fn check_presence(&self) -> Result<()> {
         let all = &self.projections;
-        let has_own = all.iter().any(|projection| projection.db.is_some() || projection.dbias.is_some());
+        let has_own = all.iter().any(|of| of.db.is_some() || of.dbias.is_some() || of.dm.is_some());
         if self.dx.is_none() && self.da.is_none() && !has_own {
-            return Err(Error::NoOutput);
+            return Err(Error::NoOutput { expected: "dx, da, db, dbias, dm" });
+        }
+        if let Some(at) = all.iter().position(|of| of.dm.is_some() && of.gain.is_none()) {
+            let name = |arg| named(arg, at, all.len());
+            return Err(Error::Missing { arg: name("gain"), output: name("dm") });
         }
         if self.da.is_some() && self.x.is_none() {
             return Err(Error::Missing { arg: "x", output: "da" });
@@ -312,7 +339,8 @@ impl BackwardShared {
             nonzero(name("w", at), &projection.w)?;
         }
         let (m, k, r) = (all[0].dy.rows, all[0].w.cols, self.a.rows);
-        let n = all.iter().fold(0_usize, |n, projection| n.saturating_add(projection.w.rows));
+        let columns: Vec<_> = all.iter().map(|projection| projection.w.rows).collect();
+        let n = columns.iter().fold(0_usize, |n, columns| n.saturating_add(*columns));
         let shape = LoraShape { m, n, k, r };
         self.check_presence()?;
         let bytes = self.dtype.size();
@@ -333,12 +361,23 @@ impl BackwardShared {
             inputs.push(sized("h", h, bytes, m, r)?);
         }
         let scales: Vec<_> = all.iter().enumerate().map(|(at, of)| (name("scale", at), of.scale)).collect();
-        self.variant.operands(shape, &scales, &mut inputs)?;
+        let gains: Vec<_> = all.iter().map(|projection| projection.gain).collect();
+        let departures = Departures { dropout: self.dropout, routes: self.routes, gains: &gains, scales: &scales };
+        departures.operands(shape, &columns, &mut inputs)?;
         let mut outputs = Vec::new();
+        for (at, projection) in all.iter().enumerate() {
+            let Some(MagnitudeGradient { y, bias, magnitude, dm }) = projection.dm else { continue };
+            inputs.push(sized(name("y", at), y, bytes, m, columns[at])?);
+            if let Some(bias) = bias {
+                inputs.push(sized(name("bias", at), bias, bytes, 1, columns[at])?);
+            }
+            inputs.push(sized(name("magnitude", at), magnitude, 4, 1, columns[at])?);
+            outputs.push(sized(name("dm", at), dm, 4, 1, columns[at])?);
+        }
         if let Some(dx) = self.dx {
             outputs.push(sized("dx", dx, bytes, m, k)?);
         }
-        let mut gradient = |arg, gradient: Option<Gradient>, rows, cols| {
+        let mut gradient = |arg, gradient: Option<Gradient>, rows, cols| -> Result<()> {
             if let Some(Gradient { matrix, f32 }) = gradient {
                 outputs.push(sized(arg, matrix, if f32 { 4 } else { bytes }, rows, cols)?);
             }
@@ -399,6 +438,41 @@ impl Round {
         let inputs = [sized("a", self.a, factor, r, k)?, sized("b", self.b, factor, n, r)?];
         let outputs =
             [sized("rounded_a", self.rounded_a, storage, r, k)?, sized("rounded_b", self.rounded_b, storage, n, r)?];
+        check_operands(shape, &[("scale", self.scale)], &inputs, &outputs).map(|(shape, _)| shape)
+    }
+}
+
+impl Gain {
+    /// Dimensions, strides, addresses, overlap, scale and presence; returns the shape, with M = 1, when all are right.
+    ///
+    /// # Errors
+    /// [`Error::NoOutput`], [`Error::Missing`], [`Error::ZeroDimension`], [`Error::Dimension`], [`Error::TooLarge`],
+    /// [`Error::Scale`], [`Error::Stride`], [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
+    pub fn check(&self) -> Result<LoraShape> {
+        nonzero("w", &self.w)?;
+        let shape = LoraShape { m: 1, n: self.w.rows, k: self.w.cols, r: self.a.rows };
+        let LoraShape { n, k, r, .. } = shape;
+        if self.norm.is_none() && self.gain.is_none() {
+            return Err(Error::NoOutput { expected: "norm, gain" });
+        }
+        if self.gain.is_some() && self.magnitude.is_none() {
+            return Err(Error::Missing { arg: "magnitude", output: "gain" });
+        }
+        let factor = factor_bytes(self.dtype, self.f32_factors);
+        let mut inputs = vec![
+            sized("w", self.w, self.dtype.size(), n, k)?,
+            sized("a", self.a, factor, r, k)?,
+            sized("b", self.b, factor, n, r)?,
+        ];
+        if let Some(magnitude) = self.magnitude {
+            inputs.push(sized("magnitude", magnitude, 4, 1, n)?);
+        }
+        let mut outputs = Vec::new();
+        for (arg, output) in [("norm", self.norm), ("gain", self.gain)] {
+            if let Some(matrix) = output {
+                outputs.push(sized(arg, matrix, 4, 1, n)?);
+            }
+        }
         check_operands(shape, &[("scale", self.scale)], &inputs, &outputs).map(|(shape, _)| shape)
     }
 }

@@ -413,7 +413,10 @@ fn wrong_arguments_are_named_and_nothing_is_lost() {
     assert_eq!(backward(dy, 1), dimension("da", "rows", 1, 2));
     assert_eq!(backward(dy, 2), Ok(()));
     assert!(da.iter().all(|&v| v != 9.0));
-    assert_eq!(layer.backward(&pass, dy, Gradients::default()), Err(Error::NoOutput));
+    assert_eq!(
+        layer.backward(&pass, dy, Gradients::default()),
+        Err(Error::NoOutput { expected: "dx, da, db, dbias, dm" })
+    );
     let kept = pass.into_kept().with(Matrix::new(&[bf16::ONE; 4][..], 1, 4)).expect_err("another number of rows");
     assert_eq!(kept.error, Error::Dimension { arg: "x", axis: "rows", got: 1, expected: 2 });
     assert!(kept.value.with(x).is_ok());
@@ -480,6 +483,9 @@ impl Backend for Failing {
         self.rounds.set(left);
         Cpu.round(op)
     }
+    fn gain<T: Element>(&self, op: cpu::Gain<'_, T>) -> Result<()> {
+        Cpu.gain(op)
+    }
 }
 
 fn failing() -> (Failing, LoraLinear<Failing, bf16>) {
@@ -541,8 +547,9 @@ fn an_update_that_fails_or_panics_leaves_no_stale_copies() {
     let x = Matrix::new(&x[..], 1, 4);
     layer.activate("one").expect("an adapter");
     let before = layer.forward(x).expect("forward");
-    let failed = layer.update("one", |factors| halve(factors).and(Err(Error::NoOutput)));
-    assert_eq!(failed, Err(Error::NoOutput));
+    let failed =
+        layer.update("one", |factors| halve(factors).and(Err(Error::NoOutput { expected: "dx, da, db, dbias, dm" })));
+    assert_eq!(failed, Err(Error::NoOutput { expected: "dx, da, db, dbias, dm" }));
     let after = layer.forward(x).expect("forward with what the update wrote");
     assert_ne!(after, before);
     let panicked = catch_unwind(AssertUnwindSafe(|| {

@@ -6,10 +6,10 @@ use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 
 use super::driver::failed;
-use super::{BackwardShared, ForwardShared, Merge, Round, Variant};
+use super::{BackwardShared, ForwardShared, Gain, Merge, Round};
 use crate::error::{Error, Result};
 use crate::shape::check_length;
-use crate::{Dropout, Element, Factors, Gradient, Matrix, MatrixMut, Seed, raw};
+use crate::{Dropout, Element, Factors, Gradient, MagnitudeGradient, Matrix, MatrixMut, Seed, raw};
 
 /// The buffers of one operation while it is being launched.
 ///
@@ -48,6 +48,7 @@ impl<'s> Access<'s> {
                 b: self.read(name("b"), of.b)?,
                 scale: of.scale,
                 bias: of.bias.map(|bias| self.read(name("bias"), bias)).transpose()?,
+                gain: of.gain.map(|gain| self.read(name("gain"), gain)).transpose()?,
                 y: self.write(name("y"), &mut of.y)?,
             });
         }
@@ -57,7 +58,8 @@ impl<'s> Access<'s> {
             a,
             h: op.h.as_mut().map(|h| self.write("h", h)).transpose()?,
             projections: raw::Projections::new(&projections)?,
-            variant: self.variant(&op.variant)?,
+            dropout: self.dropout(&op.dropout)?,
+            routes: op.routes.map(|routes| self.read("routes", routes)).transpose()?,
         })
     }
 
@@ -73,6 +75,8 @@ impl<'s> Access<'s> {
                 scale: of.scale,
                 db: of.db.as_mut().map(|db| self.gradient(name("db"), db)).transpose()?,
                 dbias: of.dbias.as_mut().map(|dbias| self.gradient(name("dbias"), dbias)).transpose()?,
+                dm: of.dm.as_mut().map(|dm| self.magnitude(name, dm)).transpose()?,
+                gain: of.gain.map(|gain| self.read(name("gain"), gain)).transpose()?,
             });
         }
         Ok(raw::BackwardShared {
@@ -84,7 +88,8 @@ impl<'s> Access<'s> {
             da: op.da.as_mut().map(|da| self.gradient("da", da)).transpose()?,
             projections: raw::Projections::new(&projections)?,
             accumulate: op.accumulate,
-            variant: self.variant(&op.variant)?,
+            dropout: self.dropout(&op.dropout)?,
+            routes: op.routes.map(|routes| self.read("routes", routes)).transpose()?,
         })
     }
 
@@ -114,14 +119,44 @@ impl<'s> Access<'s> {
         })
     }
 
-    fn variant(&mut self, variant: &Variant<'s>) -> Result<raw::Variant> {
-        let routes = variant.routes.map(|routes| self.read("routes", routes)).transpose()?;
-        let Some(Dropout { p, seed }) = variant.dropout else { return Ok(raw::Variant { dropout: None, routes }) };
+    fn dropout(
+        &mut self,
+        dropout: &Option<Dropout<'s, dyn DevicePtr<u64> + 's>>,
+    ) -> Result<Option<raw::Dropout>> {
+        let Some(Dropout { p, seed }) = *dropout else { return Ok(None) };
         let seed = match seed {
             Seed::Value { seed, offset } => raw::Seed::Value { seed, offset },
             Seed::Memory(state) => raw::Seed::Memory(self.read("seed", state)?),
         };
-        Ok(raw::Variant { dropout: Some(raw::Dropout { p, seed }), routes })
+        Ok(Some(raw::Dropout { p, seed }))
+    }
+
+    fn magnitude<T>(
+        &mut self,
+        name: impl Fn(&'static str) -> &'static str,
+        from: &'s mut MagnitudeGradient<'_, dyn DevicePtr<T> + '_, dyn DevicePtr<f32> + '_, dyn DevicePtrMut<f32> + '_>,
+    ) -> Result<raw::MagnitudeGradient> {
+        Ok(raw::MagnitudeGradient {
+            y: self.read(name("y"), from.y)?,
+            bias: from.bias.map(|bias| self.read(name("bias"), bias)).transpose()?,
+            magnitude: self.read(name("magnitude"), from.magnitude)?,
+            dm: self.write(name("dm"), &mut from.dm)?,
+        })
+    }
+
+    pub(super) fn gain<T: Element>(&mut self, op: &'s mut Gain<'_, T>) -> Result<raw::Gain> {
+        let (a, b, f32_factors) = self.factors(&op.factors)?;
+        Ok(raw::Gain {
+            dtype: T::DTYPE,
+            w: self.read("w", op.w)?,
+            f32_factors,
+            a,
+            b,
+            scale: op.scale,
+            magnitude: op.magnitude.map(|magnitude| self.read("magnitude", magnitude)).transpose()?,
+            norm: op.norm.as_mut().map(|norm| self.write("norm", norm)).transpose()?,
+            gain: op.gain.as_mut().map(|gain| self.write("gain", gain)).transpose()?,
+        })
     }
 
     /// A and B, and whether they are f32.

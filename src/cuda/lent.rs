@@ -1,9 +1,9 @@
 //! A single layer's operation as one of projections that share x, without giving its buffers away.
 
-use cudarc::driver::DevicePtrMut;
+use cudarc::driver::{DevicePtr, DevicePtrMut};
 
 use super::{Backward, BackwardProjection, BackwardShared, Forward, ForwardProjection, ForwardShared};
-use crate::{Gradient, MatrixMut};
+use crate::{Gradient, MagnitudeGradient, MatrixMut, Variant};
 
 type Lent<'b, T> = MatrixMut<'b, dyn DevicePtrMut<T> + 'b>;
 
@@ -21,14 +21,26 @@ fn gradient<'b, T>(
     }
 }
 
+type LentMagnitude<'b, T> =
+    MagnitudeGradient<'b, dyn DevicePtr<T> + 'b, dyn DevicePtr<f32> + 'b, dyn DevicePtrMut<f32> + 'b>;
+
+fn magnitude<'b, T>(
+    from: &'b mut MagnitudeGradient<'_, dyn DevicePtr<T> + '_, dyn DevicePtr<f32> + '_, dyn DevicePtrMut<f32> + '_>,
+) -> LentMagnitude<'b, T> {
+    let MagnitudeGradient { y, bias, magnitude, ref mut dm } = *from;
+    MagnitudeGradient { y, bias, magnitude, dm: matrix(dm) }
+}
+
 pub(super) fn forward<'b, T>(op: &'b mut Forward<'_, T>) -> ForwardShared<'b, T> {
     let Forward { x, w, a, b, scale, bias, h, y, variant } = op;
-    let projection = ForwardProjection { w: *w, b: *b, scale: *scale, bias: *bias, y: matrix(y) };
-    ForwardShared { x: *x, a: *a, h: h.as_mut().map(matrix), projections: vec![projection], variant: *variant }
+    let Variant { dropout, routes, gain } = *variant;
+    let projection = ForwardProjection { w: *w, b: *b, scale: *scale, bias: *bias, gain, y: matrix(y) };
+    ForwardShared { x: *x, a: *a, h: h.as_mut().map(matrix), projections: vec![projection], dropout, routes }
 }
 
 pub(super) fn backward<'b, T>(op: &'b mut Backward<'_, T>) -> BackwardShared<'b, T> {
-    let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, variant } = op;
+    let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, dm, accumulate, variant } = op;
+    let Variant { dropout, routes, gain } = *variant;
     let (db, dbias) = (db.as_mut().map(gradient), dbias.as_mut().map(gradient));
     BackwardShared {
         a: *a,
@@ -36,8 +48,9 @@ pub(super) fn backward<'b, T>(op: &'b mut Backward<'_, T>) -> BackwardShared<'b,
         h: *h,
         dx: dx.as_mut().map(matrix),
         da: da.as_mut().map(gradient),
-        projections: vec![BackwardProjection { dy: *dy, w: *w, b: *b, scale: *scale, db, dbias }],
+        projections: vec![BackwardProjection { dy: *dy, w: *w, b: *b, scale: *scale, db, dbias, dm: dm.as_mut().map(magnitude), gain }],
         accumulate: *accumulate,
-        variant: *variant,
+        dropout,
+        routes,
     }
 }

@@ -41,6 +41,7 @@
 //!     da: Some(fused_lora::Gradient::F32(MatrixMut::new(&mut da, r, k))),
 //!     db: None,
 //!     dbias: None,
+//!     dm: None,
 //!     accumulate: fused_lora::Accumulate::default(),
 //!     variant: Default::default(),
 //! };
@@ -86,7 +87,13 @@ use crate::{Matrix, MatrixMut};
 use cudarc::driver::{DevicePtr, DevicePtrMut};
 
 /// [`crate::Forward`] over device memory; every argument may be of another type of buffer.
-pub type Forward<'a, T> = crate::Forward<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtr<u64> + 'a>;
+pub type Forward<'a, T> = crate::Forward<
+    'a,
+    dyn DevicePtr<T> + 'a,
+    dyn DevicePtrMut<T> + 'a,
+    dyn DevicePtr<u64> + 'a,
+    dyn DevicePtr<f32> + 'a,
+>;
 /// [`crate::Backward`] over device memory; gradients are of `T` or of f32.
 pub type Backward<'a, T> = crate::Backward<
     'a,
@@ -94,15 +101,27 @@ pub type Backward<'a, T> = crate::Backward<
     dyn DevicePtrMut<T> + 'a,
     dyn DevicePtrMut<f32> + 'a,
     dyn DevicePtr<u64> + 'a,
+    dyn DevicePtr<f32> + 'a,
 >;
 /// [`crate::ForwardProjection`] over device memory.
-pub type ForwardProjection<'a, T> = crate::ForwardProjection<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a>;
+pub type ForwardProjection<'a, T> =
+    crate::ForwardProjection<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtr<f32> + 'a>;
 /// [`crate::ForwardShared`] over device memory.
-pub type ForwardShared<'a, T> =
-    crate::ForwardShared<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtr<u64> + 'a>;
+pub type ForwardShared<'a, T> = crate::ForwardShared<
+    'a,
+    dyn DevicePtr<T> + 'a,
+    dyn DevicePtrMut<T> + 'a,
+    dyn DevicePtr<u64> + 'a,
+    dyn DevicePtr<f32> + 'a,
+>;
 /// [`crate::BackwardProjection`] over device memory; gradients are of `T` or of f32.
-pub type BackwardProjection<'a, T> =
-    crate::BackwardProjection<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtrMut<f32> + 'a>;
+pub type BackwardProjection<'a, T> = crate::BackwardProjection<
+    'a,
+    dyn DevicePtr<T> + 'a,
+    dyn DevicePtrMut<T> + 'a,
+    dyn DevicePtrMut<f32> + 'a,
+    dyn DevicePtr<f32> + 'a,
+>;
 /// [`crate::BackwardShared`] over device memory; gradients are of `T` or of f32.
 pub type BackwardShared<'a, T> = crate::BackwardShared<
     'a,
@@ -110,9 +129,12 @@ pub type BackwardShared<'a, T> = crate::BackwardShared<
     dyn DevicePtrMut<T> + 'a,
     dyn DevicePtrMut<f32> + 'a,
     dyn DevicePtr<u64> + 'a,
+    dyn DevicePtr<f32> + 'a,
 >;
 /// [`crate::Variant`] over device memory.
-pub type Variant<'a> = crate::Variant<'a, dyn DevicePtr<u64> + 'a>;
+pub type Variant<'a> = crate::Variant<'a, dyn DevicePtr<u64> + 'a, dyn DevicePtr<f32> + 'a>;
+/// [`crate::Gain`] over device memory.
+pub type Gain<'a, T> = crate::Gain<'a, dyn DevicePtr<T> + 'a, dyn DevicePtr<f32> + 'a, dyn DevicePtrMut<f32> + 'a>;
 /// [`crate::Merge`] over device memory; factors are of `T` or of f32.
 pub type Merge<'a, T> = crate::Merge<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtr<f32> + 'a>;
 /// [`crate::Round`] over device memory; factors are of `T` or of f32.

@@ -13,6 +13,7 @@ impl Params {
             Params::Sm90Backward(p) => p.write(&mut out),
             Params::Merge(p) => p.write(&mut out),
             Params::Round(p) => p.write(&mut out),
+            Params::Gain(p) => p.write(&mut out),
         }
         out
     }
@@ -20,15 +21,17 @@ impl Params {
 
 /// Appends fields in order. No struct has padding: u64s first, then an even number of u32s (asserted below).
 macro_rules! write_fields {
-    ($name:ident: matrices $($matrix:ident)*; words $($word:ident)*) => {
+    ($name:ident: matrices $($matrix:ident)*; $(magnitude $magnitude:ident;)? words $($word:ident)*) => {
         impl $name {
             fn write(&self, out: &mut Vec<u8>) {
                 $(out.extend(self.$matrix.ptr.to_ne_bytes());
                   out.extend(self.$matrix.row_stride.to_ne_bytes());)*
+                $(self.$magnitude.write(out);)?
                 $(out.extend(self.$word.to_ne_bytes());)*
             }
         }
-        const _: () = assert!(size_of::<$name>() == 0 $(+ { let _ = stringify!($matrix); 16 })* $(+ write_fields!(@size $word))*);
+        const _: () = assert!(size_of::<$name>() == 0 $(+ { let _ = stringify!($matrix); 16 })*
+            $(+ { let _ = stringify!($magnitude); size_of::<LoraMagnitude>() })? $(+ write_fields!(@size $word))*);
     };
     // Dropout, routes and projections come last, in structs that have them.
     ($name:ident: matrices $($matrix:ident)*; words $($word:ident)*; variant, projections $projection:ident) => {
@@ -53,25 +56,30 @@ macro_rules! write_fields {
     (@size dbias) => { 8 };
     (@size partials) => { 8 };
     (@size sync) => { 8 };
+    (@size magnitude) => { 8 };
+    (@size dm) => { 8 };
+    (@size norm) => { 8 };
+    (@size gain) => { 8 };
     (@size $word:ident) => { 4 };
 }
 
 write_fields!(LoraDropout: matrices; words seed offset state threshold padding);
-write_fields!(LoraForwardProjection: matrices w b y; words bias n r first_rank first_block scale padding);
+write_fields!(LoraMagnitude: matrices y; words bias magnitude dm);
+write_fields!(LoraForwardProjection: matrices w b y; words bias gain n r first_rank first_block scale padding);
 write_fields!(LoraForwardParams: matrices x a h;
     words sync m k r projection_count m_blocks n_blocks h_units units group_m flag_shift sync_words padding;
     variant, projections LoraForwardProjection);
-write_fields!(LoraBackwardProjection: matrices dy w b db;
-    words dbias n r first_rank n_blocks first_step first_narrow first_db_tile flags scale padding);
+write_fields!(LoraBackwardProjection: matrices dy w b db; magnitude magnitude;
+    words dbias gain n r first_rank n_blocks first_step first_narrow first_db_tile flags scale padding);
 write_fields!(LoraBackwardParams: matrices a x h dh dx da;
     words partials sync m k r projection_count n_steps m_blocks k_blocks dh_units dx_end db_end units chunks chunk_rows
     partial_stride counters group_m flag_shift sync_words flags padding; variant, projections LoraBackwardProjection);
-write_fields!(LoraSm90ForwardProjection: matrices; words bias n r first_rank first_block scale padding);
+write_fields!(LoraSm90ForwardProjection: matrices; words bias gain n r first_rank first_block scale padding);
 write_fields!(LoraSm90ForwardParams: matrices h;
     words sync m k r projection_count m_groups n_blocks r_blocks h_units h_tickets tickets group_m flag_shift sync_words
     padding; variant, projections LoraSm90ForwardProjection);
-write_fields!(LoraSm90BackwardProjection: matrices db;
-    words dbias n r first_rank n_groups first_narrow first_db_tile flags scale);
+write_fields!(LoraSm90BackwardProjection: matrices db; magnitude magnitude;
+    words dbias gain n r first_rank n_groups first_narrow first_db_tile flags scale);
 write_fields!(LoraSm90BackwardParams: matrices dh dx da;
     words partials sync m k r most_r projection_count n_steps m_groups k_groups k_blocks dh_blocks dh_units dh_tickets
     dx_end db_end tickets chunks chunk_rows partial_stride counters group_m flag_shift sync_words flags padding;
@@ -79,3 +87,4 @@ write_fields!(LoraSm90BackwardParams: matrices dh dx da;
 write_fields!(LoraMergeParams: matrices w a b merged; words n k r scale k_blocks flags);
 write_fields!(LoraRoundParams: matrices a b rounded_a rounded_b;
     words n k r scale a_units k_blocks r_blocks flags);
+write_fields!(LoraGainParams: matrices w a b; words magnitude norm gain n k r scale flags padding);

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 
-use super::{Backward, Forward, Gradient, Matrix, Variant};
+use super::{Backward, Dropout, Forward, Gradient, MagnitudeGradient, Matrix, Variant};
 use crate::error::{Error, Result};
 use crate::params::LORA_MAX_PROJECTIONS;
 use crate::{Accumulate, Dtype};
@@ -36,6 +36,11 @@ impl<P: Copy> Projections<P> {
         };
         held[..len].copy_from_slice(projections);
         Ok(Self { held, len })
+    }
+
+    /// As many of something else.
+    pub(crate) fn map<Q>(self, of: impl FnMut(P) -> Q) -> Projections<Q> {
+        Projections { held: self.held.map(of), len: self.len }
     }
 }
 
@@ -75,6 +80,8 @@ pub struct ForwardProjection {
     pub scale: f32,
     /// 1 × N.
     pub bias: Option<Matrix>,
+    /// 1 × N elements of f32.
+    pub gain: Option<Matrix>,
     /// M × N.
     pub y: Matrix,
 }
@@ -92,15 +99,18 @@ pub struct ForwardShared {
     pub h: Option<Matrix>,
     /// What is computed from x.
     pub projections: Projections<ForwardProjection>,
-    /// Dropout; routes with one projection alone.
-    pub variant: Variant,
+    /// Elements of x that no adapter branch sees.
+    pub dropout: Option<Dropout>,
+    /// 1 × [`Routing::words_for`](crate::Routing::words_for)(M) elements of 64 bits; with one projection alone.
+    pub routes: Option<Matrix>,
 }
 
 impl From<&Forward> for ForwardShared {
     fn from(op: &Forward) -> Self {
         let Forward { dtype, x, w, a, b, scale, bias, h, y, variant } = *op;
-        let projections = Projections::one(ForwardProjection { w, b, scale, bias, y });
-        Self { dtype, x, a, h, projections, variant }
+        let Variant { dropout, routes, gain } = variant;
+        let projections = Projections::one(ForwardProjection { w, b, scale, bias, gain, y });
+        Self { dtype, x, a, h, projections, dropout, routes }
     }
 }
 
@@ -119,6 +129,10 @@ pub struct BackwardProjection {
     pub db: Option<Gradient>,
     /// 1 × N.
     pub dbias: Option<Gradient>,
+    /// 1 × N.
+    pub dm: Option<MagnitudeGradient>,
+    /// 1 × N elements of f32, as in forward.
+    pub gain: Option<Matrix>,
 }
 
 /// Arguments of backward for projections that share x; fields as in [`crate::BackwardShared`].
@@ -140,15 +154,18 @@ pub struct BackwardShared {
     pub projections: Projections<BackwardProjection>,
     /// Which outputs add to what is there.
     pub accumulate: Accumulate,
-    /// Dropout; routes with one projection alone.
-    pub variant: Variant,
+    /// Elements of x that no adapter branch sees.
+    pub dropout: Option<Dropout>,
+    /// 1 × [`Routing::words_for`](crate::Routing::words_for)(M) elements of 64 bits; with one projection alone.
+    pub routes: Option<Matrix>,
 }
 
 impl From<&Backward> for BackwardShared {
     fn from(op: &Backward) -> Self {
-        let Backward { dtype, dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, variant } = *op;
-        let projections = Projections::one(BackwardProjection { dy, w, b, scale, db, dbias });
-        Self { dtype, a, x, h, dx, da, projections, accumulate, variant }
+        let Backward { dtype, dy, w, a, b, scale, x, h, dx, da, db, dbias, dm, accumulate, variant } = *op;
+        let Variant { dropout, routes, gain } = variant;
+        let projections = Projections::one(BackwardProjection { dy, w, b, scale, db, dbias, dm, gain });
+        Self { dtype, a, x, h, dx, da, projections, accumulate, dropout, routes }
     }
 }
 
@@ -168,7 +185,7 @@ pub(crate) fn named(name: &'static str, at: usize, count: usize) -> &'static str
     if count == 1 {
         return name;
     }
-    table!("w" "b" "scale" "bias" "y" "dy" "db" "dbias")
+    table!("w" "b" "scale" "bias" "gain" "y" "dy" "db" "dbias" "magnitude" "dm")
 }
 
 /// The ranks that each projection has of the `r` of all, from the columns of their b in turn: the last has what is left, and
