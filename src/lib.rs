@@ -158,6 +158,7 @@ pub mod raw;
 pub mod reference;
 mod routing;
 mod shape;
+mod split;
 
 pub use dtype::{Dtype, Element};
 pub use error::{Error, Result};
@@ -168,6 +169,7 @@ pub use ops::{
 };
 pub use routing::{MAX_ROUTED_RANK, Routing, Slot};
 pub use shape::{LoraShape, MAX_DIMENSION};
+pub use split::split_columns;
 
 /// The code of the README runs as a test; half of it is about `cuda`, some about `candle`.
 #[cfg(all(doctest, feature = "cuda", feature = "candle"))]

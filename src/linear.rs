@@ -282,7 +282,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// [`update`](Self::update) could not renew the copies that forward reads. Nothing is written then.
     pub fn forward_into(&self, x: Matrix<'_, B::Read<T>>, y: MatrixMut<'_, B::Write<T>>) -> Result<()> {
         let Operands { w, a, b, scale, bias } = self.operands("forward")?;
-        self.backend.forward(Forward { x, w, a, b, scale, bias, h: None, y, variant: Variant::default() })
+        self.backend.forward::<T, T>(Forward { x, w, a, b, scale, bias, h: None, y, variant: Variant::default() })
     }
 
     /// A buffer for y.
