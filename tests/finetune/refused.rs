@@ -52,7 +52,7 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
     let out = scratch("refused");
     let init = golden("training/llama/qv_sgd/adapter_initial");
     let started = |more: &str| format!("--model {model} --data {data} --out {out} {more}");
-    let cases: [(String, u8, &[&str]); 34] = [
+    let cases: [(String, u8, &[&str]); 36] = [
         (String::new(), 3, &["`--model` is missing"]),
         (format!("--model {model} --out {out}"), 3, &["`--data` is missing"]),
         (format!("--model {model} --data {data}"), 3, &["`--out` is missing"]),
@@ -68,6 +68,9 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
         (started(&format!("--rank {}", usize::MAX)), 3, &["`--rank` is `1", "at most 65536"]),
         (started("--alpha 0"), 3, &["`--alpha` is `0`, expected a positive number"]),
         (started("--dropout 1"), 3, &["`--dropout` is `1`, expected a probability of at least 0 and below 1"]),
+        (started("--dropout 0.999999"), 3, &["`--dropout` is `0.999999`", "below 1 - 2^-17", "everything is dropped"]),
+        // Below 1 − 2⁻¹⁷ in f64, not in the f32 that the op takes.
+        (started("--dropout 0.9999923706054"), 3, &["`--dropout` is `0.9999923706054`"]),
         (started("--dropout -0.1"), 3, &["`--dropout` is `-0.1`"]),
         (started("--accumulate 0"), 3, &["`--accumulate` is `0`, expected a whole number of at least 1"]),
         (started("--steps 7 --accumulate 3"), 3, &["`--steps` is 7 with `--accumulate` 3", "holds 20 batches"]),
@@ -97,6 +100,19 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
         }
     }
     assert_eq!(fs::read_dir(&out).expect("a folder").count(), 0, "nothing was written");
+    let whole = scratch("refused-dropout");
+    let dropping = serde_json::from_slice::<Value>(&read(&init, "adapter_config.json"));
+    let mut dropping = dropping.expect("JSON");
+    dropping["lora_dropout"] = 1.0.into();
+    fs::write(format!("{whole}/adapter_config.json"), dropping.to_string()).expect("a file");
+    fs::copy(format!("{init}/adapter_model.safetensors"), format!("{whole}/adapter_model.safetensors"))
+        .expect("a copy");
+    let start = started(&format!("--init {whole}"));
+    let output = run(&start.split_whitespace().collect::<Vec<_>>());
+    assert_eq!(output.status, 3, "{}", output.err);
+    assert!(output.err.contains("`--init` has a `lora_dropout` of 1, expected a probability"), "{}", output.err);
+    assert_eq!(fs::read_dir(&out).expect("a folder").count(), 0, "nothing was written");
+    done(&format!("{start} --dropout 0.5 --steps 1").split_whitespace().collect::<Vec<_>>());
     let dora = golden("llama/adapters/dora");
     let output = run(&started(&format!("--init {dora}")).split_whitespace().collect::<Vec<_>>());
     assert_eq!(output.status, 2, "{}", output.err);
