@@ -53,6 +53,7 @@
 #define LORA_DB_F32 32u
 #define LORA_DBIAS_F32 64u
 #define LORA_ACCUMULATE_DM 128u
+#define LORA_GAINED 256u /* some projection has a gain */
 
 /* merge: rows and columns of a tile, threads, and ranks per step. */
 #define LORA_MERGE_BLOCK 64

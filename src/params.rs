@@ -241,7 +241,7 @@ pub struct LoraBackwardParams {
     pub flag_shift: u32,
     /// Words from `sync` on that the last CTA clears.
     pub sync_words: u32,
-    /// `LORA_ACCUMULATE_*` (which outputs add) and `LORA_DA_F32`, or-ed.
+    /// `LORA_ACCUMULATE_*` (which outputs add), `LORA_DA_F32` and `LORA_GAINED` (some projection has a gain), or-ed.
     pub flags: u32,
     /// Zero.
     pub padding: u32,
@@ -413,7 +413,7 @@ pub struct LoraSm90BackwardParams {
     pub flag_shift: u32,
     /// Words from `sync` on that the last CTA clears.
     pub sync_words: u32,
-    /// `LORA_ACCUMULATE_*` (which outputs add) and `LORA_DA_F32`, or-ed.
+    /// `LORA_ACCUMULATE_*` (which outputs add), `LORA_DA_F32` and `LORA_GAINED` (some projection has a gain), or-ed.
     pub flags: u32,
     /// Zero: the struct ends at a multiple of 8 bytes.
     pub padding: u32,
@@ -588,6 +588,7 @@ constants! {
     LORA_DB_F32 = 32;
     LORA_DBIAS_F32 = 64;
     LORA_ACCUMULATE_DM = 128;
+    LORA_GAINED = 256;
 }
 
 #[cfg(all(feature = "cuda", not(fused_lora_no_kernels)))]

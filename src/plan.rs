@@ -227,7 +227,7 @@ fn is_f32(argument: Option<raw::Gradient>) -> bool {
     argument.is_some_and(|gradient| gradient.f32)
 }
 
-/// `LORA_ACCUMULATE_*` and `LORA_DA_F32` of a call.
+/// `LORA_ACCUMULATE_*`, `LORA_DA_F32` and `LORA_GAINED` of a call.
 fn gradient_flags(op: &raw::BackwardShared) -> u32 {
     or(&[
         (op.accumulate.dx, LORA_ACCUMULATE_DX),
@@ -236,6 +236,7 @@ fn gradient_flags(op: &raw::BackwardShared) -> u32 {
         (op.accumulate.dbias, LORA_ACCUMULATE_DBIAS),
         (op.accumulate.dm, LORA_ACCUMULATE_DM),
         (is_f32(op.da), LORA_DA_F32),
+        (op.projections.iter().any(|of| of.gain.is_some()), LORA_GAINED),
     ])
 }
 

@@ -2,9 +2,10 @@
 // to LORA_MAX_PROJECTIONS dy, w and b.
 //
 // dy [M][N], w [N][K], a [R][K], b [N][R], x and dx [M][K], h and dh [M][R], da [R][K], db [N][R], row-major with any
-// row stride. Units of work: dh tiles, dx tiles (over the N of all projections, then the ranks of all in dh), db and da
-// tiles. The last two reduce over tokens in chunks: each chunk leaves its f32 partial sums, and the CTA that finishes a
-// tile's last chunk adds them in order of chunk, so the bits do not depend on which CTA was last.
+// row stride. With a gain, dy is dz = gain ∘ dy for dh, dx and db. Units of work: dh tiles, dx tiles (over the N of all
+// projections, then the ranks of all in dh), db and da tiles. The last two reduce over tokens in chunks: each chunk
+// leaves its f32 partial sums, and the CTA that finishes a tile's last chunk adds them in order of chunk, so the bits do
+// not depend on which CTA was last.
 #include "epilogue.cuh"
 #include "middle.cuh"
 #include "schedule.cuh"
@@ -22,10 +23,12 @@ __device__ __forceinline__ void backward_dh(const LoraBackwardParams& p, TicketS
   const LoraBackwardProjection& projection = p.projections[at];
   const uint32_t n = (narrow - projection.first_narrow) * kNarrowN;
   const uint32_t r = projection.r;
-  NarrowTile<T, Shape, Major::kMn, Drops::kNone> tile;
+  NarrowTile<T, Shape, Major::kMn, Drops::kNone, true> tile;
+  const OnTheWay way = {{}, reinterpret_cast<const float*>(projection.gain)};
   const Segment product = segment(operand(projection.dy, p.m, projection.n), operand(projection.b, r, projection.n), 0);
-  narrow_tile(tile, product, p, columns_from(p.dh, projection.first_rank), m, n, r,
-              [&](uint32_t) { return projection.scale; }, {}, smem);
+  narrow_tile(
+      tile, product, p, columns_from(p.dh, projection.first_rank), m, n, r, [&](uint32_t) { return projection.scale; },
+      way, smem);
   schedule.publish(m_block >> p.flag_shift);
 }
 
@@ -34,14 +37,22 @@ struct SumOverProjections {
   const LoraBackwardParams& p;
   uint32_t steps;
 
+  // The projection of a step.
+  __device__ __forceinline__ const LoraBackwardProjection& at(uint32_t step) const {
+    return p.projections[projection_of(p, step, [](const LoraBackwardProjection& of) { return of.first_step; })];
+  }
 };
 
 __device__ __forceinline__ Source source_of(const SumOverProjections& main, uint32_t step, const InOrder& start) {
-  const LoraBackwardParams& p = main.p;
-  const uint32_t at = projection_of(p, step, [](const LoraBackwardProjection& of) { return of.first_step; });
-  const LoraBackwardProjection& projection = p.projections[at];
-  return {operand(projection.dy, p.m, projection.n), operand(projection.w, p.k, projection.n),
-          start(step - projection.first_step)};
+  const LoraBackwardProjection& of = main.at(step);
+  return {operand(of.dy, main.p.m, of.n), operand(of.w, main.p.k, of.n), start(step - of.first_step)};
+}
+__device__ __forceinline__ bool has_gain(const SumOverProjections& main, const float*) {
+  return (main.p.flags & LORA_GAINED) != 0;
+}
+__device__ __forceinline__ Gained gained(const SumOverProjections& main, const float*, uint32_t step) {
+  const LoraBackwardProjection& of = main.at(step);
+  return {reinterpret_cast<const float*>(of.gain), (step - of.first_step) * kBlockK, of.n};
 }
 
 template <typename T, class Shape>
@@ -53,9 +64,8 @@ __device__ __forceinline__ void backward_dx(const LoraBackwardParams& p, uint32_
   const Segment tail = segment(operand(p.dh, p.m, p.r), operand(p.a, p.k, p.r), 0, ranks.picks());
   const uint32_t step = p.r == 0 ? kNever : p.dropout.threshold != 0 ? 0 : p.n_steps;
   const MiddleAwaited<LoraBackwardParams> dh = {p, p.dh_units, block.row, step};
-  MainTile<T, Shape, Major::kMn, Drops::kTail> tile;
-  tile.accumulate(SumOverProjections{p, p.n_steps}, tail, m, n, Shape::kBlock, dh, p.dropout, smem, InOrder{},
-                  ranks);
+  MainTile<T, Shape, Major::kMn, Drops::kTail, true> tile;
+  tile.accumulate(SumOverProjections{p, p.n_steps}, tail, m, n, Shape::kBlock, dh, {p.dropout}, smem, InOrder{}, ranks);
   store_tile(tile, p.dx, m, n, p.m, p.k, NoScale{}, static_cast<const T*>(nullptr),
              (p.flags & LORA_ACCUMULATE_DX) != 0);
 }
@@ -72,11 +82,15 @@ __device__ __forceinline__ bool reduce_chunks(const LoraBackwardParams& p, Ticke
   const auto for_each_register = [&](auto visit) {
     visit(0, tile.sums[0][0]);
     visit(1, tile.sums[0][2]);
+    if (tile.wants_products) {
+      visit(2, tile.products[0]);
+      visit(3, tile.products[1]);
+    }
 #pragma unroll
     for (int j = 0; j < Tile::kFragsN; ++j) {
       if (j * 8 >= active_n) continue;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) visit(2 + j * 4 + e, tile.acc[0][j][e]);
+      for (int e = 0; e < 4; ++e) visit(4 + j * 4 + e, tile.acc[0][j][e]);
     }
   };
   float* const mine = first + static_cast<uint64_t>(chunk) * p.partial_stride;
@@ -92,12 +106,30 @@ __device__ __forceinline__ bool reduce_chunks(const LoraBackwardParams& p, Ticke
   return true;
 }
 
-// One chunk of one tile of wideᵀ · narrow: db = dyᵀ h (with dbias), or daᵀ = xᵀ dh. Of the tiles of both, `first_tile`
-// is the first of this product.
+// Stores what a tile of db has of dm: Σ dy ∘ (y − bias), over the magnitude.
+template <class Tile>
+__device__ __forceinline__ void store_magnitude(const Tile& tile, const LoraBackwardProjection& of, uint32_t n,
+                                                bool accumulate) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    // Four lanes have the same row.
+    float sum = tile.products[half];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    const uint32_t row = n + Tile::row_of(tile.thread, 0, half);
+    if (tile.thread % 4 != 0 || row >= of.n) continue;
+    const float magnitude = reinterpret_cast<const float*>(of.magnitude.magnitude)[row];
+    store(reinterpret_cast<float*>(of.magnitude.dm) + row, sum / magnitude, accumulate);
+  }
+}
+
+// One chunk of one tile of wideᵀ · narrow: db = dyᵀ h (with dbias and dm) of projection `of`, or daᵀ = xᵀ dh. Of the
+// tiles of both, `first_tile` is the first of this product.
 template <typename T, class Shape>
-__device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, TicketSchedule& schedule, LoraMatrix wide,
-                                                 LoraMatrix narrow, uint32_t tile_index, uint32_t chunk,
-                                                 uint32_t first_tile, uint32_t wide_blocks, const GradientOut& out,
+__device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, const LoraBackwardProjection& of,
+                                                 TicketSchedule& schedule, LoraMatrix wide, LoraMatrix narrow,
+                                                 uint32_t tile_index, uint32_t chunk, uint32_t first_tile,
+                                                 uint32_t wide_blocks, const GradientOut& out,
                                                  const GradientOut& sums_out, bool is_da, uint32_t smem) {
   using Gradient = GradientTile<T, Shape>;
   const uint32_t m = (tile_index - first_tile) % wide_blocks * Shape::kBlock;
@@ -111,6 +143,7 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
   }
   Gradient tile;
   tile.wants_sums = sums_out.ptr != 0 && n == 0;
+  tile.wants_products = of.magnitude.dm != 0 && !is_da && n == 0;
   // With no gradient wanted (dbias alone) there is no narrow operand: an extent of zero reads nothing.
   // Rows that go through other adapters add nothing, but to dbias.
   const Routes routes(p.routes, p.m);
@@ -119,17 +152,20 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
       routes.is_on() && !tile.wants_sums ? routes.rows_of(token, count, n, kNarrowN) : everything(count);
   const Segment tokens =
       segment(operand(wide, out.rows, token_end), operand(narrow, out.cols, token_end), token, picks);
-  LoraDropout dropout = p.dropout;
-  if (!is_da) dropout.threshold = 0;
-  tile.accumulate(tokens, Segment{}, m, n, active_n, {}, dropout, smem,
+  OnTheWay way = {p.dropout, nullptr, of.magnitude};
+  if (!is_da) way.dropout.threshold = 0;
+  tile.accumulate(tokens, Segment{}, m, n, active_n, {}, way, smem,
                   [&](uint32_t step) { return picks.start(step, kBlockK); });
   // The barrier of a step stands between the ticket of this unit and the next.
   if (tokens.steps == 0) __syncthreads();
   if (!reduce_chunks(p, schedule, tile, tile_index, chunk, active_n)) return;
+  if (tile.wants_products) store_magnitude(tile, of, m, (p.flags & LORA_ACCUMULATE_DM) != 0);
   const uint32_t thread = ptx::thread_index();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const uint32_t row = m + Gradient::row_of(thread, 0, half);
+    // A row of db is that of a column of dy.
+    const float gain = of.gain != 0 && !is_da && row < of.n ? reinterpret_cast<const float*>(of.gain)[row] : 1.0f;
     // Every column of the sums is the same; one lane of four writes, in the first block of ranks.
     if (sums_out.ptr != 0 && n == 0 && thread % 4 == 0) store_gradient<T>(sums_out, row, 0, tile.sums[0][2 * half]);
     if (out.ptr == 0) continue;
@@ -137,7 +173,7 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
     for (int j = 0; j < Gradient::kFragsN; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        store_gradient<T>(out, row, n + Gradient::col_of(thread, j) + e, tile.acc[0][j][2 * half + e]);
+        store_gradient<T>(out, row, n + Gradient::col_of(thread, j) + e, tile.acc[0][j][2 * half + e] * gain);
       }
     }
   }
@@ -174,7 +210,7 @@ __device__ __forceinline__ void backward_gradient(const LoraBackwardParams& p, T
                            is_db ? db.cols : da.cols,
                            is_db ? db.f32 : da.f32,
                            is_db ? db.accumulate : da.accumulate};
-  backward_adapter<T, Shape>(p, schedule, wide, narrow, tile, chunk,
+  backward_adapter<T, Shape>(p, of, schedule, wide, narrow, tile, chunk,
                              is_db ? of.first_db_tile : (p.db_end - p.dx_end) / p.chunks,
                              is_db ? of.n_blocks : p.k_blocks, out, dbias, !is_db, smem);
 }

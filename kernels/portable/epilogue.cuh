@@ -31,9 +31,17 @@ __device__ __forceinline__ void keep_routed(Tile& tile, const Routes& routes, ui
   }
 }
 
-// A factor of 1 for every column.
+// Factors of the columns of a tile: 1, and a gain for each where there is one.
 struct NoScale {
   __device__ __forceinline__ float operator()(uint32_t) const { return 1.0f; }
+};
+struct ColumnGain {
+  const float* gain;
+  uint32_t cols;
+
+  __device__ __forceinline__ float operator()(uint32_t col) const {
+    return gain != nullptr && col < cols ? gain[col] : 1.0f;
+  }
 };
 
 // Stores a tile of y, h, dh or dx at (m, n): out = scale(column) · acc + bias (+ out).
@@ -49,10 +57,10 @@ __device__ __forceinline__ void store_tile(const Tile& tile, const LoraMatrix& o
     const uint32_t col = n + Tile::col_of(thread, j);
     if (col >= cols) continue;
     const bool second = col + 1 < cols;
-    const float bias0 = bias != nullptr ? widen(bias[col]) : 0.0f;
-    const float bias1 = bias != nullptr && second ? widen(bias[col + 1]) : 0.0f;
     const float scale0 = scale(col);
     const float scale1 = scale(col + 1);
+    const float bias0 = bias != nullptr ? widen(bias[col]) : 0.0f;
+    const float bias1 = bias != nullptr && second ? widen(bias[col + 1]) : 0.0f;
 #pragma unroll
     for (int i = 0; i < Tile::kFragsM; ++i) {
 #pragma unroll

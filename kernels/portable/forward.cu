@@ -1,4 +1,5 @@
-// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, in one launch, for up to LORA_MAX_PROJECTIONS w, b and y of one x.
+// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, in one launch, for up to LORA_MAX_PROJECTIONS w, b and y of one x; with a
+// gain y = gain ∘ (x Wᵀ + h Bᵀ) (+ bias).
 //
 // x [M][K], w [N][K], a [R][K], b [N][R], h [M][R], y [M][N], row-major with any row stride, fp16 or bf16, f32
 // accumulation. Units of work: h tiles (block of rows x up to 64 ranks of all projections, full K), then y tiles, whose
@@ -16,9 +17,9 @@ __device__ __forceinline__ void forward_h(const LoraForwardParams& p, TicketSche
   const uint32_t m_block = unit % p.m_blocks;
   const uint32_t m = m_block * Shape::kBlock;
   const uint32_t n = unit / p.m_blocks * kNarrowN;
-  NarrowTile<T, Shape, Major::kK, Drops::kA> tile;
+  NarrowTile<T, Shape, Major::kK, Drops::kA, false> tile;
   narrow_tile(tile, segment(operand(p.x, p.m, p.k), operand(p.a, p.r, p.k), 0), p, p.h, m, n, p.r,
-              RankScale<LoraForwardParams>{p}, p.dropout, smem);
+              RankScale<LoraForwardParams>{p}, {p.dropout}, smem);
   schedule.publish(m_block >> p.flag_shift);
 }
 
@@ -35,9 +36,10 @@ __device__ __forceinline__ void forward_y(const LoraForwardParams& p, uint32_t u
   const LoraMatrix own_h = columns_from(p.h, projection.first_rank);
   const Segment tail = segment(operand(own_h, p.m, r), operand(projection.b, projection.n, r), 0, ranks.picks());
   const MiddleAwaited<LoraForwardParams> h = {p, p.h_units, block.row, r != 0 ? main.steps : kNever};
-  MainTile<T, Shape, Major::kK, Drops::kNone> tile;
+  MainTile<T, Shape, Major::kK, Drops::kNone, false> tile;
   tile.accumulate(main, tail, m, n, Shape::kBlock, h, {}, smem, InOrder{}, ranks);
-  store_tile(tile, projection.y, m, n, p.m, projection.n, NoScale{}, reinterpret_cast<const T*>(projection.bias), false);
+  const ColumnGain gain = {reinterpret_cast<const float*>(projection.gain), projection.n};
+  store_tile(tile, projection.y, m, n, p.m, projection.n, gain, reinterpret_cast<const T*>(projection.bias), false);
 }
 
 template <typename T, class Shape>

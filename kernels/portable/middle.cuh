@@ -12,12 +12,12 @@ namespace lora {
 // nobody computes where none of the tile's rows does.
 template <class Tile, class Params, class Scale>
 __device__ __forceinline__ void narrow_tile(Tile& tile, const Segment& product, const Params& p, const LoraMatrix& out,
-                                            uint32_t m, uint32_t n, uint32_t r, const Scale& scale,
-                                            const LoraDropout& dropout, uint32_t smem) {
+                                            uint32_t m, uint32_t n, uint32_t r, const Scale& scale, const OnTheWay& way,
+                                            uint32_t smem) {
   static_assert(kNarrowN == LORA_ROUTE_RANKS && Tile::kBlockM % LORA_ROUTE_ROWS == 0, "a tile is a block of routes");
   const Routes routes(p.routes, p.m);
   const bool is_wanted = !routes.is_on() || (routes.ranks_of(m, Tile::kBlockM, r).mask >> (n / kNarrowN) & 1) != 0;
-  if (is_wanted) tile.accumulate(product, Segment{}, m, n, r - n, {}, dropout, smem);
+  if (is_wanted) tile.accumulate(product, Segment{}, m, n, r - n, {}, way, smem);
   const typename Tile::T* const no_bias = nullptr;
   if (routes.is_on()) {
     keep_routed(tile, routes, m, n, p.m, p.projections[0].scale);
@@ -55,7 +55,7 @@ struct RanksRead {
 
   __device__ __forceinline__ Picks picks() const {
     const Routes routes(p.routes, p.m);
-    return routes.is_on() ? routes.ranks_of(m, Shape::kBlock, p.r) : everything(r);
+    return routes.is_on() ? routes.ranks_of(m, Shape::kBlock, r) : everything(r);
   }
   __device__ __forceinline__ uint32_t operator()(uint32_t step) const {
     return p.routes != 0 ? picks().start(step, kBlockK) : step * kBlockK;

@@ -17,7 +17,7 @@ pub use adapter::{merge, round};
 /// Where workspaces are said to be, where a test does not mind.
 pub const WORKSPACE: u64 = 1 << 63;
 /// Words before the flags: LORA_SYNC_FLAGS.
-const FIRST_FLAG: u128 = 2;
+const FIRST_FLAG: u128 = 3;
 /// The largest grid along x.
 const MAX_GRID: u32 = i32::MAX as u32;
 
