@@ -31,11 +31,11 @@ impl Backend for Emulated {
         self.0.device().name.clone()
     }
 
-    fn forward<T: Element>(&self, op: &mut HostForward<T>) -> Result<()> {
+    fn forward<T: Element, A: Element>(&self, op: &mut HostForward<T, A>) -> Result<()> {
         self.0.forward(op.views()).map(drop)
     }
 
-    fn backward<T: Element>(&self, op: &mut HostBackward<T>) -> Result<()> {
+    fn backward<T: Element, A: Element>(&self, op: &mut HostBackward<T, A>) -> Result<()> {
         self.0.backward(op.views()).map(drop)
     }
 }

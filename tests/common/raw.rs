@@ -69,6 +69,19 @@ pub fn backward(dtype: Dtype, LoraShape { m, n, k, r }: LoraShape) -> raw::Backw
     op
 }
 
+/// The same with f32 factors, and h as halves.
+pub fn with_f32_factors(forward: &raw::Forward, backward: &raw::Backward) -> (raw::Forward, raw::Backward) {
+    let mut at = Addresses(1 << 46);
+    let (LoraShape { m, n, k, r }, columns) =
+        (forward.check().expect("a shape"), fused_lora::split_columns(forward.a.rows));
+    let (a, b) = (at.matrix(r, k, 4), at.matrix(n, r, 4));
+    let h = Some(at.matrix(m, if r == 0 { 0 } else { columns }, 2));
+    (
+        raw::Forward { f32_factors: true, a, b, h: forward.h.and(h), ..*forward },
+        raw::Backward { f32_factors: true, a, b, h: backward.h.and(h), ..*backward },
+    )
+}
+
 /// With W elsewhere, and factors in f32 or the storage type.
 pub fn merge(dtype: Dtype, LoraShape { n, k, r, .. }: LoraShape, f32_factors: bool) -> raw::Merge {
     let mut at = Addresses::new();
