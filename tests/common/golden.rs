@@ -1,5 +1,9 @@
 //! Layers that PEFT recorded, through `LoraLinear`.
 
+mod full;
+
+pub use full::{BF16_A32, F16_A32};
+
 use fused_lora::linear::{Adapter, Backend, Gradients, LoraLinear, Routes, Scaling};
 use fused_lora::reference::{self, Expected, Inputs, Mat, unit_roundoff};
 use fused_lora::{Dtype, Element, Matrix, MatrixMut, Routing, bf16, f16};
