@@ -43,7 +43,8 @@
 #define LORA_SYNC_EXITED 1 /* CTAs that have finished */
 #define LORA_SYNC_FLAGS 2  /* first h / dh flag; the tile counters of db and da follow the flags */
 
-/* LoraBackwardParams::flags, those of db and dbias for all projections but LORA_DB_F32 and LORA_DBIAS_F32, which each has */
+/* LoraBackwardParams::flags, those of db and dbias for all projections but LORA_DB_F32 and LORA_DBIAS_F32, which each
+ * has */
 #define LORA_ACCUMULATE_DX 1u
 #define LORA_ACCUMULATE_DA 2u
 #define LORA_ACCUMULATE_DB 4u
@@ -148,7 +149,7 @@ typedef struct LoraBackwardProjection {
   LoraMatrix db;
   LoraMagnitude magnitude;
   uint64_t dbias; /* N elements, 0 when absent */
-  uint64_t gain; /* N elements of f32; 0 when absent */
+  uint64_t gain;  /* N elements of f32; 0 when absent */
   uint32_t n;
   uint32_t r; /* its ranks are columns [first_rank, first_rank + r) of h and dh */
   uint32_t first_rank;

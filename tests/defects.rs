@@ -11,9 +11,10 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 
+use common::HostDropout;
 use common::altered::{self, Edit, Site, Sources};
 use common::data::{Placement, Routes, Spec};
-use common::{HostDropout, check};
+use common::emulated::Layers;
 use fused_lora::bf16;
 use fused_lora::emulator::{Emulator, Timing};
 use fused_lora::kernels::Image;
@@ -47,8 +48,9 @@ const EPILOGUE: &str = "portable/epilogue.cuh";
 const ELEMENT: &str = "element.cuh";
 const SYNC: &str = "ptx/sync.cuh";
 const DROPOUT: &str = "dropout.cuh";
+const PROJECTIONS: &str = "projections.cuh";
 
-const DEFECTS: [Defect; 38] = [
+const DEFECTS: [Defect; 45] = [
     defect(
         "no barrier per step",
         FORWARD,
@@ -169,17 +171,17 @@ const DEFECTS: [Defect; 38] = [
         "dropout: of the base product's x",
         FORWARD,
         "portable/forward.cu",
-        "Drops::kNone> tile;\n  tile.accumulate(main, tail, m, n, Shape::kBlock, h, {}, smem, InOrder{}, ranks);",
-        "Drops::kA> tile;\n  tile.accumulate(main, tail, m, n, Shape::kBlock, h, p.dropout, smem, InOrder{}, ranks);",
+        "Drops::kNone, false> tile;\n  tile.accumulate(main, tail, m, n, Shape::kBlock, h, {}, smem, InOrder{}, ranks);",
+        "Drops::kA, false> tile;\n  tile.accumulate(main, tail, m, n, Shape::kBlock, h, {p.dropout}, smem, InOrder{}, ranks);",
     ),
     defect("dropout: halves not swapped", BACKWARD, DROPOUT, "__shfl_xor_sync(0xffffffffu, given, 4)", "given"),
-    defect("dropout: of dy for db", BACKWARD, "portable/backward.cu", "if (!is_da) dropout.threshold = 0;", ""),
+    defect("dropout: of dy for db", BACKWARD, "portable/backward.cu", "if (!is_da) way.dropout.threshold = 0;", ""),
     defect(
         "dropout: tail begun before dh is there",
         BACKWARD,
         "portable/backward.cu",
-        "p.dropout.threshold != 0 ? 0 : main.steps",
-        "main.steps",
+        "p.dropout.threshold != 0 ? 0 : p.n_steps",
+        "p.n_steps",
     ),
     defect("dropout: tail not dropped from", BACKWARD, TILE, "drop_accumulators(Dropout(dropout), m, n);", ""),
     defect(
@@ -204,14 +206,51 @@ const DEFECTS: [Defect; 38] = [
         "mask |= block(at >= LORA_ROUTE_ROWS ? at - LORA_ROUTE_ROWS : at);",
     ),
     defect("dropout: of the base product too", BACKWARD, TILE, "drops ? first_steps : steps", "steps"),
+    defect("shared: the projection before", FORWARD, PROJECTIONS, "index < first(", "index <= first("),
+    defect("shared: the first scale for all", FORWARD, PROJECTIONS, "      scale = p.projections[at].scale;\n", ""),
+    defect(
+        "shared: ranks of h from the first on",
+        FORWARD,
+        "portable/forward.cu",
+        "columns_from(p.h, projection.first_rank)",
+        "columns_from(p.h, 0)",
+    ),
+    defect(
+        "shared: ranks of dh from the first on",
+        BACKWARD,
+        "portable/backward.cu",
+        "columns_from(p.dh, projection.first_rank)",
+        "columns_from(p.dh, 0)",
+    ),
+    defect(
+        "shared: db of the first ranks",
+        BACKWARD,
+        "portable/backward.cu",
+        "columns_from(p.h, of.first_rank)",
+        "columns_from(p.h, 0)",
+    ),
+    defect(
+        "shared: steps of dx counted on",
+        BACKWARD,
+        "portable/backward.cu",
+        "start(step - of.first_step)",
+        "start(step)",
+    ),
+    defect(
+        "shared: dx waits for dh of all projections but one",
+        BACKWARD,
+        "portable/middle.cuh",
+        "units / p.m_blocks, row, 1)",
+        "units / p.m_blocks - 1, row, 1)",
+    ),
 ];
 
 /// Cases that reach every part of a kernel: several CTAs and units, ragged edges, a tail of several steps, one that begins
-/// in the prologue of the ring, reductions in chunks, accumulation, dropout, routes.
-fn specs(image: &str) -> Vec<(Spec, u32)> {
+/// in the prologue of the ring, reductions in chunks, accumulation, dropout, routes, several projections.
+fn specs(image: &str) -> Vec<(Layers, u32)> {
     let base = Spec::new(150, 70, 75, 13);
     let dropout = |in_memory| Some(HostDropout { p: 0.4, seed: [0x0123_4567_89ab_cdef, 1 << 40 | 5], in_memory });
-    let mut specs = vec![
+    let mut specs: Vec<(Spec, u32)> = vec![
         (Spec { placement: Placement::Aligned, keep_h: false, ..base }, 2),
         (Spec { placement: Placement::Aligned, n: 20, k: 20, outputs: [true, true, false, false], ..base }, 4),
         (Spec { placement: Placement::Unaligned, r: 70, ..base }, 8),
@@ -231,12 +270,15 @@ fn specs(image: &str) -> Vec<(Spec, u32)> {
         // More steps over n than the ring has stages.
         specs.push((Spec { placement: Placement::Aligned, n: 300, ..base }, 4));
     }
-    specs
+    let shared = Spec { placement: Placement::Aligned, n: 40, r: 16, ..base };
+    let others = [(70, 0), (33, 72)];
+    let alone = specs.into_iter().map(|(spec, sms)| (Layers::One(spec), sms));
+    alone.chain([(Layers::shared(shared, &others), 4)]).collect()
 }
 
 /// What the suite says of a kernel: `Err` with the first complaint.
 fn verdict(image: &'static str, tile: TileSize, module: &Arc<Module>, seeds: u64) -> Result<(), String> {
-    for (spec, sms) in specs(image) {
+    for (layers, sms) in specs(image) {
         let mut first = None;
         for seed in 1..=seeds {
             let timing = [Timing::Eager, Timing::Lazy, Timing::Mixed][seed as usize % 3];
@@ -246,19 +288,9 @@ fn verdict(image: &'static str, tile: TileSize, module: &Arc<Module>, seeds: u64
                 .with_seed(seed)
                 .with_copies(timing)
                 .with_limit(20_000_000);
-            let bits = if image == FORWARD {
-                let before = spec.forward::<bf16>();
-                let mut after = before.clone();
-                emulator.forward(after.views()).map_err(|error| error.to_string())?;
-                check::judge_forward(&before, &after, spec.values)?;
-                format!("{:?}{:?}", after.y.data, after.h.map(|h| h.data))
-            } else {
-                let before = spec.backward::<bf16>();
-                let mut after = before.clone();
-                emulator.backward(after.views()).map_err(|error| error.to_string())?;
-                check::judge_backward(&before, &after, spec.values)?;
-                format!("{:?}{:?}{:?}{:?}", after.dx.map(|dx| dx.data), after.da, after.db, after.dbias)
-            };
+            let run =
+                if image == FORWARD { layers.forward::<bf16>(&emulator) } else { layers.backward::<bf16>(&emulator) };
+            let bits = run?.0;
             if first.get_or_insert_with(|| bits.clone()) != &bits {
                 return Err(format!("seed {seed} gives other bits than seed 1"));
             }
