@@ -179,7 +179,7 @@ mod emulated {
             |instruction: &str| ["ld.acquire.gpu", "ld.relaxed.gpu"].iter().any(|op| instruction.contains(op));
         let looks: u64 =
             counters.lines().iter().filter(|line| is_look(&line.instruction)).map(|line| line.executed).sum();
-        counters.global_loaded + counters.copied - 4 * looks
+        counters.global_loaded - 4 * looks
     }
 
     /// The units of h read x once for the ranks of all projections: that much less is read than by single layers.

@@ -26,6 +26,8 @@ pub mod layers;
 pub mod legal;
 #[cfg(feature = "peft")]
 pub mod peft;
+#[cfg(feature = "cuda")]
+pub mod portable_defects;
 pub mod raw;
 pub mod shared;
 

@@ -93,8 +93,7 @@ pub fn backward_shared(dtype: Dtype, m: usize, k: usize, parts: &[(usize, usize)
     let r = parts.iter().map(|part| part.1).sum();
     let a = at.matrix(r, k, bytes);
     let [x, h, dx] = [(m, k), (m, r), (m, k)].map(|(rows, cols)| Some(at.matrix(rows, cols, bytes)));
-    let gradient =
-        |at: &mut Addresses, rows, cols| Some(raw::Gradient { matrix: at.matrix(rows, cols, 4), f32: true });
+    let gradient = |at: &mut Addresses, rows, cols| Some(raw::Gradient { matrix: at.matrix(rows, cols, 4), f32: true });
     let da = gradient(&mut at, r, k);
     let projection = |&(n, r): &(usize, usize)| raw::BackwardProjection {
         dy: at.matrix(m, n, bytes),
