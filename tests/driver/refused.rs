@@ -143,8 +143,6 @@ fn nothing_is_copied_where_there_is_nothing() {
     let words = queue.upload_words(&[]).expect("words");
     let elements = queue.upload::<f16>(&[]).expect("elements");
     queue.overwrite::<f16>(&[], Queue::write(&mut buffer)).expect("nothing to do");
-    let none = gpu.stream.null::<f16>().expect("a buffer of none");
-    assert_eq!(queue.download::<f16>(&none), Ok(Vec::new()));
     assert!(!stub.calls().iter().any(|call| call.starts_with("cuMemcpy")), "{:?}", stub.calls());
     // What is there is something to be passed on nevertheless.
     let lengths = (Queue::len(&elements), words.len());
