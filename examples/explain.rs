@@ -170,6 +170,7 @@ fn plan(arguments: &Arguments) -> Result<Plan, fused_lora::Error> {
         da: Some(gradient(r, k)),
         db: Some(gradient(n, r)),
         dbias: None,
+        dm: None,
         accumulate: Accumulate::default(),
         variant: raw::Variant::default(),
     };
@@ -188,7 +189,7 @@ fn print(arguments: &Arguments, out: &mut dyn Write) -> Result<(), Failure> {
     let floor = plan.floor();
     // (units of h or dh per ticket, chunks), which the portable kernels have or not.
     let (bundle, chunks) = match &launch.params {
-        Params::Forward(_) | Params::Merge(_) | Params::Round(_) => (None, None),
+        Params::Forward(_) | Params::Merge(_) | Params::Round(_) | Params::Gain(_) => (None, None),
         Params::Backward(p) => (None, Some(p.chunks)),
         Params::Sm90Forward(p) => (Some(p.h_units.div_ceil(p.h_tickets.max(1))), None),
         Params::Sm90Backward(p) => (Some(p.dh_units.div_ceil(p.dh_tickets.max(1))), Some(p.chunks)),

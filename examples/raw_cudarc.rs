@@ -120,6 +120,7 @@ fn train(kernels: &Kernels) -> Result<()> {
             da: Some(Gradient::F32(MatrixMut::new(&mut da, r, k))),
             db: Some(Gradient::F32(MatrixMut::new(&mut db, n, r))),
             dbias: None,
+            dm: None,
             accumulate: Accumulate::default(),
             variant: Variant::default(),
         };

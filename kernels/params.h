@@ -51,6 +51,7 @@
 #define LORA_DA_F32 16u
 #define LORA_DB_F32 32u
 #define LORA_DBIAS_F32 64u
+#define LORA_ACCUMULATE_DM 128u
 
 /* merge: rows and columns of a tile, threads, and ranks per step. */
 #define LORA_MERGE_BLOCK 64
@@ -60,7 +61,10 @@
 #define LORA_ROUND_ROWS 8
 #define LORA_ROUND_COLS 256
 #define LORA_ROUND_THREADS 256
-/* LoraMergeParams::flags, LoraRoundParams::flags: a and b are f32. */
+/* gain: rows of w per CTA, threads. */
+#define LORA_GAIN_ROWS 16
+#define LORA_GAIN_THREADS 256
+/* LoraMergeParams::flags, LoraRoundParams::flags, LoraGainParams::flags: a and b are f32. */
 #define LORA_FACTORS_F32 1u
 
 /* A row-major matrix: address of element (0, 0), 0 when absent, and elements between row starts. */
@@ -83,6 +87,14 @@ typedef struct LoraDropout {
   uint32_t threshold; /* an element is dropped when its 16 bits are less; 0: no dropout, 65536: all are dropped */
   uint32_t padding;
 } LoraDropout;
+
+/* DoRA in backward: what its gradient of the magnitude is computed from and where it goes; dm is 0 when not wanted. */
+typedef struct LoraMagnitude {
+  LoraMatrix y;
+  uint64_t bias;      /* N elements of the storage type, 0 when absent */
+  uint64_t magnitude; /* N elements of f32 */
+  uint64_t dm;        /* N elements of f32, output */
+} LoraMagnitude;
 
 /* Units of work are numbered h first, then y. */
 typedef struct LoraForwardParams {
@@ -108,6 +120,7 @@ typedef struct LoraForwardParams {
   uint32_t sync_words; /* words the last CTA clears */
   LoraDropout dropout;
   uint64_t routes; /* address of the table; 0 when absent */
+  uint64_t gain;   /* N elements of f32; 0 when absent */
 } LoraForwardParams;
 
 /* Units of work are numbered dh, dx, db (with dbias), da. */
@@ -147,6 +160,8 @@ typedef struct LoraBackwardParams {
   uint32_t flags;
   LoraDropout dropout;
   uint64_t routes; /* address of the table; 0 when absent */
+  uint64_t gain;   /* N elements of f32; 0 when absent */
+  LoraMagnitude magnitude;
 } LoraBackwardParams;
 
 /* merged = w + scale b a. A CTA computes one tile; tiles are numbered along k first. */
@@ -178,6 +193,22 @@ typedef struct LoraRoundParams {
   uint32_t r_blocks; /* tiles along the columns of b */
   uint32_t flags;
 } LoraRoundParams;
+
+/* norm = ||w + scale b a|| of each row, gain = magnitude / norm. A CTA has LORA_GAIN_ROWS rows. */
+typedef struct LoraGainParams {
+  LoraMatrix w;
+  LoraMatrix a;
+  LoraMatrix b;
+  uint64_t magnitude; /* N elements of f32, as the next two; 0 when absent */
+  uint64_t norm;
+  uint64_t gain;
+  uint32_t n;
+  uint32_t k;
+  uint32_t r;
+  float scale;
+  uint32_t flags;
+  uint32_t padding;
+} LoraGainParams;
 
 /* What cuTensorMapEncodeTiled writes. CUDA 13 declares it with this alignment; CUDA 12 asked for half of it. */
 typedef struct LoraTensorMap {
@@ -230,6 +261,7 @@ typedef struct LoraSm90ForwardParams {
   uint32_t sync_words;
   LoraDropout dropout;
   uint64_t routes; /* address of the table; 0 when absent */
+  uint64_t gain;   /* N elements of f32; 0 when absent */
 } LoraSm90ForwardParams;
 
 typedef struct LoraSm90Forward {
@@ -272,6 +304,8 @@ typedef struct LoraSm90BackwardParams {
   uint32_t padding;
   LoraDropout dropout;
   uint64_t routes; /* address of the table; 0 when absent */
+  uint64_t gain;   /* N elements of f32; 0 when absent */
+  LoraMagnitude magnitude;
 } LoraSm90BackwardParams;
 
 typedef struct LoraSm90Backward {

@@ -16,25 +16,28 @@ mod convert;
 mod product;
 
 #[cfg(all(feature = "emulator", feature = "cuda"))]
-pub(crate) use adapter::{check_merge, check_round};
-pub use adapter::{merge, round};
+pub(crate) use adapter::{check_gain, check_merge, check_round};
+pub use adapter::{gain, merge, round};
 
 use crate::dropout::Keep;
 use crate::error::{Error, Result};
 use crate::shape::{LoraShape, check_length};
-use crate::{Dropout, Dtype, Element, Gradient, Matrix, MatrixMut, Seed, raw};
-use product::{Epilogue, Side, Term, column_sums, product};
+use crate::{Dropout, Dtype, Element, Gradient, MagnitudeGradient, Matrix, MatrixMut, Seed, raw};
+use product::{Epilogue, Side, Term, column_sums, magnitude_sums, product};
 
 /// [`crate::Forward`] over slices.
-pub type Forward<'a, T> = crate::Forward<'a, [T], [T], [u64]>;
+pub type Forward<'a, T> = crate::Forward<'a, [T], [T], [u64], [f32]>;
 /// [`crate::Backward`] over slices; gradients are `[T]` or `[f32]`.
-pub type Backward<'a, T> = crate::Backward<'a, [T], [T], [f32], [u64]>;
+pub type Backward<'a, T> = crate::Backward<'a, [T], [T], [f32], [u64], [f32]>;
 /// [`crate::Variant`] over slices.
-pub type Variant<'a> = crate::Variant<'a, [u64]>;
+pub type Variant<'a> = crate::Variant<'a, [u64], [f32]>;
 /// [`crate::Merge`] over slices; factors are `[T]` or `[f32]`.
 pub type Merge<'a, T> = crate::Merge<'a, [T], [T], [f32]>;
 /// [`crate::Round`] over slices; factors are `[T]` or `[f32]`.
 pub type Round<'a, T> = crate::Round<'a, [T], [T], [f32]>;
+
+/// [`crate::Gain`] over slices; factors are `[T]` or `[f32]`.
+pub type Gain<'a, T> = crate::Gain<'a, [T], [f32], [f32]>;
 
 /// This backend as [`LoraLinear`](crate::linear::LoraLinear) takes it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,8 +73,8 @@ pub fn forward<T: Element>(op: Forward<'_, T>) -> Result<()> {
     let Forward { x, w, a, b, scale, bias, h, y, variant } = op;
     let (keep, scale) = (kept(&variant), scale * raw_variant(&variant).factor());
     let routes = routed(&variant, shape.m);
-    let bias = bias
-        .map(|bias| -> Vec<f32> { bias.data[bias.offset..bias.offset + shape.n].iter().map(|v| v.to_f32()).collect() });
+    let bias = bias.map(|bias| widened(bias, shape.n));
+    let gain = variant.gain.map(vector);
     let mut scratch = Vec::new();
     let mut h = match h {
         Some(h) => h,
@@ -80,7 +83,7 @@ pub fn forward<T: Element>(op: Forward<'_, T>) -> Result<()> {
     let scaled = Epilogue { scale: Some(scale), routes, ..Epilogue::default() };
     product(&[Term::new(Side::rows(x).keeping(keep), Side::rows(a))], &scaled, reborrow(&mut h));
     let terms = [Term::new(Side::rows(x), Side::rows(w)), Term::new(Side::rows(shared(&h)), Side::rows(b))];
-    product(&terms, &Epilogue { bias: bias.as_deref(), ..Epilogue::default() }, y);
+    product(&terms, &Epilogue { gain, bias: bias.as_deref(), ..Epilogue::default() }, y);
     Ok(())
 }
 
@@ -91,7 +94,8 @@ pub fn forward<T: Element>(op: Forward<'_, T>) -> Result<()> {
 /// Nothing is written then.
 pub fn backward<T: Element>(op: Backward<'_, T>) -> Result<()> {
     let shape = check_backward(&op)?;
-    let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, variant } = op;
+    let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, dm, accumulate, variant } = op;
+    let gain = variant.gain.map(vector);
     let (keep, scale) = (kept(&variant), scale * raw_variant(&variant).factor());
     let routes = routed(&variant, shape.m);
     let adds = |accumulate| Epilogue { accumulate, ..Epilogue::default() };
@@ -99,13 +103,13 @@ pub fn backward<T: Element>(op: Backward<'_, T>) -> Result<()> {
     if dx.is_some() || da.is_some() {
         let mut dh = middle(&mut scratch, shape)?;
         let scaled = Epilogue { scale: Some(scale), routes, ..Epilogue::default() };
-        product(&[Term::new(Side::rows(dy), Side::columns(b))], &scaled, reborrow(&mut dh));
+        product(&[Term::new(Side::rows(dy).gaining(gain), Side::columns(b))], &scaled, reborrow(&mut dh));
         let dh = shared(&dh);
         if let Some(dx) = dx {
             // The adapter's part first: of it alone the dropped elements are zeros.
             let terms = [
                 Term::new(Side::rows(dh), Side::columns(a)).keeping(keep),
-                Term::new(Side::rows(dy), Side::columns(w)),
+                Term::new(Side::rows(dy).gaining(gain), Side::columns(w)),
             ];
             product(&terms, &adds(accumulate.dx), dx);
         }
@@ -115,12 +119,17 @@ pub fn backward<T: Element>(op: Backward<'_, T>) -> Result<()> {
         }
     }
     if let (Some(db), Some(h)) = (db, h) {
-        adapter_gradient(Term::new(Side::columns(dy), Side::columns(h)), &adds(accumulate.db), db);
+        let gained = Epilogue { row_gain: gain, ..adds(accumulate.db) };
+        adapter_gradient(Term::new(Side::columns(dy), Side::columns(h)), &gained, db);
     }
     match dbias {
         Some(Gradient::Storage(dbias)) => column_sums(dy, accumulate.dbias, dbias),
         Some(Gradient::F32(dbias)) => column_sums(dy, accumulate.dbias, dbias),
         None => {}
+    }
+    if let Some(MagnitudeGradient { y, bias, magnitude, dm }) = dm {
+        let bias = bias.map(|bias| widened(bias, shape.n));
+        magnitude_sums(dy, y, bias.as_deref(), vector(magnitude), accumulate.dm, dm);
     }
     Ok(())
 }
@@ -130,6 +139,16 @@ fn adapter_gradient<T: Element>(term: Term<'_, T>, epilogue: &Epilogue<'_>, outp
         Gradient::Storage(output) => product(&[term], epilogue, output),
         Gradient::F32(output) => product(&[term], epilogue, output),
     }
+}
+
+/// The elements of a matrix of one row.
+fn vector<'a>(matrix: Matrix<'a, [f32]>) -> &'a [f32] {
+    &matrix.data[matrix.offset..matrix.offset + matrix.cols]
+}
+
+/// The first `n` elements of a vector in f32.
+fn widened<T: Element>(vector: Matrix<'_, [T]>, n: usize) -> Vec<f32> {
+    vector.data[vector.offset..vector.offset + n].iter().map(|value| value.to_f32()).collect()
 }
 
 /// A contiguous M × R matrix in `scratch`.
@@ -166,12 +185,15 @@ fn raw_variant(variant: &Variant<'_>) -> raw::Variant {
             Seed::Memory(state) => raw::Seed::Memory(raw(state)),
         },
     });
-    raw::Variant { dropout, routes: variant.routes.map(raw) }
+    raw::Variant { dropout, routes: variant.routes.map(raw), gain: variant.gain.map(raw) }
 }
 
 fn fits_variant(variant: &Variant<'_>) -> Result<()> {
     if let Some(routes) = variant.routes {
         fits("routes", routes)?;
+    }
+    if let Some(gain) = variant.gain {
+        fits("gain", gain)?;
     }
     match variant.dropout {
         Some(Dropout { seed: Seed::Memory(state), .. }) => fits("seed", state),
@@ -224,7 +246,7 @@ pub(crate) fn check_forward<T: Element>(op: &Forward<'_, T>) -> Result<LoraShape
 }
 
 pub(crate) fn check_backward<T: Element>(op: &Backward<'_, T>) -> Result<LoraShape> {
-    let Backward { dy, w, a, b, scale, x, h, ref dx, ref da, ref db, ref dbias, accumulate, ref variant } = *op;
+    let Backward { dy, w, a, b, scale, x, h, ref dx, ref da, ref db, ref dbias, ref dm, accumulate, ref variant } = *op;
     let dx = dx.as_ref().map(shared);
     let gradient = |gradient: &Option<Gradient<'_, [T], [f32]>>| match gradient {
         Some(Gradient::Storage(m)) => Some(raw::Gradient { matrix: raw(shared(m)), f32: T::DTYPE == Dtype::F32 }),
@@ -244,6 +266,12 @@ pub(crate) fn check_backward<T: Element>(op: &Backward<'_, T>) -> Result<LoraSha
         da: gradient(da),
         db: gradient(db),
         dbias: gradient(dbias),
+        dm: dm.as_ref().map(|dm| raw::MagnitudeGradient {
+            y: raw(dm.y),
+            bias: dm.bias.map(raw),
+            magnitude: raw(dm.magnitude),
+            dm: raw(shared(&dm.dm)),
+        }),
         accumulate,
         variant: raw_variant(variant),
     }
@@ -256,7 +284,13 @@ pub(crate) fn check_backward<T: Element>(op: &Backward<'_, T>) -> Result<LoraSha
             Some(Gradient::F32(m)) => fits(arg, shared(m)),
             None => Ok(()),
         });
-    judge(shape, inputs.and(gradients).and(fits_variant(variant)))
+    let magnitude = dm.as_ref().map_or(Ok(()), |dm| {
+        fits("y", dm.y)?;
+        dm.bias.map_or(Ok(()), |bias| fits("bias", bias))?;
+        fits("magnitude", dm.magnitude)?;
+        fits("dm", shared(&dm.dm))
+    });
+    judge(shape, inputs.and(gradients).and(magnitude).and(fits_variant(variant)))
 }
 
 /// Which verdict to report. Slices cannot overlap; an address that seems to says that a matrix leaves its buffer.

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::kernels::Image;
 use crate::params::MAP_BYTES;
 use crate::plan::{self, Device, Launch, Plan, SYNC_BYTES};
-use crate::{Dropout, Dtype, Element, Factors, Gradient, Matrix, MatrixMut, Seed, cpu, raw};
+use crate::{Dropout, Dtype, Element, Factors, Gradient, MagnitudeGradient, Matrix, MatrixMut, Seed, cpu, raw};
 
 /// A simulated GPU.
 #[derive(Clone, Debug)]
@@ -215,7 +215,8 @@ impl Emulator {
     /// As [`cpu::backward`], what [`Plan::backward`] finds, and [`Error::Emulator`].
     pub fn backward<T: Element>(&self, op: cpu::Backward<'_, T>) -> Result<Run> {
         cpu::check_backward(&op)?;
-        let cpu::Backward { dy, w, a, b, scale, x, h, mut dx, mut da, mut db, mut dbias, accumulate, variant } = op;
+        let cpu::Backward { dy, w, a, b, scale, x, h, mut dx, mut da, mut db, mut dbias, mut dm, accumulate, variant } =
+            op;
         let mut memory = Memory::new();
         let gradient = |memory: &mut Memory, name, gradient: &Option<Gradient<'_, [T], [f32]>>, keeps| {
             Ok::<_, Error>(match gradient {
@@ -242,6 +243,7 @@ impl Emulator {
             da: gradient(&mut memory, "da", &da, accumulate.da)?,
             db: gradient(&mut memory, "db", &db, accumulate.db)?,
             dbias: gradient(&mut memory, "dbias", &dbias, accumulate.dbias)?,
+            dm: dm.as_ref().map(|dm| upload_magnitude(&mut memory, dm, accumulate.dm)).transpose()?,
             accumulate,
             variant: upload_variant(&mut memory, &variant)?,
         };
@@ -249,6 +251,9 @@ impl Emulator {
         let counters = self.execute(&mut memory, &plan)?;
         if let (Some(dx), Some(from)) = (&mut dx, uploaded.dx) {
             download(&memory, "dx", from, dx)?;
+        }
+        if let (Some(dm), Some(from)) = (&mut dm, uploaded.dm) {
+            download(&memory, "dm", from.dm, &mut dm.dm)?;
         }
         for (name, target, from) in
             [("da", &mut da, uploaded.da), ("db", &mut db, uploaded.db), ("dbias", &mut dbias, uploaded.dbias)]
@@ -307,6 +312,38 @@ impl Emulator {
         let counters = self.run(&mut memory, &launch)?;
         download(&memory, "rounded_a", uploaded.rounded_a, &mut rounded_a)?;
         download(&memory, "rounded_b", uploaded.rounded_b, &mut rounded_b)?;
+        Ok(counters)
+    }
+
+    /// norm = ‖W + scale · B A‖ and gain = magnitude / norm.
+    ///
+    /// # Errors
+    /// As [`cpu::gain`], what [`Launch::gain`] finds, and [`Error::Emulator`].
+    pub fn gain<T: Element>(&self, op: cpu::Gain<'_, T>) -> Result<Counters> {
+        cpu::check_gain(&op)?;
+        let cpu::Gain { w, factors, scale, magnitude, mut norm, mut gain } = op;
+        let mut memory = Memory::new();
+        let (a, b, f32_factors) = upload_factors(&mut memory, &factors)?;
+        let output = |memory: &mut Memory, name, vector: &Option<MatrixMut<'_, [f32]>>| {
+            vector.as_ref().map(|vector| upload(memory, name, cpu::shared(vector), false)).transpose()
+        };
+        let uploaded = raw::Gain {
+            dtype: T::DTYPE,
+            w: upload(&mut memory, "w", w, true)?,
+            f32_factors,
+            a,
+            b,
+            scale,
+            magnitude: magnitude.map(|magnitude| upload(&mut memory, "magnitude", magnitude, true)).transpose()?,
+            norm: output(&mut memory, "norm", &norm)?,
+            gain: output(&mut memory, "gain", &gain)?,
+        };
+        let counters = self.run(&mut memory, &Launch::gain(&uploaded)?)?;
+        for (name, target, from) in [("norm", &mut norm, uploaded.norm), ("gain", &mut gain, uploaded.gain)] {
+            if let (Some(target), Some(from)) = (target, from) {
+                download(&memory, name, from, target)?;
+            }
+        }
         Ok(counters)
     }
 
@@ -398,12 +435,27 @@ fn upload_words(memory: &mut Memory, name: &str, matrix: Matrix<'_, [u64]>) -> R
 
 fn upload_variant(memory: &mut Memory, variant: &cpu::Variant<'_>) -> Result<raw::Variant> {
     let routes = variant.routes.map(|routes| upload_words(memory, "routes", routes)).transpose()?;
-    let Some(Dropout { p, seed }) = variant.dropout else { return Ok(raw::Variant { dropout: None, routes }) };
+    let gain = variant.gain.map(|gain| upload(memory, "gain", gain, true)).transpose()?;
+    let Some(Dropout { p, seed }) = variant.dropout else { return Ok(raw::Variant { dropout: None, routes, gain }) };
     let seed = match seed {
         Seed::Value { seed, offset } => raw::Seed::Value { seed, offset },
         Seed::Memory(state) => raw::Seed::Memory(upload_words(memory, "seed", state)?),
     };
-    Ok(raw::Variant { dropout: Some(raw::Dropout { p, seed }), routes })
+    Ok(raw::Variant { dropout: Some(raw::Dropout { p, seed }), routes, gain })
+}
+
+/// What DoRA's gradient of the magnitude takes; dm itself where it `keeps` what it holds.
+fn upload_magnitude<T: Element>(
+    memory: &mut Memory,
+    from: &MagnitudeGradient<'_, [T], [f32], [f32]>,
+    keeps: bool,
+) -> Result<raw::MagnitudeGradient> {
+    Ok(raw::MagnitudeGradient {
+        y: upload(memory, "y", from.y, true)?,
+        bias: from.bias.map(|bias| upload(memory, "bias", bias, true)).transpose()?,
+        magnitude: upload(memory, "magnitude", from.magnitude, true)?,
+        dm: upload(memory, "dm", cpu::shared(&from.dm), keeps)?,
+    })
 }
 
 /// A and B, and whether they are f32.

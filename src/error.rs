@@ -91,9 +91,20 @@ pub enum Error {
         /// The output computed from it.
         output: &'static str,
     },
-    /// Backward was called without any output.
-    #[error("no output is requested, expected at least one of dx, da, db, dbias")]
-    NoOutput,
+    /// Two arguments rule each other out.
+    #[error("`{arg}` and `{other}` are both present, expected one of them: together they are not computed")]
+    Exclusive {
+        /// Argument.
+        arg: &'static str,
+        /// The other.
+        other: &'static str,
+    },
+    /// An operation was called without any output.
+    #[error("no output is requested, expected at least one of {expected}")]
+    NoOutput {
+        /// The outputs that it has.
+        expected: &'static str,
+    },
     /// The scale is NaN or infinite, or becomes so when dropout divides it by 1 − p.
     #[error("`scale` is {got}, expected a finite number")]
     Scale {

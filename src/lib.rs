@@ -58,6 +58,7 @@
 //!     da: Some(Gradient::F32(MatrixMut::new(&mut da, r, k))),
 //!     db: Some(Gradient::F32(MatrixMut::new(&mut db, n, r))),
 //!     dbias: None,
+//!     dm: None,
 //!     accumulate: Accumulate::default(),
 //!     variant: Variant::default(),
 //! })?;
@@ -159,7 +160,8 @@ pub use dtype::{Dtype, Element};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use ops::{
-    Accumulate, Backward, Dropout, Factors, Forward, Gradient, Matrix, MatrixMut, Merge, Round, Seed, Variant,
+    Accumulate, Backward, Dropout, Factors, Forward, Gain, Gradient, MagnitudeGradient, Matrix, MatrixMut, Merge,
+    Round, Seed, Variant,
 };
 pub use routing::{MAX_ROUTED_RANK, Routing, Slot};
 pub use shape::{LoraShape, MAX_DIMENSION};

@@ -92,6 +92,8 @@ pub struct Accumulate {
     pub db: bool,
     /// dbias += …
     pub dbias: bool,
+    /// dm += …
+    pub dm: bool,
 }
 
 /// Which elements of x the adapter branch sees: h = scale / (1 − p) · (x ∘ keep) Aᵀ, as PEFT's `lora_dropout` has it while it
@@ -128,9 +130,9 @@ pub enum Seed<'a, U: ?Sized> {
     Memory(Matrix<'a, U>),
 }
 
-/// How the adapter branch departs from the plain formula. [`Variant::default`] leaves it as it is.
+/// How a layer departs from the plain formula. [`Variant::default`] leaves it as it is.
 #[derive(Debug)]
-pub struct Variant<'a, U: ?Sized> {
+pub struct Variant<'a, U: ?Sized, F: ?Sized> {
     /// Elements of x that the adapter branch does not see.
     pub dropout: Option<Dropout<'a, U>>,
     /// Many adapters in one batch: the words of a [`Routing`](crate::Routing) of M rows, 1 × [`Routing::words_for`](crate::Routing::words_for)(M). a holds
@@ -141,6 +143,11 @@ pub struct Variant<'a, U: ?Sized> {
     /// Whatever the table holds, nothing outside the matrices is touched. Zeros are multiplied like other numbers: an infinity or
     /// NaN in one adapter's factors, or in a row of x or dy, may make a NaN of rows and gradients of other adapters.
     pub routes: Option<Matrix<'a, U>>,
+    /// DoRA (Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024): 1 × N in f32, what multiplies the columns of both
+    /// products, y = gain ∘ (x Wᵀ + h Bᵀ) (+ bias). It is magnitude / ‖W + scale · B A‖, which [`Gain`] computes; as in PEFT the
+    /// norm is a constant of the gradients. With dropout, DoRA drops from x for the base product, too, and with routes each row has
+    /// a gain of its own: neither is computed.
+    pub gain: Option<Matrix<'a, F>>,
 }
 
 impl<U: ?Sized> Clone for Dropout<'_, U> {
@@ -155,21 +162,21 @@ impl<U: ?Sized> Clone for Seed<'_, U> {
     }
 }
 impl<U: ?Sized> Copy for Seed<'_, U> {}
-impl<U: ?Sized> Clone for Variant<'_, U> {
+impl<U: ?Sized, F: ?Sized> Clone for Variant<'_, U, F> {
     fn clone(&self) -> Self {
         *self
     }
 }
-impl<U: ?Sized> Copy for Variant<'_, U> {}
-impl<U: ?Sized> Default for Variant<'_, U> {
+impl<U: ?Sized, F: ?Sized> Copy for Variant<'_, U, F> {}
+impl<U: ?Sized, F: ?Sized> Default for Variant<'_, U, F> {
     fn default() -> Self {
-        Self { dropout: None, routes: None }
+        Self { dropout: None, routes: None, gain: None }
     }
 }
 
 /// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ.
 #[derive(Debug)]
-pub struct Forward<'a, D: ?Sized, O: ?Sized, U: ?Sized> {
+pub struct Forward<'a, D: ?Sized, O: ?Sized, U: ?Sized, F: ?Sized> {
     /// M × K, input activations.
     pub x: Matrix<'a, D>,
     /// N × K, frozen weight.
@@ -186,13 +193,31 @@ pub struct Forward<'a, D: ?Sized, O: ?Sized, U: ?Sized> {
     pub h: Option<MatrixMut<'a, O>>,
     /// M × N, output.
     pub y: MatrixMut<'a, O>,
-    /// Dropout and routes; the default is neither.
-    pub variant: Variant<'a, U>,
+    /// Dropout, routes and DoRA; the default is none of them.
+    pub variant: Variant<'a, U, F>,
+}
+
+/// DoRA's gradient of the magnitude: dm = Σ dy ∘ (y − bias) / magnitude, over tokens.
+///
+/// It is Σ dy ∘ (x Wᵀ + h Bᵀ) / ‖W + scale · B A‖, with the products taken from what forward wrote: y is their only trace. Where the
+/// magnitude is 0 there is none, and dm is not a number.
+#[derive(Debug)]
+pub struct MagnitudeGradient<'a, D: ?Sized, F: ?Sized, G: ?Sized> {
+    /// M × N, as forward wrote it.
+    pub y: Matrix<'a, D>,
+    /// 1 × N, as in forward.
+    pub bias: Option<Matrix<'a, D>>,
+    /// 1 × N in f32, what the gain was computed from.
+    pub magnitude: Matrix<'a, F>,
+    /// 1 × N in f32, output.
+    pub dm: MatrixMut<'a, G>,
 }
 
 /// dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B; every output is optional.
+///
+/// With a gain (DoRA) dx and dh are of dz = gain ∘ dy, rounded to the storage type, in place of dy, and db = gain ∘ dyᵀ h.
 #[derive(Debug)]
-pub struct Backward<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized> {
+pub struct Backward<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized, F: ?Sized> {
     /// M × N, gradient of the output.
     pub dy: Matrix<'a, D>,
     /// N × K, frozen weight.
@@ -216,10 +241,12 @@ pub struct Backward<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized> {
     pub db: Option<Gradient<'a, O, G>>,
     /// 1 × N.
     pub dbias: Option<Gradient<'a, O, G>>,
+    /// 1 × N, of DoRA's magnitude; asks for a gain.
+    pub dm: Option<MagnitudeGradient<'a, D, F, G>>,
     /// Which outputs add instead of overwriting.
     pub accumulate: Accumulate,
     /// As in forward.
-    pub variant: Variant<'a, U>,
+    pub variant: Variant<'a, U, F>,
 }
 
 /// The two factors of an adapter, both in the storage type or both in f32.
@@ -272,4 +299,25 @@ pub struct Round<'a, D: ?Sized, O: ?Sized, F: ?Sized> {
     pub rounded_a: MatrixMut<'a, O>,
     /// N × R, output.
     pub rounded_b: MatrixMut<'a, O>,
+}
+
+/// norm = ‖W + scale · B A‖ and gain = magnitude / norm, row by row of W: what DoRA's forward multiplies by, anew whenever the adapter
+/// changes.
+///
+/// The norm is Euclidean, over the row of W with the adapter folded in, unrounded: sums in f32, or exacter. PEFT rounds the norm to
+/// the storage type, this does not. A row of zeros has an infinite gain, or none.
+#[derive(Debug)]
+pub struct Gain<'a, D: ?Sized, F: ?Sized, G: ?Sized> {
+    /// N × K, frozen weight.
+    pub w: Matrix<'a, D>,
+    /// A and B; R = 0 leaves the norms of W alone.
+    pub factors: Factors<'a, D, F>,
+    /// α/r or α/√r.
+    pub scale: f32,
+    /// 1 × N in f32; needed for the gain.
+    pub magnitude: Option<Matrix<'a, F>>,
+    /// 1 × N in f32, output; the magnitude of a new adapter.
+    pub norm: Option<MatrixMut<'a, G>>,
+    /// 1 × N in f32, output.
+    pub gain: Option<MatrixMut<'a, G>>,
 }

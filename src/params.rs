@@ -30,6 +30,20 @@ pub struct LoraDropout {
     pub padding: u32,
 }
 
+/// What DoRA's gradient of the magnitude is computed from, and where it goes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoraMagnitude {
+    /// M × N, as forward wrote it.
+    pub y: LoraMatrix,
+    /// Device address of N elements of the storage type; 0 when absent.
+    pub bias: u64,
+    /// Device address of N elements of f32.
+    pub magnitude: u64,
+    /// Device address of N elements of f32, output; 0 when not asked for.
+    pub dm: u64,
+}
+
 /// The parameter of a forward kernel. Units of work are numbered h first, then y.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -78,6 +92,8 @@ pub struct LoraForwardParams {
     pub dropout: LoraDropout,
     /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent.
     pub routes: u64,
+    /// Device address of N elements of f32, DoRA's factors of the columns; 0 when absent.
+    pub gain: u64,
 }
 
 /// The parameter of a backward kernel. Units of work are numbered dh, dx, db (with dbias), da.
@@ -154,6 +170,10 @@ pub struct LoraBackwardParams {
     pub dropout: LoraDropout,
     /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent.
     pub routes: u64,
+    /// Device address of N elements of f32, DoRA's factors of the columns; 0 when absent.
+    pub gain: u64,
+    /// DoRA's gradient of the magnitude.
+    pub magnitude: LoraMagnitude,
 }
 
 /// The parameter of a forward kernel of the Hopper family, after its tensor maps. Tickets hand out bundles of h units
@@ -199,6 +219,8 @@ pub struct LoraSm90ForwardParams {
     pub dropout: LoraDropout,
     /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent.
     pub routes: u64,
+    /// Device address of N elements of f32, DoRA's factors of the columns; 0 when absent.
+    pub gain: u64,
 }
 
 /// The parameter of a backward kernel of the Hopper family, after its tensor maps. Tickets hand out bundles of dh units,
@@ -272,6 +294,10 @@ pub struct LoraSm90BackwardParams {
     pub dropout: LoraDropout,
     /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent.
     pub routes: u64,
+    /// Device address of N elements of f32, DoRA's factors of the columns; 0 when absent.
+    pub gain: u64,
+    /// DoRA's gradient of the magnitude.
+    pub magnitude: LoraMagnitude,
 }
 
 /// The parameter of merge: merged = w + scale · B A, a tile per CTA, numbered along K first.
@@ -330,6 +356,36 @@ pub struct LoraRoundParams {
     pub flags: u32,
 }
 
+/// The parameter of gain: norm = ‖w + scale · B A‖ of each row and gain = magnitude / norm; a CTA has `LORA_GAIN_ROWS` rows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LoraGainParams {
+    /// N × K.
+    pub w: LoraMatrix,
+    /// R × K, of the storage type or f32.
+    pub a: LoraMatrix,
+    /// N × R, as `a`.
+    pub b: LoraMatrix,
+    /// Device address of N elements of f32; 0 when absent.
+    pub magnitude: u64,
+    /// Device address of N elements of f32, output; 0 when not asked for.
+    pub norm: u64,
+    /// Device address of N elements of f32, output; 0 when not asked for.
+    pub gain: u64,
+    /// Output features.
+    pub n: u32,
+    /// Input features.
+    pub k: u32,
+    /// Rank.
+    pub r: u32,
+    /// α/r or α/√r.
+    pub scale: f32,
+    /// `LORA_FACTORS_F32` or 0.
+    pub flags: u32,
+    /// Zero: the struct ends at a multiple of 8 bytes.
+    pub padding: u32,
+}
+
 /// Defines each constant once and, with the header at hand, proves that it agrees.
 macro_rules! constants {
     ($($name:ident = $value:expr;)*) => {
@@ -383,6 +439,8 @@ constants! {
     LORA_ROUND_ROWS = 8;
     LORA_ROUND_COLS = 256;
     LORA_ROUND_THREADS = 256;
+    LORA_GAIN_ROWS = 16;
+    LORA_GAIN_THREADS = 256;
     LORA_FACTORS_F32 = 1;
     LORA_ROUTE_ROWS = 64;
     LORA_ROUTE_RANKS = 64;
@@ -395,6 +453,7 @@ constants! {
     LORA_DA_F32 = 16;
     LORA_DB_F32 = 32;
     LORA_DBIAS_F32 = 64;
+    LORA_ACCUMULATE_DM = 128;
 }
 
 #[cfg(all(feature = "cuda", not(fused_lora_no_kernels)))]
@@ -413,18 +472,20 @@ mod header {
     const _: () = {
         same_layout!(LoraMatrix: ptr row_stride);
         same_layout!(LoraDropout: seed offset state threshold padding);
+        same_layout!(LoraMagnitude: y bias magnitude dm);
         same_layout!(LoraForwardParams: x w a b h y bias sync m n k r scale m_blocks n_blocks h_units units group_m
-            flag_shift sync_words dropout routes);
+            flag_shift sync_words dropout routes gain);
         same_layout!(LoraBackwardParams: dy w a b x h dh dx da db dbias partials sync m n k r scale m_blocks n_blocks
             k_blocks dh_units dx_end db_end units chunks chunk_rows partial_stride counters group_m flag_shift
-            sync_words flags dropout routes);
+            sync_words flags dropout routes gain magnitude);
         same_layout!(LoraMergeParams: w a b merged n k r scale k_blocks flags);
         same_layout!(LoraRoundParams: a b rounded_a rounded_b n k r scale a_units k_blocks r_blocks flags);
+        same_layout!(LoraGainParams: w a b magnitude norm gain n k r scale flags padding);
         same_layout!(LoraSm90ForwardParams: h bias sync m n k r scale m_groups n_blocks r_blocks h_units h_tickets
-            tickets group_m flag_shift sync_words dropout routes);
+            tickets group_m flag_shift sync_words dropout routes gain);
         same_layout!(LoraSm90BackwardParams: dh dx da db dbias partials sync m n k r scale m_groups n_groups k_groups
             k_blocks r_blocks dh_units dh_tickets dx_end db_end tickets chunks chunk_rows partial_stride counters
-            group_m flag_shift sync_words flags padding dropout routes);
+            group_m flag_shift sync_words flags padding dropout routes gain magnitude);
     };
 
     /// A block as `Launch::parameter_bytes` lays it out: maps, fields, and padding to whole 128 bytes.
@@ -466,4 +527,6 @@ pub enum Params {
     Merge(LoraMergeParams),
     /// Of round.
     Round(LoraRoundParams),
+    /// Of gain.
+    Gain(LoraGainParams),
 }

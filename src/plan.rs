@@ -15,8 +15,8 @@ mod portable;
 mod sm90;
 
 pub use crate::params::{
-    LoraBackwardParams, LoraDropout, LoraForwardParams, LoraMatrix, LoraMergeParams, LoraRoundParams,
-    LoraSm90BackwardParams, LoraSm90ForwardParams, Params,
+    LoraBackwardParams, LoraDropout, LoraForwardParams, LoraGainParams, LoraMagnitude, LoraMatrix, LoraMergeParams,
+    LoraRoundParams, LoraSm90BackwardParams, LoraSm90ForwardParams, Params,
 };
 pub use device::{Device, Peak};
 pub use floor::Floor;
@@ -154,6 +154,7 @@ fn gradient_flags(op: &raw::Backward) -> u32 {
         (op.accumulate.da, LORA_ACCUMULATE_DA),
         (op.accumulate.db, LORA_ACCUMULATE_DB),
         (op.accumulate.dbias, LORA_ACCUMULATE_DBIAS),
+        (op.accumulate.dm, LORA_ACCUMULATE_DM),
         (is_f32(op.da), LORA_DA_F32),
         (is_f32(op.db), LORA_DB_F32),
         (is_f32(op.dbias), LORA_DBIAS_F32),
@@ -374,7 +375,7 @@ impl Plan {
                 &[LORA_SM90_BACKWARD_DH, LORA_SM90_BACKWARD_DH_TOKENS]
             }
             // Launches of these need no workspace, and no plan.
-            Params::Merge(_) | Params::Round(_) => &[],
+            Params::Merge(_) | Params::Round(_) | Params::Gain(_) => &[],
         };
         for &index in maps {
             if let Some(Some(map)) = launch.maps.get_mut(index as usize) {

@@ -55,13 +55,28 @@ pub struct Dropout {
     pub seed: Seed,
 }
 
-/// How the adapter branch departs from the plain formula, as [`crate::Variant`].
+/// How a layer departs from the plain formula, as [`crate::Variant`].
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Variant {
     /// Elements of x that the adapter branch does not see.
     pub dropout: Option<Dropout>,
     /// 1 × [`Routing::words_for`](crate::Routing::words_for)(M) elements of 64 bits.
     pub routes: Option<Matrix>,
+    /// 1 × N elements of f32.
+    pub gain: Option<Matrix>,
+}
+
+/// The gradient of DoRA's magnitude, as [`crate::MagnitudeGradient`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MagnitudeGradient {
+    /// M × N.
+    pub y: Matrix,
+    /// 1 × N.
+    pub bias: Option<Matrix>,
+    /// 1 × N elements of f32.
+    pub magnitude: Matrix,
+    /// 1 × N elements of f32, output.
+    pub dm: Matrix,
 }
 
 /// Arguments of forward; fields as in [`crate::Forward`].
@@ -85,7 +100,7 @@ pub struct Forward {
     pub h: Option<Matrix>,
     /// M × N.
     pub y: Matrix,
-    /// Dropout and routes.
+    /// Dropout, routes and DoRA.
     pub variant: Variant,
 }
 
@@ -116,9 +131,11 @@ pub struct Backward {
     pub db: Option<Gradient>,
     /// 1 × N.
     pub dbias: Option<Gradient>,
+    /// 1 × N.
+    pub dm: Option<MagnitudeGradient>,
     /// Which outputs add to what is there.
     pub accumulate: Accumulate,
-    /// Dropout and routes.
+    /// Dropout, routes and DoRA.
     pub variant: Variant,
 }
 
@@ -158,4 +175,27 @@ pub struct Round {
     pub rounded_a: Matrix,
     /// N × R.
     pub rounded_b: Matrix,
+}
+
+/// Arguments of gain; fields as in [`crate::Gain`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Gain {
+    /// Storage type of w.
+    pub dtype: Dtype,
+    /// N × K.
+    pub w: Matrix,
+    /// `true`: A and B are f32; `false`: the storage type.
+    pub f32_factors: bool,
+    /// R × K.
+    pub a: Matrix,
+    /// N × R.
+    pub b: Matrix,
+    /// α/r or α/√r.
+    pub scale: f32,
+    /// 1 × N elements of f32.
+    pub magnitude: Option<Matrix>,
+    /// 1 × N elements of f32.
+    pub norm: Option<Matrix>,
+    /// 1 × N elements of f32.
+    pub gain: Option<Matrix>,
 }

@@ -92,6 +92,8 @@ pub struct Inputs {
     pub scale: f64,
     /// Of dropout: M × K, 1 / (1 − p) for what the adapter branch sees of x and 0 for what it does not.
     pub keep: Option<Mat>,
+    /// DoRA's factors of the columns of y.
+    pub gain: Option<Mat>,
     /// Of routes: M × R, the scale of its adapter for what a row keeps of h and dh, 0 for what it does not.
     pub gate: Option<Mat>,
 }
@@ -110,6 +112,7 @@ impl Inputs {
             dy,
             scale: self.scale.abs(),
             keep: self.keep.clone(),
+            gain: self.gain.as_ref().map(abs),
             gate: self.gate.as_ref().map(abs),
         }
     }
@@ -118,6 +121,22 @@ impl Inputs {
     fn routed(&self, product: &Mat) -> Mat {
         let gate = |i, j| self.gate.as_ref().map_or(1.0, |gate| gate.at(i, j));
         Mat::from_fn(product.rows, product.cols, |i, j| self.scale * gate(i, j) * product.at(i, j))
+    }
+
+    /// The columns of an M × N matrix times the gain.
+    fn gained(&self, m: &Mat) -> Mat {
+        match &self.gain {
+            Some(gain) => Mat::from_fn(m.rows, m.cols, |i, j| gain.at(0, j) * m.at(i, j)),
+            None => m.clone(),
+        }
+    }
+
+    /// The bias, where there is one, added to every row.
+    fn biased(&self, m: &Mat) -> Mat {
+        match &self.bias {
+            Some(bias) => Mat::from_fn(m.rows, m.cols, |i, j| m.at(i, j) + bias.at(0, j)),
+            None => m.clone(),
+        }
     }
 
     /// What of an M × K matrix passes through dropout.
@@ -152,15 +171,24 @@ pub fn keep(p: f32, [seed, offset]: [u64; 2], m: usize, k: usize) -> Mat {
     kept
 }
 
-/// (h, y): h = scale · (x ∘ keep) Aᵀ ∘ gate, y = x Wᵀ + h Bᵀ (+ bias).
+/// (h, y): h = scale · (x ∘ keep) Aᵀ ∘ gate, y = gain ∘ (x Wᵀ + h Bᵀ) (+ bias).
 pub fn forward(i: &Inputs) -> (Mat, Mat) {
     let h = i.routed(&i.kept(&i.x).times(&i.a.transposed()));
-    let y = i.x.times(&i.w.transposed()).plus(&h.times(&i.b.transposed()));
-    let y = match &i.bias {
-        Some(bias) => Mat::from_fn(y.rows, y.cols, |row, col| y.at(row, col) + bias.at(0, col)),
-        None => y,
-    };
+    let y = i.biased(&i.gained(&i.x.times(&i.w.transposed()).plus(&h.times(&i.b.transposed()))));
     (h, y)
+}
+
+/// DoRA's norm: ‖W + scale · B A‖ of each row of W.
+pub fn norm(w: &Mat, a: &Mat, b: &Mat, scale: f64) -> Mat {
+    let folded = w.plus(&b.times(a).map(|v| scale * v));
+    Mat::from_fn(1, w.rows, |_, n| (0..w.cols).map(|k| folded.at(n, k).powi(2)).sum::<f64>().sqrt())
+}
+
+/// DoRA's gradient of the magnitude: dm = Σ dy ∘ (y − bias) / magnitude; `y` as forward stored it.
+pub fn magnitude_gradient(dy: &Mat, y: &Mat, bias: Option<&Mat>, magnitude: &Mat) -> Mat {
+    let bias = |j| bias.map_or(0.0, |bias| bias.at(0, j));
+    let sum = |j| (0..y.rows).map(|i| dy.at(i, j) * (y.at(i, j) - bias(j))).sum::<f64>();
+    Mat::from_fn(1, y.cols, |_, j| sum(j) / magnitude.at(0, j))
 }
 
 /// What backward writes.
@@ -173,13 +201,15 @@ pub struct Gradients {
     pub dbias: Mat,
 }
 
-/// dh = scale · dy B ∘ gate, dx = dy W + (dh A) ∘ keep, da = dhᵀ (x ∘ keep), db = dyᵀ h, dbias = Σ dy; `h` as forward stored it.
+/// dh = scale · dz B ∘ gate, dx = dz W + (dh A) ∘ keep, da = dhᵀ (x ∘ keep), db = dzᵀ h, dbias = Σ dy, with dz = gain ∘ dy; `h` as
+/// forward stored it.
 pub fn backward(i: &Inputs, h: &Mat) -> Gradients {
-    let dh = i.routed(&i.dy.times(&i.b));
+    let dz = i.gained(&i.dy);
+    let dh = i.routed(&dz.times(&i.b));
     Gradients {
-        dx: i.dy.times(&i.w).plus(&i.kept(&dh.times(&i.a))),
+        dx: dz.times(&i.w).plus(&i.kept(&dh.times(&i.a))),
         da: dh.transposed().times(&i.kept(&i.x)),
-        db: i.dy.transposed().times(h),
+        db: dz.transposed().times(h),
         dbias: i.dy.column_sums(),
     }
 }
@@ -188,27 +218,31 @@ fn rounded<T: Element>(m: &Mat) -> Mat {
     m.map(|v| T::from_f64(v).to_f64())
 }
 
-/// [`forward`] as separate products in `T`: round(round(x Wᵀ + bias) + round(h Bᵀ)), h = round(scale · round(x Aᵀ)).
+/// [`forward`] as separate products in `T`: round(round(x Wᵀ + bias) + round(h Bᵀ)), h = round(scale · round(x Aᵀ)). With a gain the
+/// bias comes last: round(round(gain ∘ round(round(x Wᵀ) + round(h Bᵀ))) + bias).
 pub fn naive_forward<T: Element>(i: &Inputs) -> (Mat, Mat) {
     let x = rounded::<T>(&i.kept(&i.x));
     let narrow = rounded::<T>(&x.times_f32(&i.a.transposed()));
     let h = rounded::<T>(&i.routed(&narrow));
     let base = i.x.times_f32(&i.w.transposed());
-    let bias = |col| i.bias.as_ref().map_or(0.0, |bias| bias.at(0, col));
-    let base = rounded::<T>(&Mat::from_fn(base.rows, base.cols, |row, col| base.at(row, col) + bias(col)));
+    let base = rounded::<T>(&if i.gain.is_some() { base } else { i.biased(&base) });
     let y = rounded::<T>(&base.plus(&rounded::<T>(&h.times_f32(&i.b.transposed()))));
-    (h, y)
+    if i.gain.is_none() {
+        return (h, y);
+    }
+    (h, rounded::<T>(&i.biased(&rounded::<T>(&i.gained(&y)))))
 }
 
 /// [`backward`] as separate products in `T`; da, db and dbias stay in f32, the stricter of the two choices.
 pub fn naive_backward<T: Element>(i: &Inputs, h: &Mat) -> Gradients {
-    let dh = rounded::<T>(&i.routed(&rounded::<T>(&i.dy.times_f32(&i.b))));
-    let (base, adapter) = (rounded::<T>(&i.dy.times_f32(&i.w)), rounded::<T>(&dh.times_f32(&i.a)));
+    let dz = if i.gain.is_some() { rounded::<T>(&i.gained(&i.dy)) } else { i.dy.clone() };
+    let dh = rounded::<T>(&i.routed(&rounded::<T>(&dz.times_f32(&i.b))));
+    let (base, adapter) = (rounded::<T>(&dz.times_f32(&i.w)), rounded::<T>(&dh.times_f32(&i.a)));
     let (x, adapter) = (rounded::<T>(&i.kept(&i.x)), rounded::<T>(&i.kept(&adapter)));
     Gradients {
         dx: rounded::<T>(&base.plus(&adapter)),
         da: dh.transposed().times_f32(&x),
-        db: i.dy.transposed().times_f32(h),
+        db: dz.transposed().times_f32(h),
         dbias: Mat::from_fn(1, i.dy.rows, |_, _| 1.0).times_f32(&i.dy),
     }
 }

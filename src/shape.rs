@@ -1,7 +1,7 @@
 //! The one place that judges dimensions, strides, alignment and overlap.
 
 use crate::error::{Error, Result};
-use crate::raw::{Backward, Forward, Gradient, Matrix, Merge, Round, Seed, Variant};
+use crate::raw::{Backward, Forward, Gain, Gradient, MagnitudeGradient, Matrix, Merge, Round, Seed, Variant};
 use crate::{Dtype, MAX_ROUTED_RANK, Routing};
 
 /// The four dimensions of a layer call: x is M × K, w is N × K, a is R × K, b is N × R.
@@ -180,7 +180,7 @@ impl Forward {
     ///
     /// # Errors
     /// [`Error::ZeroDimension`], [`Error::Dimension`], [`Error::TooLarge`], [`Error::Scale`], [`Error::Probability`],
-    /// [`Error::Stride`], [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
+    /// [`Error::Exclusive`], [`Error::Stride`], [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
         self.judge().map(|(shape, _)| shape)
     }
@@ -223,6 +223,13 @@ impl Variant {
             }
             inputs.push(sized("routes", routes, 8, 1, Routing::words_for(shape.m))?);
         }
+        if let Some(gain) = self.gain {
+            inputs.push(sized("gain", gain, 4, 1, shape.n)?);
+            let rival = [("dropout", self.dropout.is_some()), ("routes", self.routes.is_some())];
+            if let Some((other, _)) = rival.into_iter().find(|(_, is_there)| *is_there) {
+                return Err(Error::Exclusive { arg: "gain", other });
+            }
+        }
         let Some(dropout) = self.dropout else { return Ok(()) };
         if !(0.0..=1.0).contains(&dropout.p) {
             return Err(Error::Probability { got: dropout.p });
@@ -243,8 +250,8 @@ impl Backward {
     ///
     /// # Errors
     /// [`Error::NoOutput`], [`Error::Missing`], and as forward [`Error::ZeroDimension`], [`Error::Dimension`],
-    /// [`Error::TooLarge`], [`Error::Scale`], [`Error::Probability`], [`Error::Stride`], [`Error::NullPointer`],
-    /// [`Error::Misaligned`], [`Error::Overlap`].
+    /// [`Error::TooLarge`], [`Error::Scale`], [`Error::Probability`], [`Error::Exclusive`], [`Error::Stride`],
+    /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
         self.judge().map(|(shape, _)| shape)
     }
@@ -254,8 +261,12 @@ impl Backward {
         nonzero("w", &self.w)?;
         let shape = LoraShape { m: self.dy.rows, n: self.w.rows, k: self.w.cols, r: self.a.rows };
         let LoraShape { m, n, k, r } = shape;
-        if self.dx.is_none() && self.da.is_none() && self.db.is_none() && self.dbias.is_none() {
-            return Err(Error::NoOutput);
+        let wanted = [self.dx.is_some(), self.da.is_some(), self.db.is_some(), self.dbias.is_some(), self.dm.is_some()];
+        if !wanted.contains(&true) {
+            return Err(Error::NoOutput { expected: "dx, da, db, dbias, dm" });
+        }
+        if self.dm.is_some() && self.variant.gain.is_none() {
+            return Err(Error::Missing { arg: "gain", output: "dm" });
         }
         if self.da.is_some() && self.x.is_none() {
             return Err(Error::Missing { arg: "x", output: "da" });
@@ -278,6 +289,14 @@ impl Backward {
         }
         self.variant.operands(shape, self.scale, &mut inputs)?;
         let mut outputs = Vec::new();
+        if let Some(MagnitudeGradient { y, bias, magnitude, dm }) = self.dm {
+            inputs.push(sized("y", y, bytes, m, n)?);
+            if let Some(bias) = bias {
+                inputs.push(sized("bias", bias, bytes, 1, n)?);
+            }
+            inputs.push(sized("magnitude", magnitude, 4, 1, n)?);
+            outputs.push(sized("dm", dm, 4, 1, n)?);
+        }
         if let Some(dx) = self.dx {
             outputs.push(sized("dx", dx, bytes, m, k)?);
         }
@@ -334,6 +353,41 @@ impl Round {
         let inputs = [sized("a", self.a, factor, r, k)?, sized("b", self.b, factor, n, r)?];
         let outputs =
             [sized("rounded_a", self.rounded_a, storage, r, k)?, sized("rounded_b", self.rounded_b, storage, n, r)?];
+        check_operands(shape, self.scale, &inputs, &outputs).map(|(shape, _)| shape)
+    }
+}
+
+impl Gain {
+    /// Dimensions, strides, addresses, overlap, scale and presence; returns the shape, with M = 1, when all are right.
+    ///
+    /// # Errors
+    /// [`Error::NoOutput`], [`Error::Missing`], [`Error::ZeroDimension`], [`Error::Dimension`], [`Error::TooLarge`],
+    /// [`Error::Scale`], [`Error::Stride`], [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
+    pub fn check(&self) -> Result<LoraShape> {
+        nonzero("w", &self.w)?;
+        let shape = LoraShape { m: 1, n: self.w.rows, k: self.w.cols, r: self.a.rows };
+        let LoraShape { n, k, r, .. } = shape;
+        if self.norm.is_none() && self.gain.is_none() {
+            return Err(Error::NoOutput { expected: "norm, gain" });
+        }
+        if self.gain.is_some() && self.magnitude.is_none() {
+            return Err(Error::Missing { arg: "magnitude", output: "gain" });
+        }
+        let factor = factor_bytes(self.dtype, self.f32_factors);
+        let mut inputs = vec![
+            sized("w", self.w, self.dtype.size(), n, k)?,
+            sized("a", self.a, factor, r, k)?,
+            sized("b", self.b, factor, n, r)?,
+        ];
+        if let Some(magnitude) = self.magnitude {
+            inputs.push(sized("magnitude", magnitude, 4, 1, n)?);
+        }
+        let mut outputs = Vec::new();
+        for (arg, output) in [("norm", self.norm), ("gain", self.gain)] {
+            if let Some(matrix) = output {
+                outputs.push(sized(arg, matrix, 4, 1, n)?);
+            }
+        }
         check_operands(shape, self.scale, &inputs, &outputs).map(|(shape, _)| shape)
     }
 }

@@ -152,7 +152,7 @@ fn inputs((m, n, k, r, seed): Shape) -> Inputs {
         Mat { rows, cols, data }
     };
     let (x, w, a, b) = (random(m, k, 1.0), random(n, k, 0.25), random(r, k, 0.25), random(n, r, 0.5));
-    Inputs { x, w, a, b, bias: None, dy: random(m, n, 1.0), scale: -1.75, keep: None, gate: None }
+    Inputs { x, w, a, b, bias: None, dy: random(m, n, 1.0), scale: -1.75, keep: None, gate: None, gain: None }
 }
 
 /// What the rule says of the outputs of both operations: how far each element may be from exact.

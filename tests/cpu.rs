@@ -2,7 +2,9 @@
 
 mod common;
 
-use common::data::{Placement, Spec, dropout_table, integer_table, routes_table, shape_table, subset_table};
+use common::data::{
+    Placement, Spec, dora_table, dropout_table, integer_table, routes_table, shape_table, subset_table,
+};
 use common::{Backend, Cpu, HostDropout, check};
 use fused_lora::{Dtype, Element, bf16, f16};
 use proptest::prelude::*;
@@ -46,6 +48,17 @@ fn small_integers_are_exact() {
         check::forward::<bf16>(&Cpu, &spec);
         check::forward::<f32>(&Cpu, &spec);
         check::backward::<f16>(&Cpu, &spec);
+        check::backward::<bf16>(&Cpu, &spec);
+        check::backward::<f32>(&Cpu, &spec);
+    }
+}
+
+/// DoRA's gain and the gradient of its magnitude.
+#[test]
+fn dora_at_the_edges_of_tiles() {
+    for spec in dora_table() {
+        check::forward::<f16>(&Cpu, &spec);
+        check::forward::<f32>(&Cpu, &spec);
         check::backward::<bf16>(&Cpu, &spec);
         check::backward::<f32>(&Cpu, &spec);
     }

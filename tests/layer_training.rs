@@ -241,7 +241,7 @@ fn micro_batches_add_up() {
                 da: Some(MatrixMut::new(&mut da[..], 4, 33)),
                 db: Some(MatrixMut::new(&mut db[..], 20, 4)),
                 dbias: Some(MatrixMut::new(&mut dbias[..], 1, 20)),
-                accumulate: Accumulate { dx: false, da: add, db: add, dbias: add },
+                accumulate: Accumulate { dx: false, da: add, db: add, dbias: add, dm: false },
             };
             layer.backward(&pass, matrix(&dy[..], 20), gradients).expect("backward");
         }
@@ -379,12 +379,15 @@ fn the_bias_of_the_layer_is_changed_with_what_was_made_of_it() {
     // A change that fails half-way is followed as far as it went.
     let failed = layer.update_bias(|bias| {
         bias[0] = bf16::ZERO;
-        Err(Error::NoOutput)
+        Err(Error::NoOutput { expected: "dx, da, db, dbias, dm" })
     });
     layer.activate("f32").expect("an adapter");
     let mut half = after;
     half[0] = bf16::ZERO;
-    assert_eq!((failed, zero(&layer)), (Err(Error::NoOutput), rounded_bias(Some(&half), &[(1.5, &one)])));
+    assert_eq!(
+        (failed, zero(&layer)),
+        (Err(Error::NoOutput { expected: "dx, da, db, dbias, dm" }), rounded_bias(Some(&half), &[(1.5, &one)]))
+    );
 
     let state = |error: Error| matches!(error, Error::State { operation: "update_bias", .. });
     layer.merge().expect("a merge");

@@ -70,6 +70,7 @@ fn scratch<T: Element>(LoraShape { m, n, k, r }: LoraShape) -> [usize; 2] {
             da: Some(Gradient::F32(MatrixMut::new(&mut da[..], r, k))),
             db: Some(Gradient::F32(MatrixMut::new(&mut db[..], n, r))),
             dbias: None,
+            dm: None,
             accumulate: Accumulate::default(),
             variant: Default::default(),
         })

@@ -17,7 +17,7 @@ fn random(m: usize, n: usize, k: usize, r: usize) -> Inputs {
     let mut random =
         |rows, cols| Mat { rows, cols, data: (0..rows * cols).map(|_| bf16::from_f64(rng.unit()).to_f64()).collect() };
     let (x, w, a, b) = (random(m, k), random(n, k), random(r, k), random(n, r));
-    Inputs { x, w, a, b, bias: Some(random(1, n)), dy: random(m, n), scale: 0.75, keep: None, gate: None }
+    Inputs { x, w, a, b, bias: Some(random(1, n)), dy: random(m, n), scale: 0.75, keep: None, gate: None, gain: None }
 }
 
 /// One token, two inputs, two outputs, rank one, on paper.
@@ -33,6 +33,7 @@ fn a_layer_by_hand() {
         scale: 0.5,
         keep: None,
         gate: None,
+        gain: None,
     };
     let (h, y) = reference::forward(&inputs);
     assert_eq!(h, mat(1, 1, &[2.0])); // 0.5 · (1·2 + 2·1)
@@ -152,6 +153,7 @@ fn routes_are_adapters_alone() {
             b: Mat::from_fn(all.b.rows, ranks, |i, j| all.b.at(i, first_rank + j)),
             scale: all.scale * f64::from(scale),
             gate: None,
+            gain: None,
             ..all.clone()
         };
         let (h_alone, y_alone) = reference::forward(&alone);

@@ -297,6 +297,7 @@ fn inputs<T: Element>(op: &HostForward<T>) -> Inputs {
         scale: f64::from(*scale),
         keep: None,
         gate: None,
+        gain: None,
     }
 }
 

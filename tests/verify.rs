@@ -379,7 +379,7 @@ fn a_case_never_seen_before() {
             Mat { rows, cols, data: values }
         };
         let (x, w, a, b, dy) = (random(m, k), random(n, k), random(r, k), random(n, r), random(m, n));
-        let inputs = Inputs { x, w, a, b, bias: None, dy, scale: 1.5, keep: None, gate: None };
+        let inputs = Inputs { x, w, a, b, bias: None, dy, scale: 1.5, keep: None, gate: None, gain: None };
         let truth = reference::forward(&inputs);
         let naive = reference::naive_forward::<bf16>(&inputs);
         let truth = (truth.1, reference::backward(&inputs, &truth.0));

@@ -129,6 +129,7 @@ impl<T: Element> Layer<T> {
             da: gradient(&mut self.da[..], r, k),
             db: gradient(&mut self.db[..], n, r),
             dbias: None,
+            dm: None,
             accumulate: Accumulate::default(),
             variant: Default::default(),
         })

@@ -93,6 +93,7 @@ impl Layer {
             da: Some(gradient(self.da, r, k)).filter(|_| r != 0),
             db: Some(gradient(self.db, n, r)).filter(|_| r != 0),
             dbias: None,
+            dm: None,
             accumulate: Accumulate::default(),
             variant: self.variant(r),
         }

@@ -1,4 +1,5 @@
-// merged = w + scale · B A, and the factors of an adapter rounded to the storage type.
+// merged = w + scale · B A, the factors of an adapter rounded to the storage type, and the row norms of w + scale · B
+// A.
 //
 // a [R][K], b [N][R] (f32 or the storage type), w and merged [N][K], row-major with any row stride; nothing needs to be
 // aligned beyond its element. Products, sums and the multiplication by the scale are separate operations in f32, in
@@ -117,6 +118,94 @@ __device__ __forceinline__ void round_factors(const LoraRoundParams& p) {
   }
 }
 
+constexpr uint32_t kGainRows = LORA_GAIN_ROWS;
+constexpr uint32_t kGainCols = 256;  // of w at a time
+constexpr uint32_t kGainRanks = 32;  // of a and b at a time
+constexpr uint32_t kGainWarps = LORA_GAIN_THREADS / 32;
+// A warp has whole rows; a lane has pairs of neighbouring columns, kGainStride apart.
+constexpr uint32_t kGainWarpRows = kGainRows / kGainWarps;
+constexpr uint32_t kGainStride = 64;
+constexpr uint32_t kGainPairs = kGainCols / kGainStride;
+
+// Some ranks of a for these columns and of b for the CTA's rows, widened; zeros past the edges of the matrices.
+struct GainStep {
+  float a[kGainRanks][kGainCols];
+  float b[kGainRows][kGainRanks];
+};
+
+template <typename T>
+__device__ __forceinline__ void load_step(const LoraGainParams& p, GainStep& step, uint32_t n, uint32_t k, uint32_t r) {
+  const bool f32 = (p.flags & LORA_FACTORS_F32) != 0;
+#pragma unroll 4
+  for (uint32_t i = threadIdx.x; i < kGainRanks * kGainCols; i += LORA_GAIN_THREADS) {
+    const uint32_t rank = i / kGainCols, col = i % kGainCols;
+    step.a[rank][col] = r + rank < p.r && k + col < p.k ? factor<T>(p.a, f32, r + rank, k + col) : 0.0f;
+  }
+  for (uint32_t i = threadIdx.x; i < kGainRows * kGainRanks; i += LORA_GAIN_THREADS) {
+    const uint32_t row = i / kGainRanks, rank = i % kGainRanks;
+    step.b[row][rank] = r + rank < p.r && n + row < p.n ? factor<T>(p.b, f32, n + row, r + rank) : 0.0f;
+  }
+}
+
+// Adds the squares of w + scale · sums, of the columns from k on, of one row.
+template <typename T>
+__device__ __forceinline__ void add_squares(const LoraGainParams& p, float& squares, uint32_t row, uint32_t k,
+                                            const float (&sums)[kGainPairs][2]) {
+  if (row >= p.n) return;
+  const T* const w = reinterpret_cast<const T*>(p.w.ptr) + row * p.w.row_stride;
+#pragma unroll
+  for (uint32_t j = 0; j < kGainPairs; ++j) {
+#pragma unroll
+    for (uint32_t e = 0; e < 2; ++e) {
+      const uint32_t col = k + j * kGainStride + threadIdx.x % 32 * 2 + e;
+      const float value = col < p.k ? fmaf(p.scale, sums[j][e], widen(w[col])) : 0.0f;
+      squares = fmaf(value, value, squares);
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void gain(const LoraGainParams& p) {
+  __shared__ GainStep step;
+  const uint32_t n = blockIdx.x * kGainRows;
+  const uint32_t first_row = threadIdx.x / 32 * kGainWarpRows;
+  float squares[kGainWarpRows] = {};
+#pragma unroll 1
+  for (uint32_t k = 0; k < p.k; k += kGainCols) {
+    float sums[kGainWarpRows][kGainPairs][2] = {};
+#pragma unroll 1
+    for (uint32_t r = 0; r < p.r; r += kGainRanks) {
+      __syncthreads();  // the step before was read by all
+      load_step<T>(p, step, n, k, r);
+      __syncthreads();  // this one is there for all
+#pragma unroll 2
+      for (uint32_t rank = 0; rank < min(p.r - r, kGainRanks); ++rank) {
+#pragma unroll
+        for (uint32_t j = 0; j < kGainPairs; ++j) {
+          const float2 a = *reinterpret_cast<const float2*>(&step.a[rank][j * kGainStride + threadIdx.x % 32 * 2]);
+#pragma unroll
+          for (uint32_t i = 0; i < kGainWarpRows; ++i) {
+            const float b = step.b[first_row + i][rank];
+            sums[i][j][0] = fmaf(b, a.x, sums[i][j][0]);
+            sums[i][j][1] = fmaf(b, a.y, sums[i][j][1]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kGainWarpRows; ++i) add_squares<T>(p, squares[i], n + first_row + i, k, sums[i]);
+  }
+#pragma unroll
+  for (uint32_t i = 0; i < kGainWarpRows; ++i) {
+    for (uint32_t lanes = 16; lanes != 0; lanes /= 2) squares[i] += __shfl_xor_sync(0xffffffffu, squares[i], lanes);
+    const uint32_t row = n + first_row + i;
+    if (threadIdx.x % 32 != 0 || row >= p.n) continue;
+    const float norm = sqrtf(squares[i]);
+    if (p.norm != 0) reinterpret_cast<float*>(p.norm)[row] = norm;
+    if (p.gain != 0) reinterpret_cast<float*>(p.gain)[row] = reinterpret_cast<const float*>(p.magnitude)[row] / norm;
+  }
+}
+
 }  // namespace lora
 
 #define LORA_ADAPTER(dtype, T)                                                         \
@@ -127,6 +216,10 @@ __device__ __forceinline__ void round_factors(const LoraRoundParams& p) {
   extern "C" __global__ void __launch_bounds__(LORA_ROUND_THREADS, lora::kAdapterCtas) \
       lora_round_##dtype(const __grid_constant__ LoraRoundParams params) {             \
     lora::round_factors<T>(params);                                                    \
+  }                                                                                    \
+  extern "C" __global__ void __launch_bounds__(LORA_GAIN_THREADS, lora::kAdapterCtas)  \
+      lora_gain_##dtype(const __grid_constant__ LoraGainParams params) {               \
+    lora::gain<T>(params);                                                             \
   }
 
 LORA_ADAPTER(f16, __half)

@@ -61,9 +61,9 @@ pub(super) struct Backward<'a, S> {
 }
 
 /// Dropout as both operations take it.
-pub(super) fn variant<'a, U: ?Sized>(dropout: Option<Dropout>) -> Variant<'a, U> {
+pub(super) fn variant<'a, U: ?Sized, F: ?Sized>(dropout: Option<Dropout>) -> Variant<'a, U, F> {
     let given = |Dropout { p, seed, offset }| crate::Dropout { p, seed: Seed::Value { seed, offset } };
-    Variant { dropout: dropout.map(given), routes: None }
+    Variant { dropout: dropout.map(given), ..Variant::default() }
 }
 
 /// The type of the gradient of an adapter or a bias: its own.

@@ -84,6 +84,7 @@ impl Backend for Cuda {
                 da: da.as_mut().map(|da| da.gradient(r, k)),
                 db: db.as_mut().map(|db| db.gradient(n, r)),
                 dbias: dbias.as_mut().map(|dbias| dbias.gradient(1, n)),
+                dm: None,
                 accumulate: Accumulate::default(),
                 variant: variant(op.dropout),
             };

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::convert::{narrow, widen};
-use super::{Merge, Round, fits, judge, raw, shared};
+use super::{Gain, Merge, Round, fits, judge, raw, shared, vector};
 use crate::error::{Error, Result};
 use crate::shape::LoraShape;
 use crate::{Dtype, Element, Factors, Matrix, MatrixMut};
@@ -43,6 +43,26 @@ fn row<T>(matrix: Matrix<'_, [T]>, row: usize) -> &[T] {
     if matrix.cols == 0 { &[] } else { &matrix.data[matrix.offset + row * matrix.row_stride..][..matrix.cols] }
 }
 
+/// A in f32.
+fn widened_rows<F: Element>(a: Matrix<'_, [F]>, cols: usize) -> Result<Vec<f32>> {
+    let elements = a.rows.saturating_mul(cols);
+    let mut wide = Vec::new();
+    wide.try_reserve_exact(elements).map_err(|_| Error::OutOfMemory { bytes: elements.saturating_mul(4) })?;
+    wide.resize(elements, 0.0f32);
+    wide.chunks_exact_mut(cols).enumerate().for_each(|(rank, line)| widen(row(a, rank), line));
+    Ok(wide)
+}
+
+/// sums = a row of B times A, rank by rank.
+fn fold<F: Element>(factors: &[F], a: &[f32], sums: &mut [f32]) {
+    let cols = sums.len();
+    sums.fill(0.0);
+    for (factor, a) in factors.iter().zip(a.chunks_exact(cols)) {
+        let factor = factor.to_f32();
+        sums.iter_mut().zip(a).for_each(|(sum, a)| *sum += factor * a);
+    }
+}
+
 fn merge_with<T: Element, F: Element>(
     w: Option<Matrix<'_, [T]>>,
     a: Matrix<'_, [F]>,
@@ -51,20 +71,12 @@ fn merge_with<T: Element, F: Element>(
     merged: MatrixMut<'_, [T]>,
 ) -> Result<()> {
     let MatrixMut { data, offset, rows, cols, row_stride } = merged;
-    let elements = a.rows.saturating_mul(cols);
-    let mut wide = Vec::new();
-    wide.try_reserve_exact(elements).map_err(|_| Error::OutOfMemory { bytes: elements.saturating_mul(4) })?;
-    wide.resize(elements, 0.0f32);
-    wide.chunks_exact_mut(cols).enumerate().for_each(|(rank, line)| widen(row(a, rank), line));
+    let wide = widened_rows(a, cols)?;
     let lines = data[offset..].par_chunks_mut(row_stride).take(rows).enumerate();
     let scratch = || (vec![0.0f32; cols], vec![0.0f32; cols]);
     lines.for_each_init(scratch, |(sums, old), (n, line)| {
         let line = &mut line[..cols];
-        sums.fill(0.0);
-        for (factor, a) in row(b, n).iter().zip(wide.chunks_exact(cols)) {
-            let factor = factor.to_f32();
-            sums.iter_mut().zip(a).for_each(|(sum, a)| *sum += factor * a);
-        }
+        fold(row(b, n), &wide, sums);
         widen(w.map_or(&*line, |w| row(w, n)), old);
         sums.iter_mut().zip(old.iter()).for_each(|(sum, old)| *sum = old + scale * *sum);
         narrow(sums, line);
@@ -131,4 +143,66 @@ pub(crate) fn check_round<T: Element>(op: &Round<'_, T>) -> Result<LoraShape> {
     let shape =
         crate::raw::Round { dtype: T::DTYPE, f32_factors, a, b, scale, rounded_a: to_a, rounded_b: to_b }.check();
     judge(shape, lengths.and(fits("rounded_a", rounded_a)).and(fits("rounded_b", rounded_b)))
+}
+
+/// norm = ‖W + scale · B A‖ and gain = magnitude / norm.
+///
+/// # Errors
+/// What [`raw::Gain::check`](crate::raw::Gain::check) finds, [`Error::BufferTooShort`], and [`Error::OutOfMemory`] for A in f32.
+/// Nothing is written then.
+pub fn gain<T: Element>(op: Gain<'_, T>) -> Result<()> {
+    check_gain(&op)?;
+    let Gain { w, factors, scale, magnitude, norm, gain } = op;
+    let norms = match factors {
+        Factors::Storage { a, b } => norms(w, a, b, scale),
+        Factors::F32 { a, b } => norms(w, a, b, scale),
+    }?;
+    if let (Some(gain), Some(magnitude)) = (gain, magnitude) {
+        let ratios = vector(magnitude).iter().zip(&norms).map(|(magnitude, norm)| magnitude / norm);
+        gain.data[gain.offset..].iter_mut().zip(ratios).for_each(|(to, ratio)| *to = ratio);
+    }
+    if let Some(norm) = norm {
+        norm.data[norm.offset..][..norms.len()].copy_from_slice(&norms);
+    }
+    Ok(())
+}
+
+/// Sums over ranks in f32 as in [`merge`], squares in f64.
+fn norms<T: Element, F: Element>(
+    w: Matrix<'_, [T]>,
+    a: Matrix<'_, [F]>,
+    b: Matrix<'_, [F]>,
+    scale: f32,
+) -> Result<Vec<f32>> {
+    let cols = w.cols;
+    let wide = widened_rows(a, cols)?;
+    let scratch = || (vec![0.0f32; cols], vec![0.0f32; cols]);
+    let norm = |(sums, old): &mut (Vec<f32>, Vec<f32>), n: usize| {
+        fold(row(b, n), &wide, sums);
+        widen(row(w, n), old);
+        let squares = sums.iter().zip(old.iter()).map(|(sum, old)| f64::from(old + scale * sum).powi(2));
+        squares.sum::<f64>().sqrt() as f32
+    };
+    Ok((0..w.rows).into_par_iter().map_init(scratch, norm).collect())
+}
+
+pub(crate) fn check_gain<T: Element>(op: &Gain<'_, T>) -> Result<LoraShape> {
+    let Gain { w, ref factors, scale, magnitude, ref norm, ref gain } = *op;
+    let ([a, b], f32_factors, lengths) = check_factors(factors);
+    let (norm, gain) = (norm.as_ref().map(shared), gain.as_ref().map(shared));
+    let shape = crate::raw::Gain {
+        dtype: T::DTYPE,
+        w: raw(w),
+        f32_factors,
+        a,
+        b,
+        scale,
+        magnitude: magnitude.map(raw),
+        norm: norm.map(raw),
+        gain: gain.map(raw),
+    }
+    .check();
+    let vectors = [("magnitude", magnitude), ("norm", norm), ("gain", gain)];
+    let vectors = vectors.into_iter().try_for_each(|(arg, vector)| vector.map_or(Ok(()), |vector| fits(arg, vector)));
+    judge(shape, fits("w", w).and(lengths).and(vectors))
 }

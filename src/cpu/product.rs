@@ -27,17 +27,18 @@ pub(super) struct Side<'a, T> {
     matrix: Matrix<'a, [T]>,
     depth_along_rows: bool,
     keep: Option<Keep>,
+    gain: Option<&'a [f32]>,
 }
 
 impl<'a, T: Element> Side<'a, T> {
     /// The rows of `matrix` are outer, its columns depth.
     pub(super) fn rows(matrix: Matrix<'a, [T]>) -> Self {
-        Self { matrix, depth_along_rows: false, keep: None }
+        Self { matrix, depth_along_rows: false, keep: None, gain: None }
     }
 
     /// The columns of `matrix` are outer, its rows depth.
     pub(super) fn columns(matrix: Matrix<'a, [T]>) -> Self {
-        Self { matrix, depth_along_rows: true, keep: None }
+        Self { matrix, depth_along_rows: true, keep: None, gain: None }
     }
 
     /// Elements that are not kept are zeros.
@@ -45,9 +46,19 @@ impl<'a, T: Element> Side<'a, T> {
         Self { keep, ..self }
     }
 
+    /// Columns are multiplied by these, and the products rounded to `T`.
+    pub(super) fn gaining(self, gain: Option<&'a [f32]>) -> Self {
+        Self { gain, ..self }
+    }
+
     /// Whether [`panel`](Self::panel) copies nothing.
     fn is_borrowed<S: Sum>(&self) -> bool {
-        self.keep.is_none() && S::borrow::<T>(&[]).is_some()
+        self.is_as_it_lies() && S::borrow::<T>(&[]).is_some()
+    }
+
+    /// Whether nothing happens to its elements on the way.
+    fn is_as_it_lies(&self) -> bool {
+        self.keep.is_none() && self.gain.is_none()
     }
 
     fn depth(&self) -> usize {
@@ -55,7 +66,7 @@ impl<'a, T: Element> Side<'a, T> {
     }
 
     /// Outer `at.0 ..` × depth `at.1 ..` of extent `size`, with its (outer, depth) strides: where it lies when its elements
-    /// are of type `S` already and all are kept, else widened into `scratch`.
+    /// are of type `S` already and nothing happens to them, else widened into `scratch`.
     fn panel<'s, S: Sum>(
         &'s self,
         at: (usize, usize),
@@ -67,12 +78,16 @@ impl<'a, T: Element> Side<'a, T> {
         let Matrix { data, offset, row_stride, .. } = self.matrix;
         let start = offset + row * row_stride + col;
         let lines = &data[start..start + (rows - 1) * row_stride + cols];
-        if let Some(panel) = S::borrow(lines).filter(|_| self.keep.is_none()) {
+        if let Some(panel) = S::borrow(lines).filter(|_| self.is_as_it_lies()) {
             return (panel, swap((row_stride, 1)));
         }
         let panel = &mut scratch[..rows * cols];
         for (source, line) in lines.chunks(row_stride).zip(panel.chunks_exact_mut(cols)) {
             S::load(&source[..cols], line);
+            if let Some(gain) = self.gain {
+                let gained = source.iter().zip(&gain[col..]).map(|(value, gain)| T::from_f32(value.to_f32() * gain));
+                line.iter_mut().zip(gained).for_each(|(to, value)| *to = S::from(value.to_f32()));
+            }
         }
         if let Some(keep) = self.keep {
             keep.for_each_dropped((row, col), (rows, cols), |i, j| panel[i * cols + j] = S::from(0.0));
@@ -104,6 +119,10 @@ impl<'a, T: Element> Term<'a, T> {
 pub(super) struct Epilogue<'a> {
     /// Multiplies the sum.
     pub(super) scale: Option<f32>,
+    /// Multiplies the sums, one per output column.
+    pub(super) gain: Option<&'a [f32]>,
+    /// Multiplies the sums, one per output row.
+    pub(super) row_gain: Option<&'a [f32]>,
     /// What of a row's sum is kept, and another factor: one per output row.
     pub(super) routes: Option<&'a [u64]>,
     /// One value per output column.
@@ -236,6 +255,12 @@ fn fill<S: Sum, T: Element, O: Element>(
         if let Some(route) = route {
             keep_route(&route, col, sums);
         }
+        if let Some(gain) = epilogue.gain {
+            sums.iter_mut().zip(&gain[col..]).for_each(|(sum, &gain)| *sum *= S::from(gain));
+        }
+        if let Some(gain) = epilogue.row_gain {
+            sums.iter_mut().for_each(|sum| *sum *= S::from(gain[row + at]));
+        }
         if let Some(bias) = bias {
             sums.iter_mut().zip(bias).for_each(|(sum, &bias)| *sum += S::from(bias));
         }
@@ -313,6 +338,40 @@ pub(super) fn column_sums<T: Element, O: Element>(
         for (target, &sum) in target.iter_mut().zip(sums.iter()) {
             let old = if accumulate { target.to_f32() } else { 0.0 };
             *target = O::from_f32(sum as f32 + old);
+        }
+    });
+}
+
+/// output (1 × N) = Σ over rows of dy ∘ (y − bias), over the magnitude (+ old): summed in f64 and rounded once to f32 first.
+pub(super) fn magnitude_sums<T: Element>(
+    dy: Matrix<'_, [T]>,
+    y: Matrix<'_, [T]>,
+    bias: Option<&[f32]>,
+    magnitude: &[f32],
+    accumulate: bool,
+    output: MatrixMut<'_, [f32]>,
+) {
+    let target = &mut output.data[output.offset..output.offset + output.cols];
+    target.par_chunks_mut(TILE).enumerate().for_each(|(block, target)| {
+        let first = block * TILE;
+        let mut sums = [0f64; TILE];
+        let line = |matrix: Matrix<'_, [T]>, row: usize, line: &mut [f32]| {
+            let start = matrix.offset + row * matrix.row_stride + first;
+            widen(&matrix.data[start..start + line.len()], line);
+        };
+        let (mut gradients, mut results) = ([0f32; TILE], [0f32; TILE]);
+        let (gradients, results) = (&mut gradients[..target.len()], &mut results[..target.len()]);
+        for row in 0..dy.rows {
+            line(dy, row, gradients);
+            line(y, row, results);
+            for (at, (&gradient, &result)) in gradients.iter().zip(results.iter()).enumerate() {
+                let bias = bias.map_or(0.0, |bias| bias[first + at]);
+                sums[at] += f64::from(gradient) * (f64::from(result) - f64::from(bias));
+            }
+        }
+        for (at, target) in target.iter_mut().enumerate() {
+            let old = if accumulate { *target } else { 0.0 };
+            *target = (sums[at] / f64::from(magnitude[first + at])) as f32 + old;
         }
     });
 }

@@ -6,10 +6,10 @@ use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 
 use super::driver::failed;
-use super::{Backward, Forward, Merge, Round, Variant};
+use super::{Backward, Forward, Gain, Merge, Round, Variant};
 use crate::error::{Error, Result};
 use crate::shape::check_length;
-use crate::{Dropout, Element, Factors, Gradient, Matrix, MatrixMut, Seed, raw};
+use crate::{Dropout, Element, Factors, Gradient, MagnitudeGradient, Matrix, MatrixMut, Seed, raw};
 
 /// The buffers of one operation while it is being launched.
 ///
@@ -66,6 +66,7 @@ impl<'s> Access<'s> {
             da: op.da.as_mut().map(|da| self.gradient("da", da)).transpose()?,
             db: op.db.as_mut().map(|db| self.gradient("db", db)).transpose()?,
             dbias: op.dbias.as_mut().map(|dbias| self.gradient("dbias", dbias)).transpose()?,
+            dm: op.dm.as_mut().map(|dm| self.magnitude(dm)).transpose()?,
             accumulate: op.accumulate,
             variant: self.variant(&op.variant)?,
         })
@@ -99,12 +100,42 @@ impl<'s> Access<'s> {
 
     fn variant(&mut self, variant: &Variant<'s>) -> Result<raw::Variant> {
         let routes = variant.routes.map(|routes| self.read("routes", routes)).transpose()?;
-        let Some(Dropout { p, seed }) = variant.dropout else { return Ok(raw::Variant { dropout: None, routes }) };
+        let gain = variant.gain.map(|gain| self.read("gain", gain)).transpose()?;
+        let Some(Dropout { p, seed }) = variant.dropout else {
+            return Ok(raw::Variant { dropout: None, routes, gain });
+        };
         let seed = match seed {
             Seed::Value { seed, offset } => raw::Seed::Value { seed, offset },
             Seed::Memory(state) => raw::Seed::Memory(self.read("seed", state)?),
         };
-        Ok(raw::Variant { dropout: Some(raw::Dropout { p, seed }), routes })
+        Ok(raw::Variant { dropout: Some(raw::Dropout { p, seed }), routes, gain })
+    }
+
+    fn magnitude<T>(
+        &mut self,
+        from: &'s mut MagnitudeGradient<'_, dyn DevicePtr<T> + '_, dyn DevicePtr<f32> + '_, dyn DevicePtrMut<f32> + '_>,
+    ) -> Result<raw::MagnitudeGradient> {
+        Ok(raw::MagnitudeGradient {
+            y: self.read("y", from.y)?,
+            bias: from.bias.map(|bias| self.read("bias", bias)).transpose()?,
+            magnitude: self.read("magnitude", from.magnitude)?,
+            dm: self.write("dm", &mut from.dm)?,
+        })
+    }
+
+    pub(super) fn gain<T: Element>(&mut self, op: &'s mut Gain<'_, T>) -> Result<raw::Gain> {
+        let (a, b, f32_factors) = self.factors(&op.factors)?;
+        Ok(raw::Gain {
+            dtype: T::DTYPE,
+            w: self.read("w", op.w)?,
+            f32_factors,
+            a,
+            b,
+            scale: op.scale,
+            magnitude: op.magnitude.map(|magnitude| self.read("magnitude", magnitude)).transpose()?,
+            norm: op.norm.as_mut().map(|norm| self.write("norm", norm)).transpose()?,
+            gain: op.gain.as_mut().map(|gain| self.write("gain", gain)).transpose()?,
+        })
     }
 
     /// A and B, and whether they are f32.

@@ -10,7 +10,7 @@ use super::access::{Access, check_context};
 use super::driver::failed;
 use super::launch::launch;
 use super::module::{self, Module};
-use super::{Backward, Forward, Merge, Round, Workspace, driver, size};
+use super::{Backward, Forward, Gain, Merge, Round, Workspace, driver, size};
 use crate::error::Result;
 use crate::plan::{Device, Launch, Options, Plan};
 use crate::{Dtype, Element, LoraShape, raw};
@@ -215,6 +215,17 @@ impl Kernels {
             Some(launch) => self.run_alone(&launch, stream, &access),
             None => Ok(()),
         }
+    }
+
+    /// norm = ‖W + scale · B A‖ and gain = magnitude / norm, of DoRA: one launch on `stream`, without a workspace.
+    ///
+    /// # Errors
+    /// What [`Launch::gain`] finds; otherwise as [`forward`](Self::forward), less what concerns the workspace.
+    pub fn gain<T: Element>(&self, stream: &Arc<CudaStream>, mut op: Gain<'_, T>) -> Result<()> {
+        let mut access = Access::new(self.context(), stream)?;
+        let op = access.gain(&mut op)?;
+        let launch = access.judge(Launch::gain(&op))?;
+        self.run_alone(&launch, stream, &access)
     }
 
     /// As [`run`](Self::run), of a launch that needs no workspace.

@@ -41,6 +41,7 @@
 //!     da: Some(fused_lora::Gradient::F32(MatrixMut::new(&mut da, r, k))),
 //!     db: None,
 //!     dbias: None,
+//!     dm: None,
 //!     accumulate: fused_lora::Accumulate::default(),
 //!     variant: Default::default(),
 //! };
@@ -85,7 +86,13 @@ use crate::{Matrix, MatrixMut};
 use cudarc::driver::{DevicePtr, DevicePtrMut};
 
 /// [`crate::Forward`] over device memory; every argument may be of another type of buffer.
-pub type Forward<'a, T> = crate::Forward<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtr<u64> + 'a>;
+pub type Forward<'a, T> = crate::Forward<
+    'a,
+    dyn DevicePtr<T> + 'a,
+    dyn DevicePtrMut<T> + 'a,
+    dyn DevicePtr<u64> + 'a,
+    dyn DevicePtr<f32> + 'a,
+>;
 /// [`crate::Backward`] over device memory; gradients are of `T` or of f32.
 pub type Backward<'a, T> = crate::Backward<
     'a,
@@ -93,9 +100,12 @@ pub type Backward<'a, T> = crate::Backward<
     dyn DevicePtrMut<T> + 'a,
     dyn DevicePtrMut<f32> + 'a,
     dyn DevicePtr<u64> + 'a,
+    dyn DevicePtr<f32> + 'a,
 >;
 /// [`crate::Variant`] over device memory.
-pub type Variant<'a> = crate::Variant<'a, dyn DevicePtr<u64> + 'a>;
+pub type Variant<'a> = crate::Variant<'a, dyn DevicePtr<u64> + 'a, dyn DevicePtr<f32> + 'a>;
+/// [`crate::Gain`] over device memory.
+pub type Gain<'a, T> = crate::Gain<'a, dyn DevicePtr<T> + 'a, dyn DevicePtr<f32> + 'a, dyn DevicePtrMut<f32> + 'a>;
 /// [`crate::Merge`] over device memory; factors are of `T` or of f32.
 pub type Merge<'a, T> = crate::Merge<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtr<f32> + 'a>;
 /// [`crate::Round`] over device memory; factors are of `T` or of f32.

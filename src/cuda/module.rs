@@ -23,7 +23,10 @@ const KERNELS: &[(&str, &[&str])] = &[
         "portable_backward",
         &["lora_backward_f16_large", "lora_backward_f16_small", "lora_backward_bf16_large", "lora_backward_bf16_small"],
     ),
-    ("portable_adapter", &["lora_merge_f16", "lora_merge_bf16", "lora_round_f16", "lora_round_bf16"]),
+    (
+        "portable_adapter",
+        &["lora_merge_f16", "lora_merge_bf16", "lora_round_f16", "lora_round_bf16", "lora_gain_f16", "lora_gain_bf16"],
+    ),
     (
         "sm90_forward",
         &[

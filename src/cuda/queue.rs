@@ -13,7 +13,8 @@ use crate::error::{Error, Result};
 use crate::linear::Backend;
 use crate::plan::check_dtype;
 use crate::{
-    Backward, Dropout, Dtype, Element, Factors, Forward, Gradient, LoraShape, Matrix, MatrixMut, Merge, Round, Seed,
+    Backward, Dropout, Dtype, Element, Factors, Forward, Gain, Gradient, LoraShape, MagnitudeGradient, Matrix,
+    MatrixMut, Merge, Round, Seed,
 };
 
 /// The kernels with a stream and a workspace: what [`LoraLinear`](crate::linear::LoraLinear) computes on.
@@ -75,13 +76,13 @@ fn matrix_mut<'a, T>(matrix: MatrixMut<'a, dyn DevicePtrMut<T>>) -> MatrixMut<'a
     MatrixMut { data, offset, rows, cols, row_stride }
 }
 
-fn variant<'a>(given: crate::Variant<'a, dyn DevicePtr<u64>>) -> super::Variant<'a> {
+fn variant<'a>(given: crate::Variant<'a, dyn DevicePtr<u64>, dyn DevicePtr<f32>>) -> super::Variant<'a> {
     let seed = |seed| match seed {
         Seed::Value { seed, offset } => Seed::Value { seed, offset },
         Seed::Memory(state) => Seed::Memory(matrix(state)),
     };
     let dropout = given.dropout.map(|given| Dropout { p: given.p, seed: seed(given.seed) });
-    super::Variant { dropout, routes: given.routes.map(matrix) }
+    super::Variant { dropout, routes: given.routes.map(matrix), gain: given.gain.map(matrix) }
 }
 
 type StaticGradient<'a, T> = Gradient<'a, dyn DevicePtrMut<T>, dyn DevicePtrMut<f32>>;
@@ -222,7 +223,10 @@ impl Backend for Queue {
         self.workspace().reserve(&self.stream, bytes)
     }
 
-    fn forward<T: Element>(&self, op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words>) -> Result<()> {
+    fn forward<T: Element>(
+        &self,
+        op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words, Self::Read<f32>>,
+    ) -> Result<()> {
         let Forward { x, w, a, b, scale, bias, h, y, variant: given } = op;
         let op = super::Forward {
             x: matrix(x),
@@ -240,9 +244,9 @@ impl Backend for Queue {
 
     fn backward<T: Element>(
         &self,
-        op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words>,
+        op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words, Self::Read<f32>>,
     ) -> Result<()> {
-        let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, variant: given } = op;
+        let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, dm, accumulate, variant: given } = op;
         let op = super::Backward {
             dy: matrix(dy),
             w: matrix(w),
@@ -255,6 +259,12 @@ impl Backend for Queue {
             da: da.map(gradient),
             db: db.map(gradient),
             dbias: dbias.map(gradient),
+            dm: dm.map(|MagnitudeGradient { y, bias, magnitude, dm }| MagnitudeGradient {
+                y: matrix(y),
+                bias: bias.map(matrix),
+                magnitude: matrix(magnitude),
+                dm: matrix_mut(dm),
+            }),
             accumulate,
             variant: variant(given),
         };
@@ -271,6 +281,19 @@ impl Backend for Queue {
         let Round { factors: pair, scale, rounded_a, rounded_b } = op;
         let (rounded_a, rounded_b) = (matrix_mut(rounded_a), matrix_mut(rounded_b));
         self.kernels.round(&self.stream, super::Round { factors: factors(pair), scale, rounded_a, rounded_b })
+    }
+
+    fn gain<T: Element>(&self, op: Gain<'_, Self::Read<T>, Self::Read<f32>, Self::Write<f32>>) -> Result<()> {
+        let Gain { w, factors: pair, scale, magnitude, norm, gain } = op;
+        let op = super::Gain {
+            w: matrix(w),
+            factors: factors(pair),
+            scale,
+            magnitude: magnitude.map(matrix),
+            norm: norm.map(matrix_mut),
+            gain: gain.map(matrix_mut),
+        };
+        self.kernels.gain(&self.stream, op)
     }
 }
 

@@ -37,9 +37,10 @@ fn possibilities(options: Options) -> Vec<Options> {
 fn variants(r: usize, at: &mut Addresses, m: usize) -> Result<Vec<raw::Variant>> {
     let dropout = Some(raw::Dropout { p: 0.5, seed: raw::Seed::Value { seed: 0, offset: 0 } });
     let routes = if r == 0 || r > MAX_ROUTED_RANK { None } else { Some(at.words(Routing::words_for(m))?) };
-    let mut all = vec![raw::Variant::default(), raw::Variant { dropout, routes: None }];
+    let plain = raw::Variant::default();
+    let mut all = vec![plain, raw::Variant { dropout, ..plain }];
     if routes.is_some() {
-        all.extend([raw::Variant { dropout: None, routes }, raw::Variant { dropout, routes }]);
+        all.extend([raw::Variant { routes, ..plain }, raw::Variant { dropout, routes, ..plain }]);
     }
     Ok(all)
 }
@@ -87,11 +88,12 @@ pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device, options:
     let mut at = Addresses(256);
     let (dy, w, a, b) = (at.matrix(m, n)?, at.matrix(n, k)?, at.matrix(r, k)?, at.matrix(n, r)?);
     let (x, h, dx) = (at.matrix(m, k)?, at.matrix(m, r)?, at.matrix(m, k)?);
-    let (da, db, dbias) = (at.matrix(r, k)?, at.matrix(n, r)?, at.matrix(1, n)?);
+    let (da, db, dbias, dm) = (at.matrix(r, k)?, at.matrix(n, r)?, at.matrix(1, n)?, at.matrix(1, n)?);
     let gradient = |wanted: bool, matrix| wanted.then_some(raw::Gradient { matrix, f32: true });
     let mut plans = Vec::new();
     let variants = variants(r, &mut at, m)?;
-    for outputs in 1..16u32 {
+    let (y, vector) = (at.matrix(m, n)?, at.matrix(1, n)?);
+    for outputs in 1..32u32 {
         let wants = |bit: u32| outputs >> bit & 1 == 1;
         let op = raw::Backward {
             dtype,
@@ -106,10 +108,13 @@ pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device, options:
             da: gradient(wants(1), da),
             db: gradient(wants(2), db),
             dbias: gradient(wants(3), dbias),
+            dm: wants(4).then_some(raw::MagnitudeGradient { y, bias: None, magnitude: vector, dm }),
             accumulate: Accumulate::default(),
             variant: raw::Variant::default(),
         };
-        for &variant in &variants {
+        // The gradient of the magnitude asks for a gain, with which there is neither dropout nor routes.
+        let gained = [raw::Variant { gain: Some(vector), ..raw::Variant::default() }];
+        for &variant in if wants(4) { &gained[..] } else { &variants } {
             for options in possibilities(options) {
                 let op = raw::Backward { variant, ..op };
                 plans.push(Plan::backward_with(&op, device, options));
@@ -167,6 +172,7 @@ mod tests {
                 let variant = raw::Variant {
                     dropout: dropout.filter(|_| case & 64 != 0),
                     routes: routes.filter(|_| case & 128 != 0),
+                    gain: None,
                 };
                 let y = at(6, m, n);
                 let op = raw::Forward { dtype: Dtype::F16, x, w, a, b, scale: 1.0, bias: None, h, y, variant };
@@ -189,9 +195,16 @@ mod tests {
                     da: wants(1).then_some(gradient(9, r, k)),
                     db: wants(2).then_some(gradient(10, n, r)),
                     dbias: wants(3).then_some(gradient(11, 1, n)),
+                    dm: None,
                     accumulate: Accumulate { da: case & 32 != 0, ..Accumulate::default() },
                     variant,
                 };
+                let plan = Plan::backward(&op, &device).expect("a plan");
+                assert!(plan.workspace_bytes() <= backward_bound, "{}", plan.explain());
+                let gain = Some(at(12, 1, n));
+                let (y, magnitude, dm) = (at(6, m, n), at(13, 1, n), at(14, 1, n));
+                let dm = Some(raw::MagnitudeGradient { y, bias: None, magnitude, dm });
+                let op = raw::Backward { dm, variant: raw::Variant { gain, ..raw::Variant::default() }, ..op };
                 let plan = Plan::backward(&op, &device).expect("a plan");
                 assert!(plan.workspace_bytes() <= backward_bound, "{}", plan.explain());
             }

@@ -2,7 +2,7 @@
 
 use crate::cpu::{self, Cpu};
 use crate::error::{Error, Result};
-use crate::{Backward, Dtype, Element, Forward, LoraShape, Merge, Round};
+use crate::{Backward, Dtype, Element, Forward, Gain, LoraShape, Merge, Round};
 
 /// Where a layer's buffers live and what runs its operations. A handle: clones share what is behind it.
 ///
@@ -75,7 +75,10 @@ pub trait Backend: Clone {
     ///
     /// # Errors
     /// What [`raw::Forward::check`](crate::raw::Forward::check) finds, and the backend's own. Nothing is written then.
-    fn forward<T: Element>(&self, op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words>) -> Result<()>;
+    fn forward<T: Element>(
+        &self,
+        op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words, Self::Read<f32>>,
+    ) -> Result<()>;
     /// [`Backward`].
     ///
     /// # Errors
@@ -83,7 +86,7 @@ pub trait Backend: Clone {
     #[allow(clippy::type_complexity, reason = "an operand type for each kind of argument")]
     fn backward<T: Element>(
         &self,
-        op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words>,
+        op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words, Self::Read<f32>>,
     ) -> Result<()>;
     /// [`Merge`].
     ///
@@ -95,6 +98,11 @@ pub trait Backend: Clone {
     /// # Errors
     /// What [`raw::Round::check`](crate::raw::Round::check) finds, and the backend's own. Nothing is written then.
     fn round<T: Element>(&self, op: Round<'_, Self::Read<T>, Self::Write<T>, Self::Read<f32>>) -> Result<()>;
+    /// [`Gain`].
+    ///
+    /// # Errors
+    /// What [`raw::Gain::check`](crate::raw::Gain::check) finds, and the backend's own. Nothing is written then.
+    fn gain<T: Element>(&self, op: Gain<'_, Self::Read<T>, Self::Read<f32>, Self::Write<f32>>) -> Result<()>;
 }
 
 fn vector<T: Element>(len: usize) -> Result<Vec<T>> {
@@ -172,6 +180,9 @@ impl Backend for Cpu {
     fn round<T: Element>(&self, op: cpu::Round<'_, T>) -> Result<()> {
         cpu::round(op)
     }
+    fn gain<T: Element>(&self, op: cpu::Gain<'_, T>) -> Result<()> {
+        cpu::gain(op)
+    }
 }
 
 #[cfg(all(feature = "emulator", feature = "cuda"))]
@@ -192,5 +203,8 @@ impl Backend for crate::emulator::Emulator {
     }
     fn round<T: Element>(&self, op: cpu::Round<'_, T>) -> Result<()> {
         self.round(op).map(drop)
+    }
+    fn gain<T: Element>(&self, op: cpu::Gain<'_, T>) -> Result<()> {
+        self.gain(op).map(drop)
     }
 }

@@ -178,7 +178,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             0 => (plain.a, plain.b),
             rank => (Matrix::new(B::read(&bank.a), rank, self.k), Matrix::new(B::read(&bank.b), self.n, rank)),
         };
-        let variant = Variant { dropout: None, routes: Some(routes.view()) };
+        let variant = Variant { routes: Some(routes.view()), ..Variant::default() };
         let Operands { w, bias, .. } = plain;
         self.backend.forward(Forward { x, w, a, b, scale: 1.0, bias, h: None, y, variant })
     }

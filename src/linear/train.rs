@@ -278,6 +278,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             da: da.map(Gradient::F32),
             db: db.map(Gradient::F32),
             dbias: dbias.map(Gradient::F32),
+            dm: None,
             accumulate,
             variant: Variant { dropout, ..Variant::default() },
         })

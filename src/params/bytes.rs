@@ -13,6 +13,7 @@ impl Params {
             Params::Sm90Backward(p) => p.write(&mut out),
             Params::Merge(p) => p.write(&mut out),
             Params::Round(p) => p.write(&mut out),
+            Params::Gain(p) => p.write(&mut out),
         }
         out
     }
@@ -30,8 +31,8 @@ macro_rules! write_fields {
         }
         const _: () = assert!(size_of::<$name>() == 0 $(+ { let _ = stringify!($matrix); 16 })* $(+ write_fields!(@size $word))*);
     };
-    // Dropout and routes come last, in structs that have them.
-    ($name:ident: matrices $($matrix:ident)*; words $($word:ident)*; variant) => {
+    // What not every call has comes last: dropout, routes, the gain, and in backward the magnitude.
+    ($name:ident: matrices $($matrix:ident)*; words $($word:ident)*; variant $($magnitude:ident)?) => {
         impl $name {
             fn write(&self, out: &mut Vec<u8>) {
                 $(out.extend(self.$matrix.ptr.to_ne_bytes());
@@ -39,9 +40,12 @@ macro_rules! write_fields {
                 $(out.extend(self.$word.to_ne_bytes());)*
                 self.dropout.write(out);
                 out.extend(self.routes.to_ne_bytes());
+                out.extend(self.gain.to_ne_bytes());
+                $(self.$magnitude.write(out);)?
             }
         }
-        const _: () = assert!(size_of::<$name>() == size_of::<LoraDropout>() + 8 $(+ { let _ = stringify!($matrix); 16 })*
+        const _: () = assert!(size_of::<$name>() == size_of::<LoraDropout>() + 16
+            $(+ { let _ = stringify!($magnitude); size_of::<LoraMagnitude>() })? $(+ { let _ = stringify!($matrix); 16 })*
             $(+ write_fields!(@size $word))*);
     };
     (@size seed) => { 8 };
@@ -51,20 +55,26 @@ macro_rules! write_fields {
     (@size dbias) => { 8 };
     (@size partials) => { 8 };
     (@size sync) => { 8 };
+    (@size magnitude) => { 8 };
+    (@size dm) => { 8 };
+    (@size norm) => { 8 };
+    (@size gain) => { 8 };
     (@size $word:ident) => { 4 };
 }
 
 write_fields!(LoraDropout: matrices; words seed offset state threshold padding);
+write_fields!(LoraMagnitude: matrices y; words bias magnitude dm);
 write_fields!(LoraForwardParams: matrices x w a b h y;
     words bias sync m n k r scale m_blocks n_blocks h_units units group_m flag_shift sync_words; variant);
 write_fields!(LoraBackwardParams: matrices dy w a b x h dh dx da db;
     words dbias partials sync m n k r scale m_blocks n_blocks k_blocks dh_units dx_end db_end units chunks chunk_rows
-    partial_stride counters group_m flag_shift sync_words flags; variant);
+    partial_stride counters group_m flag_shift sync_words flags; variant magnitude);
 write_fields!(LoraSm90ForwardParams: matrices h;
     words bias sync m n k r scale m_groups n_blocks r_blocks h_units h_tickets tickets group_m flag_shift sync_words; variant);
 write_fields!(LoraSm90BackwardParams: matrices dh dx da db;
     words dbias partials sync m n k r scale m_groups n_groups k_groups k_blocks r_blocks dh_units dh_tickets
-    dx_end db_end tickets chunks chunk_rows partial_stride counters group_m flag_shift sync_words flags padding; variant);
+    dx_end db_end tickets chunks chunk_rows partial_stride counters group_m flag_shift sync_words flags padding; variant magnitude);
 write_fields!(LoraMergeParams: matrices w a b merged; words n k r scale k_blocks flags);
 write_fields!(LoraRoundParams: matrices a b rounded_a rounded_b;
     words n k r scale a_units k_blocks r_blocks flags);
+write_fields!(LoraGainParams: matrices w a b; words magnitude norm gain n k r scale flags padding);

@@ -31,6 +31,32 @@ fn launch(kernel: &'static str, tiles: u64, threads: u32, params: Params) -> Res
 }
 
 impl Launch {
+    /// The launch of norm = ‖W + scale · B A‖ and gain = magnitude / norm.
+    ///
+    /// # Errors
+    /// As [`merge`](Self::merge), with what [`raw::Gain::check`] finds.
+    pub fn gain(op: &raw::Gain) -> Result<Launch> {
+        let LoraShape { n, k, r, .. } = op.check()?;
+        check_dtype(op.dtype)?;
+        let address = |vector: Option<raw::Matrix>| vector.map_or(0, |vector| vector.ptr);
+        let params = LoraGainParams {
+            w: matrix(op.w),
+            a: matrix(op.a),
+            b: matrix(op.b),
+            magnitude: address(op.magnitude),
+            norm: address(op.norm),
+            gain: address(op.gain),
+            n: n as u32,
+            k: k as u32,
+            r: r as u32,
+            scale: op.scale,
+            flags: flags(op.f32_factors),
+            padding: 0,
+        };
+        let kernel = if op.dtype == Dtype::Bf16 { "lora_gain_bf16" } else { "lora_gain_f16" };
+        launch(kernel, blocks(n, LORA_GAIN_ROWS), LORA_GAIN_THREADS, Params::Gain(params))
+    }
+
     /// The launch of merged = w + scale · B A.
     ///
     /// # Errors

@@ -80,7 +80,7 @@ impl Plan {
             Params::Backward(p) => p.routes,
             Params::Sm90Forward(p) => p.routes,
             Params::Sm90Backward(p) => p.routes,
-            Params::Merge(_) | Params::Round(_) => 0,
+            Params::Merge(_) | Params::Round(_) | Params::Gain(_) => 0,
         }
     }
 
@@ -90,7 +90,7 @@ impl Plan {
             Params::Backward(p) => p.dropout,
             Params::Sm90Forward(p) => p.dropout,
             Params::Sm90Backward(p) => p.dropout,
-            Params::Merge(_) | Params::Round(_) => LoraDropout::default(),
+            Params::Merge(_) | Params::Round(_) | Params::Gain(_) => LoraDropout::default(),
         }
     }
 

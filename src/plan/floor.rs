@@ -37,7 +37,12 @@ impl Floor {
         let elements = m * k + n * k + r * k + n * r + m * n;
         let kept = if op.h.is_some() { m * rank } else { 0.0 };
         let bias = if op.bias.is_some() { n } else { 0.0 };
-        Floor { flops: 2.0 * m * (n * k + r * (k + n)), bytes: (elements + kept + bias) * op.dtype.size() as f64, peak }
+        let gain = if op.variant.gain.is_some() { 4.0 * n } else { 0.0 };
+        Floor {
+            flops: 2.0 * m * (n * k + r * (k + n)),
+            bytes: (elements + kept + bias) * op.dtype.size() as f64 + gain,
+            peak,
+        }
     }
 
     pub(super) fn backward(op: &raw::Backward, shape: LoraShape, peak: Option<Peak>) -> Floor {
@@ -52,18 +57,25 @@ impl Floor {
         };
         let macs =
             when(dx, m * n * k + m * r * k) + when(dx || da, m * n * r) + when(da, m * r * k) + when(db, m * n * r);
+        let dm = op.dm.map_or(0.0, |dm| {
+            let bias = if dm.bias.is_some() { size } else { 0.0 };
+            n * (bias + 4.0 + if op.accumulate.dm { 8.0 } else { 4.0 })
+        });
+        let dora = dm + when(op.variant.gain.is_some(), 4.0 * n);
         let read = m * n
             + when(dx, n * k + r * k)
             + when(dx || da, n * r)
             + when(da, m * k)
             + when(db, m * r)
+            + when(op.dm.is_some(), m * n)
             + when(dx, m * k * if op.accumulate.dx { 2.0 } else { 1.0 });
         Floor {
             flops: 2.0 * macs,
             bytes: read * size
                 + gradient(op.da, op.accumulate.da, rank * k)
                 + gradient(op.db, op.accumulate.db, n * rank)
-                + gradient(op.dbias, op.accumulate.dbias, n),
+                + gradient(op.dbias, op.accumulate.dbias, n)
+                + dora,
             peak,
         }
     }

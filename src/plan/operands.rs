@@ -1,6 +1,6 @@
 //! Which matrices a call reads and writes, the same for every family.
 
-use crate::params::LoraMatrix;
+use crate::params::{LoraMagnitude, LoraMatrix};
 use crate::raw;
 
 /// What a call of backward computes.
@@ -11,13 +11,14 @@ pub(super) struct Wanted {
     pub da: bool,
     pub db: bool,
     pub dbias: bool,
+    pub dm: bool,
 }
 
 impl Wanted {
     pub(super) fn of(op: &raw::Backward) -> Wanted {
         let has_adapter = op.a.rows != 0;
         let (dx, da, db) = (op.dx.is_some(), op.da.is_some() && has_adapter, op.db.is_some() && has_adapter);
-        Wanted { dh: has_adapter && (dx || da), dx, da, db, dbias: op.dbias.is_some() }
+        Wanted { dh: has_adapter && (dx || da), dx, da, db, dbias: op.dbias.is_some(), dm: op.dm.is_some() }
     }
 }
 
@@ -53,4 +54,14 @@ pub(super) fn optional(argument: Option<raw::Matrix>) -> LoraMatrix {
 /// A gradient that a call may have and yet not want, where there is no adapter.
 pub(super) fn gradient(wanted: bool, argument: Option<raw::Gradient>) -> LoraMatrix {
     optional(argument.filter(|_| wanted).map(|gradient| gradient.matrix))
+}
+
+/// The gradient of DoRA's magnitude that a call may not want.
+pub(super) fn magnitude(argument: Option<raw::MagnitudeGradient>) -> LoraMagnitude {
+    argument.map_or(LoraMagnitude::default(), |argument| LoraMagnitude {
+        y: matrix(argument.y),
+        bias: argument.bias.map_or(0, |bias| bias.ptr),
+        magnitude: argument.magnitude.ptr,
+        dm: argument.dm.ptr,
+    })
 }

@@ -4,7 +4,7 @@ mod tile;
 
 pub(super) use tile::Tile;
 
-use super::operands::{Wanted, gradient, matrix, optional, read_by_backward, read_by_forward};
+use super::operands::{Wanted, gradient, magnitude, matrix, optional, read_by_backward, read_by_forward};
 use super::{
     Choice, Device, Draft, MAX_COUNTERS, Options, Scratch, blocks, check_units, explain, flags, gradient_flags,
 };
@@ -52,6 +52,7 @@ pub(super) fn forward(op: &raw::Forward, shape: LoraShape, device: &Device, opti
         sync_words: LORA_SYNC_FLAGS + flag_count as u32,
         dropout: op.variant.dropout(),
         routes: op.variant.routes.map_or(0, |routes| routes.ptr),
+        gain: op.variant.gain.map_or(0, |gain| gain.ptr),
     };
     let mut notes = Vec::new();
     explain::slow_operands(&mut notes, &read_by_forward(op));
@@ -78,8 +79,8 @@ pub(super) fn backward(op: &raw::Backward, shape: LoraShape, device: &Device, op
     let (m_blocks, n_blocks, k_blocks) = (blocks(m, tile.block), blocks(n, tile.block), blocks(k, tile.block));
     let dh_units = if wanted.dh { m_blocks * r_blocks } else { 0 };
     let dx_units = if wanted.dx { m_blocks * k_blocks } else { 0 };
-    // dbias rides on the db tiles of the first block of ranks, which therefore exist even without db.
-    let db_tiles = n_blocks * if wanted.db { r_blocks } else { u64::from(wanted.dbias) };
+    // dbias and dm ride on the db tiles of the first block of ranks, which therefore exist even without db.
+    let db_tiles = n_blocks * if wanted.db { r_blocks } else { u64::from(wanted.dbias || wanted.dm) };
     let da_tiles = if wanted.da { k_blocks * r_blocks } else { 0 };
     let (flag_shift, flag_count) = flags(m_blocks);
     let chunks = Chunks::choose(device, &tile, m, r, db_tiles + da_tiles);
@@ -131,6 +132,8 @@ pub(super) fn backward(op: &raw::Backward, shape: LoraShape, device: &Device, op
         flags: gradient_flags(op),
         dropout: op.variant.dropout(),
         routes: op.variant.routes.map_or(0, |routes| routes.ptr),
+        gain: op.variant.gain.map_or(0, |gain| gain.ptr),
+        magnitude: magnitude(op.dm),
     };
     let mut notes = Vec::new();
     explain::slow_operands(&mut notes, &read_by_backward(op));
@@ -162,8 +165,8 @@ impl Chunks {
     fn choose(device: &Device, tile: &Tile, m: usize, r: usize, tiles: u64) -> Chunks {
         let block = u64::from(tile.block);
         let columns = (r as u64).min(u64::from(LORA_NARROW_N)).next_multiple_of(16);
-        // One f32 per thread and accumulator register: the active columns and two of the column sums.
-        let partial_stride = block * columns + 2 * u64::from(tile.threads);
+        // One f32 per thread and accumulator register: the active columns, two of the column sums, two of the products for dm.
+        let partial_stride = block * columns + 4 * u64::from(tile.threads);
         let whole = (m as u64).next_multiple_of(block);
         let wanted = (2 * u64::from(device.sms)).div_ceil(tiles.max(1));
         let affordable = MAX_PARTIAL_BYTES / (4 * partial_stride).saturating_mul(tiles.max(1));

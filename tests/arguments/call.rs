@@ -142,7 +142,7 @@ impl OnAddresses {
 fn variant(op: Op) -> raw::Variant {
     let at = |index: u64, arg| raw::Matrix::new(index << 41, op.dims(arg).0, op.dims(arg).1);
     let dropout = raw::Dropout { p: 0.25, seed: raw::Seed::Memory(at(2, "seed")) };
-    raw::Variant { dropout: Some(dropout), routes: Some(at(1, "routes")) }
+    raw::Variant { dropout: Some(dropout), routes: Some(at(1, "routes")), gain: None }
 }
 
 /// An operation over host buffers.

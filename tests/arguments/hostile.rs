@@ -109,6 +109,7 @@ fn no_operation_panics() {
             da: Some(Gradient::Storage(matrix_mut(out_da, da))),
             db: Some(Gradient::Storage(matrix_mut(out_db, db))),
             dbias: Some(Gradient::Storage(matrix_mut(out_dbias, dbias))),
+            dm: None,
             accumulate: Accumulate { dx: true, ..Accumulate::default() },
             variant: Default::default(),
         });
@@ -162,6 +163,7 @@ fn no_plan_panics() {
             da: gradient(9, da),
             db: gradient(10, db),
             dbias: gradient(11, dbias),
+            dm: None,
             accumulate: Accumulate::default(),
             variant: raw::Variant::default(),
         };

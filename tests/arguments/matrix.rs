@@ -198,7 +198,8 @@ fn products_of_dimensions_overflow_nothing() {
     let (r, limit) = (MAX_ROUTED_RANK + 1, MAX_ROUTED_RANK as u64);
     let shape = fused_lora::LoraShape { m: 5, n: 7, k: 11, r };
     let routes = Some(raw::Matrix::new(1 << 50, 1, 6));
-    let routed = raw::Forward { variant: raw::Variant { routes, dropout: None }, ..ops::forward(Dtype::F16, shape) };
+    let routed =
+        raw::Forward { variant: raw::Variant { routes, ..Default::default() }, ..ops::forward(Dtype::F16, shape) };
     let what = "R (rows of a) of a batch with routes";
     assert_eq!(routed.check(), Err(Error::TooLarge { what, got: r as u64, limit }));
     let largest = fused_lora::LoraShape { m: max, n: max, k: max, r: max };

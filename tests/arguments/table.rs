@@ -242,7 +242,7 @@ pub fn rows(op: Op, wide: bool, place: impl Fn(&str) -> Option<(usize, usize, us
     if op == Op::Backward {
         add("x", Fault::Absent, Error::Missing { arg: "x", output: "da" });
         add("h", Fault::Absent, Error::Missing { arg: "h", output: "db" });
-        add("", Fault::NoOutput, Error::NoOutput);
+        add("", Fault::NoOutput, Error::NoOutput { expected: "dx, da, db, dbias, dm" });
     }
     table
 }

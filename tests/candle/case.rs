@@ -168,6 +168,7 @@ impl Case {
             scale: f64::from(self.scale as f32),
             keep: None,
             gate: None,
+            gain: None,
         }
     }
 }

@@ -4,7 +4,7 @@ use fused_lora::reference::{self, Expected, Inputs, Mat};
 use fused_lora::{Dtype, Element};
 
 use super::data::{Spec, Values};
-use super::{Backend, Host, HostBackward, HostForward, HostGradient};
+use super::{Backend, Host, HostBackward, HostForward, HostGradient, HostMagnitude};
 
 /// Forward of `spec` in `T`: within tolerance (or exact), nothing touched around the outputs.
 pub fn forward<T: Element>(backend: &impl Backend, spec: &Spec) {
@@ -40,7 +40,7 @@ pub fn judge_forward<T: Element>(
     after: &HostForward<T>,
     values: Values,
 ) -> Result<(), String> {
-    let HostForward { x, w, a, b, scale, bias, h, y, dropout, routes } = after;
+    let HostForward { x, w, a, b, scale, bias, h, y, dropout, routes, gain } = after;
     let (m, n, k, r) = (x.rows, w.rows, w.cols, a.rows);
     let inputs = Inputs {
         x: x.to_mat(),
@@ -52,6 +52,7 @@ pub fn judge_forward<T: Element>(
         scale: f64::from(*scale),
         keep: dropout.map(|dropout| dropout.keep(m, k)),
         gate: routes.as_ref().map(|words| reference::gate(words, m, r)),
+        gain: gain.as_ref().map(Host::to_mat),
     };
     let truth = reference::forward(&inputs);
     let naive = reference::naive_forward::<T>(&inputs);
@@ -70,7 +71,7 @@ pub fn judge_backward<T: Element>(
     after: &HostBackward<T>,
     values: Values,
 ) -> Result<(), String> {
-    let HostBackward { dy, w, a, b, scale, x, h, accumulate, dropout, routes, .. } = before;
+    let HostBackward { dy, w, a, b, scale, x, h, accumulate, dropout, routes, gain, .. } = before;
     let (m, n, k, r) = (dy.rows, w.rows, w.cols, a.rows);
     let optional =
         |host: &Option<Host<T>>, cols| host.as_ref().map_or_else(|| Mat::from_fn(m, cols, |_, _| 0.0), Host::to_mat);
@@ -84,6 +85,7 @@ pub fn judge_backward<T: Element>(
         scale: f64::from(*scale),
         keep: dropout.map(|dropout| dropout.keep(m, k)),
         gate: routes.as_ref().map(|words| reference::gate(words, m, r)),
+        gain: gain.as_ref().map(Host::to_mat),
     };
     let h = optional(h, r);
     let truth = reference::backward(&inputs, &h);
@@ -112,7 +114,27 @@ pub fn judge_backward<T: Element>(
             _ => {}
         }
     }
+    if let (Some(before), Some(after)) = (&before.magnitude, &after.magnitude) {
+        let accumulated = accumulate.dm;
+        let expected = expected_dm::<T>(dy, before);
+        Judge { name: "dm", before: &before.dm, after: &after.dm, accumulated, values }.judge(expected)?;
+    }
     Ok(())
+}
+
+/// DoRA's gradient of the magnitude: of separate operations in `T` each is rounded, and the sum is in f32.
+fn expected_dm<T: Element>(dy: &Host<T>, of: &HostMagnitude<T>) -> Expected {
+    let (dy, y, magnitude) = (dy.to_mat(), of.y.to_mat(), of.magnitude.to_mat());
+    let bias = of.bias.as_ref().map(Host::to_mat);
+    let truth = reference::magnitude_gradient(&dy, &y, bias.as_ref(), &magnitude);
+    let rounded = |value: f64| T::from_f64(value).to_f64();
+    let product = |i, j| rounded(dy.at(i, j) * rounded(y.at(i, j) - bias.as_ref().map_or(0.0, |bias| bias.at(0, j))));
+    let sum = |j| (0..y.rows).fold(0f32, |sum, i| sum + product(i, j) as f32);
+    let naive = Mat::from_fn(1, y.cols, |_, j| f64::from(sum(j)) / magnitude.at(0, j));
+    let minus = bias.map(|bias| bias.map(|value| -value.abs()));
+    let size =
+        reference::magnitude_gradient(&dy.map(f64::abs), &y.map(f64::abs), minus.as_ref(), &magnitude.map(f64::abs));
+    expected::<T, f32>(truth, naive, size, y.rows + 2)
 }
 
 fn expected<T: Element, O: Element>(truth: Mat, naive: Mat, magnitude: Mat, depth: usize) -> Expected {

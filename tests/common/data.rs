@@ -2,7 +2,7 @@
 
 use fused_lora::{Accumulate, Element, Routing, Slot};
 
-use super::{Host, HostBackward, HostDropout, HostForward, HostGradient};
+use super::{Host, HostBackward, HostDropout, HostForward, HostGradient, HostMagnitude};
 
 /// SplitMix64: every test names its seed and repeats exactly.
 pub struct Rng(pub u64);
@@ -125,6 +125,8 @@ pub struct Spec {
     pub outputs: [bool; 4],
     pub dropout: Option<HostDropout>,
     pub routes: Option<Routes>,
+    /// A gain, and in backward the gradient of the magnitude.
+    pub dora: bool,
     pub seed: u64,
 }
 
@@ -146,6 +148,7 @@ impl Spec {
             outputs: [true; 4],
             dropout: None,
             routes: None,
+            dora: false,
             seed: (m * 31 + n * 37 + k * 41 + r * 43) as u64,
         }
     }
@@ -171,6 +174,7 @@ impl Spec {
             y: fill.output(m, n),
             dropout: self.dropout,
             routes: self.routes.map(|routes| routes.words(m, r)),
+            gain: self.dora.then(|| fill.gain(n)),
         }
     }
 
@@ -195,9 +199,17 @@ impl Spec {
                 da: self.accumulate && da,
                 db: self.accumulate && db,
                 dbias: self.accumulate && dbias,
+                dm: self.accumulate && self.dora,
             },
             dropout: self.dropout,
             routes: self.routes.map(|routes| routes.words(m, r)),
+            gain: self.dora.then(|| fill.gain(n)),
+            magnitude: self.dora.then(|| HostMagnitude {
+                y: fill.input(m, n, 1.0, 3),
+                bias: self.bias.then(|| fill.input(1, n, 0.5, 3)),
+                magnitude: fill.gain(n),
+                dm: fill.output(1, n),
+            }),
         }
     }
 }
@@ -242,6 +254,20 @@ impl Fill<'_> {
         for at in (0..m * r).filter(|&at| gate.data[at] == 0.0) {
             let index = host.index(at / r, at % r);
             host.data[index] = T::from_f32(0.0);
+        }
+        host
+    }
+
+    /// Factors around one, either sign; powers of two where results are to be exact.
+    fn gain(&mut self, n: usize) -> Host<f32> {
+        let mut host = self.input(1, n, 1.0, 1);
+        for col in 0..n {
+            let at = host.index(0, col);
+            let value = host.data[at];
+            host.data[at] = match self.spec.values {
+                Values::Random => value + 1.25f32.copysign(value),
+                Values::Integers => 2f32.powf(value),
+            };
         }
         host
     }
@@ -324,6 +350,21 @@ pub fn routes_table() -> Vec<Spec> {
         Spec { placement, accumulate: i % 2 == 1, f32_gradients, keep_h: i % 4 != 1, routes, ..Spec::new(m, n, k, r) }
     };
     EDGES.iter().enumerate().map(spec).collect()
+}
+
+/// DoRA at the edges of tiles, with and without what else backward computes.
+pub fn dora_table() -> Vec<Spec> {
+    let spec = |(i, &m): (usize, &usize)| {
+        let (n, k, r) = (EDGES[(i * 2 + 1) % 9], EDGES[(i * 5 + 3) % 9], RANKS[(i + 2) % 8]);
+        let outputs = std::array::from_fn(|at| i == 0 || (i + at) % 4 != 0);
+        let (f32_gradients, placement) = (i % 3 != 0, Placement::ALL[i % 4]);
+        let spec = Spec { placement, accumulate: i % 2 == 1, f32_gradients, outputs, ..Spec::new(m, n, k, r) };
+        Spec { bias: i % 3 != 1, keep_h: i % 4 != 1, dora: true, ..spec }
+    };
+    let alone = Spec { dora: true, outputs: [false; 4], ..Spec::new(130, 70, 40, 16) };
+    let integers = |spec: &Spec| Spec { dora: true, ..spec.integers() };
+    let table = EDGES.iter().enumerate().map(spec).chain([alone]).collect::<Vec<_>>();
+    table.iter().cloned().chain(table.iter().take(4).map(integers)).collect()
 }
 
 /// Small integers at the edges of tiles: every result must be the exact one, rounded once.

@@ -432,9 +432,9 @@ fn backward(u: &mut Unstructured<'_>, place: &mut Place, dtype: Dtype, shape: Lo
     };
     let (da, db, dbias) = (gradient(u, da, r, k)?, gradient(u, db, n, r)?, gradient(u, dbias, 1, n)?);
     let [into_dx, into_da, into_db, into_dbias] = u.arbitrary()?;
-    let accumulate = Accumulate { dx: into_dx, da: into_da, db: into_db, dbias: into_dbias };
+    let accumulate = Accumulate { dx: into_dx, da: into_da, db: into_db, dbias: into_dbias, dm: false };
     let variant = variant(u, place, m)?;
-    Ok(raw::Backward { dtype, dy, w, a, b, scale: scale(u)?, x, h, dx, da, db, dbias, accumulate, variant })
+    Ok(raw::Backward { dtype, dy, w, a, b, scale: scale(u)?, x, h, dx, da, db, dbias, dm: None, accumulate, variant })
 }
 
 fn backward_arguments(op: &raw::Backward) -> Vec<Argument> {

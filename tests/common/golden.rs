@@ -160,6 +160,7 @@ impl Golden {
             scale: 1.0,
             keep: self.mask(names),
             gate: None,
+            gain: None,
         }
     }
 

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use fused_lora::cuda::cudarc::driver::{CudaSlice, CudaStream};
 use fused_lora::cuda::{self, Kernels, Workspace};
-use fused_lora::{Dropout, Element, Error, Gradient, LoraShape, Matrix, MatrixMut, Result, Seed};
+use fused_lora::{Dropout, Element, Error, Gradient, LoraShape, MagnitudeGradient, Matrix, MatrixMut, Result, Seed};
 
 use super::data::POISON;
 use super::{Backend, Host, HostBackward, HostDropout, HostForward, HostGradient, skipped};
@@ -51,12 +51,21 @@ pub struct DeviceForward<T> {
     y: CudaSlice<T>,
     seed: CudaSlice<u64>,
     routes: Option<CudaSlice<u64>>,
+    gain: Option<CudaSlice<f32>>,
 }
 
 /// da, db or dbias in device memory.
 enum DeviceGradient<T> {
     Storage(CudaSlice<T>),
     F32(CudaSlice<f32>),
+}
+
+/// DoRA's gradient of the magnitude in device memory.
+struct DeviceMagnitude<T> {
+    y: CudaSlice<T>,
+    bias: Option<CudaSlice<T>>,
+    magnitude: CudaSlice<f32>,
+    dm: CudaSlice<f32>,
 }
 
 /// Backward in device memory.
@@ -72,8 +81,10 @@ pub struct DeviceBackward<T> {
     da: Option<DeviceGradient<T>>,
     db: Option<DeviceGradient<T>>,
     dbias: Option<DeviceGradient<T>>,
+    magnitude: Option<DeviceMagnitude<T>>,
     seed: CudaSlice<u64>,
     routes: Option<CudaSlice<u64>>,
+    gain: Option<CudaSlice<f32>>,
 }
 
 impl Gpu {
@@ -123,6 +134,7 @@ impl Gpu {
             y: self.upload(&host.y),
             seed: self.upload_seed(host.dropout),
             routes: self.upload_routes(&host.routes),
+            gain: host.gain.as_ref().map(|gain| self.upload(gain)),
             host: host.clone(),
         }
     }
@@ -146,8 +158,15 @@ impl Gpu {
             da: gradient(&host.da),
             db: gradient(&host.db),
             dbias: gradient(&host.dbias),
+            magnitude: host.magnitude.as_ref().map(|host| DeviceMagnitude {
+                y: self.upload(&host.y),
+                bias: host.bias.as_ref().map(|bias| self.upload(bias)),
+                magnitude: self.upload(&host.magnitude),
+                dm: self.upload(&host.dm),
+            }),
             seed: self.upload_seed(host.dropout),
             routes: self.upload_routes(&host.routes),
+            gain: host.gain.as_ref().map(|gain| self.upload(gain)),
             host: host.clone(),
         }
     }
@@ -164,6 +183,9 @@ impl Gpu {
     pub fn download_backward<T: Element>(&self, device: &DeviceBackward<T>, op: &mut HostBackward<T>) {
         if let (Some(device), Some(dx)) = (&device.dx, &mut op.dx) {
             self.download(device, dx);
+        }
+        if let (Some(device), Some(host)) = (&device.magnitude, &mut op.magnitude) {
+            self.download(&device.dm, &mut host.dm);
         }
         let gradients = [(&device.da, &mut op.da), (&device.db, &mut op.db), (&device.dbias, &mut op.dbias)];
         for (device, host) in gradients {
@@ -189,6 +211,7 @@ fn variant<'a>(
     dropout: Option<HostDropout>,
     state: &'a CudaSlice<u64>,
     (routes, words): (&'a Option<CudaSlice<u64>>, &Option<Vec<u64>>),
+    (gain, factors): (&'a Option<CudaSlice<f32>>, &Option<Host<f32>>),
 ) -> cuda::Variant<'a> {
     let seed = |[seed, offset]: [u64; 2], in_memory: bool| match in_memory {
         true => Seed::Memory(cuda::matrix::<u64>(state, 1, 2)),
@@ -196,7 +219,8 @@ fn variant<'a>(
     };
     let dropout = dropout.map(|HostDropout { p, seed: of, in_memory }| Dropout { p, seed: seed(of, in_memory) });
     let routes = routes.as_ref().zip(words.as_ref()).map(|(on, words)| cuda::matrix::<u64>(on, 1, words.len()));
-    cuda::Variant { dropout, routes }
+    let gain = gain.as_ref().zip(factors.as_ref()).map(|(on, host)| view(on, host));
+    cuda::Variant { dropout, routes, gain }
 }
 
 fn view_mut<'a, T: Element>(
@@ -208,7 +232,7 @@ fn view_mut<'a, T: Element>(
 
 impl<T: Element> DeviceForward<T> {
     pub fn op(&mut self) -> cuda::Forward<'_, T> {
-        let Self { host, x, w, a, b, bias, h, y, seed, routes } = self;
+        let Self { host, x, w, a, b, bias, h, y, seed, routes, gain } = self;
         cuda::Forward {
             x: view(x, &host.x),
             w: view(w, &host.w),
@@ -218,7 +242,7 @@ impl<T: Element> DeviceForward<T> {
             bias: bias.as_ref().zip(host.bias.as_ref()).map(|(bias, host)| view(bias, host)),
             h: h.as_mut().zip(host.h.as_ref()).map(|(h, host)| view_mut(h, host)),
             y: view_mut(y, &host.y),
-            variant: variant(host.dropout, seed, (routes, &host.routes)),
+            variant: variant(host.dropout, seed, (routes, &host.routes), (gain, &host.gain)),
         }
     }
 
@@ -264,7 +288,7 @@ fn gradient<'a, T: Element>(
 
 impl<T: Element> DeviceBackward<T> {
     pub fn op(&mut self) -> cuda::Backward<'_, T> {
-        let Self { host, dy, w, a, b, x, h, dx, da, db, dbias, seed, routes } = self;
+        let Self { host, dy, w, a, b, x, h, dx, da, db, dbias, magnitude, seed, routes, gain } = self;
         cuda::Backward {
             dy: view(dy, &host.dy),
             w: view(w, &host.w),
@@ -277,8 +301,14 @@ impl<T: Element> DeviceBackward<T> {
             da: gradient(da, &host.da),
             db: gradient(db, &host.db),
             dbias: gradient(dbias, &host.dbias),
+            dm: magnitude.as_mut().zip(host.magnitude.as_ref()).map(|(on, host)| MagnitudeGradient {
+                y: view(&on.y, &host.y),
+                bias: on.bias.as_ref().zip(host.bias.as_ref()).map(|(bias, host)| view(bias, host)),
+                magnitude: view(&on.magnitude, &host.magnitude),
+                dm: view_mut(&mut on.dm, &host.dm),
+            }),
             accumulate: host.accumulate,
-            variant: variant(host.dropout, seed, (routes, &host.routes)),
+            variant: variant(host.dropout, seed, (routes, &host.routes), (gain, &host.gain)),
         }
     }
 

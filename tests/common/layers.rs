@@ -390,6 +390,7 @@ pub fn sums_several<B: Backend, T: Element>(backend: &B, f32_factors: bool) {
         scale,
         keep: None,
         gate: None,
+        gain: None,
     };
     let scaled = Mat::from_fn(n, r, |i, j| f64::from(b[i][j]));
     let exact = inputs(1.0, scaled.clone());

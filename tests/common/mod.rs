@@ -32,7 +32,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-use fused_lora::{Accumulate, Dropout, Element, Gradient, Matrix, MatrixMut, Result, Seed, Variant, cpu};
+use fused_lora::{
+    Accumulate, Dropout, Element, Gradient, MagnitudeGradient, Matrix, MatrixMut, Result, Seed, Variant, cpu,
+};
 
 /// The project's folder. Asked at run time first, because a bundle runs the tests where they were not compiled.
 pub fn project() -> PathBuf {
@@ -131,6 +133,23 @@ impl<T: Element> HostGradient<T> {
     }
 }
 
+/// DoRA's gradient of the magnitude, and what it is computed from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostMagnitude<T> {
+    pub y: Host<T>,
+    pub bias: Option<Host<T>>,
+    pub magnitude: Host<f32>,
+    pub dm: Host<f32>,
+}
+
+impl<T: Element> HostMagnitude<T> {
+    fn view_mut(&mut self) -> MagnitudeGradient<'_, [T], [f32], [f32]> {
+        let Self { y, bias, magnitude, dm } = self;
+        let bias = bias.as_ref().map(Host::view);
+        MagnitudeGradient { y: y.view(), bias, magnitude: magnitude.view(), dm: dm.view_mut() }
+    }
+}
+
 /// Dropout with seed and offset, passed or in memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct HostDropout {
@@ -155,9 +174,13 @@ impl HostDropout {
     }
 }
 
-fn variant<'a>(dropout: &'a Option<HostDropout>, routes: &'a Option<Vec<u64>>) -> Variant<'a, [u64]> {
+fn variant<'a>(
+    dropout: &'a Option<HostDropout>,
+    routes: &'a Option<Vec<u64>>,
+    gain: &'a Option<Host<f32>>,
+) -> cpu::Variant<'a> {
     let routes = routes.as_ref().map(|words| Matrix::new(&words[..], 1, words.len()));
-    Variant { dropout: dropout.as_ref().map(HostDropout::view), routes }
+    Variant { dropout: dropout.as_ref().map(HostDropout::view), routes, gain: gain.as_ref().map(Host::view) }
 }
 
 /// Forward over host buffers; `h` and `y` are written in place.
@@ -174,12 +197,14 @@ pub struct HostForward<T> {
     pub dropout: Option<HostDropout>,
     /// Words of a routing.
     pub routes: Option<Vec<u64>>,
+    /// DoRA's factors of the columns of y.
+    pub gain: Option<Host<f32>>,
 }
 
 impl<T: Element> HostForward<T> {
     /// As the backends that compute on slices take it.
     pub fn views(&mut self) -> cpu::Forward<'_, T> {
-        let Self { x, w, a, b, scale, bias, h, y, dropout, routes } = self;
+        let Self { x, w, a, b, scale, bias, h, y, dropout, routes, gain } = self;
         cpu::Forward {
             x: x.view(),
             w: w.view(),
@@ -189,7 +214,7 @@ impl<T: Element> HostForward<T> {
             bias: bias.as_ref().map(Host::view),
             h: h.as_mut().map(Host::view_mut),
             y: y.view_mut(),
-            variant: variant(dropout, routes),
+            variant: variant(dropout, routes, gain),
         }
     }
 }
@@ -208,16 +233,19 @@ pub struct HostBackward<T> {
     pub da: Option<HostGradient<T>>,
     pub db: Option<HostGradient<T>>,
     pub dbias: Option<HostGradient<T>>,
+    pub magnitude: Option<HostMagnitude<T>>,
     pub accumulate: Accumulate,
     pub dropout: Option<HostDropout>,
     /// Words of a routing.
     pub routes: Option<Vec<u64>>,
+    /// DoRA's factors of the columns of y.
+    pub gain: Option<Host<f32>>,
 }
 
 impl<T: Element> HostBackward<T> {
     /// As the backends that compute on slices take it.
     pub fn views(&mut self) -> cpu::Backward<'_, T> {
-        let Self { dy, w, a, b, scale, x, h, dx, da, db, dbias, accumulate, dropout, routes } = self;
+        let Self { dy, w, a, b, scale, x, h, dx, da, db, dbias, magnitude, accumulate, dropout, routes, gain } = self;
         cpu::Backward {
             dy: dy.view(),
             w: w.view(),
@@ -230,8 +258,9 @@ impl<T: Element> HostBackward<T> {
             da: da.as_mut().map(HostGradient::view_mut),
             db: db.as_mut().map(HostGradient::view_mut),
             dbias: dbias.as_mut().map(HostGradient::view_mut),
+            dm: magnitude.as_mut().map(HostMagnitude::view_mut),
             accumulate: *accumulate,
-            variant: variant(dropout, routes),
+            variant: variant(dropout, routes, gain),
         }
     }
 }

@@ -56,6 +56,7 @@ pub fn backward(dtype: Dtype, LoraShape { m, n, k, r }: LoraShape) -> raw::Backw
         da: None,
         db: None,
         dbias: None,
+        dm: None,
         accumulate: Accumulate::default(),
         variant: raw::Variant::default(),
     };

@@ -118,7 +118,10 @@ fn wrong_arguments_are_named_and_nothing_is_lost() {
     assert_eq!(backward(dy, 1), dimension("da", "rows", 1, 2));
     assert_eq!(backward(dy, 2), Ok(()));
     assert!(da.iter().all(|&v| v != 9.0));
-    assert_eq!(layer.backward(&pass, dy, Gradients::default()), Err(Error::NoOutput));
+    assert_eq!(
+        layer.backward(&pass, dy, Gradients::default()),
+        Err(Error::NoOutput { expected: "dx, da, db, dbias, dm" })
+    );
     let kept = pass.into_kept().with(Matrix::new(&[bf16::ONE; 4][..], 1, 4)).expect_err("another number of rows");
     assert_eq!(kept.error, Error::Dimension { arg: "x", axis: "rows", got: 1, expected: 2 });
     assert!(kept.value.with(x).is_ok());

@@ -124,6 +124,7 @@ fn shared_flags() {
             da: Some(raw::Gradient { matrix: da.0, f32: false }),
             db: None,
             dbias: None,
+            dm: None,
             accumulate: Accumulate::default(),
             variant: raw::Variant::default(),
         };

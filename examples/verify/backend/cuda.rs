@@ -157,6 +157,7 @@ impl Runner for Cuda {
             da: Some(da.view(r, k)),
             db: Some(db.view(n, r)),
             dbias: dbias.as_mut().map(|dbias| dbias.view(1, n)),
+            dm: None,
             accumulate: Accumulate::default(),
             variant: variant(&routes),
         };

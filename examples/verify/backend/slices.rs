@@ -101,6 +101,7 @@ impl<S: OnSlices> Runner for S {
                 da: Some(view(&mut da, r, k)),
                 db: Some(view(&mut db, n, r)),
                 dbias: dbias.as_mut().map(|dbias| view(dbias, 1, n)),
+                dm: None,
                 accumulate: Accumulate::default(),
                 variant: variant(routes),
             },
@@ -109,7 +110,7 @@ impl<S: OnSlices> Runner for S {
     }
 }
 
-fn variant(routes: &Option<Vec<u64>>) -> Variant<'_, [u64]> {
+fn variant(routes: &Option<Vec<u64>>) -> Variant<'_, [u64], [f32]> {
     let routes = routes.as_ref().map(|words| Matrix::new(&words[..], 1, words.len()));
     Variant { routes, ..Variant::default() }
 }

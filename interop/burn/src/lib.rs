@@ -167,6 +167,7 @@ impl Lora {
             da: f32(&pda),
             db: f32(&pdb),
             dbias: None,
+            dm: None,
             accumulate: Accumulate::default(),
             variant: raw::Variant::default(),
         };

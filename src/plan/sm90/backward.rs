@@ -7,7 +7,7 @@ use super::model::{Machine, microseconds};
 use super::{Choice, Tile, candidates, check_tickets, ctas, groups, narrow_columns, shortest};
 use crate::error::Result;
 use crate::params::*;
-use crate::plan::operands::{Wanted, gradient, optional, read_by_backward};
+use crate::plan::operands::{Wanted, gradient, magnitude, optional, read_by_backward};
 use crate::plan::{Device, Draft, Options, Scratch, TensorMap, blocks, flags, gradient_flags};
 use crate::{Dtype, LoraShape, raw};
 
@@ -77,6 +77,8 @@ pub(in crate::plan) fn backward(
         padding: 0,
         dropout: op.variant.dropout(),
         routes: op.variant.routes.map_or(0, |routes| routes.ptr),
+        gain: op.variant.gain.map_or(0, |gain| gain.ptr),
+        magnitude: magnitude(op.dm),
     };
     let maps = maps(op, dh, wanted);
     let is_bf16 = op.dtype == Dtype::Bf16;
@@ -110,8 +112,8 @@ impl Counts {
             k_blocks: blocks(k, tile.columns),
             r_blocks,
             dh_units: if wanted.dh { m_groups * r_blocks } else { 0 },
-            // dbias rides on the db tiles of the first block of ranks, which therefore exist even without db.
-            db_tiles: n_groups * if wanted.db { r_blocks } else { u64::from(wanted.dbias) },
+            // dbias and dm ride on the db tiles of the first block of ranks, which therefore exist even without db.
+            db_tiles: n_groups * if wanted.db { r_blocks } else { u64::from(wanted.dbias || wanted.dm) },
             da_tiles: if wanted.da { k_groups * r_blocks } else { 0 },
         }
     }

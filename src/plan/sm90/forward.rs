@@ -54,6 +54,7 @@ pub(in crate::plan) fn forward(
         sync_words: LORA_SYNC_FLAGS + flag_count as u32,
         dropout: op.variant.dropout(),
         routes: op.variant.routes.map_or(0, |routes| routes.ptr),
+        gain: op.variant.gain.map_or(0, |gain| gain.ptr),
     };
     let maps = maps(op, h, &tile);
     let is_bf16 = op.dtype == Dtype::Bf16;

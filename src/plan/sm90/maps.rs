@@ -42,6 +42,9 @@ pub(in crate::plan) fn obstacles(
     if r > most {
         found.push(format!("R is {r}, more than {most}"));
     }
+    if variant.gain.is_some() {
+        found.push("a gain (DoRA) is not built yet".to_owned());
+    }
     for (name, matrix) in operands {
         let Some(matrix) = matrix.filter(|matrix| matrix.rows != 0 && matrix.cols != 0) else { continue };
         if !matrix.ptr.is_multiple_of(ALIGN) {

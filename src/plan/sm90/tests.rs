@@ -44,6 +44,7 @@ fn backward(LoraShape { m, n, k, r }: LoraShape) -> raw::Backward {
         da: gradient(at(8, r, k)),
         db: gradient(at(9, n, r)),
         dbias: gradient(at(10, 1, n)),
+        dm: None,
         accumulate: Accumulate::default(),
         variant: raw::Variant::default(),
     }
