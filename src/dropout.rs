@@ -11,18 +11,18 @@ fn threshold(p: f32) -> u32 {
     (f64::from(p) * f64::from(VALUES)).round() as u32
 }
 
-impl raw::Variant {
-    /// What multiplies the scale: 1 / (1 − p), with p as it is rounded; 0 where everything is dropped.
-    pub(crate) fn factor(&self) -> f32 {
-        match self.dropout.map_or(0, |dropout| threshold(dropout.p)) {
-            VALUES.. => 0.0,
-            threshold => (f64::from(VALUES) / f64::from(VALUES - threshold)) as f32,
-        }
+/// What multiplies the scale: 1 / (1 − p), with p as it is rounded; 0 where everything is dropped.
+pub(crate) fn factor(p: Option<f32>) -> f32 {
+    match p.map_or(0, threshold) {
+        VALUES.. => 0.0,
+        threshold => (f64::from(VALUES) / f64::from(VALUES - threshold)) as f32,
     }
+}
 
-    /// Dropout as kernels take it.
-    pub(crate) fn dropout(&self) -> LoraDropout {
-        let Some(raw::Dropout { p, seed }) = self.dropout.filter(|dropout| threshold(dropout.p) != 0) else {
+impl raw::Dropout {
+    /// As kernels take it.
+    pub(crate) fn params(dropout: Option<raw::Dropout>) -> LoraDropout {
+        let Some(raw::Dropout { p, seed }) = dropout.filter(|dropout| threshold(dropout.p) != 0) else {
             return LoraDropout::default();
         };
         let absent = LoraDropout { threshold: threshold(p), ..LoraDropout::default() };
@@ -30,6 +30,11 @@ impl raw::Variant {
             raw::Seed::Value { seed, offset } => LoraDropout { seed, offset, ..absent },
             raw::Seed::Memory(state) => LoraDropout { state: state.ptr, ..absent },
         }
+    }
+
+    /// What multiplies the scale where there may be dropout.
+    pub(crate) fn factor(dropout: Option<raw::Dropout>) -> f32 {
+        factor(dropout.map(|dropout| dropout.p))
     }
 }
 

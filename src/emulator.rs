@@ -185,27 +185,47 @@ impl Emulator {
     /// # Errors
     /// As [`cpu::forward`], what [`Plan::forward`] finds, and [`Error::Emulator`].
     pub fn forward<T: Element>(&self, op: cpu::Forward<'_, T>) -> Result<Run> {
+        self.forward_shared(op.into())
+    }
+
+    /// For each projection y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, all of one x.
+    ///
+    /// # Errors
+    /// As [`cpu::forward_shared`], what [`Plan::forward_shared`] finds, and [`Error::Emulator`].
+    pub fn forward_shared<T: Element>(&self, op: cpu::ForwardShared<'_, T>) -> Result<Run> {
         cpu::check_forward(&op)?;
-        let cpu::Forward { x, w, a, b, scale, bias, mut h, mut y, variant } = op;
+        let cpu::ForwardShared { x, a, mut h, mut projections, dropout, routes } = op;
         let mut memory = Memory::new();
-        let uploaded = raw::Forward {
+        let (x, a) = (upload(&mut memory, "x", x, true)?, upload(&mut memory, "a", a, true)?);
+        let mut own = Vec::with_capacity(projections.len());
+        for (at, cpu::ForwardProjection { w, b, scale, bias, gain, y }) in projections.iter().enumerate() {
+            let name = |arg| raw::named(arg, at, projections.len());
+            own.push(raw::ForwardProjection {
+                w: upload(&mut memory, name("w"), *w, true)?,
+                b: upload(&mut memory, name("b"), *b, true)?,
+                scale: *scale,
+                bias: bias.map(|bias| upload(&mut memory, name("bias"), bias, true)).transpose()?,
+                gain: gain.map(|gain| upload(&mut memory, name("gain"), gain, true)).transpose()?,
+                y: upload(&mut memory, name("y"), cpu::shared(y), false)?,
+            });
+        }
+        let uploaded = raw::ForwardShared {
             dtype: T::DTYPE,
-            x: upload(&mut memory, "x", x, true)?,
-            w: upload(&mut memory, "w", w, true)?,
-            a: upload(&mut memory, "a", a, true)?,
-            b: upload(&mut memory, "b", b, true)?,
-            scale,
-            bias: bias.map(|bias| upload(&mut memory, "bias", bias, true)).transpose()?,
+            x,
+            a,
             h: h.as_ref().map(|h| upload(&mut memory, "h", cpu::shared(h), false)).transpose()?,
-            y: upload(&mut memory, "y", cpu::shared(&y), false)?,
-            variant: upload_variant(&mut memory, &variant)?,
+            projections: raw::Projections::new(&own)?,
+            dropout: upload_dropout(&mut memory, &dropout)?,
+            routes: routes.map(|routes| upload_words(&mut memory, "routes", routes)).transpose()?,
         };
-        let plan = Plan::forward_with(&uploaded, &self.device, self.plan_options())?;
+        let plan = Plan::forward_shared_with(&uploaded, &self.device, self.plan_options())?;
         let counters = self.execute(&mut memory, &plan)?;
         if let (Some(h), Some(from)) = (&mut h, uploaded.h) {
             download(&memory, "h", from, h)?;
         }
-        download(&memory, "y", uploaded.y, &mut y)?;
+        for (at, (projection, from)) in projections.iter_mut().zip(&own).enumerate() {
+            download(&memory, raw::named("y", at, own.len()), from.y, &mut projection.y)?;
+        }
         Ok(Run { plan, counters })
     }
 
@@ -214,54 +234,56 @@ impl Emulator {
     /// # Errors
     /// As [`cpu::backward`], what [`Plan::backward`] finds, and [`Error::Emulator`].
     pub fn backward<T: Element>(&self, op: cpu::Backward<'_, T>) -> Result<Run> {
+        self.backward_shared(op.into())
+    }
+
+    /// dx = Σ dy W + dh A over all projections, da = dhᵀ x, and for each db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B; only
+    /// the outputs that are present.
+    ///
+    /// # Errors
+    /// As [`cpu::backward_shared`], what [`Plan::backward_shared`] finds, and [`Error::Emulator`].
+    pub fn backward_shared<T: Element>(&self, op: cpu::BackwardShared<'_, T>) -> Result<Run> {
         cpu::check_backward(&op)?;
-        let cpu::Backward { dy, w, a, b, scale, x, h, mut dx, mut da, mut db, mut dbias, mut dm, accumulate, variant } =
-            op;
+        let cpu::BackwardShared { a, x, h, mut dx, mut da, mut projections, accumulate, dropout, routes } = op;
         let mut memory = Memory::new();
-        let gradient = |memory: &mut Memory, name, gradient: &Option<Gradient<'_, [T], [f32]>>, keeps| {
-            Ok::<_, Error>(match gradient {
-                Some(Gradient::Storage(m)) => {
-                    let matrix = upload(memory, name, cpu::shared(m), keeps)?;
-                    Some(raw::Gradient { matrix, f32: T::DTYPE == Dtype::F32 })
-                }
-                Some(Gradient::F32(m)) => {
-                    Some(raw::Gradient { matrix: upload(memory, name, cpu::shared(m), keeps)?, f32: true })
-                }
-                None => None,
-            })
-        };
-        let uploaded = raw::Backward {
+        let mut own = Vec::with_capacity(projections.len());
+        for (at, cpu::BackwardProjection { dy, w, b, scale, db, dbias, dm, gain }) in projections.iter().enumerate() {
+            let name = |arg| raw::named(arg, at, projections.len());
+            own.push(raw::BackwardProjection {
+                dy: upload(&mut memory, name("dy"), *dy, true)?,
+                w: upload(&mut memory, name("w"), *w, true)?,
+                b: upload(&mut memory, name("b"), *b, true)?,
+                scale: *scale,
+                db: upload_gradient(&mut memory, name("db"), db, accumulate.db)?,
+                dbias: upload_gradient(&mut memory, name("dbias"), dbias, accumulate.dbias)?,
+                dm: dm.as_ref().map(|dm| upload_magnitude(&mut memory, name, dm, accumulate.dm)).transpose()?,
+                gain: gain.map(|gain| upload(&mut memory, name("gain"), gain, true)).transpose()?,
+            });
+        }
+        let uploaded = raw::BackwardShared {
             dtype: T::DTYPE,
-            dy: upload(&mut memory, "dy", dy, true)?,
-            w: upload(&mut memory, "w", w, true)?,
             a: upload(&mut memory, "a", a, true)?,
-            b: upload(&mut memory, "b", b, true)?,
-            scale,
             x: x.map(|x| upload(&mut memory, "x", x, true)).transpose()?,
             h: h.map(|h| upload(&mut memory, "h", h, true)).transpose()?,
             dx: dx.as_ref().map(|dx| upload(&mut memory, "dx", cpu::shared(dx), accumulate.dx)).transpose()?,
-            da: gradient(&mut memory, "da", &da, accumulate.da)?,
-            db: gradient(&mut memory, "db", &db, accumulate.db)?,
-            dbias: gradient(&mut memory, "dbias", &dbias, accumulate.dbias)?,
-            dm: dm.as_ref().map(|dm| upload_magnitude(&mut memory, dm, accumulate.dm)).transpose()?,
+            da: upload_gradient(&mut memory, "da", &da, accumulate.da)?,
+            projections: raw::Projections::new(&own)?,
             accumulate,
-            variant: upload_variant(&mut memory, &variant)?,
+            dropout: upload_dropout(&mut memory, &dropout)?,
+            routes: routes.map(|routes| upload_words(&mut memory, "routes", routes)).transpose()?,
         };
-        let plan = Plan::backward_with(&uploaded, &self.device, self.plan_options())?;
+        let plan = Plan::backward_shared_with(&uploaded, &self.device, self.plan_options())?;
         let counters = self.execute(&mut memory, &plan)?;
         if let (Some(dx), Some(from)) = (&mut dx, uploaded.dx) {
             download(&memory, "dx", from, dx)?;
         }
-        if let (Some(dm), Some(from)) = (&mut dm, uploaded.dm) {
-            download(&memory, "dm", from.dm, &mut dm.dm)?;
-        }
-        for (name, target, from) in
-            [("da", &mut da, uploaded.da), ("db", &mut db, uploaded.db), ("dbias", &mut dbias, uploaded.dbias)]
-        {
-            match (target, from) {
-                (Some(Gradient::Storage(target)), Some(from)) => download(&memory, name, from.matrix, target)?,
-                (Some(Gradient::F32(target)), Some(from)) => download(&memory, name, from.matrix, target)?,
-                _ => {}
+        download_gradient(&memory, "da", uploaded.da, &mut da)?;
+        for (at, (projection, from)) in projections.iter_mut().zip(&own).enumerate() {
+            let name = |arg| raw::named(arg, at, own.len());
+            download_gradient(&memory, name("db"), from.db, &mut projection.db)?;
+            download_gradient(&memory, name("dbias"), from.dbias, &mut projection.dbias)?;
+            if let (Some(target), Some(from)) = (&mut projection.dm, from.dm) {
+                download(&memory, name("dm"), from.dm, &mut target.dm)?;
             }
         }
         Ok(Run { plan, counters })
@@ -433,29 +455,56 @@ fn upload_words(memory: &mut Memory, name: &str, matrix: Matrix<'_, [u64]>) -> R
     Ok(raw::Matrix { ptr: base + 8 * offset as u64, rows, cols, row_stride })
 }
 
-fn upload_variant(memory: &mut Memory, variant: &cpu::Variant<'_>) -> Result<raw::Variant> {
-    let routes = variant.routes.map(|routes| upload_words(memory, "routes", routes)).transpose()?;
-    let gain = variant.gain.map(|gain| upload(memory, "gain", gain, true)).transpose()?;
-    let Some(Dropout { p, seed }) = variant.dropout else { return Ok(raw::Variant { dropout: None, routes, gain }) };
+fn upload_dropout(memory: &mut Memory, dropout: &Option<Dropout<'_, [u64]>>) -> Result<Option<raw::Dropout>> {
+    let Some(Dropout { p, seed }) = *dropout else { return Ok(None) };
     let seed = match seed {
         Seed::Value { seed, offset } => raw::Seed::Value { seed, offset },
         Seed::Memory(state) => raw::Seed::Memory(upload_words(memory, "seed", state)?),
     };
-    Ok(raw::Variant { dropout: Some(raw::Dropout { p, seed }), routes, gain })
+    Ok(Some(raw::Dropout { p, seed }))
 }
 
 /// What DoRA's gradient of the magnitude takes; dm itself where it `keeps` what it holds.
 fn upload_magnitude<T: Element>(
     memory: &mut Memory,
+    name: impl Fn(&'static str) -> &'static str,
     from: &MagnitudeGradient<'_, [T], [f32], [f32]>,
     keeps: bool,
 ) -> Result<raw::MagnitudeGradient> {
     Ok(raw::MagnitudeGradient {
-        y: upload(memory, "y", from.y, true)?,
-        bias: from.bias.map(|bias| upload(memory, "bias", bias, true)).transpose()?,
-        magnitude: upload(memory, "magnitude", from.magnitude, true)?,
-        dm: upload(memory, "dm", cpu::shared(&from.dm), keeps)?,
+        y: upload(memory, name("y"), from.y, true)?,
+        bias: from.bias.map(|bias| upload(memory, name("bias"), bias, true)).transpose()?,
+        magnitude: upload(memory, name("magnitude"), from.magnitude, true)?,
+        dm: upload(memory, name("dm"), cpu::shared(&from.dm), keeps)?,
     })
+}
+
+/// da, db or dbias, with what it holds where `keeps`.
+fn upload_gradient<T: Element>(
+    memory: &mut Memory,
+    name: &str,
+    gradient: &Option<Gradient<'_, [T], [f32]>>,
+    keeps: bool,
+) -> Result<Option<raw::Gradient>> {
+    let (matrix, f32) = match gradient {
+        Some(Gradient::Storage(m)) => (upload(memory, name, cpu::shared(m), keeps)?, T::DTYPE == Dtype::F32),
+        Some(Gradient::F32(m)) => (upload(memory, name, cpu::shared(m), keeps)?, true),
+        None => return Ok(None),
+    };
+    Ok(Some(raw::Gradient { matrix, f32 }))
+}
+
+fn download_gradient<T: Element>(
+    memory: &Memory,
+    name: &str,
+    from: Option<raw::Gradient>,
+    target: &mut Option<Gradient<'_, [T], [f32]>>,
+) -> Result<()> {
+    match (target, from) {
+        (Some(Gradient::Storage(target)), Some(from)) => download(memory, name, from.matrix, target),
+        (Some(Gradient::F32(target)), Some(from)) => download(memory, name, from.matrix, target),
+        _ => Ok(()),
+    }
 }
 
 /// A and B, and whether they are f32.

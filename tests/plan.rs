@@ -124,7 +124,7 @@ proptest! {
         let launch = plan.launch(WORKSPACE, plan.workspace_bytes()).expect("a launch");
         let Params::Backward(p) = launch.params else { panic!("{launch:?}") };
         // 600 tiles at most here: only a device with fewer SMs than half the tiles has nothing to gain.
-        let tiles = p.n_blocks + p.k_blocks;
+        let tiles = p.projections[0].n_blocks + p.k_blocks;
         prop_assert!(p.chunks > 1 || 2 * device.sms <= tiles, "{} chunk for {tiles} tiles", p.chunks);
     }
 

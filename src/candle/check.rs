@@ -116,5 +116,5 @@ pub(super) fn probability(got: f32) -> Result<()> {
 /// Finite in f32, which the products take it in.
 pub(super) fn scale(scale: f64) -> Result<()> {
     let got = scale as f32;
-    if got.is_finite() { Ok(()) } else { Err(Error::Scale { got }) }
+    if got.is_finite() { Ok(()) } else { Err(Error::Scale { arg: "scale", got }) }
 }

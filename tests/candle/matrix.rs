@@ -169,7 +169,7 @@ fn numbers() {
         (1e39, f32::INFINITY),
         (f64::MIN, f32::NEG_INFINITY),
     ] {
-        Call { scale, ..legal.clone() }.is_refused(&format!("a scale of {scale}"), &Error::Scale { got });
+        Call { scale, ..legal.clone() }.is_refused(&format!("a scale of {scale}"), &Error::Scale { arg: "scale", got });
     }
     let training = |p| Training { dropout: Some(Dropout { p, seed: 1, offset: 2 }), recompute: true };
     for got in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -1e-9, 1f32.next_up()] {
@@ -178,7 +178,7 @@ fn numbers() {
     }
     // Finite, until dropout divides it by 1 − p.
     let call = Call { training: training(0.9), scale: 3e38, ..legal };
-    call.is_refused("a scale that overflows", &Error::Scale { got: f32::INFINITY });
+    call.is_refused("a scale that overflows", &Error::Scale { arg: "scale", got: f32::INFINITY });
 }
 
 #[test]
@@ -264,7 +264,7 @@ fn tensors_that_no_layer_takes() {
         let call = move |layer: &mut LoraLinear| {
             layer.add_tensors("new", tensor(&[3, 6], DType::F32), tensor(&[5, 3], DType::F32), scale)
         };
-        rows.push(row("a scale", call, Error::Scale { got }));
+        rows.push(row("a scale", call, Error::Scale { arg: "scale", got }));
     }
     for (b_bias, error) in [
         (f32(&[6]), dimension("b_bias", "elements", 6, 5)),
@@ -303,9 +303,9 @@ fn configurations_that_no_layer_takes() {
         (0, 1.0, Error::ZeroDimension { arg: "a", axis: "rows" }),
         (usize::MAX, 1.0, too_large(usize::MAX as u64)),
         (MAX_DIMENSION + 1, 1.0, too_large(MAX_DIMENSION as u64 + 1)),
-        (2, f64::NAN, Error::Scale { got: f32::NAN }),
-        (2, f64::INFINITY, Error::Scale { got: f32::INFINITY }),
-        (2, -1e39, Error::Scale { got: f32::NEG_INFINITY }),
+        (2, f64::NAN, Error::Scale { arg: "scale", got: f32::NAN }),
+        (2, f64::INFINITY, Error::Scale { arg: "scale", got: f32::INFINITY }),
+        (2, -1e39, Error::Scale { arg: "scale", got: f32::NEG_INFINITY }),
     ] {
         for rslora in [false, true] {
             let vars = VarMap::new();

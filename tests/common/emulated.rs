@@ -4,6 +4,7 @@ use fused_lora::emulator::Emulator;
 use fused_lora::plan::{Device, Options, TileSize};
 use fused_lora::{Element, Result};
 
+use super::shared::{SharedBackward, SharedForward};
 use super::{Backend, HostBackward, HostForward};
 
 /// A simulated GPU as a backend.
@@ -37,5 +38,13 @@ impl Backend for Emulated {
 
     fn backward<T: Element>(&self, op: &mut HostBackward<T>) -> Result<()> {
         self.0.backward(op.views()).map(drop)
+    }
+
+    fn forward_shared<T: Element>(&self, op: &mut SharedForward<T>) -> Result<()> {
+        self.0.forward_shared(op.views()).map(drop)
+    }
+
+    fn backward_shared<T: Element>(&self, op: &mut SharedBackward<T>) -> Result<()> {
+        self.0.backward_shared(op.views()).map(drop)
     }
 }
