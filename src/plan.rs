@@ -15,9 +15,9 @@ mod portable;
 mod sm90;
 
 pub use crate::params::{
-    LoraBackwardParams, LoraBackwardProjection, LoraDropout, LoraForwardParams, LoraForwardProjection, LoraMatrix,
-    LoraGainParams, LoraMagnitude, LoraMergeParams, LoraRoundParams, LoraSm90BackwardParams, LoraSm90BackwardProjection, LoraSm90ForwardParams,
-    LoraSm90ForwardProjection, Params,
+    LoraBackwardParams, LoraBackwardProjection, LoraDropout, LoraForwardParams, LoraForwardProjection, LoraGainParams,
+    LoraMagnitude, LoraMatrix, LoraMergeParams, LoraRoundParams, LoraSm90BackwardParams, LoraSm90BackwardProjection,
+    LoraSm90ForwardParams, LoraSm90ForwardProjection, Params,
 };
 pub use device::{Device, Peak};
 pub use floor::Floor;

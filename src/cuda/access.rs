@@ -119,10 +119,7 @@ impl<'s> Access<'s> {
         })
     }
 
-    fn dropout(
-        &mut self,
-        dropout: &Option<Dropout<'s, dyn DevicePtr<u64> + 's>>,
-    ) -> Result<Option<raw::Dropout>> {
+    fn dropout(&mut self, dropout: &Option<Dropout<'s, dyn DevicePtr<u64> + 's>>) -> Result<Option<raw::Dropout>> {
         let Some(Dropout { p, seed }) = *dropout else { return Ok(None) };
         let seed = match seed {
             Seed::Value { seed, offset } => raw::Seed::Value { seed, offset },

@@ -32,11 +32,8 @@ impl Floor {
         let counted = |rank: f64| if op.routes.is_some() { 0.0 } else { rank };
         let size = op.dtype.size() as f64;
         let kept = if op.h.is_some() { m * rank } else { 0.0 };
-        let mut floor = Floor {
-            flops: 2.0 * m * counted(rank) * k,
-            bytes: (m * k + counted(rank) * k + kept) * size,
-            peak,
-        };
+        let mut floor =
+            Floor { flops: 2.0 * m * counted(rank) * k, bytes: (m * k + counted(rank) * k + kept) * size, peak };
         for of in op.projections.iter() {
             let (n, r) = (of.w.rows as f64, counted(of.b.cols as f64));
             let bias = if of.bias.is_some() { n } else { 0.0 };
@@ -58,9 +55,7 @@ impl Floor {
         };
         let r = counted(rank);
         let mut macs = when(dx, m * r * k) + when(da, m * r * k);
-        let mut read = when(dx, r * k)
-            + when(da, m * k)
-            + when(dx, m * k * if op.accumulate.dx { 2.0 } else { 1.0 });
+        let mut read = when(dx, r * k) + when(da, m * k) + when(dx, m * k * if op.accumulate.dx { 2.0 } else { 1.0 });
         let mut others = gradient(op.da, op.accumulate.da, rank * k);
         for of in op.projections.iter() {
             let (n, rank) = (of.w.rows as f64, of.b.cols as f64);

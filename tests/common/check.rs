@@ -162,11 +162,9 @@ pub fn judge_sum<T: Element>(
         depth += 2 * op.w.rows + op.a.rows + 2;
         sum = Some(match sum {
             None => [truth, naive, magnitude],
-            Some([truths, naives, magnitudes]) => [
-                truths.plus(&truth),
-                naives.plus(&naive).map(|v| T::from_f64(v).to_f64()),
-                magnitudes.plus(&magnitude),
-            ],
+            Some([truths, naives, magnitudes]) => {
+                [truths.plus(&truth), naives.plus(&naive).map(|v| T::from_f64(v).to_f64()), magnitudes.plus(&magnitude)]
+            }
         });
     }
     let [truth, naive, magnitude] = sum.ok_or("no projection")?;

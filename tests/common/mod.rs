@@ -129,7 +129,13 @@ impl<T: Element> Host<T> {
     /// The same in another type.
     pub fn to<O: Element>(&self) -> Host<O> {
         let Self { rows, cols, offset, row_stride, .. } = *self;
-        Host { rows, cols, offset, row_stride, data: self.data.iter().map(|value| O::from_f32(value.to_f32())).collect() }
+        Host {
+            rows,
+            cols,
+            offset,
+            row_stride,
+            data: self.data.iter().map(|value| O::from_f32(value.to_f32())).collect(),
+        }
     }
 
     /// Whether `data[at]` belongs to the matrix (and not to what surrounds it).

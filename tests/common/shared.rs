@@ -184,7 +184,12 @@ enum Axis {
 }
 
 /// Matrices below each other or side by side in one that lies as the spec says.
-fn join<'a, T: Element>(spec: &Spec, parts: impl Iterator<Item = &'a Host<T>> + Clone, axis: Axis, around: f32) -> Host<T> {
+fn join<'a, T: Element>(
+    spec: &Spec,
+    parts: impl Iterator<Item = &'a Host<T>> + Clone,
+    axis: Axis,
+    around: f32,
+) -> Host<T> {
     let sum = |of: fn(&Host<T>) -> usize| parts.clone().map(of).sum::<usize>();
     let one = |of: fn(&Host<T>) -> usize| parts.clone().next().map_or(0, of);
     let (rows, cols) = match axis {

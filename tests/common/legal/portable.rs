@@ -4,7 +4,8 @@ use fused_lora::plan::{LoraBackwardParams, LoraForwardParams, Params};
 use fused_lora::{Dtype, LoraShape, raw};
 
 use super::{
-    Planned, Region, address, assert_covers, check_flags, check_tickets, check_variant, db_blocks, numbered, pointer, scaled,
+    Planned, Region, address, assert_covers, check_flags, check_tickets, check_variant, db_blocks, numbered, pointer,
+    scaled,
 };
 
 /// Columns of h, dh, da and db that one tile computes: LORA_NARROW_N.
