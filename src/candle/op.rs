@@ -10,7 +10,7 @@ use candle_core::{
 
 use super::backend::{Backend, Backward, Forward, Operand, Precision};
 use super::cpu::Cpu;
-use super::view::{View, addressable, view};
+use super::view::{View, addressable, check_room, view};
 use super::{check, wrap};
 
 /// Elements of x that the adapter branch does not see, as [`Dropout`](crate::Dropout) says, with seed and offset from the caller.
@@ -53,8 +53,8 @@ pub struct Training {
 ///
 /// # Errors
 /// [`Tracked`](crate::Error::Tracked) for a `w` that gradients are asked of; [`Rank`](crate::Error::Rank),
-/// [`ArgumentDtype`](crate::Error::ArgumentDtype), and what [`raw::Forward::check`](crate::raw::Forward::check) finds:
-/// [`cause`](super::cause) has them back from candle's error. candle's own
+/// [`ArgumentDtype`](crate::Error::ArgumentDtype), [`OutOfMemory`](crate::Error::OutOfMemory), and what
+/// [`raw::Forward::check`](crate::raw::Forward::check) finds: [`cause`](super::cause) has them back from candle's error. candle's own
 /// [`DeviceMismatchBinaryOp`](CandleError::DeviceMismatchBinaryOp) for tensors on several devices.
 pub fn lora(x: &Tensor, w: &Tensor, a: &Tensor, b: &Tensor, scale: f64, bias: Option<&Tensor>) -> Result<Tensor> {
     lora_train(x, w, a, b, scale, bias, Training::default())
@@ -130,6 +130,7 @@ fn third_input<'a>(b: &'a Tensor, bias: Option<&'a Tensor>) -> Result<(Tensor, T
         Some(bias) if bias.track_op() && !b.track_op() => Ok((bias.clone(), Third::Bias, Some(b))),
         Some(bias) if bias.track_op() => {
             let dtype = if b.dtype() == bias.dtype() { b.dtype() } else { DType::F32 };
+            check_room(b, dtype)?;
             let parts = [b.to_dtype(dtype)?.flatten_all()?, bias.to_dtype(dtype)?];
             Ok((Tensor::cat(&parts, 0)?, Third::Both, None))
         }
@@ -142,6 +143,7 @@ const NAME: &str = "fused-lora";
 /// What the kernels read in place of `tensor`, where it lies or is stored as they cannot read it.
 fn stand_in(tensor: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
     if tensor.dtype() != dtype {
+        check_room(tensor, dtype)?;
         return Ok(Some(tensor.detach().to_dtype(dtype)?.contiguous()?));
     }
     if view(tensor.layout()).is_some() { Ok(None) } else { addressable(tensor).map(Some) }

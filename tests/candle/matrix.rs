@@ -326,6 +326,40 @@ fn configurations_that_no_layer_takes() {
     assert!(vars.all_vars().is_empty());
 }
 
+/// Views of one element that say they are larger than any memory, refused before anything is copied for them.
+#[test]
+fn broadcasts_that_nothing_holds() {
+    let of = |dims: &[usize], dtype| tensor(&[1, 1], dtype).broadcast_as(dims).expect("a view");
+    let f32 = |dims: &[usize]| of(dims, DType::F32);
+    let too_large = |what, got| Error::TooLarge { what, got, limit: MAX_DIMENSION as u64 };
+    let (wide, past) = (1usize << 20, MAX_DIMENSION + 1);
+    let bytes = MAX_DIMENSION * wide * 4;
+    let bf16 = |dims: &[usize]| of(dims, DType::BF16);
+    let cases = [
+        ([f32(&[past, 6]), f32(&[5, 6]), f32(&[3, 6]), f32(&[5, 3])], too_large("M (rows of x)", past as u64)),
+        ([f32(&[past, past, past, 6]), f32(&[5, 6]), f32(&[3, 6]), f32(&[5, 3])], too_large("M (rows of x)", u64::MAX)),
+        ([f32(&[2, 6]), f32(&[past, 6]), f32(&[3, 6]), f32(&[past, 3])], too_large("N (rows of w)", past as u64)),
+        ([f32(&[2, past]), f32(&[5, past]), f32(&[3, past]), f32(&[5, 3])], too_large("K (columns of w)", past as u64)),
+        ([f32(&[2, 6]), f32(&[5, 6]), f32(&[past, 6]), f32(&[5, past])], too_large("R (rows of a)", past as u64)),
+        ([f32(&[MAX_DIMENSION, wide]), f32(&[1, wide]), f32(&[1, wide]), f32(&[1, 1])], Error::OutOfMemory { bytes }),
+        (
+            [f32(&[1, wide]), f32(&[MAX_DIMENSION, wide]), f32(&[1, wide]), f32(&[MAX_DIMENSION, 1])],
+            Error::OutOfMemory { bytes },
+        ),
+        // Rounded to the type of w.
+        (
+            [bf16(&[1, wide]), bf16(&[1, wide]), f32(&[MAX_DIMENSION, wide]), f32(&[1, MAX_DIMENSION])],
+            Error::OutOfMemory { bytes: bytes / 2 },
+        ),
+    ];
+    for ([x, w, a, b], error) in cases {
+        let got = lora(&x, &w, &a, &b, 1.0, None).map(drop).expect_err("a refusal");
+        assert_eq!(cause(&got), Some(&error), "{:?} {:?} {:?} {:?}", x.dims(), w.dims(), a.dims(), b.dims());
+    }
+    let frozen = LoraLinear::frozen(f32(&[MAX_DIMENSION, wide]), None).map(drop).expect_err("a refusal");
+    assert_eq!(cause(&frozen), Some(&Error::OutOfMemory { bytes }));
+}
+
 fn state(operation: &'static str, got: &str, expected: &'static str) -> Error {
     Error::State { operation, got: got.to_owned(), expected }
 }
