@@ -138,6 +138,7 @@ fn dimensions_that_disagree_are_named() {
         }
     }
     let blamed = |arg, axis| match (arg, axis) {
+        ("x", axis) => ("x", axis),
         ("w of projection 0", "rows") => ("dy of projection 0", "columns"),
         ("w of projection 1", "rows") => ("dy of projection 1", "columns"),
         ("w of projection 0", "columns") => ("w of projection 1", "columns"),
