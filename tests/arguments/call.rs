@@ -226,11 +226,13 @@ impl<T: Element> OnBuffers<T> {
                 "w" => op.w.as_mut().expect(THERE),
                 "a" => placed(&mut op.a),
                 "b" => placed(&mut op.b),
+                "gain" => op.gain.as_mut().expect(THERE),
                 _ => &mut op.merged,
             },
             Self::Round(op) => match arg {
                 "a" => placed(&mut op.a),
                 "b" => placed(&mut op.b),
+                "divisor" => op.divisor.as_mut().expect(THERE),
                 "rounded_a" => &mut op.rounded_a,
                 _ => &mut op.rounded_b,
             },

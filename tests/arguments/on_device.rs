@@ -66,7 +66,9 @@ pub fn run<T: Element>(gpu: &Gpu, call: &mut OnBuffers<T>, elsewhere: Option<(&s
             let (a, b) = (upload(of("a"), &op.a), upload(of("b"), &op.b));
             let mut merged = Device::new(of("merged"), &op.merged);
             let w = w.as_ref().map(Device::view);
-            let merge = Merge { w, factors: factors(&a, &b), scale: op.scale, merged: merged.view_mut() };
+            let gain = op.gain.as_ref().map(|gain| Device::<Queue, f32>::new(of("gain"), gain));
+            let gain = gain.as_ref().map(Device::view);
+            let merge = Merge { w, factors: factors(&a, &b), scale: op.scale, gain, merged: merged.view_mut() };
             let result = queue.merge::<T>(merge);
             op.merged = merged.download(of("merged"));
             result
@@ -76,7 +78,10 @@ pub fn run<T: Element>(gpu: &Gpu, call: &mut OnBuffers<T>, elsewhere: Option<(&s
             let (mut to_a, mut to_b) =
                 (Device::new(of("rounded_a"), &op.rounded_a), Device::new(of("rounded_b"), &op.rounded_b));
             let (rounded_a, rounded_b) = (to_a.view_mut(), to_b.view_mut());
-            let result = queue.round::<T>(Round { factors: factors(&a, &b), scale: op.scale, rounded_a, rounded_b });
+            let divisor = op.divisor.as_ref().map(|divisor| Device::<Queue, f32>::new(of("divisor"), divisor));
+            let divisor = divisor.as_ref().map(Device::view);
+            let (factors, scale) = (factors(&a, &b), op.scale);
+            let result = queue.round::<T>(Round { factors, scale, divisor, rounded_a, rounded_b });
             (op.rounded_a, op.rounded_b) = (to_a.download(of("rounded_a")), to_b.download(of("rounded_b")));
             result
         }

@@ -86,8 +86,8 @@ impl Op {
         match self {
             Self::Forward => &["x", "w", "a", "b", "bias", "routes", "seed"],
             Self::Backward => &["dy", "w", "a", "b", "x", "h", "routes", "seed"],
-            Self::Merge => &["a", "b", "w"],
-            Self::Round => &["a", "b"],
+            Self::Merge => &["a", "b", "w", "gain"],
+            Self::Round => &["a", "b", "divisor"],
         }
     }
 
@@ -114,7 +114,7 @@ impl Op {
             "b" | "db" | "rounded_b" => (n, r),
             "y" | "dy" => (m, n),
             "h" => (m, r),
-            "bias" | "dbias" => (1, n),
+            "bias" | "dbias" | "gain" | "divisor" => (1, n),
             "routes" => (1, Routing::words_for(m)),
             "seed" => (1, 2),
             _ => unreachable!("no operation has an argument {arg}"),
@@ -125,6 +125,9 @@ impl Op {
     pub fn element_bytes(self, arg: &str, wide: bool) -> u64 {
         if matches!(arg, "routes" | "seed") {
             return 8;
+        }
+        if matches!(arg, "gain" | "divisor") {
+            return 4;
         }
         let is_wide = match self {
             Self::Forward => false,

@@ -241,7 +241,7 @@ pub fn merges_views<B: Backend, T: Element>(backend: &B, spec: &Spec) {
         let before = if in_place { w.clone() } else { elsewhere };
         let mut out = Device::new(backend, &before);
         let factors = Factors::Storage { a: da.view(), b: db.view() };
-        let merge = Merge { w: (!in_place).then(|| dw.view()), factors, scale, merged: out.view_mut() };
+        let merge = Merge { w: (!in_place).then(|| dw.view()), factors, scale, gain: None, merged: out.view_mut() };
         backend.merge(merge).expect("a merge");
         let after = out.download(backend);
         let what = format!("merged, in place: {in_place}, {spec:?}");
@@ -292,7 +292,7 @@ pub fn rounds<B: Backend, T: Element>(backend: &B, factors: &[Host<f32>; 2], sca
         let before = [target(&factors[0]), target(&factors[1])];
         let [mut a, mut b] = [&before[0], &before[1]].map(|host| Device::new(backend, host));
         let from = Factors::F32 { a: sources[0].view(), b: sources[1].view() };
-        let round = Round { factors: from, scale, rounded_a: a.view_mut(), rounded_b: b.view_mut() };
+        let round = Round { factors: from, scale, divisor: None, rounded_a: a.view_mut(), rounded_b: b.view_mut() };
         backend.round::<T>(round).expect("a rounding");
         for ((from, before), (to, scale)) in
             factors.iter().zip(&before).zip([(a.download(backend), 1.0), (b.download(backend), scale)])

@@ -78,6 +78,7 @@ pub fn merge(dtype: Dtype, LoraShape { n, k, r, .. }: LoraShape, f32_factors: bo
         a: at.matrix(r, k, factor),
         b: at.matrix(n, r, factor),
         scale: 2.0,
+        gain: Some(at.matrix(1, n, 4)),
         merged: at.matrix(n, k, dtype.size()),
     }
 }
@@ -92,6 +93,7 @@ pub fn round(dtype: Dtype, LoraShape { n, k, r, .. }: LoraShape, f32_factors: bo
         a: at.matrix(r, k, factor),
         b: at.matrix(n, r, factor),
         scale: 2.0,
+        divisor: Some(at.matrix(1, n, 4)),
         rounded_a: at.matrix(r, k, dtype.size()),
         rounded_b: at.matrix(n, r, dtype.size()),
     }
@@ -103,6 +105,7 @@ pub fn merge_argument<'a>(op: &'a mut raw::Merge, name: &str) -> &'a mut raw::Ma
         "w" => op.w.as_mut().expect("w"),
         "a" => &mut op.a,
         "b" => &mut op.b,
+        "gain" => op.gain.as_mut().expect("a gain"),
         "merged" => &mut op.merged,
         _ => panic!("merge has no argument {name}"),
     }
@@ -113,6 +116,7 @@ pub fn round_argument<'a>(op: &'a mut raw::Round, name: &str) -> &'a mut raw::Ma
     match name {
         "a" => &mut op.a,
         "b" => &mut op.b,
+        "divisor" => op.divisor.as_mut().expect("a divisor"),
         "rounded_a" => &mut op.rounded_a,
         "rounded_b" => &mut op.rounded_b,
         _ => panic!("round has no argument {name}"),
