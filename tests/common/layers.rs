@@ -1,6 +1,6 @@
 //! What a layer must do on every backend.
 
-use fused_lora::linear::{Adapter, Backend, Buffers, BuffersMut, Gradients, LoraLinear, Scaling};
+use fused_lora::linear::{Adapter, Backend, Buffers, BuffersMut, Gradients, LoraLinear, Magnitude, Scaling};
 use fused_lora::{Element, Error, Factors, Matrix, MatrixMut, Merge, Round};
 
 use super::data::{Placement, Rng, Spec};
@@ -171,16 +171,25 @@ pub fn backward<B: Backend, T: Element>(
     let mut dx = start.dx.as_ref().map(|dx| Device::new(backend, dx));
     let [mut da, mut db, mut dbias] =
         [&start.da, &start.db, &start.dbias].map(|out| in_f32(out).map(|out| Device::new(backend, out)));
+    let magnitude = start.magnitude.as_ref();
+    let y = magnitude.map(|of| Device::new(backend, &of.y));
+    let mut dm = magnitude.map(|of| Device::new(backend, &of.dm));
+    let of_magnitude = y.as_ref().zip(dm.as_mut());
     let gradients = Gradients {
         dx: dx.as_mut().map(Device::view_mut),
         da: da.as_mut().map(Device::view_mut),
         db: db.as_mut().map(Device::view_mut),
         dbias: dbias.as_mut().map(Device::view_mut),
+        dm: of_magnitude.map(|(y, dm)| Magnitude { y: y.view(), dm: dm.view_mut() }),
         accumulate: start.accumulate,
     };
     layer.backward(pass, dy.view(), gradients).expect("backward");
     let f32 = |out: Option<Device<B, f32>>| out.map(|out| HostGradient::F32(out.download(backend)));
-    HostBackward { dx: dx.map(|dx| dx.download(backend)), da: f32(da), db: f32(db), dbias: f32(dbias), ..start.clone() }
+    let mut end = start.clone();
+    if let (Some(of), Some(dm)) = (&mut end.magnitude, dm) {
+        of.dm = dm.download(backend);
+    }
+    HostBackward { dx: dx.map(|dx| dx.download(backend)), da: f32(da), db: f32(db), dbias: f32(dbias), ..end }
 }
 
 /// w + scale · B A in f32, rank by rank, rounded once: what merge must give bit for bit.
