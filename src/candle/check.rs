@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use crate::MAX_DIMENSION;
+use super::op::Dropout;
 use crate::error::{Error, Result};
 
 /// The weight, frozen, N × K, and the bias of its type or f32, N.
@@ -100,6 +101,14 @@ pub(super) fn ranks(r: usize) -> Result<()> {
         1..=MAX_DIMENSION => Ok(()),
         _ => Err(Error::TooLarge { what: "R (rows of a)", got: r as u64, limit: MAX_DIMENSION as u64 }),
     }
+}
+
+/// N, of the weight's type or f32, and no dropout beside it.
+pub(super) fn magnitude(w: &Tensor, magnitude: &Tensor, dropout: Option<Dropout>) -> Result<()> {
+    vector("magnitude", w, magnitude)?;
+    let Some(Dropout { p, .. }) = dropout else { return Ok(()) };
+    probability(p)?;
+    if p == 0.0 { Ok(()) } else { Err(Error::Exclusive { arg: "magnitude", other: "dropout" }) }
 }
 
 /// From 0 to 1.

@@ -1,4 +1,4 @@
-//! Merge and round over host buffers.
+//! Merge, round and gain over host buffers.
 
 use fused_lora::{Element, Factors, cpu};
 
@@ -84,5 +84,42 @@ impl<T: Element> HostRound<T> {
         let (rounded_a, rounded_b) = (rounded_a.view_mut(), rounded_b.view_mut());
         let divisor = divisor.as_ref().map(Host::view);
         cpu::Round { factors: factors(a, b), scale: *scale, divisor, rounded_a, rounded_b }
+    }
+}
+
+/// Gain over host buffers; the outputs are written in place.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostGain<T> {
+    pub w: Host<T>,
+    pub a: HostFactor<T>,
+    pub b: HostFactor<T>,
+    pub scale: f32,
+    pub magnitude: Option<Host<f32>>,
+    pub earlier: Option<Host<f32>>,
+    pub norm: Option<Host<f32>>,
+    pub gain: Option<Host<f32>>,
+}
+
+impl<T: Element> HostGain<T> {
+    pub fn new(spec: &Spec) -> Self {
+        let w = spec.forward::<T>().w;
+        let (a, b) = factors_of(spec);
+        let vector = spec.row_factors();
+        let (norm, gain) = (Some(output(&vector)), Some(output(&vector)));
+        Self { w, a, b, scale: spec.scale, magnitude: Some(vector.clone()), earlier: Some(vector), norm, gain }
+    }
+
+    /// As the backends that compute on slices take it.
+    pub fn views(&mut self) -> cpu::Gain<'_, T> {
+        let Self { w, a, b, scale, magnitude, earlier, norm, gain } = self;
+        cpu::Gain {
+            w: w.view(),
+            factors: factors(a, b),
+            scale: *scale,
+            magnitude: magnitude.as_ref().map(Host::view),
+            earlier: earlier.as_ref().map(Host::view),
+            norm: norm.as_mut().map(Host::view_mut),
+            gain: gain.as_mut().map(Host::view_mut),
+        }
     }
 }
