@@ -160,7 +160,7 @@ impl Op {
             (Self::Backward | Self::DoraBackward, "dy") => ("x", "rows"),
             (Self::Backward | Self::DoraBackward, "w") => ("dy", "columns"),
             (Self::Merge, "merged") => ("b", "rows"),
-            (Self::Round, "b") => ("rounded_b", "rows"),
+            (Self::Round, "b") => ("divisor", "columns"),
             (_, "a") => ("b", "columns"),
             _ => (arg, "rows"),
         }
