@@ -96,9 +96,7 @@ fn merges<B: Backend, T: Element>(backend: &B) {
         let Spec { m, n, k, r, .. } = spec;
         let Made { mut layer, forward, magnitude, a32, b32 } = make::<B, T>(backend, &spec, at % 2 == 1);
         let x = Device::new(backend, &forward.x);
-        let y = |layer: &LoraLinear<B, T>| {
-            download(backend, &layer.forward(x.view()).expect("forward"), m * n)
-        };
+        let y = |layer: &LoraLinear<B, T>| download(backend, &layer.forward(x.view()).expect("forward"), m * n);
         let weight = |layer: &LoraLinear<B, T>| download(backend, layer.weight(), n * k);
         let beside = y(&layer);
         layer.merge().expect("a merge");
@@ -141,7 +139,10 @@ fn merges<B: Backend, T: Element>(backend: &B) {
         };
         layer.add("stays", dora()).expect("added");
         let folded = layer.merge_for_good().expect("a merge");
-        assert_eq!(folded.iter().map(|(name, adapter)| (&**name, adapter.has_magnitude())).collect::<Vec<_>>(), [("one", true)]);
+        assert_eq!(
+            folded.iter().map(|(name, adapter)| (&**name, adapter.has_magnitude())).collect::<Vec<_>>(),
+            [("one", true)]
+        );
         assert_same(&bits(&weight(&layer)), &bits(&merged), "merged for good");
         layer.activate("stays").expect("an adapter");
         let mut fresh = LoraLinear::upload(backend.clone(), &merged, bias, n, k).expect("a layer");
@@ -380,10 +381,11 @@ fn what_is_not_computed_is_refused_by_name() {
         .expect("an update");
     state(backward(&layer, &pass, &mut dm, 2), &["backward", "bias"]);
     assert_eq!(dm, expected, "nothing was written");
-    let dx_alone = layer.backward(&pass, Matrix::new(&dy[..], 2, n), Gradients {
-        dbias: Some(MatrixMut::new(&mut dm[..], 1, n)),
-        ..Gradients::default()
-    });
+    let dx_alone = layer.backward(
+        &pass,
+        Matrix::new(&dy[..], 2, n),
+        Gradients { dbias: Some(MatrixMut::new(&mut dm[..], 1, n)), ..Gradients::default() },
+    );
     assert_eq!(dx_alone, Ok(()), "nothing else reads the bias");
 }
 

@@ -251,7 +251,12 @@ fn magnitudes_are_trained_and_saved() {
     assert!(Adapter::load(&head.1).expect("an adapter").get("lm_head").is_some_and(|(_, of)| of.magnitude.is_some()));
     for dtype in ["bf16", "f16"] {
         let half = run(&format!("dora-{dtype}"), &["--dora", "--dtype", dtype]);
-        assert!(numbers(&half.0, "loss").iter().zip(numbers(&dora.0, "loss")).all(|(one, other)| (one - other).abs() < 0.05));
+        assert!(
+            numbers(&half.0, "loss")
+                .iter()
+                .zip(numbers(&dora.0, "loss"))
+                .all(|(one, other)| (one - other).abs() < 0.05)
+        );
     }
 }
 
@@ -274,10 +279,10 @@ fn small_batches_of_dora_add_up_to_a_large_one() {
 
 #[test]
 fn magnitudes_without_dropout() {
-    let (model, data, out) =
-        (path("tests/golden/peft/llama/base"), path("LICENSE-APACHE"), scratch("dora-refused"));
+    let (model, data, out) = (path("tests/golden/peft/llama/base"), path("LICENSE-APACHE"), scratch("dora-refused"));
     let refused = |more: &[&str]| {
-        let flags = ["--model", &model, "--data", &data, "--seq", "16", "--steps", "1", "--device", "cpu", "--out", &out];
+        let flags =
+            ["--model", &model, "--data", &data, "--seq", "16", "--steps", "1", "--device", "cpu", "--out", &out];
         let (mut to, mut err) = (Vec::new(), Vec::new());
         let mut streams = Streams { out: &mut to, err: &mut err, terminal: false };
         let arguments = flags.iter().chain(more).map(OsString::from).collect();

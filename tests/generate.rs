@@ -233,7 +233,7 @@ fn merged_and_unmerged_say_the_same() {
         texts.push(unmerged["text"].clone());
     }
     texts.dedup();
-    assert_eq!(texts.len(), 5, "each adapter has a text of its own: {texts:?}");
+    assert_eq!(texts.len(), 6, "each adapter has a text of its own: {texts:?}");
 }
 
 #[test]

@@ -216,10 +216,9 @@ fn edit(file: &Path, change: impl FnOnce(&mut Value)) {
 
 #[test]
 fn what_is_not_built_is_named() {
-    for (case, needed) in [
-        ("dropout", "needs dropout on the adapter branch"),
-        ("embedding", "needs LoRA on embeddings"),
-    ] {
+    for (case, needed) in
+        [("dropout", "needs dropout on the adapter branch"), ("embedding", "needs LoRA on embeddings")]
+    {
         let Output { status, err, .. } = on_cpu(&golden(case));
         assert_eq!(status, 2, "{case}: {err}");
         assert!(err.contains(needed), "{err}");

@@ -84,7 +84,10 @@ fn prepare(arguments: &Arguments) -> Result<Training> {
     }
     let adapter = Adapter::start(&arguments.adapter, &config, (&arguments.model, &weights), seed)?;
     if adapter.dropout() != 0.0 && adapter.is_dora() {
-        return Err(Failure::NotBuilt(format!("dropout (of {}) with DoRA; `--dropout 0` trains without", adapter.dropout())));
+        return Err(Failure::NotBuilt(format!(
+            "dropout (of {}) with DoRA; `--dropout 0` trains without",
+            adapter.dropout()
+        )));
     }
     if adapter.dropout() != 0.0 && !fused(dtype, &device) {
         return Err(Failure::NotBuilt("dropout in f32 on a GPU, where the fused op computes bf16 and f16".into()));

@@ -74,8 +74,7 @@ impl Adapter {
             }
             tensors.expect(&format!("{layer}.{suffix}"), &[n]).map(|tensor| Some(tensor.data.clone()))
         };
-        let (b_bias, magnitude) =
-            (vector("lora_bias", "lora_B.bias")?, vector("use_dora", "lora_magnitude_vector")?);
+        let (b_bias, magnitude) = (vector("lora_bias", "lora_B.bias")?, vector("use_dora", "lora_magnitude_vector")?);
         Ok(Self { info, a, b, b_bias, magnitude, bias })
     }
 }

@@ -128,8 +128,11 @@ impl Case {
     /// The adapter's files must hold the values that the results were recorded with.
     fn check_adapter(&self, adapter: &Adapter) -> Result<(), Failure> {
         let (n, k, r) = (self.n, self.k, adapter.info.r);
-        let vectors =
-            [("bias", "b_trained", &adapter.bias), ("bias", "Bbias", &adapter.b_bias), ("magnitude", "m", &adapter.magnitude)];
+        let vectors = [
+            ("bias", "b_trained", &adapter.bias),
+            ("bias", "Bbias", &adapter.b_bias),
+            ("magnitude", "m", &adapter.magnitude),
+        ];
         for (what, recorded, values) in vectors {
             let name = format!("{}.{recorded}", adapter.info.name);
             if self.tensors.get(&name).map(|tensor| &tensor.data) != values.as_ref() {

@@ -2,8 +2,8 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::MAX_DIMENSION;
 use super::op::Dropout;
+use crate::MAX_DIMENSION;
 use crate::error::{Error, Result};
 
 /// The weight, frozen, N × K, and the bias of its type or f32, N.

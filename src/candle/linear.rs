@@ -420,7 +420,8 @@ impl LoraLinear {
         if let (Some(Passes { p, .. }), Some(_)) = (self.dropout.as_ref().filter(|_| train), &adapter.magnitude)
             && *p != 0.0
         {
-            let got = format!("adapter `{}` has a magnitude (DoRA) and dropout is {p}", self.active().unwrap_or_default());
+            let got =
+                format!("adapter `{}` has a magnitude (DoRA) and dropout is {p}", self.active().unwrap_or_default());
             let expected = "dropout of 0: together they are not computed";
             return Err(wrap(Error::State { operation: "forward_t", got, expected }));
         }
@@ -485,5 +486,9 @@ impl Base {
 /// A bias on B and a magnitude rule each other out, as in PEFT.
 fn of_both(operation: &'static str, name: &str, has: &str) -> Error {
     let got = format!("adapter `{name}` has {has}");
-    Error::State { operation, got, expected: "an adapter without: a bias on B and a magnitude are not computed together" }
+    Error::State {
+        operation,
+        got,
+        expected: "an adapter without: a bias on B and a magnitude are not computed together",
+    }
 }

@@ -208,7 +208,8 @@ impl LoraOp {
             None => within(inputs[at].0, inputs[at].1),
         };
         let (w, w_layout) = self.w.storage_and_layout();
-        let [b, bias, gain] = [&self.third.b, &self.third.bias, &self.gain].map(|beside| beside.as_ref().map(Tensor::storage_and_layout));
+        let [b, bias, gain] =
+            [&self.third.b, &self.third.bias, &self.gain].map(|beside| beside.as_ref().map(Tensor::storage_and_layout));
         let part = |part: Part, beside| if self.third.is(part) { input(2).map(Some) } else { locked::<B>(beside) };
         let op = Forward {
             x: input(0)?,
@@ -243,7 +244,8 @@ impl LoraOp {
         let (xs, ws, a_s, thirds) = (read(0), self.w.storage_and_layout(), read(1), read(2));
         let (dys, ys) = (dy.storage_and_layout(), y.storage_and_layout());
         let Third { b, bias, magnitude, .. } = &self.third;
-        let [bs, biases, magnitudes, gains] = [b, bias, magnitude, &self.gain].map(|beside| beside.as_ref().map(Tensor::storage_and_layout));
+        let [bs, biases, magnitudes, gains] =
+            [b, bias, magnitude, &self.gain].map(|beside| beside.as_ref().map(Tensor::storage_and_layout));
         let part = |part: Part, beside| {
             if self.third.is(part) { operand::<B>(&thirds.0, thirds.1).map(Some) } else { locked::<B>(beside) }
         };
@@ -252,7 +254,8 @@ impl LoraOp {
         let x_operand = operand::<B>(&xs.0, xs.1)?;
         let wanted = precision(third);
         let db = wanted.filter(|_| self.third.has(Part::B));
-        let magnitude = part(Part::Magnitude, &magnitudes)?.filter(|_| wanted.is_some() && self.third.has(Part::Magnitude));
+        let magnitude =
+            part(Part::Magnitude, &magnitudes)?.filter(|_| wanted.is_some() && self.third.has(Part::Magnitude));
         let bias = part(Part::Bias, &biases)?;
         let y = operand::<B>(&ys.0, ys.1)?;
         let again = match db {

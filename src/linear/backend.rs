@@ -75,6 +75,7 @@ pub trait Backend: Clone {
     ///
     /// # Errors
     /// What [`raw::Forward::check`](crate::raw::Forward::check) finds, and the backend's own. Nothing is written then.
+    #[allow(clippy::type_complexity, reason = "an operand type for each kind of argument")]
     fn forward<T: Element>(
         &self,
         op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words, Self::Read<f32>>,

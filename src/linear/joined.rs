@@ -76,7 +76,9 @@ impl<B: Backend, T: Element> Joined<B, T> {
                     scale: ratio as f32,
                     divisor: earlier.map(row),
                     rounded_a: MatrixMut::new(B::write(&mut self.a), r, k).with_offset(first * k),
-                    rounded_b: MatrixMut::new(B::write(&mut self.b), n, r).with_offset(first).with_row_stride(self.rank),
+                    rounded_b: MatrixMut::new(B::write(&mut self.b), n, r)
+                        .with_offset(first)
+                        .with_row_stride(self.rank),
                 })?;
             }
             first += r;
@@ -120,7 +122,9 @@ fn check_order<B: Backend, T: Element>(chosen: &[&Named<B, T>]) -> Result<()> {
     match (with_bias, of_dora) {
         (Some(bias), Some(dora)) if bias < dora => {
             let (bias, dora) = (&chosen[bias].name, &chosen[dora].name);
-            let got = format!("adapter `{bias}`, which has a bias on B, stands before `{dora}`, which has a magnitude (DoRA)");
+            let got = format!(
+                "adapter `{bias}`, which has a bias on B, stands before `{dora}`, which has a magnitude (DoRA)"
+            );
             let expected = "adapters with a bias on B behind those of DoRA";
             Err(Error::State { operation: "activate_all", got, expected })
         }

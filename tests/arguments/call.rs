@@ -10,6 +10,7 @@ use super::common::{Host, HostBackward, HostDropout, HostForward, HostGradient, 
 use super::table::{Fault, Op, Row, SHAPE, rows};
 
 /// An operation over addresses.
+#[allow(clippy::large_enum_variant, reason = "one lives at a time")]
 pub enum OnAddresses {
     Forward(raw::Forward),
     Backward(raw::Backward),
@@ -183,6 +184,7 @@ fn of_dora(op: Op) -> raw::Variant {
 }
 
 /// An operation over host buffers.
+#[allow(clippy::large_enum_variant, reason = "one lives at a time")]
 #[derive(Clone, Debug)]
 pub enum OnBuffers<T> {
     Forward(HostForward<T>),

@@ -6,9 +6,9 @@ use fused_lora::linear::Backend;
 use fused_lora::{Element, Factors, Gain, Merge, Result, Round};
 
 use super::call::OnBuffers;
-use super::common::{Host, HostGradient};
 use super::common::gpu::Gpu;
 use super::common::layers::Device;
+use super::common::{Host, HostGradient};
 
 /// A factor of a merge in device memory.
 enum Factor<T: Element> {

@@ -19,8 +19,7 @@ pub enum Op {
     Gain,
 }
 
-pub const OPS: [Op; 7] =
-    [Op::Forward, Op::Backward, Op::DoraForward, Op::DoraBackward, Op::Merge, Op::Round, Op::Gain];
+pub const OPS: [Op; 7] = [Op::Forward, Op::Backward, Op::DoraForward, Op::DoraBackward, Op::Merge, Op::Round, Op::Gain];
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Fault {

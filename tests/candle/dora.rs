@@ -107,7 +107,9 @@ fn judge(case: &Case, bias: &Tensor, magnitude: &Tensor, context: &str) -> Resul
 
 #[test]
 fn y_and_all_gradients_are_those_of_the_formula() -> Result<()> {
-    for (storage, adapter) in [(DType::F32, DType::F32), (DType::BF16, DType::F32), (DType::BF16, DType::BF16), (DType::F16, DType::F16)] {
+    for (storage, adapter) in
+        [(DType::F32, DType::F32), (DType::BF16, DType::F32), (DType::BF16, DType::BF16), (DType::F16, DType::F16)]
+    {
         for of_magnitude in [DType::F32, storage] {
             let case = Case::new(&[3, 5], (11, 13, 4), storage, adapter)?;
             let bias = case.bias.as_ref().expect("a bias").to_dtype(adapter)?;
@@ -121,11 +123,14 @@ fn y_and_all_gradients_are_those_of_the_formula() -> Result<()> {
 /// Whatever else is tracked, the bits are the same; nothing that is not tracked gets a gradient.
 #[test]
 fn every_subset_of_what_is_tracked() -> Result<()> {
-    for (storage, adapter, of_magnitude) in
-        [(DType::F32, DType::F32, DType::F32), (DType::BF16, DType::F32, DType::BF16), (DType::F16, DType::F16, DType::F32)]
-    {
+    for (storage, adapter, of_magnitude) in [
+        (DType::F32, DType::F32, DType::F32),
+        (DType::BF16, DType::F32, DType::BF16),
+        (DType::F16, DType::F16, DType::F32),
+    ] {
         let case = Case::new(&[3, 5], (11, 13, 4), storage, adapter)?;
-        let (bias, magnitude) = (case.bias.as_ref().expect("a bias").to_dtype(DType::F32)?, magnitude(11, of_magnitude)?);
+        let (bias, magnitude) =
+            (case.bias.as_ref().expect("a bias").to_dtype(DType::F32)?, magnitude(11, of_magnitude)?);
         let all = run(&case, &bias, &magnitude, [true; 5], |inputs| fused(&case, inputs, false))?;
         for subset in 0..32u32 {
             let tracked = [0, 1, 2, 3, 4].map(|bit| subset >> bit & 1 == 1);
@@ -184,7 +189,8 @@ fn what_does_not_go_with_a_magnitude() -> Result<()> {
     assert_eq!(refused(op(&good, Some(-1.0))), Error::Probability { got: -1.0 });
     assert_eq!(bits(&op(&good, Some(0.0))?), bits(&op(&good, None)?));
 
-    let mut layer = LoraLinear::from_tensors(case.w.clone(), None, case.a.clone(), case.b.clone(), 1.0)?.with_dropout(0.25, 3)?;
+    let mut layer =
+        LoraLinear::from_tensors(case.w.clone(), None, case.a.clone(), case.b.clone(), 1.0)?.with_dropout(0.25, 3)?;
     assert_eq!(refused(layer.set_magnitude("default", short)), elements);
     assert!(matches!(refused(layer.set_magnitude("other", good.clone())), Error::AdapterName { .. }));
     assert!(layer.magnitude("default").is_none());

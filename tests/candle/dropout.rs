@@ -14,7 +14,9 @@ fn dropped(p: f32, offset: u64) -> Training<'static> {
 }
 
 /// The op with `training` on a case.
-fn op(training: Training<'static>) -> impl Fn(&Tensor, &Tensor, &Tensor, &Tensor, f64, Option<&Tensor>) -> Result<Tensor> {
+fn op(
+    training: Training<'static>,
+) -> impl Fn(&Tensor, &Tensor, &Tensor, &Tensor, f64, Option<&Tensor>) -> Result<Tensor> {
     move |x, w, a, b, scale, bias| lora_train(x, w, a, b, scale, bias, training)
 }
 

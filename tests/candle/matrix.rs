@@ -331,7 +331,10 @@ fn configurations_that_no_layer_takes() {
             let made = made.expect_err("a refusal");
             assert_eq!(format!("{:?}", cause(&made)), format!("{:?}", Some(&error)), "{config:?}");
             refuses(&mut layer(true), vec![row("add", |layer| layer.add("new", config, vb()), error.clone())]);
-            refuses(&mut layer(true), vec![row("add_dora", |layer| layer.add_dora("new", config, vb()), error.clone())]);
+            refuses(
+                &mut layer(true),
+                vec![row("add_dora", |layer| layer.add_dora("new", config, vb()), error.clone())],
+            );
             assert!(vars.all_vars().is_empty(), "{config:?}");
         }
     }

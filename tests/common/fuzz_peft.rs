@@ -196,7 +196,17 @@ fn fields(config: &Config) -> String {
     } = config;
     let Config { target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, .. } = config;
     let Config { task_type, base_model_name_or_path, .. } = config;
-    let numbers = (r, lora_alpha, rank_pattern, alpha_pattern, (use_rslora, use_dora), lora_dropout, fan_in_fan_out, bias, lora_bias);
+    let numbers = (
+        r,
+        lora_alpha,
+        rank_pattern,
+        alpha_pattern,
+        (use_rslora, use_dora),
+        lora_dropout,
+        fan_in_fan_out,
+        bias,
+        lora_bias,
+    );
     let names = (target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save);
     format!("{numbers:?} {names:?} {task_type:?} {base_model_name_or_path:?}")
 }

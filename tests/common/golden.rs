@@ -301,8 +301,8 @@ impl Golden {
             assert!(off <= unit_roundoff(Dtype::F32), "{}: the oracle's merge is off by {off:e}", self.case["name"]);
         }
         // One rounding per adapter, and the f32 sum with the gain of each.
-        let each = unit_roundoff(T::DTYPE) * names.len() as f64
-            + (r + 3 + 4 * names.len()) as f64 * unit_roundoff(Dtype::F32);
+        let each =
+            unit_roundoff(T::DTYPE) * names.len() as f64 + (r + 3 + 4 * names.len()) as f64 * unit_roundoff(Dtype::F32);
         for (at, (got, truth)) in merged.data.iter().zip(&truth.data).enumerate() {
             let bound = each * limit.data[at] + 1e-8;
             assert!((got - truth).abs() <= bound, "{} {}: merged {at}", self.case["name"], mode.name);
