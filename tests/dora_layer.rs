@@ -1,5 +1,7 @@
 //! DoRA in layers: the gain, the gradient of the magnitude, several adapters in order, folding, and what is refused.
 
+#![allow(clippy::panic, clippy::unwrap_used)] // how a test fails
+
 mod common;
 
 use common::data::{Placement, Rng, Spec};
