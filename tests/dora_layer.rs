@@ -362,17 +362,34 @@ fn what_is_not_computed_is_refused_by_name() {
     let (y, pass) = layer.forward_train(x).expect("forward_train");
     let dy = vec![1.0f32; 2 * n];
     let mut dm = vec![7.0f32; n];
-    let backward = |layer: &LoraLinear<Cpu, f32>, pass: &_, dm: &mut [f32], rows| {
-        let magnitude = Magnitude { y: Matrix::new(&y[..], rows, n), dm: MatrixMut::new(dm, 1, n) };
+    let backward = |layer: &LoraLinear<Cpu, f32>, pass: &_, dm: &mut [f32]| {
+        let magnitude = Magnitude { y: Matrix::new(&y[..], 2, n), dm: MatrixMut::new(dm, 1, n) };
         layer.backward(pass, Matrix::new(&dy[..], 2, n), Gradients { dm: Some(magnitude), ..Gradients::default() })
     };
-    let rows = Error::Dimension { arg: "y", axis: "rows", got: 1, expected: 2 };
-    assert_eq!(backward(&layer, &pass, &mut dm, 1), Err(rows));
+    let short = |arg, got, needed| Error::BufferTooShort { arg, got, needed };
+    let dimension = |arg, axis, got, expected| Error::Dimension { arg, axis, got, expected };
+    let whole = (Matrix::new(&y[..], 2, n), (0, n, n, n));
+    let views = [
+        ((Matrix::new(&y[..], 1, n), whole.1), dimension("y", "rows", 1, 2)),
+        ((Matrix::new(&y[..], 2, 3), whole.1), dimension("y", "columns", 3, 4)),
+        ((whole.0.with_row_stride(3), whole.1), Error::Stride { arg: "y", got: 3, min: 4 }),
+        ((whole.0.with_row_stride(5), whole.1), short("y", 8, 9)),
+        ((whole.0.with_offset(1), whole.1), short("y", 8, 9)),
+        ((whole.0, (0, 3, 3, n)), dimension("dm", "columns", 3, 4)),
+        ((whole.0, (1, n, n, n)), short("dm", 4, 5)),
+        ((whole.0, (0, n, 3, n)), Error::Stride { arg: "dm", got: 3, min: 4 }),
+        ((whole.0, (0, n, n, 3)), short("dm", 3, 4)),
+    ];
+    for ((y, (offset, cols, stride, len)), error) in views {
+        let dm = MatrixMut::new(&mut dm[..len], 1, cols).with_offset(offset).with_row_stride(stride);
+        let gradients = Gradients { dm: Some(Magnitude { y, dm }), ..Gradients::default() };
+        assert_eq!(layer.backward(&pass, Matrix::new(&dy[..], 2, n), gradients), Err(error));
+    }
     layer.activate("plain").expect("an adapter");
     let (_, other) = layer.forward_train(x).expect("forward_train");
-    state(backward(&layer, &other, &mut dm, 2), &["backward", "DoRA"]);
+    state(backward(&layer, &other, &mut dm), &["backward", "DoRA"]);
     assert_eq!(dm, [7.0; 4], "nothing was written");
-    backward(&layer, &pass, &mut dm, 2).expect("backward");
+    backward(&layer, &pass, &mut dm).expect("backward");
     let expected: Vec<f32> = (0..n).map(|at| 2.0 * (y[at] - 0.5) / (at + 1) as f32).collect();
     assert_eq!(dm, expected);
     layer
@@ -381,7 +398,7 @@ fn what_is_not_computed_is_refused_by_name() {
             Ok(())
         })
         .expect("an update");
-    state(backward(&layer, &pass, &mut dm, 2), &["backward", "bias"]);
+    state(backward(&layer, &pass, &mut dm), &["backward", "bias"]);
     assert_eq!(dm, expected, "nothing was written");
     let dx_alone = layer.backward(
         &pass,
