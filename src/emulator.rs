@@ -295,13 +295,13 @@ impl Emulator {
         Ok(Run { plan, counters })
     }
 
-    /// merged = w + scale · B A.
+    /// merged = w + scale · B A, or that times a gain.
     ///
     /// # Errors
     /// As [`cpu::merge`], what [`Launch::merge`] finds, and [`Error::Emulator`].
     pub fn merge<T: Element>(&self, op: cpu::Merge<'_, T>) -> Result<Counters> {
         cpu::check_merge(&op)?;
-        let cpu::Merge { w, factors, scale, mut merged } = op;
+        let cpu::Merge { w, factors, scale, gain, mut merged } = op;
         let mut memory = Memory::new();
         let (a, b, f32_factors) = upload_factors(&mut memory, &factors)?;
         let uploaded = raw::Merge {
@@ -311,6 +311,7 @@ impl Emulator {
             a,
             b,
             scale,
+            gain: gain.map(|gain| upload(&mut memory, "gain", gain, true)).transpose()?,
             merged: upload(&mut memory, "merged", cpu::shared(&merged), w.is_none())?,
         };
         let counters = self.run(&mut memory, &Launch::merge(&uploaded)?)?;
@@ -318,13 +319,13 @@ impl Emulator {
         Ok(counters)
     }
 
-    /// rounded_a = A and rounded_b = scale · B in the storage type.
+    /// rounded_a = A and rounded_b = scale · B, or that over a divisor, in the storage type.
     ///
     /// # Errors
     /// As [`cpu::round`], what [`Launch::round`] finds, and [`Error::Emulator`].
     pub fn round<T: Element>(&self, op: cpu::Round<'_, T>) -> Result<Counters> {
         cpu::check_round(&op)?;
-        let cpu::Round { factors, scale, mut rounded_a, mut rounded_b } = op;
+        let cpu::Round { factors, scale, divisor, mut rounded_a, mut rounded_b } = op;
         let mut memory = Memory::new();
         let (a, b, f32_factors) = upload_factors(&mut memory, &factors)?;
         let uploaded = raw::Round {
@@ -333,6 +334,7 @@ impl Emulator {
             a,
             b,
             scale,
+            divisor: divisor.map(|divisor| upload(&mut memory, "divisor", divisor, true)).transpose()?,
             rounded_a: upload(&mut memory, "rounded_a", cpu::shared(&rounded_a), false)?,
             rounded_b: upload(&mut memory, "rounded_b", cpu::shared(&rounded_b), false)?,
         };
@@ -349,7 +351,7 @@ impl Emulator {
     /// As [`cpu::gain`], what [`Launch::gain`] finds, and [`Error::Emulator`].
     pub fn gain<T: Element>(&self, op: cpu::Gain<'_, T>) -> Result<Counters> {
         cpu::check_gain(&op)?;
-        let cpu::Gain { w, factors, scale, magnitude, mut norm, mut gain } = op;
+        let cpu::Gain { w, factors, scale, magnitude, earlier, mut norm, mut gain } = op;
         let mut memory = Memory::new();
         let (a, b, f32_factors) = upload_factors(&mut memory, &factors)?;
         let output = |memory: &mut Memory, name, vector: &Option<MatrixMut<'_, [f32]>>| {
@@ -363,6 +365,7 @@ impl Emulator {
             b,
             scale,
             magnitude: magnitude.map(|magnitude| upload(&mut memory, "magnitude", magnitude, true)).transpose()?,
+            earlier: earlier.map(|earlier| upload(&mut memory, "earlier", earlier, true)).transpose()?,
             norm: output(&mut memory, "norm", &norm)?,
             gain: output(&mut memory, "gain", &gain)?,
         };

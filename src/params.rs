@@ -228,7 +228,7 @@ pub struct LoraBackwardParams {
     pub projections: [LoraBackwardProjection; LORA_MAX_PROJECTIONS as usize],
 }
 
-/// The parameter of merge: merged = w + scale · B A, a tile per CTA, numbered along K first.
+/// The parameter of merge: merged = (gain ∘) (w + scale · B A), a tile per CTA, numbered along K first.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LoraMergeParams {
@@ -240,6 +240,8 @@ pub struct LoraMergeParams {
     pub b: LoraMatrix,
     /// N × K, output.
     pub merged: LoraMatrix,
+    /// Device address of N elements of f32, a factor of each row; 0 when absent.
+    pub gain: u64,
     /// Output features.
     pub n: u32,
     /// Input features.
@@ -254,7 +256,7 @@ pub struct LoraMergeParams {
     pub flags: u32,
 }
 
-/// The parameter of round: rounded_a = A, rounded_b = scale · B, a tile per CTA, those of A first.
+/// The parameter of round: rounded_a = A, rounded_b = scale · B (/ divisor), a tile per CTA, those of A first.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LoraRoundParams {
@@ -266,6 +268,8 @@ pub struct LoraRoundParams {
     pub rounded_a: LoraMatrix,
     /// N × R, output.
     pub rounded_b: LoraMatrix,
+    /// Device address of N elements of f32, by which rows of B are divided; 0 when absent.
+    pub divisor: u64,
     /// Output features.
     pub n: u32,
     /// Input features.
@@ -296,6 +300,8 @@ pub struct LoraGainParams {
     pub b: LoraMatrix,
     /// Device address of N elements of f32; 0 when absent.
     pub magnitude: u64,
+    /// Device address of N elements of f32, a factor of the gain; 0 when absent.
+    pub earlier: u64,
     /// Device address of N elements of f32, output; 0 when not asked for.
     pub norm: u64,
     /// Device address of N elements of f32, output; 0 when not asked for.
@@ -415,9 +421,6 @@ mod header {
         same_layout!(LoraBackwardParams: a x h dh dx da partials sync m k r projection_count n_steps m_blocks k_blocks
             dh_units dx_end db_end units chunks chunk_rows partial_stride counters group_m flag_shift sync_words flags
             padding dropout routes projections);
-        same_layout!(LoraMergeParams: w a b merged n k r scale k_blocks flags);
-        same_layout!(LoraRoundParams: a b rounded_a rounded_b n k r scale a_units k_blocks r_blocks flags);
-        same_layout!(LoraGainParams: w a b magnitude norm gain n k r scale flags padding);
         same_layout!(LoraSm90ForwardProjection: bias gain n r first_rank first_block scale padding);
         same_layout!(LoraSm90ForwardParams: h sync m k r projection_count m_groups n_blocks r_blocks h_units h_tickets
             tickets group_m flag_shift sync_words padding dropout routes projections);
@@ -426,6 +429,9 @@ mod header {
         same_layout!(LoraSm90BackwardParams: dh dx da partials sync m k r most_r projection_count n_steps m_groups
             k_groups k_blocks dh_blocks dh_units dh_tickets dx_end db_end tickets chunks chunk_rows partial_stride
             counters group_m flag_shift sync_words flags padding dropout routes projections);
+        same_layout!(LoraMergeParams: w a b merged gain n k r scale k_blocks flags);
+        same_layout!(LoraRoundParams: a b rounded_a rounded_b divisor n k r scale a_units k_blocks r_blocks flags);
+        same_layout!(LoraGainParams: w a b magnitude earlier norm gain n k r scale flags padding);
     };
 
     /// A block as `Launch::parameter_bytes` lays it out: maps, fields, and padding to whole 128 bytes.

@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use super::op::Dropout;
 use crate::MAX_DIMENSION;
 use crate::error::{Error, Result};
 
@@ -106,6 +107,14 @@ fn at_most<'a>(what: &'static str, mut dims: impl Iterator<Item = &'a usize>) ->
 pub(super) fn ranks(r: usize) -> Result<()> {
     nonzero("a", &[r], 1)?;
     at_most("R (rows of a)", [r].iter())
+}
+
+/// N, of the weight's type or f32, and no dropout beside it.
+pub(super) fn magnitude(w: &Tensor, magnitude: &Tensor, dropout: Option<Dropout>) -> Result<()> {
+    vector("magnitude", w, magnitude)?;
+    let Some(Dropout { p, .. }) = dropout else { return Ok(()) };
+    probability(p)?;
+    if p == 0.0 { Ok(()) } else { Err(Error::Exclusive { arg: "magnitude", other: "dropout" }) }
 }
 
 /// From 0 to 1.

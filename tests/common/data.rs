@@ -186,6 +186,11 @@ impl Spec {
         }
     }
 
+    /// A factor for each row of W.
+    pub fn row_factors(&self) -> Host<f32> {
+        Fill { spec: self, rng: Rng(self.seed ^ 0x5a5a) }.gain(self.n)
+    }
+
     /// The inputs of backward, with its outputs poisoned, or holding values where they accumulate.
     pub fn backward<T: Element>(&self) -> HostBackward<T> {
         let Self { m, n, k, r, outputs: [dx, da, db, dbias], .. } = *self;

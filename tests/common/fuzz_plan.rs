@@ -77,7 +77,8 @@ fn factors(
     let (bytes, scale) = (if f32_factors { 4 } else { dtype.size() }, scale(u)?);
     let (a, b) = (place.matrix(u, r, k, bytes)?, place.matrix(u, n, r, bytes)?);
     let w = if u.ratio(1, 3)? { None } else { Some(place.matrix(u, n, k, dtype.size())?) };
-    let op = raw::Merge { dtype, w, f32_factors, a, b, scale, merged: place.matrix(u, n, k, dtype.size())? };
+    let gain = if u.ratio(1, 3)? { Some(place.matrix(u, 1, n, 4)?) } else { None };
+    let op = raw::Merge { dtype, w, f32_factors, a, b, scale, gain, merged: place.matrix(u, n, k, dtype.size())? };
     match Launch::merge(&op) {
         Ok(launch) => {
             outcome.adapter += 1;
@@ -86,7 +87,7 @@ fn factors(
         Err(error) => refused(&error, op.check().err(), dtype, false, outcome),
     }
     let [rounded_a, rounded_b] = [place.matrix(u, r, k, dtype.size())?, place.matrix(u, n, r, dtype.size())?];
-    let op = raw::Round { dtype, f32_factors, a, b, scale, rounded_a, rounded_b };
+    let op = raw::Round { dtype, f32_factors, a, b, scale, divisor: gain, rounded_a, rounded_b };
     match Launch::round(&op) {
         Ok(launch) => {
             outcome.adapter += 1;

@@ -260,6 +260,7 @@ impl<T: Element> DeviceForward<T> {
             "h" => optional(&mut self.h, &mut other.h),
             "routes" => std::mem::swap(&mut self.routes, &mut other.routes),
             "seed" => std::mem::swap(&mut self.seed, &mut other.seed),
+            "gain" => std::mem::swap(&mut self.gain, &mut other.gain),
             _ => swap(&mut self.y, &mut other.y),
         }
     }
@@ -329,7 +330,17 @@ impl<T: Element> DeviceBackward<T> {
             "db" => std::mem::swap(&mut self.db, &mut other.db),
             "routes" => std::mem::swap(&mut self.routes, &mut other.routes),
             "seed" => std::mem::swap(&mut self.seed, &mut other.seed),
-            _ => std::mem::swap(&mut self.dbias, &mut other.dbias),
+            "gain" => std::mem::swap(&mut self.gain, &mut other.gain),
+            "dbias" => std::mem::swap(&mut self.dbias, &mut other.dbias),
+            _ => {
+                let (Some(own), Some(other)) = (&mut self.magnitude, &mut other.magnitude) else { return };
+                match arg {
+                    "y" => swap(&mut own.y, &mut other.y),
+                    "bias" => optional(&mut own.bias, &mut other.bias),
+                    "magnitude" => std::mem::swap(&mut own.magnitude, &mut other.magnitude),
+                    _ => std::mem::swap(&mut own.dm, &mut other.dm),
+                }
+            }
         }
     }
 

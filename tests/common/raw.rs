@@ -122,6 +122,7 @@ pub fn merge(dtype: Dtype, LoraShape { n, k, r, .. }: LoraShape, f32_factors: bo
         a: at.matrix(r, k, factor),
         b: at.matrix(n, r, factor),
         scale: 2.0,
+        gain: Some(at.matrix(1, n, 4)),
         merged: at.matrix(n, k, dtype.size()),
     }
 }
@@ -136,8 +137,41 @@ pub fn round(dtype: Dtype, LoraShape { n, k, r, .. }: LoraShape, f32_factors: bo
         a: at.matrix(r, k, factor),
         b: at.matrix(n, r, factor),
         scale: 2.0,
+        divisor: Some(at.matrix(1, n, 4)),
         rounded_a: at.matrix(r, k, dtype.size()),
         rounded_b: at.matrix(n, r, dtype.size()),
+    }
+}
+
+/// Factors in f32 or the storage type; both outputs.
+pub fn gain(dtype: Dtype, LoraShape { n, k, r, .. }: LoraShape, f32_factors: bool) -> raw::Gain {
+    let mut at = Addresses::new();
+    let factor = if f32_factors { 4 } else { dtype.size() };
+    raw::Gain {
+        dtype,
+        w: at.matrix(n, k, dtype.size()),
+        f32_factors,
+        a: at.matrix(r, k, factor),
+        b: at.matrix(n, r, factor),
+        scale: 2.0,
+        magnitude: Some(at.matrix(1, n, 4)),
+        earlier: Some(at.matrix(1, n, 4)),
+        norm: Some(at.matrix(1, n, 4)),
+        gain: Some(at.matrix(1, n, 4)),
+    }
+}
+
+/// The argument of a name. Panics for one that is absent.
+pub fn gain_argument<'a>(op: &'a mut raw::Gain, name: &str) -> &'a mut raw::Matrix {
+    match name {
+        "w" => &mut op.w,
+        "a" => &mut op.a,
+        "b" => &mut op.b,
+        "magnitude" => op.magnitude.as_mut().expect("a magnitude"),
+        "earlier" => op.earlier.as_mut().expect("an earlier gain"),
+        "norm" => op.norm.as_mut().expect("norms"),
+        "gain" => op.gain.as_mut().expect("a gain"),
+        _ => panic!("gain has no argument {name}"),
     }
 }
 
@@ -147,6 +181,7 @@ pub fn merge_argument<'a>(op: &'a mut raw::Merge, name: &str) -> &'a mut raw::Ma
         "w" => op.w.as_mut().expect("w"),
         "a" => &mut op.a,
         "b" => &mut op.b,
+        "gain" => op.gain.as_mut().expect("a gain"),
         "merged" => &mut op.merged,
         _ => panic!("merge has no argument {name}"),
     }
@@ -157,6 +192,7 @@ pub fn round_argument<'a>(op: &'a mut raw::Round, name: &str) -> &'a mut raw::Ma
     match name {
         "a" => &mut op.a,
         "b" => &mut op.b,
+        "divisor" => op.divisor.as_mut().expect("a divisor"),
         "rounded_a" => &mut op.rounded_a,
         "rounded_b" => &mut op.rounded_b,
         _ => panic!("round has no argument {name}"),
@@ -190,6 +226,10 @@ pub fn backward_argument<'a>(op: &'a mut raw::Backward, name: &str) -> &'a mut r
         "da" => &mut op.da.as_mut().expect("da").matrix,
         "db" => &mut op.db.as_mut().expect("db").matrix,
         "dbias" => &mut op.dbias.as_mut().expect("dbias").matrix,
+        "y" => &mut op.dm.as_mut().expect("dm").y,
+        "bias" => op.dm.as_mut().and_then(|dm| dm.bias.as_mut()).expect("bias"),
+        "magnitude" => &mut op.dm.as_mut().expect("dm").magnitude,
+        "dm" => &mut op.dm.as_mut().expect("dm").dm,
         _ => panic!("backward has no argument {name}"),
     }
 }
