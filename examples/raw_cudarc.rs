@@ -86,6 +86,7 @@ fn train(kernels: &Kernels) -> Result<()> {
         let round = Round {
             factors: Factors::F32 { a: Matrix::new(&device_a, r, k), b: Matrix::new(&device_b, n, r) },
             scale: 1.0,
+            divisor: None,
             rounded_a: MatrixMut::new(&mut a, r, k),
             rounded_b: MatrixMut::new(&mut b, n, r),
         };

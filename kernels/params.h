@@ -44,7 +44,8 @@
 #define LORA_SYNC_SPLIT 2  /* units of f32 factors that have been split */
 #define LORA_SYNC_FLAGS 3  /* first h / dh flag; the tile counters of db and da follow the flags */
 
-/* LoraBackwardParams::flags, those of db and dbias for all projections but LORA_DB_F32 and LORA_DBIAS_F32, which each has */
+/* LoraBackwardParams::flags, those of db and dbias for all projections but LORA_DB_F32 and LORA_DBIAS_F32, which each
+ * has */
 #define LORA_ACCUMULATE_DX 1u
 #define LORA_ACCUMULATE_DA 2u
 #define LORA_ACCUMULATE_DB 4u
@@ -172,7 +173,7 @@ typedef struct LoraBackwardProjection {
   LoraMatrix db;
   LoraMagnitude magnitude;
   uint64_t dbias; /* N elements, 0 when absent */
-  uint64_t gain; /* N elements of f32; 0 when absent */
+  uint64_t gain;  /* N elements of f32; 0 when absent */
   uint32_t n;
   uint32_t r; /* its ranks are columns [first_rank, first_rank + r) of h and dh */
   uint32_t first_rank;
@@ -223,12 +224,13 @@ typedef struct LoraBackwardParams {
   LoraBackwardProjection projections[LORA_MAX_PROJECTIONS];
 } LoraBackwardParams;
 
-/* merged = w + scale b a. A CTA computes one tile; tiles are numbered along k first. */
+/* merged = w + scale b a, or gain times that. A CTA computes one tile; tiles are numbered along k first. */
 typedef struct LoraMergeParams {
   LoraMatrix w; /* may be merged itself */
   LoraMatrix a;
   LoraMatrix b;
   LoraMatrix merged;
+  uint64_t gain; /* N elements of f32; 0 when absent */
   uint32_t n;
   uint32_t k;
   uint32_t r;
@@ -237,12 +239,13 @@ typedef struct LoraMergeParams {
   uint32_t flags;
 } LoraMergeParams;
 
-/* rounded_a = a, rounded_b = scale b in the storage type. A CTA does one tile, of a first, then of b. */
+/* rounded_a = a, rounded_b = scale b, or scale b / divisor, in the storage type. A CTA does one tile, of a first, then of b. */
 typedef struct LoraRoundParams {
   LoraMatrix a;
   LoraMatrix b;
   LoraMatrix rounded_a;
   LoraMatrix rounded_b;
+  uint64_t divisor; /* N elements of f32; 0 when absent */
   uint32_t n;
   uint32_t k;
   uint32_t r;
@@ -253,12 +256,13 @@ typedef struct LoraRoundParams {
   uint32_t flags;
 } LoraRoundParams;
 
-/* norm = ||w + scale b a|| of each row, gain = magnitude / norm. A CTA has LORA_GAIN_ROWS rows. */
+/* norm = ||w + scale b a|| of each row, gain = magnitude / norm (times earlier). A CTA has LORA_GAIN_ROWS rows. */
 typedef struct LoraGainParams {
   LoraMatrix w;
   LoraMatrix a;
   LoraMatrix b;
-  uint64_t magnitude; /* N elements of f32, as the next two; 0 when absent */
+  uint64_t magnitude; /* N elements of f32, as the next three; 0 when absent */
+  uint64_t earlier;
   uint64_t norm;
   uint64_t gain;
   uint32_t n;

@@ -49,6 +49,7 @@ mod linear;
 mod op;
 #[cfg(any(feature = "candle-cuda", test))]
 mod recent;
+mod third;
 mod view;
 
 pub use linear::{LoraConfig, LoraLinear};

@@ -87,6 +87,34 @@ pub fn forward<T: Element, A: Element>(op: Forward<'_, T, A>) -> Result<()> {
 
 /// For each projection y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, all of one x.
 ///
+/// ```
+/// use fused_lora::{Matrix, MatrixMut, cpu};
+///
+/// // M = 1, K = 2; rows 0 and 1 of one weight for the first output, row 2 for the second. Each adapter has R = 1.
+/// let w = [1.0f32, 0.0, 0.0, 1.0, 1.0, 1.0];
+/// let b = [1.0, -1.0, 2.0];
+/// let (mut first, mut second) = ([0.0; 2], [0.0; 1]);
+/// let of = |from: usize, n: usize, y| cpu::ForwardProjection {
+///     w: Matrix::new(&w[..], n, 2).with_offset(2 * from),
+///     b: Matrix::new(&b[..], n, 1).with_offset(from),
+///     scale: 0.5,
+///     bias: None,
+///     gain: None,
+///     y,
+/// };
+/// let (y, z) = (MatrixMut::new(&mut first[..], 1, 2), MatrixMut::new(&mut second[..], 1, 1));
+/// cpu::forward_shared(cpu::ForwardShared {
+///     x: Matrix::new(&[1.0, 2.0], 1, 2),
+///     a: Matrix::new(&[1.0, 1.0, 0.0, 1.0], 2, 2),
+///     h: None,
+///     projections: vec![of(0, 2, y), of(2, 1, z)],
+///     dropout: None,
+///     routes: None,
+/// })?;
+/// assert_eq!((first, second), ([2.5, 0.5], [5.0]));
+/// # Ok::<(), fused_lora::Error>(())
+/// ```
+///
 /// # Errors
 /// What [`raw::ForwardShared::check`] finds, [`Error::Projections`], [`Error::BufferTooShort`], and [`Error::OutOfMemory`] for the
 /// scratch of h. Nothing is written then.

@@ -173,10 +173,10 @@ mod tests {
     #[test]
     fn p_is_a_multiple_of_two_to_the_minus_sixteen() {
         let seed = raw::Seed::Value { seed: 0, offset: 0 };
-        let variant = |p| raw::Variant { dropout: Some(raw::Dropout { p, seed }), ..raw::Variant::default() };
-        assert_eq!((variant(0.0).factor(), variant(0.5).factor(), variant(1.0).factor()), (1.0, 2.0, 0.0));
-        assert_eq!(variant(1e-6).factor(), 1.0);
+        let dropout = |p| Some(raw::Dropout { p, seed });
+        let factors = [0.0, 0.5, 1.0, 1e-6].map(|p| raw::Dropout::factor(dropout(p)));
+        assert_eq!(factors, [1.0, 2.0, 0.0, 1.0]);
         assert!(Keep::new(1e-6, 0, 0).is_none() && Keep::new(1.0, 0, 0).is_some_and(|keep| keep.threshold == VALUES));
-        assert_eq!(raw::Variant::default().factor(), 1.0);
+        assert_eq!(raw::Dropout::factor(None), 1.0);
     }
 }

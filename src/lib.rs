@@ -27,7 +27,8 @@
 //! the plain product x Wᵀ through the same code, for comparison.
 //!
 //! [`Variant`] has what the same launches do beside that: [`Dropout`] on the adapter branch, whose mask follows from seed, offset and
-//! element alone, and routes of many adapters in one batch ([`Routing`]), each row of x through its own.
+//! element alone, routes of many adapters in one batch ([`Routing`]), each row of x through its own, and DoRA's gain of each column
+//! of y ([`Gain`] computes it, [`MagnitudeGradient`] is the gradient of what it is made of).
 //!
 //! [`ForwardShared`] and [`BackwardShared`] compute several projections of one x in one launch, each with a weight and an adapter of
 //! its own.

@@ -70,6 +70,38 @@
 //! once for each adapter. The gradient of the bias is dbias, that of b_biasᵢ is sᵢ times it, and neither needs the vector. A bias
 //! that is trained with the adapter (PEFT's `bias`) is the layer's: [`update_bias`](LoraLinear::update_bias) changes it.
 //!
+//! # DoRA
+//!
+//! An adapter with a magnitude ([`Adapter::with_magnitude`], PEFT's `use_dora`) multiplies the columns of both products:
+//! y = gain ∘ (x Wᵀ + s · x Aᵀ Bᵀ) (+ bias), gain = magnitude / ‖W + s · B A‖ by rows of W. The gain is computed when the adapter is
+//! added and whenever it changes, in the order of the stream, from f32 factors where it has them; forward reads N numbers more, and
+//! is one launch as before. A new adapter starts with the norms for its magnitude, so that its gain is 1:
+//! [`add_dora`](LoraLinear::add_dora). Training gives dm beside da and db ([`Gradients::dm`]) and, as in PEFT, takes the norm for a
+//! constant; dropout beside DoRA drops from x for W, too, and is not computed.
+//!
+//! ```
+//! # use fused_lora::{Matrix, MatrixMut, cpu::Cpu, linear::{Adapter, Gradients, LoraLinear, Magnitude, Scaling}};
+//! let w = [3.0f32, 4.0, 0.0, 2.0]; // N = K = 2
+//! let mut layer = LoraLinear::upload(Cpu, &w, None, 2, 2)?;
+//! let adapter = Adapter::upload(&Cpu, 1, Scaling::Lora { alpha: 1.0 }, &[1.0, 1.0], &[0.0, 0.0])?;
+//! layer.add_dora("dora", adapter)?;
+//! assert_eq!(layer.adapter("dora").and_then(Adapter::magnitude), Some(&vec![5.0, 2.0])); // the norms of W's rows
+//! layer.activate("dora")?;
+//!
+//! let (x, dy) = ([1.0, 1.0], [1.0, 1.0]);
+//! let (y, pass) = layer.forward_train(Matrix::new(&x[..], 1, 2))?;
+//! let mut dm = [0.0; 2];
+//! let magnitude = Magnitude { y: Matrix::new(&y[..], 1, 2), dm: MatrixMut::new(&mut dm[..], 1, 2) };
+//! layer.backward(&pass, Matrix::new(&dy[..], 1, 2), Gradients { dm: Some(magnitude), ..Gradients::default() })?;
+//! assert_eq!(dm, [7.0 / 5.0, 1.0]); // dy ∘ x Wᵀ / norm
+//! # Ok::<(), fused_lora::Error>(())
+//! ```
+//!
+//! Among several active adapters their order matters, as it does in PEFT: each of DoRA multiplies the contributions of those before it, too,
+//! and its norm is that of W with itself alone. The one launch multiplies everything by all gains, so rows of B of an adapter behind
+//! one of DoRA are divided by the gains before it, in f32, and rounded to the storage type: a row whose gain is 0, or not finite,
+//! has no such quotient, and what stands behind it becomes NaN there. An adapter with a bias on B cannot stand before one of DoRA.
+//!
 //! # Many adapters in one batch
 //!
 //! [`bank`](LoraLinear::bank) copies adapters side by side, and [`forward_routed`](LoraLinear::forward_routed) takes each row of x
@@ -96,7 +128,7 @@
 //! [`merge`](LoraLinear::merge) writes W' = W + s · B A to a second buffer and keeps W, so that
 //! [`unmerge`](LoraLinear::unmerge) restores the exact bits, at the price of twice the memory.
 //! [`merge_for_good`](LoraLinear::merge_for_good) keeps one of the two. W' is summed in f32 and rounded once per adapter, from f32
-//! factors where the adapter has them.
+//! factors where the adapter has them. With DoRA it is gain ∘ (W + s · B A), the sum being what earlier adapters made of W.
 //!
 //! # Memory and streams
 //!
@@ -110,6 +142,8 @@ mod adapter;
 mod backend;
 mod bank;
 mod bias;
+mod dora;
+mod joined;
 mod merge;
 mod set;
 mod train;
@@ -120,7 +154,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub use adapter::{Adapter, Buffers, BuffersMut, Rejected, Scaling};
 pub use backend::Backend;
 pub use bank::{Bank, Routes};
-pub use train::{Gradients, Kept, Pass, Training};
+pub use train::{Gradients, Kept, Magnitude, Pass, Training};
 
 use crate::error::{Error, Result};
 use crate::shape::check_length;
@@ -145,6 +179,8 @@ pub struct LoraLinear<B: Backend, T: Element> {
     disabled: Active<B, T>,
     /// Another number whenever W changes.
     version: u64,
+    /// Another number whenever the bias changes.
+    bias_version: u64,
 }
 
 /// A number that no other state of any layer has.
@@ -160,7 +196,24 @@ struct Operands<'a, B: Backend, T: Element> {
     b: Matrix<'a, B::Read<T>>,
     scale: f32,
     bias: Option<Matrix<'a, B::Read<T>>>,
+    gain: Option<Matrix<'a, B::Read<f32>>>,
 }
+
+/// What is made of an adapter is made of this, too.
+struct Base<'a, B: Backend, T: Element> {
+    backend: &'a B,
+    n: usize,
+    k: usize,
+    w: &'a B::Buffer<T>,
+    bias: Option<&'a B::Buffer<T>>,
+}
+
+impl<B: Backend, T: Element> Clone for Base<'_, B, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B: Backend, T: Element> Copy for Base<'_, B, T> {}
 
 /// The buffer must hold that many elements.
 fn check_elements(arg: &'static str, got: usize, expected: usize) -> Result<()> {
@@ -217,6 +270,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
                 active: Active::None,
                 disabled: Active::None,
                 version: next_version(),
+                bias_version: next_version(),
             }),
             Err(error) => Err(Rejected { error, value: (w, bias) }),
         }
@@ -265,7 +319,8 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         self.backend.reserve(T::DTYPE, LoraShape { n: self.n.min(train::COLUMNS), ..shape })
     }
 
-    /// y = x Wᵀ + Σ s · (x Aᵀ) Bᵀ (+ bias) over the active adapters, in a new buffer of M × N; x is M × K.
+    /// y = x Wᵀ + Σ s · (x Aᵀ) Bᵀ (+ bias) over the active adapters, in a new buffer of M × N; x is M × K. An adapter with a
+    /// magnitude (DoRA) multiplies what is there of that sum, its own part included, by its gain.
     ///
     /// # Errors
     /// Those of [`forward_into`](Self::forward_into) and of [`Backend::alloc`].
@@ -281,8 +336,9 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// Those of the backend's forward (`cpu::forward`, `cuda::Kernels::forward`); [`Error::State`] when an
     /// [`update`](Self::update) could not renew the copies that forward reads. Nothing is written then.
     pub fn forward_into(&self, x: Matrix<'_, B::Read<T>>, y: MatrixMut<'_, B::Write<T>>) -> Result<()> {
-        let Operands { w, a, b, scale, bias } = self.operands("forward")?;
-        self.backend.forward::<T, T>(Forward { x, w, a, b, scale, bias, h: None, y, variant: Variant::default() })
+        let Operands { w, a, b, scale, bias, gain } = self.operands("forward")?;
+        let variant = Variant { gain, ..Variant::default() };
+        self.backend.forward::<T, T>(Forward { x, w, a, b, scale, bias, h: None, y, variant })
     }
 
     /// A buffer for y.
@@ -325,15 +381,20 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         let w = B::read(self.weight());
         let (a, b) = (Matrix::new(w, 0, self.k), Matrix::new(w, self.n, 0));
         let bias = folded.or(self.bias.as_ref()).map(|bias| Matrix::new(B::read(bias), 1, self.n));
-        Operands { w: Matrix::new(w, self.n, self.k), a, b, scale: 1.0, bias }
+        Operands { w: Matrix::new(w, self.n, self.k), a, b, scale: 1.0, bias, gain: None }
     }
 
     fn with_adapter<'a>(&'a self, operation: &'static str, named: &'a Named<B, T>) -> Result<Operands<'a, B, T>> {
         let (r, factors) = (named.adapter.rank(), named.in_storage(operation)?);
-        let plain = self.plain(named.folded().map(Folded::sum));
+        let gain = named.gain().map(|gain| Matrix::new(B::read(gain), 1, self.n));
+        let plain = Operands { gain, ..self.plain(named.folded().map(Folded::sum)) };
         let Some((a, b)) = factors.filter(|_| r != 0) else { return Ok(plain) };
         let (a, b) = (Matrix::new(B::read(a), r, self.k), Matrix::new(B::read(b), self.n, r));
         Ok(Operands { a, b, scale: named.adapter.scale(), ..plain })
+    }
+
+    fn base(&self) -> Base<'_, B, T> {
+        Base { backend: &self.backend, n: self.n, k: self.k, w: &self.w, bias: self.bias.as_ref() }
     }
 }
 

@@ -383,10 +383,12 @@ pub enum Factors<'a, D: ?Sized, F: ?Sized> {
     },
 }
 
-/// merged = w + scale · B A: what the layer's weight becomes when an adapter is folded into it.
+/// merged = w + scale · B A: what the layer's weight becomes when an adapter is folded into it. With a gain (DoRA)
+/// merged = gain ∘ (w + scale · B A), row by row.
 ///
 /// Sums are in f32, rank by rank in ascending order from 0, each product and each sum rounded to f32; then the sum is
-/// multiplied by the scale, w is added, and the result is rounded once to the storage type. Every backend gives these bits.
+/// multiplied by the scale, w is added, the gain multiplies, and the result is rounded once to the storage type. Every backend
+/// gives these bits.
 #[derive(Debug)]
 pub struct Merge<'a, D: ?Sized, O: ?Sized, F: ?Sized> {
     /// N × K; when absent, what `merged` holds.
@@ -395,6 +397,8 @@ pub struct Merge<'a, D: ?Sized, O: ?Sized, F: ?Sized> {
     pub factors: Factors<'a, D, F>,
     /// α/r or α/√r.
     pub scale: f32,
+    /// 1 × N in f32, a factor of each row of the result: what [`Gain`] computes.
+    pub gain: Option<Matrix<'a, F>>,
     /// N × K, output.
     pub merged: MatrixMut<'a, O>,
 }
@@ -403,13 +407,16 @@ pub struct Merge<'a, D: ?Sized, O: ?Sized, F: ?Sized> {
 /// side by side.
 ///
 /// The product by the scale is rounded to f32 and then to the storage type, to nearest with ties to even; a scale of 1 leaves
-/// one rounding.
+/// one rounding. With a divisor the product is divided before, and rounded to f32 once more: B of an adapter that adds to the
+/// result of DoRA takes no part in that gain, which multiplies the columns of everything.
 #[derive(Debug)]
 pub struct Round<'a, D: ?Sized, O: ?Sized, F: ?Sized> {
     /// A and B.
     pub factors: Factors<'a, D, F>,
     /// Factor of B; 1 for copies.
     pub scale: f32,
+    /// 1 × N in f32: rounded_b = scale · B / divisor, row by row.
+    pub divisor: Option<Matrix<'a, F>>,
     /// R × K, output.
     pub rounded_a: MatrixMut<'a, O>,
     /// N × R, output.
@@ -417,7 +424,7 @@ pub struct Round<'a, D: ?Sized, O: ?Sized, F: ?Sized> {
 }
 
 /// norm = ‖W + scale · B A‖ and gain = magnitude / norm, row by row of W: what DoRA's forward multiplies by, anew whenever the adapter
-/// changes.
+/// changes. Where there is an `earlier` gain, of DoRA adapters whose result this one multiplies, gain = magnitude / norm · earlier.
 ///
 /// The norm is Euclidean, over the row of W with the adapter folded in, unrounded: sums in f32, or exacter. PEFT rounds the norm to
 /// the storage type, this does not. A row of zeros has an infinite gain, or none.
@@ -431,6 +438,8 @@ pub struct Gain<'a, D: ?Sized, F: ?Sized, G: ?Sized> {
     pub scale: f32,
     /// 1 × N in f32; needed for the gain.
     pub magnitude: Option<Matrix<'a, F>>,
+    /// 1 × N in f32, a factor of the gain.
+    pub earlier: Option<Matrix<'a, F>>,
     /// 1 × N in f32, output; the magnitude of a new adapter.
     pub norm: Option<MatrixMut<'a, G>>,
     /// 1 × N in f32, output.

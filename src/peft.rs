@@ -27,10 +27,10 @@
 //!
 //! # What is refused
 //!
-//! Features that change the maths are refused by name ([`ErrorKind::Unsupported`]), never ignored: DoRA, aLoRA, QALoRA,
+//! Features that change the maths are refused by name ([`ErrorKind::Unsupported`]), never ignored: aLoRA, QALoRA,
 //! BD-LoRA, KaSA, Arrow, MonteCLoRA, VeLoRA, Megatron, `target_parameters`, `trainable_token_indices`,
-//! `layer_replication`; initialisations that change the base; factors of embeddings and convolutions; and any `use_…`
-//! that is not known. The crate is stricter than PEFT where that only warns: every tensor must be asked for by the
+//! `layer_replication`; initialisations that change the base; factors of embeddings and convolutions, with DoRA or without; and any
+//! `use_…` that is not known. The crate is stricter than PEFT where that only warns: every tensor must be asked for by the
 //! configuration, named with the prefix `base_model.model.` and accompanied by its partner, and ranks must agree with
 //! the shapes. Keys of the configuration that PEFT 0.21 does not know are kept, and listed by [`Config::unknown_keys`].
 //!

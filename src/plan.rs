@@ -16,9 +16,9 @@ mod sm90;
 mod split;
 
 pub use crate::params::{
-    LoraBackwardParams, LoraBackwardProjection, LoraDropout, LoraForwardParams, LoraForwardProjection, LoraMatrix,
-    LoraGainParams, LoraMagnitude, LoraMergeParams, LoraRoundParams, LoraSm90BackwardParams, LoraSm90BackwardProjection, LoraSm90ForwardParams,
-    LoraSm90ForwardProjection, LoraSplit, Params,
+    LoraBackwardParams, LoraBackwardProjection, LoraDropout, LoraForwardParams, LoraForwardProjection, LoraGainParams,
+    LoraMagnitude, LoraMatrix, LoraMergeParams, LoraRoundParams, LoraSm90BackwardParams, LoraSm90BackwardProjection,
+    LoraSm90ForwardParams, LoraSm90ForwardProjection, LoraSplit, Params,
 };
 pub use device::{Device, Peak};
 pub use floor::Floor;

@@ -166,6 +166,8 @@ pub struct Merge {
     pub b: Matrix,
     /// α/r or α/√r.
     pub scale: f32,
+    /// 1 × N elements of f32.
+    pub gain: Option<Matrix>,
     /// N × K.
     pub merged: Matrix,
 }
@@ -183,6 +185,8 @@ pub struct Round {
     pub b: Matrix,
     /// Factor of B.
     pub scale: f32,
+    /// 1 × N elements of f32.
+    pub divisor: Option<Matrix>,
     /// R × K.
     pub rounded_a: Matrix,
     /// N × R.
@@ -206,6 +210,8 @@ pub struct Gain {
     pub scale: f32,
     /// 1 × N elements of f32.
     pub magnitude: Option<Matrix>,
+    /// 1 × N elements of f32.
+    pub earlier: Option<Matrix>,
     /// 1 × N elements of f32.
     pub norm: Option<Matrix>,
     /// 1 × N elements of f32.

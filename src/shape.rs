@@ -448,6 +448,9 @@ impl Merge {
         if let Some(w) = self.w {
             inputs.push(sized("w", w, storage, n, k)?);
         }
+        if let Some(gain) = self.gain {
+            inputs.push(sized("gain", gain, 4, 1, n)?);
+        }
         let outputs = [sized("merged", self.merged, storage, n, k)?];
         check_operands(shape, &[("scale", self.scale)], &inputs, &outputs).map(|(shape, _)| shape)
     }
@@ -463,7 +466,10 @@ impl Round {
         let shape = LoraShape { m: 1, n: self.b.rows, k: self.a.cols, r: self.a.rows };
         let LoraShape { n, k, r, .. } = shape;
         let (storage, factor) = (self.dtype.size(), factor_bytes(self.dtype, self.f32_factors));
-        let inputs = [sized("a", self.a, factor, r, k)?, sized("b", self.b, factor, n, r)?];
+        let mut inputs = vec![sized("a", self.a, factor, r, k)?, sized("b", self.b, factor, n, r)?];
+        if let Some(divisor) = self.divisor {
+            inputs.push(sized("divisor", divisor, 4, 1, n)?);
+        }
         let outputs =
             [sized("rounded_a", self.rounded_a, storage, r, k)?, sized("rounded_b", self.rounded_b, storage, n, r)?];
         check_operands(shape, &[("scale", self.scale)], &inputs, &outputs).map(|(shape, _)| shape)
@@ -492,8 +498,10 @@ impl Gain {
             sized("a", self.a, factor, r, k)?,
             sized("b", self.b, factor, n, r)?,
         ];
-        if let Some(magnitude) = self.magnitude {
-            inputs.push(sized("magnitude", magnitude, 4, 1, n)?);
+        for (arg, input) in [("magnitude", self.magnitude), ("earlier", self.earlier)] {
+            if let Some(vector) = input {
+                inputs.push(sized(arg, vector, 4, 1, n)?);
+            }
         }
         let mut outputs = Vec::new();
         for (arg, output) in [("norm", self.norm), ("gain", self.gain)] {

@@ -76,7 +76,7 @@ fn merged<B: linear::Backend, T: Element>(backend: &B, [w, a, b]: [&Host<T>; 3],
     let [dw, da, db] = [w, a, b].map(|host| Device::<B, T>::new(backend, host));
     let mut out = Device::<B, T>::new(backend, w);
     let factors = Factors::Storage { a: da.view(), b: db.view() };
-    backend.merge(Merge { w: Some(dw.view()), factors, scale, merged: out.view_mut() }).expect("a merge");
+    backend.merge(Merge { w: Some(dw.view()), factors, scale, gain: None, merged: out.view_mut() }).expect("a merge");
     out.download(backend).to_mat()
 }
 

@@ -91,7 +91,7 @@ fn what_is_not_finite_stays_in_its_column() {
     }
 }
 
-/// norm and gain of a spec's layer, from its factors in f32 or in the storage type.
+/// norm and gain of a spec's layer, from its factors in f32, where the magnitude is an earlier gain as well, or in the storage type.
 fn norms<T: Element>(run: impl Fn(cpu::Gain<'_, T>), spec: &Spec, wide: bool) -> [Host<f32>; 2] {
     let HostForward { w, a, b, scale, .. } = spec.forward::<T>();
     let HostForward { a: wide_a, b: wide_b, gain: magnitude, .. } = spec.forward::<f32>();
@@ -106,7 +106,8 @@ fn norms<T: Element>(run: impl Fn(cpu::Gain<'_, T>), spec: &Spec, wide: bool) ->
     };
     let magnitude = magnitude.as_ref().map(Host::view);
     let (norm, gain) = (Some(norm.view_mut()), Some(gain.view_mut()));
-    run(cpu::Gain { w: w.view(), factors, scale, magnitude, norm, gain });
+    let earlier = magnitude.filter(|_| wide);
+    run(cpu::Gain { w: w.view(), factors, scale, magnitude, earlier, norm, gain });
     outputs
 }
 
@@ -119,7 +120,8 @@ fn check_norms<T: Element>(run: impl Fn(cpu::Gain<'_, T>) + Copy, spec: &Spec) {
         let (a, b) = if wide { (wide_a.to_mat(), wide_b.to_mat()) } else { (a.to_mat(), b.to_mat()) };
         let truth = reference::norm(&w.to_mat(), &a, &b, f64::from(scale));
         let magnitude = magnitude.expect("a vector").to_mat();
-        let ratio = Mat::from_fn(1, spec.n, |_, n| magnitude.at(0, n) / truth.at(0, n));
+        let earlier = |n| if wide { magnitude.at(0, n) } else { 1.0 };
+        let ratio = Mat::from_fn(1, spec.n, |_, n| magnitude.at(0, n) / truth.at(0, n) * earlier(n));
         for (name, got, truth) in [("norm", &norm, &truth), ("gain", &gain, &ratio)] {
             for n in 0..spec.n {
                 let (got, truth) = (f64::from(got.data[got.index(0, n)]), truth.at(0, n));
@@ -157,12 +159,13 @@ fn a_new_adapter_changes_nothing() {
     let (mut norm, mut gain) = ([0.0f32; 2], [0.0f32; 2]);
     let factors = || Factors::Storage { a: Matrix::new(&a[..], 1, 2), b: Matrix::new(&b[..], 2, 1) };
     let w = Matrix::new(&w[..], 2, 2);
-    let op = cpu::Gain { w, factors: factors(), scale: 2.0, magnitude: None, norm: None, gain: None };
+    let op = cpu::Gain { w, factors: factors(), scale: 2.0, magnitude: None, earlier: None, norm: None, gain: None };
     cpu::gain(cpu::Gain { norm: Some(MatrixMut::new(&mut norm, 1, 2)), ..op }).expect("norms");
     assert_eq!(norm, [5f32.sqrt(), 5.0]);
     let magnitude = Some(Matrix::new(&norm[..], 1, 2));
     let gain_of = Some(MatrixMut::new(&mut gain[..], 1, 2));
-    cpu::gain(cpu::Gain { w, factors: factors(), scale: 2.0, magnitude, norm: None, gain: gain_of }).expect("a gain");
+    let op = cpu::Gain { w, factors: factors(), scale: 2.0, magnitude, earlier: None, norm: None, gain: gain_of };
+    cpu::gain(op).expect("a gain");
     assert_eq!(gain, [1.0; 2]);
     check::forward::<f32>(&Cpu, &Spec { dora: true, ..Spec::new(3, 2, 2, 1) });
 }

@@ -198,3 +198,103 @@ fn biases_are_trained_and_saved() {
     part(&["--steps", "30", "--resume"]);
     assert_eq!(weights(&outs[0]), weights(&outs[1]));
 }
+
+/// A run of DoRA starts where one of LoRA does, goes its own way, is saved as PEFT reads it and goes on from there.
+#[test]
+fn magnitudes_are_trained_and_saved() {
+    let (model, data) =
+        (path("tests/golden/peft/llama/base"), path("tests/golden/peft/training/llama/data.safetensors"));
+    let run = |name: &str, more: &[&str]| {
+        let out = scratch(name);
+        let flags = ["--model", &model, "--data", &data, "--steps", "4", "--lr", "1e-2", "--out", &out];
+        (steps(&[&flags[..], more].concat()), out)
+    };
+    let plain = run("dora-plain", &[]);
+    let dora = run("dora", &["--dora"]);
+    let (first, last) = (|steps: &[Value]| numbers(steps, "loss")[0], |steps: &[Value]| numbers(steps, "loss")[3]);
+    assert!((first(&plain.0) - first(&dora.0)).abs() <= 1e-6 * first(&plain.0), "the gains are 1 at first");
+    assert_ne!(last(&plain.0), last(&dora.0));
+    assert!(last(&dora.0) < first(&dora.0));
+    let adapter = Adapter::load(&dora.1).expect("an adapter");
+    assert!(adapter.config().use_dora && !adapter.config().use_rslora);
+    let moved = |factors: &Factors| factors.magnitude.as_ref().expect("a magnitude").to_f32();
+    let norms = {
+        let none = scratch("dora-start");
+        let flags = ["--model", &model, "--data", &data, "--steps", "1", "--lr", "0", "--out", &none, "--dora"];
+        steps(&flags);
+        Adapter::load(&none).expect("an adapter")
+    };
+    for ((name, _, factors), (_, _, start)) in adapter.modules().zip(norms.modules()) {
+        assert_eq!(factors.magnitude.as_ref().expect("a magnitude").dtype(), Dtype::F32);
+        let (now, before) = (moved(factors), moved(start));
+        assert!(now.iter().zip(&before).all(|(now, before)| now != before && *before > 0.0), "{name}");
+    }
+
+    // On from the adapter: its config is what counts, and a pause changes no bit.
+    let more = ["--init", &dora.1, "--rank", "8"];
+    let (whole, asked) = (run("dora-whole", &more), run("dora-asked", &[&more[..], &["--dora"]].concat()));
+    assert_eq!(weights(&whole.1), weights(&asked.1));
+    let parts = scratch("dora-parts");
+    for (count, resume) in [("2", None), ("4", Some("--resume"))] {
+        let flags = ["--model", &model, "--data", &data, "--lr", "1e-2", "--out", &parts, "--steps", count];
+        let more: Vec<&str> = more.into_iter().chain(resume).collect();
+        steps(&[&flags[..], &more].concat());
+    }
+    assert_eq!(weights(&whole.1), weights(&parts));
+
+    // With all else that there is.
+    let all = run("dora-all", &["--dora", "--rslora", "--rank", "4", "--targets", "all-linear", "--accumulate", "2"]);
+    let adapter = Adapter::load(&all.1).expect("an adapter");
+    assert!(adapter.config().use_dora && adapter.config().use_rslora);
+    assert_eq!(adapter.modules().len(), 14);
+    let head = run("dora-head", &["--dora", "--targets", "lm_head,q_proj"]);
+    assert!(Adapter::load(&head.1).expect("an adapter").get("lm_head").is_some_and(|(_, of)| of.magnitude.is_some()));
+    for dtype in ["bf16", "f16"] {
+        let half = run(&format!("dora-{dtype}"), &["--dora", "--dtype", dtype]);
+        assert!(
+            numbers(&half.0, "loss")
+                .iter()
+                .zip(numbers(&dora.0, "loss"))
+                .all(|(one, other)| (one - other).abs() < 0.05)
+        );
+    }
+}
+
+#[test]
+fn small_batches_of_dora_add_up_to_a_large_one() {
+    let (model, text) = (path("tests/golden/peft/llama/base"), path("LICENSE-APACHE"));
+    let run = |name: &str, more: &[&str]| {
+        let out = scratch(name);
+        let flags = ["--model", &model, "--data", &text, "--seq", "16", "--steps", "5", "--optimizer", "sgd", "--lr"];
+        steps(&[&flags[..], &["0.1", "--dora", "--out", &out], more].concat())
+    };
+    let whole = run("dora-large", &["--batch", "6"]);
+    let parts = run("dora-small", &["--batch", "2", "--accumulate", "3"]);
+    for key in ["loss", "grad_norm"] {
+        for (one, other) in numbers(&whole, key).into_iter().zip(numbers(&parts, key)) {
+            assert!((one - other).abs() <= 1e-5 * one, "{key} {one} at once, {other} in parts");
+        }
+    }
+}
+
+#[test]
+fn magnitudes_without_dropout() {
+    let (model, data, out) = (path("tests/golden/peft/llama/base"), path("LICENSE-APACHE"), scratch("dora-refused"));
+    let refused = |more: &[&str]| {
+        let flags =
+            ["--model", &model, "--data", &data, "--seq", "16", "--steps", "1", "--device", "cpu", "--out", &out];
+        let (mut to, mut err) = (Vec::new(), Vec::new());
+        let mut streams = Streams { out: &mut to, err: &mut err, terminal: false };
+        let arguments = flags.iter().chain(more).map(OsString::from).collect();
+        let status = finetune::run(arguments, &AtomicBool::new(false), &mut streams);
+        (status, String::from_utf8(err).expect("UTF-8"))
+    };
+    let (status, message) = refused(&["--dora", "--dropout", "0.1"]);
+    assert_eq!((status, message.lines().count()), (2, 1), "{message}");
+    assert!(message.contains("dropout (of 0.1) with DoRA"), "{message}");
+    let plain = path("tests/golden/peft/llama/adapters/qv");
+    let (status, message) = refused(&["--dora", "--init", &plain]);
+    assert_eq!(status, 3, "{message}");
+    assert!(message.contains("`--dora` is given, but the adapter of `--init` has no magnitudes"), "{message}");
+    assert_eq!(fs::read_dir(&out).expect("a folder").count(), 0, "nothing was written");
+}

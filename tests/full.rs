@@ -303,9 +303,9 @@ fn recorded(backend: &impl Backend) {
         let case = Golden::load(name);
         // There is one number of dh alone in this: twice the most that halves are off, not the average.
         let relative = if name == "decode_r1" { 2f64.powi(-16) } else { TWO_PAIRS };
-        case.check_full::<bf16>(backend, golden::BF16_A32, relative);
-        if case.has(golden::F16_A32) {
-            case.check_full::<f16>(backend, golden::F16_A32, 1e-6);
+        case.check_full::<bf16>(backend, golden::full::BF16_A32, relative);
+        if case.has(golden::full::F16_A32) {
+            case.check_full::<f16>(backend, golden::full::F16_A32, 1e-6);
             count += 1;
         }
     }

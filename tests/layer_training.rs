@@ -171,7 +171,7 @@ fn gradients_are_differences_of_the_loss() {
             da: Some(MatrixMut::new(&mut da[..], R, K)),
             db: Some(MatrixMut::new(&mut db[..], N, R)),
             dbias: Some(MatrixMut::new(&mut dbias[..], 1, N)),
-            accumulate: Accumulate::default(),
+            ..Gradients::default()
         };
         layer.backward(&pass, Matrix::new(&dy[..], M, N), gradients).expect("backward");
     }
@@ -188,7 +188,7 @@ fn gradients_are_differences_of_the_loss() {
         for at in 0..gradient.len() {
             let shifted = |layer: &mut LoraLinear<Cpu, f32>, by: f32| {
                 let change = |factors: BuffersMut<'_, Cpu, f32>| -> Result<()> {
-                    let BuffersMut::F32 { a, b, b_bias } = factors else { unreachable!("f32 factors") };
+                    let BuffersMut::F32 { a, b, b_bias, .. } = factors else { unreachable!("f32 factors") };
                     match what {
                         "a" => a[at] += by,
                         "b" => b[at] += by,
@@ -241,6 +241,7 @@ fn micro_batches_add_up() {
                 da: Some(MatrixMut::new(&mut da[..], 4, 33)),
                 db: Some(MatrixMut::new(&mut db[..], 20, 4)),
                 dbias: Some(MatrixMut::new(&mut dbias[..], 1, 20)),
+                dm: None,
                 accumulate: Accumulate { dx: false, da: add, db: add, dbias: add, dm: false },
             };
             layer.backward(&pass, matrix(&dy[..], 20), gradients).expect("backward");

@@ -21,7 +21,6 @@ fn config_with(changes: Value) -> String {
 #[test]
 fn unsupported_features_are_named() {
     let cases = [
-        (json!({"use_dora": true}), "DoRA"),
         (json!({"use_qalora": true}), "QALoRA"),
         (json!({"use_bdlora": {"nblocks": 2}}), "BD-LoRA"),
         (json!({"alora_invocation_tokens": [1, 2]}), "aLoRA"),
@@ -51,7 +50,7 @@ fn unsupported_features_are_named() {
             other => panic!("{changes}: {other:?}"),
         }
     }
-    let off = json!({"use_dora": false, "layer_replication": null, "target_parameters": [], "use_bdlora": null, "loftq_config": {}});
+    let off = json!({"use_dora": null, "layer_replication": null, "target_parameters": [], "use_bdlora": null, "loftq_config": {}});
     for (init, alone) in
         [json!(true), json!(false), json!("gaussian"), json!("eva"), json!("orthogonal"), json!("mica")]
             .into_iter()
@@ -78,6 +77,8 @@ fn fields_are_checked() {
         ("bias", json!(true)),
         ("lora_bias", json!("yes")),
         ("use_rslora", json!(1)),
+        ("use_dora", json!(1)),
+        ("use_dora", json!("")),
         ("fan_in_fan_out", json!([])),
         ("target_modules", json!(["q", 3])),
         ("target_modules", json!({"q": 1})),
@@ -100,6 +101,8 @@ fn fields_are_checked() {
     }
     let pattern = Config::from_json(&config_with(json!({"rank_pattern": {"q": 0}}))).unwrap_err().to_string();
     assert_eq!(pattern, "`rank_pattern.q` is 0, expected a positive integer");
+    let both = Config::from_json(&config_with(json!({"use_dora": true, "lora_bias": true}))).unwrap_err().to_string();
+    assert_eq!(both, "`lora_bias` is true, expected false, because `use_dora` is true");
     let layers =
         Config::from_json(&config_with(json!({"target_modules": ".*q", "layers_to_transform": 1}))).unwrap_err();
     assert!(matches!(layers.kind, ErrorKind::Field { key, .. } if key == "layers_to_transform"));
@@ -147,6 +150,7 @@ const B: (&str, &[usize]) = ("base_model.model.m.q.lora_B.weight", &[4, 2]);
 #[test]
 fn other_tensors() {
     let bias = ("base_model.model.m.q.lora_B.bias", &[4][..]);
+    let magnitude = ("base_model.model.m.q.lora_magnitude_vector", &[4][..]);
     let base_bias = ("base_model.model.m.q.base_layer.bias", &[4][..]);
     let base_weight = ("base_model.model.m.q.base_layer.weight", &[4, 3][..]);
     let head = ("base_model.model.score.weight", &[5, 4][..]);
@@ -154,6 +158,11 @@ fn other_tensors() {
     let get = |adapter: Result<Adapter, ErrorKind>| adapter.expect("loads").get("m.q").expect("the module").1.clone();
 
     assert_eq!(get(load(json!({"lora_bias": true}), &[A, B, bias])).b_bias.expect("a bias").shape(), [4]);
+    let of_dora = get(load(json!({"use_dora": true}), &[A, B, magnitude]));
+    assert_eq!(of_dora.magnitude.expect("a magnitude").shape(), [4]);
+    let named = ("base_model.model.m.q.lora_magnitude_vector.default.weight", &[4][..]);
+    let of_dora = get(load(json!({"use_dora": true, "bias": "all"}), &[A, B, named, base_bias]));
+    assert!(of_dora.magnitude.is_some() && of_dora.bias.is_some());
     assert_eq!(get(load(json!({"bias": "lora_only"}), &[A, B, base_bias])).bias.expect("a bias").shape(), [4]);
     assert_eq!(get(load(json!({}), &[A, B, base_weight])).weight.expect("a weight").shape(), [4, 3]);
     let all = load(json!({"bias": "all"}), &[A, B, base_bias, norm]).expect("loads");
@@ -167,6 +176,10 @@ fn other_tensors() {
         other => panic!("{key}: {other:?}"),
     };
     unexpected(load(json!({}), &[A, B, bias]), bias.0);
+    unexpected(load(json!({}), &[A, B, magnitude]), magnitude.0);
+    unexpected(load(json!({"use_dora": false}), &[A, B, magnitude]), magnitude.0);
+    unexpected(load(json!({"use_dora": true}), &[A, B, magnitude, bias]), bias.0);
+    unexpected(load(json!({"use_dora": true}), &[A, B, magnitude, named]), named.0);
     unexpected(load(json!({}), &[A, B, base_bias]), base_bias.0);
     unexpected(load(json!({}), &[A, B, head]), head.0);
     unexpected(load(json!({"bias": "lora_only"}), &[A, B, norm]), norm.0);
@@ -190,15 +203,21 @@ fn other_tensors() {
         "base_model.model.n.q.lora_A.weight",
     );
     missing(load(json!({"lora_bias": true}), &[A, B]), bias.0);
+    missing(load(json!({"use_dora": true}), &[A, B]), magnitude.0);
+    missing(load(json!({"use_dora": true}), &[A, magnitude]), B.0);
+    missing(load(json!({"use_dora": true}), &[magnitude]), A.0);
     missing(load(json!({"modules_to_save": ["score"]}), &[A, B]), head.0);
     missing(load(json!({}), &[]), "base_model.model.….lora_A.weight");
 
-    let shapes: [(&str, &[usize], Value); 7] = [
+    let shapes: [(&str, &[usize], Value); 10] = [
         (A.0, &[3, 3], json!({})),
         (A.0, &[2], json!({})),
         (A.0, &[2, 0], json!({})),
         (B.0, &[4, 3], json!({})),
         (bias.0, &[3], json!({"lora_bias": true})),
+        (magnitude.0, &[3], json!({"use_dora": true})),
+        (magnitude.0, &[4, 1], json!({"use_dora": true})),
+        (magnitude.0, &[0], json!({"use_dora": true})),
         (base_bias.0, &[4, 1], json!({"bias": "all"})),
         (base_weight.0, &[4, 3], json!({"fan_in_fan_out": true})),
     ];
@@ -213,7 +232,7 @@ fn other_tensors() {
     }
 
     let features: [(&str, &[usize], &str); 7] = [
-        ("m.q.lora_magnitude_vector", &[4], "DoRA"),
+        ("m.q.lora_magnitude_vector", &[1, 4, 1, 1], "LoRA on a convolution"),
         ("m.emb.lora_embedding_A", &[2, 9], "LoRA on an embedding"),
         ("m.q.lora_diag", &[2], "KaSA"),
         ("m.emb.token_adapter.trainable_tokens_delta", &[1, 3], "trainable tokens"),
@@ -251,6 +270,26 @@ fn element_types() {
     assert_eq!(stored(Dtype::F16), [between, -2.0, 0.5, f32::INFINITY]);
     let length = Tensor::from_f32(Dtype::F32, &[usize::MAX, 2], &values).unwrap_err().kind;
     assert!(matches!(length, ErrorKind::Length { got: 4, expected: usize::MAX, .. }), "{length:?}");
+}
+
+#[test]
+fn built_adapters_of_dora_round_trip() {
+    let config = Config::new(2, 3.0, ["q"]).with_dora(true).with_rslora(true).with_rank("1.q", 3);
+    let mut adapter = Adapter::new(config);
+    for (name, r) in [("m.0.q", 2), ("m.1.q", 3)] {
+        let without = adapter.insert(name, pair(r, 5, 4)).unwrap_err().kind;
+        assert!(matches!(without, ErrorKind::Missing { tensor, .. } if tensor.ends_with(".lora_magnitude_vector")));
+        let mut factors = pair(r, 5, 4);
+        factors.magnitude = Some(tensor(&[5], 3));
+        adapter.insert(name, factors).expect("it fits");
+    }
+    let out = fresh("built-dora");
+    adapter.save(&out).expect("saved");
+    assert_eq!(json_file(&out.join("adapter_config.json"))["use_dora"], json!(true));
+    let again = Adapter::load(&out).expect("loads");
+    assert!(again.config().use_dora && again.config().use_rslora);
+    assert_eq!(again.get("m.1.q"), adapter.get("m.1.q"));
+    assert_eq!(again.get("m.0.q").and_then(|(_, factors)| factors.magnitude.clone()), Some(tensor(&[5], 3)));
 }
 
 /// An adapter made here, of everything there is, is the same after saving and loading.
@@ -420,4 +459,21 @@ fn missing_files_are_named() {
         assert!(error.to_string().contains("not a regular file"), "{error}");
         assert_eq!(error.file, Some(pipe.join("adapter_config.json")));
     }
+}
+
+/// What nobody could load does not take the place of what is there.
+#[test]
+fn an_adapter_without_factors_is_not_saved() {
+    let dir = fresh("without_factors");
+    let tensor =
+        |shape: &[usize]| Tensor::from_f32(Dtype::F32, shape, &vec![1.0; shape.iter().product()]).expect("a tensor");
+    let mut adapter = Adapter::new(Config::new(2, 4.0, ["q"]));
+    let empty = adapter.clone();
+    let refused = |adapter: &Adapter| adapter.save(&dir).expect_err("a refusal");
+    assert!(matches!(refused(&empty).kind, ErrorKind::Missing { .. }));
+    assert!(fs::read_dir(&dir).map_or(0, Iterator::count) == 0, "a file was written");
+    adapter.insert("m.q", Factors::new(tensor(&[2, 3]), tensor(&[4, 2]))).expect("factors");
+    adapter.save(&dir).expect("saved");
+    assert!(matches!(refused(&empty).kind, ErrorKind::Missing { .. }));
+    assert_eq!(Adapter::load(&dir).expect("what was there").modules().len(), 1);
 }

@@ -81,6 +81,7 @@ fn valid() -> Vec<Files> {
         "peft/llama/adapters/patterns",
         "peft/llama/adapters/layers",
         "lora_bias/adapter",
+        "dora/adapter",
         "bias_lora_only/adapter",
         "peft/format/mixed_dtypes_on_disk",
     ];

@@ -388,7 +388,9 @@ fn merges<B: linear::Backend, T: Element>(backend: &B) {
             let mut merged = Device::<B, T>::new(backend, &out);
             let [w, a, b] = [&w, &a, &b].map(|host| Device::<B, T>::new(backend, host));
             let factors = Factors::Storage { a: a.view(), b: b.view() };
-            backend.merge(Merge { w: Some(w.view()), factors, scale, merged: merged.view_mut() }).expect("a merge");
+            backend
+                .merge(Merge { w: Some(w.view()), factors, scale, gain: None, merged: merged.view_mut() })
+                .expect("a merge");
             for (at, (got, expected)) in merged.download(backend).data.iter().zip(&expected).enumerate() {
                 let (got, expected) = (got.to_f32(), expected.to_f32());
                 let same = got.to_bits() == expected.to_bits() || (got.is_nan() && expected.is_nan());

@@ -17,7 +17,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
 /// Cases that are computed, each with its number of results on a backend that computes in every type.
-const COMPUTED: [(&str, usize); 12] = [
+const COMPUTED: [(&str, usize); 13] = [
     ("plain", 16),
     ("plain_3d_nobias", 16),
     ("odd_sizes", 16),
@@ -28,6 +28,7 @@ const COMPUTED: [(&str, usize); 12] = [
     ("conv1d_fan_in_fan_out", 16),
     ("bias_lora_only", 5),
     ("lora_bias", 10),
+    ("dora", 20),
     ("multi_active", 32),
     ("mixed_batch", 24),
 ];
@@ -152,6 +153,8 @@ fn a_wrong_value_anywhere_is_noticed() {
     for (case, tensor) in [
         ("lora_bias", "f64/default.dBbias"),
         ("lora_bias", "bf16/default.dBbias"),
+        ("dora", "f64/default.dm"),
+        ("dora", "default.m_f32"),
         ("multi_active", "f64/b.dA"),
         ("multi_active", "f64/c.dB"),
         ("multi_active", "a.A_f32"),
@@ -184,6 +187,8 @@ fn the_adapter_on_disk_must_be_the_recorded_one() {
     for (case, file, tensor) in [
         ("lora_bias", "tensors.safetensors", "default.Bbias"),
         ("lora_bias", "adapter/adapter_model.safetensors", "base_model.model.lin.lora_B.bias"),
+        ("dora", "tensors.safetensors", "default.m"),
+        ("dora", "adapter/adapter_model.safetensors", "base_model.model.lin.lora_magnitude_vector"),
         ("multi_active", "adapter/c/adapter_model.safetensors", "base_model.model.lin.lora_B.weight"),
     ] {
         let case = copy_of(case, "other-adapter");
@@ -211,11 +216,9 @@ fn edit(file: &Path, change: impl FnOnce(&mut Value)) {
 
 #[test]
 fn what_is_not_built_is_named() {
-    for (case, needed) in [
-        ("dora", "needs DoRA, which is not built yet"),
-        ("dropout", "needs dropout on the adapter branch"),
-        ("embedding", "needs LoRA on embeddings"),
-    ] {
+    for (case, needed) in
+        [("dropout", "needs dropout on the adapter branch"), ("embedding", "needs LoRA on embeddings")]
+    {
         let Output { status, err, .. } = on_cpu(&golden(case));
         assert_eq!(status, 2, "{case}: {err}");
         assert!(err.contains(needed), "{err}");
@@ -232,7 +235,7 @@ fn what_is_not_built_is_named() {
 /// The gravest end of all cases is the exit status, and one bad case does not stop the others.
 #[test]
 fn several_cases() {
-    let (good, refused, absent) = (golden("rslora"), golden("dora"), golden("no-such-case"));
+    let (good, refused, absent) = (golden("rslora"), golden("embedding"), golden("no-such-case"));
     let path = |path: &PathBuf| path.to_str().expect("UTF-8").to_owned();
     let run = |cases: &[&PathBuf]| {
         let cases: Vec<String> = cases.iter().map(|case| path(case)).collect();

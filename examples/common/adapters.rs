@@ -10,8 +10,9 @@ use fused_lora::peft;
 use super::config::Config;
 use super::failure::{Failure, Result};
 use super::linear::{Dropping, Lora};
-use super::llama::{Changes, HEAD, linear_layers};
+use super::llama::{Changes, EMBEDDING, HEAD, linear_layers};
 use super::rng::Rng;
+use super::weights::Weights;
 
 /// Where an adapter for training comes from; what is not given is the default, or what the adapter in `init` says.
 #[derive(Default)]
@@ -22,6 +23,8 @@ pub struct Start {
     pub alpha: Option<f64>,
     /// s = α / √r.
     pub rslora: bool,
+    /// With magnitudes.
+    pub dora: bool,
     pub dropout: Option<f64>,
 }
 
@@ -35,6 +38,7 @@ pub enum Targets {
 const A: &str = "lora_A.weight";
 const B: &str = "lora_B.weight";
 const B_BIAS: &str = "lora_B.bias";
+const MAGNITUDE: &str = "lora_magnitude_vector";
 
 /// What dropout may be in training, in words.
 pub const PROBABILITY: &str =
@@ -65,8 +69,8 @@ impl Adapter {
     }
 
     /// For training: from disk or new.
-    pub fn start(start: &Start, config: &Config, model: &Path, seed: u64) -> Result<Self> {
-        let Some(directory) = &start.init else { return Self::new(start, config, model, seed) };
+    pub fn start(start: &Start, config: &Config, (model, weights): (&Path, &Weights), seed: u64) -> Result<Self> {
+        let Some(directory) = &start.init else { return Self::new(start, config, (model, weights), seed) };
         let mut adapter = Self::read(directory, config)?;
         start.agrees_with(adapter.0.config(), config)?;
         if !adapter.0.config().modules_to_save.is_empty() {
@@ -83,11 +87,12 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// As PEFT begins: A uniform within ±1/√K (Kaiming with a = √5), B zero.
-    fn new(start: &Start, config: &Config, model: &Path, seed: u64) -> Result<Self> {
+    /// As PEFT begins: A uniform within ±1/√K (Kaiming with a = √5), B zero, and the magnitude the norms of W's rows.
+    fn new(start: &Start, config: &Config, (model, weights): (&Path, &Weights), seed: u64) -> Result<Self> {
         let (rank, alpha) = (start.rank.unwrap_or(8), start.alpha.unwrap_or(16.0));
         let described = start.targets().config(rank, alpha, config)?;
-        let mut described = described.with_rslora(start.rslora).with_dropout(start.dropout.unwrap_or(0.0));
+        let described = described.with_rslora(start.rslora).with_dora(start.dora);
+        let mut described = described.with_dropout(start.dropout.unwrap_or(0.0));
         described.task_type = Some("CAUSAL_LM".into());
         described.base_model_name_or_path = Some(model.display().to_string());
         let mut adapter = peft::Adapter::new(described.clone());
@@ -99,7 +104,12 @@ impl Adapter {
             let a: Vec<f32> = (0..module.r * k).map(|_| ((2.0 * rng.uniform() - 1.0) * bound) as f32).collect();
             let a = peft::Tensor::from_f32(Dtype::F32, &[module.r, k], &a)?;
             let b = peft::Tensor::from_f32(Dtype::F32, &[n, module.r], &vec![0.0; n * module.r])?;
-            adapter.insert(name, peft::Factors::new(a, b))?;
+            let mut factors = peft::Factors::new(a, b);
+            if start.dora {
+                let norms = norms(&weight_of(weights, config, &name, n, k)?)?;
+                factors.magnitude = Some(peft::Tensor::from_f32(Dtype::F32, &[n], &norms)?);
+            }
+            adapter.insert(name, factors)?;
         }
         Ok(Self(adapter))
     }
@@ -114,6 +124,11 @@ impl Adapter {
         self.0.config().lora_dropout
     }
 
+    /// Whether its layers have magnitudes.
+    pub fn is_dora(&self) -> bool {
+        self.0.config().use_dora
+    }
+
     /// How many layers have factors.
     pub fn layers(&self) -> usize {
         self.0.modules().len()
@@ -125,7 +140,9 @@ impl Adapter {
         for (name, module, factors) in self.0.modules() {
             let (a, b) = (tensor(&factors.a, device)?, tensor(&factors.b, device)?);
             let b_bias = factors.b_bias.as_ref().map(|b_bias| tensor(b_bias, device)).transpose()?;
-            changes.lora.insert(name.into(), Lora { a, b, b_bias, scale: module.scale, dropout: None });
+            let magnitude = factors.magnitude.as_ref().map(|magnitude| tensor(magnitude, device)).transpose()?;
+            let lora = Lora { a, b, b_bias, magnitude, scale: module.scale, dropout: None };
+            changes.lora.insert(name.into(), lora);
             for (part, value) in [("weight", &factors.weight), ("bias", &factors.bias)] {
                 if let Some(value) = value {
                     changes.parameters.insert(format!("{name}.{part}"), tensor(value, device)?);
@@ -138,8 +155,8 @@ impl Adapter {
         Ok(changes)
     }
 
-    /// The same with variables for what is trained, and with dropout. They are listed in the order of their modules, A, B and its
-    /// bias of each, and then the biases of the model.
+    /// The same with variables for what is trained, and with dropout. They are listed in the order of their modules, A, B, its
+    /// bias and the magnitude of each, and then the biases of the model.
     pub fn variables(&self, device: &Device, seed: u64) -> Result<(Changes, Vec<Parameter>)> {
         let mut changes = self.changes(device)?;
         let mut parameters = Vec::new();
@@ -158,6 +175,9 @@ impl Adapter {
             variable(format!("{module}.{B}"), &mut lora.b)?;
             if let Some(b_bias) = &mut lora.b_bias {
                 variable(format!("{module}.{B_BIAS}"), b_bias)?;
+            }
+            if let Some(magnitude) = &mut lora.magnitude {
+                variable(format!("{module}.{MAGNITUDE}"), magnitude)?;
             }
         }
         for name in self.biases() {
@@ -188,6 +208,7 @@ impl Adapter {
             new.a = value(format!("{name}.{A}"), &factors.a);
             new.b = value(format!("{name}.{B}"), &factors.b);
             new.b_bias = factors.b_bias.as_ref().map(|old| value(format!("{name}.{B_BIAS}"), old));
+            new.magnitude = factors.magnitude.as_ref().map(|old| value(format!("{name}.{MAGNITUDE}"), old));
             new.bias = factors.bias.as_ref().map(|old| value(format!("{name}.bias"), old));
             adapter.insert(name, new)?;
         }
@@ -203,6 +224,17 @@ impl Adapter {
             _ => error.into(),
         })
     }
+}
+
+/// The weight that a module computes with.
+fn weight_of(weights: &Weights, config: &Config, module: &str, n: usize, k: usize) -> Result<Tensor> {
+    let name = if module == HEAD && config.tied { EMBEDDING.to_owned() } else { format!("{module}.weight") };
+    weights.get(&name, &[n, k])
+}
+
+/// Of its rows.
+fn norms(w: &Tensor) -> Result<Vec<f32>> {
+    Ok(w.to_dtype(DType::F32)?.sqr()?.sum(1)?.sqrt()?.to_vec1()?)
 }
 
 /// In f32, as PEFT holds adapters by default whatever the type on disk.
@@ -233,6 +265,9 @@ impl Start {
         }
         if self.rslora && !described.use_rslora {
             return differs("rslora", "given".into(), "a scale of ALPHA / R".into());
+        }
+        if self.dora && !described.use_dora {
+            return differs("dora", "given".into(), "no magnitudes".into());
         }
         if let Some(targets) = &self.targets {
             let asked = targets.config(described.r, described.lora_alpha, config)?;

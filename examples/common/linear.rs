@@ -4,12 +4,14 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Storage, Tensor};
 use fused_lora::candle::{Dropout, Training, lora_train};
 
-/// An adapter's part of a layer: a (R × K), b (N × R) and perhaps a bias on b (N), variables where it is trained, and s.
+/// An adapter's part of a layer: a (R × K), b (N × R) and perhaps a bias on b or DoRA's magnitude (N), variables where it is trained,
+/// and s.
 #[derive(Clone, Debug)]
 pub struct Lora {
     pub a: Tensor,
     pub b: Tensor,
     pub b_bias: Option<Tensor>,
+    pub magnitude: Option<Tensor>,
     pub scale: f64,
     /// Of training passes.
     pub dropout: Option<Dropping>,
@@ -22,7 +24,8 @@ pub struct Dropping {
     pub seed: u64,
 }
 
-/// `y = x Wᵀ (+ s · ((x Aᵀ) Bᵀ + b_bias)) (+ bias)`, W (N × K) frozen.
+/// `y = x Wᵀ (+ s · ((x Aᵀ) Bᵀ + b_bias)) (+ bias)`, W (N × K) frozen; with a magnitude both products are multiplied by
+/// magnitude / ‖W + s · B A‖.
 #[derive(Debug)]
 pub struct Linear {
     pub w: Tensor,
@@ -35,18 +38,23 @@ impl Linear {
     /// x is … × K. `pass` is the number of the training pass, which no other has, and `None` for inference.
     pub fn forward(&self, x: &Tensor, pass: Option<u64>) -> Result<Tensor> {
         let bias = self.bias()?;
-        let Some(Lora { a, b, scale, dropout, .. }) = &self.lora else {
+        let Some(lora @ Lora { a, b, scale, dropout, magnitude, .. }) = &self.lora else {
             return with_bias(product(x, &self.w)?, bias);
         };
         let dropout = dropout.zip(pass).map(|(Dropping { p, seed }, offset)| Dropout { p, seed, offset });
         if fused(x.dtype(), x.device()) {
-            let training = Training { dropout, ..Training::default() };
+            let training = Training { dropout, magnitude: magnitude.as_ref(), ..Training::default() };
             return lora_train(x, &self.w, a, b, *scale, bias.as_ref(), training);
         }
         if dropout.is_some() {
             candle_core::bail!("dropout is part of the fused op, which does not compute f32 on a GPU");
         }
-        with_bias((product(x, &self.w)? + (product(&product(x, a)?, b)? * *scale)?)?, bias)
+        let mut y = (product(x, &self.w)? + (product(&product(x, a)?, b)? * *scale)?)?;
+        if let Some(magnitude) = magnitude {
+            let norm = lora.folded(&self.w)?.sqr()?.sum(1)?.sqrt()?;
+            y = y.broadcast_mul(&(magnitude / norm)?)?;
+        }
+        with_bias(y, bias)
     }
 
     /// The layer's, with the adapter's inside its scale; in f32 where there are both.
@@ -60,15 +68,27 @@ impl Linear {
         }
     }
 
-    /// W + s · B A and the sum of the biases, formed in f32 and rounded once, in place of W, bias and adapter.
+    /// W + s · B A, times the gain where there is a magnitude, and the sum of the biases, formed in f32 and rounded once, in place of
+    /// W, bias and adapter.
     pub fn merge(&mut self) -> Result<()> {
         self.bias = self.bias()?;
-        if let Some(Lora { a, b, scale, .. }) = self.lora.take() {
-            let f32 = |tensor: &Tensor| tensor.detach().to_dtype(DType::F32);
-            let delta = (f32(&b)?.matmul(&f32(&a)?)? * scale)?;
-            self.w = (f32(&self.w)? + delta)?.to_dtype(self.w.dtype())?;
+        if let Some(lora) = self.lora.take() {
+            let mut folded = lora.folded(&self.w)?;
+            if let Some(magnitude) = &lora.magnitude {
+                let norm = folded.sqr()?.sum_keepdim(1)?.sqrt()?;
+                folded = folded.broadcast_mul(&(magnitude.detach().unsqueeze(1)? / norm)?)?;
+            }
+            self.w = folded.to_dtype(self.w.dtype())?;
         }
         Ok(())
+    }
+}
+
+impl Lora {
+    /// W + s · B A in f32, outside of the graph.
+    fn folded(&self, w: &Tensor) -> Result<Tensor> {
+        let f32 = |tensor: &Tensor| tensor.detach().to_dtype(DType::F32);
+        f32(w)? + (f32(&self.b)?.matmul(&f32(&self.a)?)? * self.scale)?
     }
 }
 

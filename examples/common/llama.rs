@@ -76,6 +76,9 @@ impl Cache {
 /// The output layer, which PEFT's `all-linear` leaves out.
 pub const HEAD: &str = "lm_head";
 
+/// The embedding's weight, the head's as well where they are tied.
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
+
 /// Every linear layer, with N and K.
 pub fn linear_layers(config: &Config) -> Vec<(String, usize, usize)> {
     let mut layers = Vec::new();
@@ -167,14 +170,14 @@ impl Source<'_> {
 impl Llama {
     pub fn load(config: &Config, weights: &Weights, changes: Changes) -> Result<Self> {
         let mut source = Source { weights, changes };
-        let (embedding_name, shape) = ("model.embed_tokens.weight", [config.vocab, config.hidden]);
-        let own_embedding = source.changes.parameters.contains_key(embedding_name);
-        let embedding = source.get(embedding_name, &shape)?;
+        let shape = [config.vocab, config.hidden];
+        let own_embedding = source.changes.parameters.contains_key(EMBEDDING);
+        let embedding = source.get(EMBEDDING, &shape)?;
         let layers = (0..config.layers).map(|index| source.layer(index, config)).collect::<Result<_>>()?;
         let norm = source.norm("model.norm", config)?;
         // An adapter that brings a head of its own unties it; one that brings an embedding alone leaves the head the model's.
         let head = if config.tied && !source.changes.parameters.contains_key("lm_head.weight") {
-            let w = if own_embedding { weights.get(embedding_name, &shape)? } else { embedding.clone() };
+            let w = if own_embedding { weights.get(EMBEDDING, &shape)? } else { embedding.clone() };
             source.linear_over(HEAD, w, false)?
         } else {
             source.linear(HEAD, config.vocab, config.hidden, false)?

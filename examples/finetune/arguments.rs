@@ -25,6 +25,7 @@ Trains a LoRA adapter for a model of the Llama architecture in Hugging Face's fo
   --rank R            default 8
   --alpha ALPHA       scale = ALPHA / R; default 16
   --rslora            scale = ALPHA / √R
+  --dora              with a magnitude for each output of a layer, trained as well; without dropout
   --dropout P         in training, elements of the adapters' inputs are dropped with this probability; default 0
   --init DIR          start from this adapter, with its config: targets, rank, scale and dropout are its own, of which
                       --dropout can change the last; it may bring biases to train, on B (`lora_bias`) or of the model (`bias`)
@@ -106,6 +107,7 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>> {
                 adapter.alpha = Some(flags::number(&mut parser, "alpha", "a positive number", |a| a > 0.0)?)
             }
             Long("rslora") => adapter.rslora = true,
+            Long("dora") => adapter.dora = true,
             Long("dropout") => {
                 adapter.dropout = Some(flags::number(&mut parser, "dropout", PROBABILITY, is_probability)?);
             }

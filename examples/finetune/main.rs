@@ -82,7 +82,13 @@ fn prepare(arguments: &Arguments) -> Result<Training> {
     for (name, n, k) in linear_layers(&config).iter().filter(|(name, ..)| name != HEAD || !config.tied) {
         weights.check(&format!("{name}.weight"), &[*n, *k])?;
     }
-    let adapter = Adapter::start(&arguments.adapter, &config, &arguments.model, seed)?;
+    let adapter = Adapter::start(&arguments.adapter, &config, (&arguments.model, &weights), seed)?;
+    if adapter.dropout() != 0.0 && adapter.is_dora() {
+        return Err(Failure::NotBuilt(format!(
+            "dropout (of {}) with DoRA; `--dropout 0` trains without",
+            adapter.dropout()
+        )));
+    }
     if adapter.dropout() != 0.0 && !fused(dtype, &device) {
         return Err(Failure::NotBuilt("dropout in f32 on a GPU, where the fused op computes bf16 and f16".into()));
     }
@@ -141,6 +147,7 @@ fn settings(arguments: &Arguments, dtype: DType, data: &Data, adapter: &Adapter)
         "--seq": data.seq,
         // As those before these flags were written: without them.
         "--accumulate": Some(arguments.accumulate).filter(|&batches| batches != 1),
+        "--dora": Some(adapter.is_dora()).filter(|&is_dora| is_dora),
         "--dropout": Some(adapter.dropout()).filter(|&p| p != 0.0),
         "--seed": arguments.seed,
         "--dtype": dtype.as_str(),

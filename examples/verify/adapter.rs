@@ -8,20 +8,21 @@ use super::case::{AdapterInfo, json, number, text};
 use super::failure::Failure;
 use super::tensors::Tensors;
 
-/// A (R × K) and B (N × R) as stored, and the biases that were trained with them, if any.
+/// A (R × K) and B (N × R) as stored, and what was trained with them, if anything.
 pub struct Adapter {
     pub info: AdapterInfo,
     pub a: Vec<f64>,
     pub b: Vec<f64>,
     /// N, inside the scale.
     pub b_bias: Option<Vec<f64>>,
+    /// N, of DoRA.
+    pub magnitude: Option<Vec<f64>>,
     /// N, in place of the base layer's.
     pub bias: Option<Vec<f64>>,
 }
 
 /// Config entries that change what a layer computes, and what each stands for.
-const VARIANTS: [(&str, &str); 9] = [
-    ("use_dora", "DoRA"),
+const VARIANTS: [(&str, &str); 8] = [
     ("use_qalora", "QA-LoRA"),
     ("use_bdlora", "block-diagonal LoRA (`use_bdlora`)"),
     ("alora_invocation_tokens", "activated LoRA (`alora_invocation_tokens`)"),
@@ -67,12 +68,14 @@ impl Adapter {
             .find(|name| tensors.get(name).is_some())
             .map(|name| tensors.expect(name, &[n]).map(|tensor| tensor.data.clone()))
             .transpose()?;
-        let b_bias = if config.get("lora_bias").and_then(Value::as_bool).unwrap_or(false) {
-            Some(tensors.expect(&format!("{layer}.lora_B.bias"), &[n])?.data.clone())
-        } else {
-            None
+        let vector = |flag: &str, suffix: &str| {
+            if !config.get(flag).and_then(Value::as_bool).unwrap_or(false) {
+                return Ok(None);
+            }
+            tensors.expect(&format!("{layer}.{suffix}"), &[n]).map(|tensor| Some(tensor.data.clone()))
         };
-        Ok(Self { info, a, b, b_bias, bias })
+        let (b_bias, magnitude) = (vector("lora_bias", "lora_B.bias")?, vector("use_dora", "lora_magnitude_vector")?);
+        Ok(Self { info, a, b, b_bias, magnitude, bias })
     }
 }
 

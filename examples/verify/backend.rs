@@ -28,6 +28,28 @@ pub struct Problem<T> {
     pub dy: Vec<T>,
     /// The words of a `Routing`, where rows go through adapters of their own.
     pub routes: Option<Vec<u64>>,
+    /// DoRA's factors of the columns of y.
+    pub gain: Option<Vec<f32>>,
+}
+
+/// What DoRA's gain is made of: gain = magnitude / ‖W + scale · B A‖ (· earlier).
+pub struct Norms<'a, T> {
+    pub n: usize,
+    pub k: usize,
+    pub r: usize,
+    pub scale: f32,
+    pub w: &'a [T],
+    pub a: &'a [f32],
+    pub b: &'a [f32],
+    pub magnitude: &'a [f32],
+    pub earlier: Option<&'a [f32]>,
+}
+
+/// What the gradient of a magnitude takes beside the layer.
+pub struct OfMagnitude<'a, T> {
+    /// What forward gave.
+    pub y: &'a [T],
+    pub magnitude: &'a [f32],
 }
 
 /// What forward gives.
@@ -83,6 +105,9 @@ pub trait Runner {
     fn computes(&self, dtype: Dtype) -> bool;
     fn forward<T: Element>(&self, problem: &Problem<T>) -> Result<Forward<T>>;
     fn backward<T: Element>(&self, problem: &Problem<T>, h: &[T], forms: Forms) -> Result<Backward<T>>;
+    fn gain<T: Element>(&self, norms: &Norms<'_, T>) -> Result<Vec<f32>>;
+    /// dm alone, and its time.
+    fn magnitude<T: Element>(&self, problem: &Problem<T>, of: &OfMagnitude<'_, T>) -> Result<(Vec<f32>, Duration)>;
 }
 
 /// The backend asked for on the command line.

@@ -88,6 +88,13 @@ impl Case {
         if routes.is_some() && adapters.iter().any(|adapter| adapter.b_bias.is_some() || adapter.bias.is_some()) {
             return Err(Failure::NotBuilt("biases of different adapters within one batch".into()));
         }
+        if routes.is_some() && adapters.iter().any(|adapter| adapter.magnitude.is_some()) {
+            return Err(Failure::NotBuilt("DoRA within a batch of different adapters".into()));
+        }
+        let of_dora = adapters.iter().rposition(|adapter| adapter.magnitude.is_some());
+        if adapters[..of_dora.unwrap_or(0)].iter().any(|adapter| adapter.b_bias.is_some()) {
+            return Err(Failure::NotBuilt("an adapter with a bias on B before one of DoRA".into()));
+        }
         let trained = adapters.iter().find_map(|adapter| adapter.bias.clone());
         let bias = trained.or_else(|| base_bias.map(|bias| bias.data.clone()));
         let modes = list(&case, "modes")?;
@@ -121,10 +128,15 @@ impl Case {
     /// The adapter's files must hold the values that the results were recorded with.
     fn check_adapter(&self, adapter: &Adapter) -> Result<(), Failure> {
         let (n, k, r) = (self.n, self.k, adapter.info.r);
-        for (what, bias) in [("b_trained", &adapter.bias), ("Bbias", &adapter.b_bias)] {
-            let name = format!("{}.{what}", adapter.info.name);
-            if self.tensors.get(&name).map(|tensor| &tensor.data) != bias.as_ref() {
-                let problem = format!("its bias is not the case's `{name}`");
+        let vectors = [
+            ("bias", "b_trained", &adapter.bias),
+            ("bias", "Bbias", &adapter.b_bias),
+            ("magnitude", "m", &adapter.magnitude),
+        ];
+        for (what, recorded, values) in vectors {
+            let name = format!("{}.{recorded}", adapter.info.name);
+            if self.tensors.get(&name).map(|tensor| &tensor.data) != values.as_ref() {
+                let problem = format!("its {what} is not the case's `{name}`");
                 return Err(Failure::malformed("adapter_model.safetensors", problem));
             }
         }

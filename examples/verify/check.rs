@@ -7,7 +7,7 @@ use fused_lora::{Element, Routing, Slot, bf16, f16};
 use safetensors::Dtype;
 
 use super::adapter::Adapter;
-use super::backend::{Backend, Backward, Form, Forms, Kind, Problem, Runner, Values};
+use super::backend::{Backend, Backward, Form, Forms, Kind, Norms, OfMagnitude, Problem, Runner, Values};
 use super::case::{AdapterInfo, Case};
 use super::failure::{Failure, Outcome};
 use super::measure::{self, Error};
@@ -114,21 +114,25 @@ fn run_mode<T: Element>(case: &Case, runner: &impl Runner, mode: Mode) -> Result
     let mut gradients = Vec::with_capacity(case.adapters.len());
     for Adapter { info: AdapterInfo { name, r, .. }, .. } in &case.adapters {
         let (da, db) = (find(format!("{name}.dA"), vec![*r, k])?, find(format!("{name}.dB"), vec![n, *r])?);
-        gradients.push((da, db, find(format!("{name}.dBbias"), vec![n])?));
+        let (b_bias, magnitude) = (find(format!("{name}.dBbias"), vec![n])?, find(format!("{name}.dm"), vec![n])?);
+        gradients.push(Gradients { da, db, b_bias, magnitude });
     }
-    let absent = gradients.iter().all(|(da, db, own)| da.is_none() && db.is_none() && own.is_none());
+    let absent = gradients.iter().all(Gradients::is_empty);
     if absent && y.is_none() && dx.is_none() && dbias.is_none() {
         let problem = format!("holds no result of mode `{}`, which case.json lists", mode.name);
         return Err(Failure::malformed("tensors.safetensors", problem));
     }
 
     // All adapters as one, for what they make together.
-    let (problem, firsts) = problem::<T>(case, mode, &case.adapters)?;
+    let (problem, parts) = problem::<T>(case, mode, runner, &case.adapters)?;
     let forward = runner.forward(&problem).map_err(failed)?;
-    let own_bias = gradients.iter().any(|(_, _, own)| own.is_some());
-    let forms = |(da, db, _): &Gradients<'_>| Forms {
+    let own_bias = gradients.iter().any(|gradients| gradients.b_bias.is_some());
+    // DoRA multiplies what stands before it: the gradients of one adapter depend on the others.
+    let in_order = case.adapters.len() > 1 && problem.gain.is_some();
+    let forms = |Gradients { da, db, .. }: &Gradients<'_>| Forms {
         da: form::<T>(da.as_ref()),
-        db: form::<T>(db.as_ref()),
+        // Multiplied by a ratio before it is rounded.
+        db: if in_order { Form::F32 } else { form::<T>(db.as_ref()) },
         // Multiplied by a scale before it is rounded.
         dbias: if own_bias { Some(Form::F32) } else { dbias.as_ref().map(|dbias| form::<T>(Some(dbias))) },
     };
@@ -137,25 +141,31 @@ fn run_mode<T: Element>(case: &Case, runner: &impl Runner, mode: Mode) -> Result
     rows.push(y, widened(&forward.y), forward.time);
     rows.push(dx, widened(&backward.dx), backward.time);
     let sums = backward.dbias.as_ref().map(values);
-    for ((adapter, gradients), first) in case.adapters.iter().zip(gradients).zip(firsts) {
-        // Side by side their scales are one, but for routes; the gradients of each do not depend on the others.
-        let shared = case.adapters.len() == 1 || case.routes.is_some();
+    for (at, (gradients, place)) in gradients.into_iter().zip(&parts).enumerate() {
+        let adapter = &case.adapters[at];
+        // Side by side their scales are one, but for routes and DoRA; else the gradients of each do not depend on the others.
+        let shared = case.adapters.len() == 1 || case.routes.is_some() || in_order;
         let own = if shared { None } else { Some(alone::<T>(case, runner, mode, adapter, forms(&gradients))?) };
         let (of, r, first) = match &own {
             Some(own) => (own, adapter.info.r, 0),
-            None => (&backward, problem.r, first),
+            None => (&backward, problem.r, place.first),
         };
-        let (da, db, dbias) = gradients;
+        let Gradients { da, db, b_bias, magnitude } = gradients;
         let ranks = first..first + adapter.info.r;
         rows.push(da, part(values(&of.da), k, ranks.start * k..ranks.end * k, 0..k), of.time);
-        rows.push(db, part(values(&of.db), r, 0..n * r, ranks), of.time);
-        if let (Some(recorded), Some((_, sums))) = (dbias, &sums) {
-            let scaled: Vec<f64> = sums.iter().map(|sum| adapter.info.scaling * sum).collect();
-            let result = match form::<T>(Some(&recorded)) {
-                Form::F32 => (Dtype::F32, scaled),
-                Form::Storage => widened(&scaled.into_iter().map(T::from_f64).collect::<Vec<_>>()),
-            };
-            rows.push(Some(recorded), result, backward.time);
+        let (dtype, mut sums_of_b) = part(values(&of.db), r, 0..n * r, ranks);
+        if in_order {
+            sums_of_b.iter_mut().enumerate().for_each(|(at, sum)| *sum *= place.of_b(at / adapter.info.r));
+            rows.push_rounded::<T>(db, sums_of_b, of.time);
+        } else {
+            rows.push(db, (dtype, sums_of_b), of.time);
+        }
+        if let Some((_, sums)) = &sums {
+            rows.push_rounded::<T>(b_bias, sums.iter().map(|sum| adapter.info.scaling * sum).collect(), backward.time);
+        }
+        if magnitude.is_some() {
+            let (dm, time) = of_magnitude::<T>(case, runner, mode, (&problem, &forward.y), at)?;
+            rows.push_rounded::<T>(magnitude, dm, time);
         }
     }
     if let Some(sums) = sums {
@@ -174,8 +184,59 @@ fn part(
     (dtype, values[rows].chunks(cols).flat_map(|row| &row[columns.clone()]).copied().collect())
 }
 
-/// What is recorded of an adapter's gradients: dA, dB and that of B's bias.
-type Gradients<'a> = (Option<Recorded<'a>>, Option<Recorded<'a>>, Option<Recorded<'a>>);
+/// What is recorded of an adapter's gradients: dA, dB, that of B's bias and that of the magnitude.
+struct Gradients<'a> {
+    da: Option<Recorded<'a>>,
+    db: Option<Recorded<'a>>,
+    b_bias: Option<Recorded<'a>>,
+    magnitude: Option<Recorded<'a>>,
+}
+
+impl Gradients<'_> {
+    fn is_empty(&self) -> bool {
+        [&self.da, &self.db, &self.b_bias, &self.magnitude].into_iter().all(Option::is_none)
+    }
+}
+
+/// Where an adapter lies among those that are one, and what its B was multiplied by.
+struct Place {
+    first: usize,
+    ratio: f32,
+    /// The product of the gains before it.
+    earlier: Option<Vec<f32>>,
+    /// With its own.
+    gain: Option<Vec<f32>>,
+}
+
+impl Place {
+    /// The factor of a row of B.
+    fn of_b(&self, row: usize) -> f64 {
+        f64::from(self.ratio) / self.earlier.as_ref().map_or(1.0, |earlier| f64::from(earlier[row]))
+    }
+}
+
+/// dm of the adapter at `at`: of what it and those before it make, times the gains behind it.
+fn of_magnitude<T: Element>(
+    case: &Case,
+    runner: &impl Runner,
+    mode: Mode,
+    (all, y): (&Problem<T>, &[T]),
+    at: usize,
+) -> Result<(Vec<f64>, Duration), Failure> {
+    let failed = |error| Failure::Backend { backend: runner.name(), error };
+    let magnitude = magnitude::<T>(case, mode, &case.adapters[at])?.unwrap_or_default();
+    if at + 1 == case.adapters.len() {
+        let (dm, time) = runner.magnitude(all, &OfMagnitude { y, magnitude: &magnitude }).map_err(failed)?;
+        return Ok((dm.into_iter().map(f64::from).collect(), time));
+    }
+    let (part, places) = problem::<T>(case, mode, runner, &case.adapters[..=at])?;
+    let y = runner.forward(&part).map_err(failed)?.y;
+    let (dm, time) = runner.magnitude(&part, &OfMagnitude { y: &y, magnitude: &magnitude }).map_err(failed)?;
+    let gain = |of: Option<&Vec<f32>>, row: usize| of.map_or(1.0, |gain| f64::from(gain[row]));
+    let so_far = places.last().and_then(|place| place.gain.as_ref());
+    let later = |row| gain(all.gain.as_ref(), row) / gain(so_far, row);
+    Ok((dm.iter().enumerate().map(|(row, dm)| f64::from(*dm) * later(row)).collect(), time))
+}
 
 /// A gradient is computed in the type PEFT recorded it in.
 fn form<T: Element>(recorded: Option<&Recorded<'_>>) -> Form {
@@ -194,7 +255,7 @@ fn alone<T: Element>(
     forms: Forms,
 ) -> Result<Backward<T>, Failure> {
     let failed = |error| Failure::Backend { backend: runner.name(), error };
-    let (problem, _) = problem::<T>(case, mode, std::slice::from_ref(adapter))?;
+    let (problem, _) = problem::<T>(case, mode, runner, std::slice::from_ref(adapter))?;
     let forward = runner.forward(&problem).map_err(failed)?;
     runner.backward(&problem, &forward.h, forms).map_err(failed)
 }
@@ -202,32 +263,58 @@ fn alone<T: Element>(
 /// Adapters that rows choose among start at multiples of so many ranks, as those of a `Bank`.
 const ALIGN: usize = 16;
 
-/// The inputs of the case with some of its adapters, rounded to `T` as PEFT rounds them in this mode, and the first rank of each.
-/// Several that are summed are side by side under the largest of their scales, the others' B multiplied by what theirs are of it.
-fn problem<T: Element>(case: &Case, mode: Mode, adapters: &[Adapter]) -> Result<(Problem<T>, Vec<usize>), Failure> {
+/// The inputs of the case with some of its adapters, rounded to `T` as PEFT rounds them in this mode, and the place of each.
+/// Several that are summed are side by side under the largest of their scales, the others' B multiplied by what theirs are of it;
+/// behind one of DoRA B is divided by the gain, which multiplies everything.
+fn problem<T: Element>(
+    case: &Case,
+    mode: Mode,
+    runner: &impl Runner,
+    adapters: &[Adapter],
+) -> Result<(Problem<T>, Vec<Place>), Failure> {
     let (n, k) = (case.n, case.k);
     let scales = adapters.iter().map(|adapter| adapter.info.scaling);
     let scale = match case.routes {
         Some(_) => 1.0,
         None => scales.max_by(|one, other| one.abs().total_cmp(&other.abs())).unwrap_or(1.0),
     };
-    let (mut a, mut b, mut firsts, mut slots) = (Vec::new(), vec![Vec::new(); n], Vec::new(), Vec::new());
+    let (mut a, mut b, mut places, mut slots) = (Vec::new(), vec![Vec::new(); n], Vec::new(), Vec::new());
+    let (w, mut gain) = (narrow::<T>(&case.w), None::<Vec<f32>>);
     let mut bias: Option<Vec<f32>> =
         case.bias.as_deref().map(|bias| narrow::<T>(bias).iter().map(|value| value.to_f32()).collect());
     for adapter in adapters {
         let AdapterInfo { r, scaling, .. } = adapter.info;
         let [wide_a, wide_b] = factors(case, mode, adapter)?;
-        firsts.push(a.len() / k);
+        let first = a.len() / k;
         slots.push(Slot { first_rank: a.len() / k, ranks: r, scale: scaling as f32 });
         a.extend(narrow::<T>(&wide_a));
         let ratio = if scale == 0.0 || case.routes.is_some() { 1.0 } else { (scaling / scale) as f32 };
-        let scaled = |value: &f64| T::from_f32(*value as f32 * ratio);
+        let earlier = gain.clone();
+        let divisor = |row: usize| earlier.as_ref().map_or(1.0, |earlier| earlier[row]);
         let gap = if case.routes.is_some() { r.next_multiple_of(ALIGN) - r } else { 0 };
         for (row, line) in b.iter_mut().enumerate() {
+            let scaled = |value: &f64| T::from_f32(*value as f32 * ratio / divisor(row));
             line.extend(wide_b[row * r..][..r].iter().map(scaled));
             line.extend(vec![T::default(); gap]);
         }
         a.extend(vec![T::default(); gap * k]);
+        if let Some(magnitude) = magnitude::<T>(case, mode, adapter)? {
+            let f32 = |values: &[f64]| values.iter().map(|&value| value as f32).collect::<Vec<f32>>();
+            let norms = Norms {
+                n,
+                k,
+                r,
+                scale: scaling as f32,
+                w: &w,
+                a: &f32(&wide_a),
+                b: &f32(&wide_b),
+                magnitude: &magnitude,
+                earlier: earlier.as_deref(),
+            };
+            let made = runner.gain(&norms);
+            gain = Some(made.map_err(|error| Failure::Backend { backend: runner.name(), error })?);
+        }
+        places.push(Place { first, ratio, earlier, gain: gain.clone() });
         if adapter.b_bias.is_some() {
             let own = b_bias::<T>(case, mode, adapter)?;
             let bias = bias.get_or_insert_with(|| vec![0.0; n]);
@@ -250,14 +337,15 @@ fn problem<T: Element>(case: &Case, mode: Mode, adapters: &[Adapter]) -> Result<
         r: a.len() / k,
         scale: scale as f32,
         x: narrow(&case.tensors.expect("x", &case.token_shape(k))?.data),
-        w: narrow(&case.w),
+        w,
         a,
         b: b.concat(),
         bias: bias.map(|bias| bias.into_iter().map(T::from_f32).collect()),
         dy: narrow(&case.tensors.expect("dY", &case.token_shape(n))?.data),
         routes,
+        gain,
     };
-    Ok((problem, firsts))
+    Ok((problem, places))
 }
 
 fn narrow<T: Element>(values: &[f64]) -> Vec<T> {
@@ -272,6 +360,18 @@ fn factors(case: &Case, mode: Mode, adapter: &Adapter) -> Result<[Vec<f64>; 2], 
     let recorded =
         |what, shape: [usize; 2]| case.adapter_tensor(adapter, what, &shape).map(|tensor| tensor.data.clone());
     Ok([recorded("A_f32", [adapter.info.r, case.k])?, recorded("B_f32", [case.n, adapter.info.r])?])
+}
+
+/// The magnitude, likewise.
+fn magnitude<T: Element>(case: &Case, mode: Mode, adapter: &Adapter) -> Result<Option<Vec<f32>>, Failure> {
+    if adapter.magnitude.is_none() {
+        return Ok(None);
+    }
+    let recorded = |what| case.adapter_tensor(adapter, what, &[case.n]).map(|tensor| &tensor.data);
+    if mode.f32_adapter {
+        return Ok(Some(recorded("m_f32")?.iter().map(|&value| value as f32).collect()));
+    }
+    Ok(Some(narrow::<T>(recorded("m")?).iter().map(|value| value.to_f32()).collect()))
 }
 
 /// The bias on B, likewise.
@@ -291,6 +391,16 @@ struct Rows<'a> {
 }
 
 impl Rows<'_> {
+    /// Rounded to the type that PEFT recorded it in.
+    fn push_rounded<T: Element>(&mut self, recorded: Option<Recorded<'_>>, result: Vec<f64>, time: Duration) {
+        let Some(recorded) = recorded else { return };
+        let result = match form::<T>(Some(&recorded)) {
+            Form::F32 => (Dtype::F32, result),
+            Form::Storage => widened(&result.into_iter().map(T::from_f64).collect::<Vec<_>>()),
+        };
+        self.push(Some(recorded), result, time);
+    }
+
     fn push(&mut self, recorded: Option<Recorded<'_>>, (dtype, result): (Dtype, Vec<f64>), time: Duration) {
         self.rows.extend(recorded.map(|recorded| recorded.row(self.case, self.mode, dtype, &result, time)));
     }

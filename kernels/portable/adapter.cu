@@ -51,9 +51,12 @@ __device__ __forceinline__ void store_merged(const LoraMergeParams& p, uint32_t 
                                              const float (&sums)[2]) {
   const T* const w = reinterpret_cast<const T*>(p.w.ptr) + row * p.w.row_stride + col;
   T* const merged = reinterpret_cast<T*>(p.merged.ptr) + row * p.merged.row_stride + col;
+  const float gain = p.gain != 0 ? reinterpret_cast<const float*>(p.gain)[row] : 1.0f;  // a factor of 1 changes no bits
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
-    if (col + e < p.k) merged[e] = round_to<T>(__fadd_rn(widen(w[e]), __fmul_rn(p.scale, sums[e])));
+    if (col + e >= p.k) continue;
+    const float sum = __fadd_rn(widen(w[e]), __fmul_rn(p.scale, sums[e]));
+    merged[e] = round_to<T>(__fmul_rn(gain, sum));
   }
 }
 
@@ -93,18 +96,21 @@ constexpr uint32_t kRoundRows = LORA_ROUND_ROWS;
 constexpr uint32_t kRoundCols = LORA_ROUND_COLS;
 static_assert(LORA_ROUND_THREADS == 32 * kRoundRows, "a warp has a row of a tile");
 
-// One tile of `out` = scale · `matrix`.
+// One tile of `out` = scale · `matrix` / divisor, of a row each; address 0 for a divisor of 1.
 template <typename T>
 __device__ __forceinline__ void round_tile(const LoraMatrix& matrix, bool f32, const LoraMatrix& out, uint32_t rows,
-                                           uint32_t cols, float scale, uint32_t unit, uint32_t col_blocks) {
+                                           uint32_t cols, float scale, uint64_t divisors, uint32_t unit,
+                                           uint32_t col_blocks) {
   const uint32_t row = unit / col_blocks * kRoundRows + threadIdx.x / 32;
   const uint32_t first = unit % col_blocks * kRoundCols;
   if (row >= rows) return;
   T* const to = reinterpret_cast<T*>(out.ptr) + row * out.row_stride;
+  const float divisor = divisors != 0 ? reinterpret_cast<const float*>(divisors)[row] : 1.0f;
   const uint32_t end = min(cols - first, kRoundCols);
 #pragma unroll 4
   for (uint32_t i = threadIdx.x % 32; i < end; i += 32) {
-    to[first + i] = round_to<T>(__fmul_rn(scale, factor<T>(matrix, f32, row, first + i)));
+    const float product = __fmul_rn(scale, factor<T>(matrix, f32, row, first + i));
+    to[first + i] = round_to<T>(divisors != 0 ? __fdiv_rn(product, divisor) : product);
   }
 }
 
@@ -112,9 +118,9 @@ template <typename T>
 __device__ __forceinline__ void round_factors(const LoraRoundParams& p) {
   const bool f32 = (p.flags & LORA_FACTORS_F32) != 0;
   if (blockIdx.x < p.a_units) {
-    round_tile<T>(p.a, f32, p.rounded_a, p.r, p.k, 1.0f, blockIdx.x, p.k_blocks);
+    round_tile<T>(p.a, f32, p.rounded_a, p.r, p.k, 1.0f, 0, blockIdx.x, p.k_blocks);
   } else {
-    round_tile<T>(p.b, f32, p.rounded_b, p.n, p.r, p.scale, blockIdx.x - p.a_units, p.r_blocks);
+    round_tile<T>(p.b, f32, p.rounded_b, p.n, p.r, p.scale, p.divisor, blockIdx.x - p.a_units, p.r_blocks);
   }
 }
 
@@ -202,7 +208,10 @@ __device__ __forceinline__ void gain(const LoraGainParams& p) {
     if (threadIdx.x % 32 != 0 || row >= p.n) continue;
     const float norm = sqrtf(squares[i]);
     if (p.norm != 0) reinterpret_cast<float*>(p.norm)[row] = norm;
-    if (p.gain != 0) reinterpret_cast<float*>(p.gain)[row] = reinterpret_cast<const float*>(p.magnitude)[row] / norm;
+    if (p.gain == 0) continue;
+    const float ratio = reinterpret_cast<const float*>(p.magnitude)[row] / norm;
+    const float earlier = p.earlier != 0 ? reinterpret_cast<const float*>(p.earlier)[row] : 1.0f;
+    reinterpret_cast<float*>(p.gain)[row] = ratio * earlier;
   }
 }
 

@@ -4,9 +4,8 @@
 // dy [M][N], w [N][K], a [R][K], b [N][R], x and dx [M][K], h and dh [M][R], da [R][K], db [N][R], row-major with any
 // row stride. With a gain, dy is dz = gain ∘ dy for dh, dx and db. Units of work: dh tiles, dx tiles (over the N of all
 // projections, then the ranks of all in dh), db and da tiles, after those that split f32 factors, where there are any.
-// The last two reduce over tokens in chunks: each chunk
-// leaves its f32 partial sums, and the CTA that finishes a tile's last chunk adds them in order of chunk, so the bits do
-// not depend on which CTA was last.
+// The last two reduce over tokens in chunks: each chunk leaves its f32 partial sums, and the CTA that finishes a tile's
+// last chunk adds them in order of chunk, so the bits do not depend on which CTA was last.
 #include "epilogue.cuh"
 #include "middle.cuh"
 #include "schedule.cuh"

@@ -1,5 +1,5 @@
-// dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B, in one launch on Hopper; dx is the sum
-// over up to LORA_MAX_PROJECTIONS dy, w and b.
+// dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B, in one launch on Hopper; dx is the
+// sum over up to LORA_MAX_PROJECTIONS dy, w and b.
 //
 // dy [M][N], w [N][K], a [R][K], b [N][R], x and dx [M][K], h and dh [M][R], da [R][K], db [N][R], row-major. Tickets:
 // bundles of dh units, dx units (over the N of all projections, then the ranks of all in dh), then db and da units.
@@ -118,7 +118,8 @@ class Backward : Operation<LoraSm90Backward> {
     const uint32_t index = ticket - p_.dx_end;
     const uint32_t tile = index / p_.chunks;
     GradientUnit unit;
-    unit.at = is_db ? projection_of(p_, tile, [](const LoraSm90BackwardProjection& of) { return of.first_db_tile; }) : 0;
+    unit.at =
+        is_db ? projection_of(p_, tile, [](const LoraSm90BackwardProjection& of) { return of.first_db_tile; }) : 0;
     const uint32_t groups = is_db ? p_.projections[unit.at].n_groups : p_.k_groups;
     const uint32_t before = is_db ? p_.projections[unit.at].first_db_tile : (p_.db_end - p_.dx_end) / p_.chunks;
     unit.m = row_of((tile - before) % groups);
@@ -214,9 +215,13 @@ class Backward : Operation<LoraSm90Backward> {
     if (with_sums) {
       float sum[2];
       sum_partials(sum, first, p_.partial_stride, p_.chunks, registers, registers + 2);
-      const GradientOut dbias = {
-          projection.dbias, 1, 0, projection.n, 1, (projection.flags & LORA_DBIAS_F32) != 0,
-          (p_.flags & LORA_ACCUMULATE_DBIAS) != 0};
+      const GradientOut dbias = {projection.dbias,
+                                 1,
+                                 0,
+                                 projection.n,
+                                 1,
+                                 (projection.flags & LORA_DBIAS_F32) != 0,
+                                 (p_.flags & LORA_ACCUMULATE_DBIAS) != 0};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         // Every column of the sums is the same; one lane of four writes.

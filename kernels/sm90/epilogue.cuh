@@ -49,8 +49,7 @@ __device__ __forceinline__ void store_wide(Consumer<Shape>& consumer, const floa
 // A slab of h or dh: out = scale(rank) · acc, and of that what its rows keep, from registers.
 template <class Shape, int kN, class Scale>
 __device__ __forceinline__ void store_narrow(const float (&acc)[kN / 2], const LoraMatrix& out, uint32_t m, uint32_t n,
-                                             uint32_t rows, uint32_t cols, const Scale& scale,
-                                             const Routes& routes) {
+                                             uint32_t rows, uint32_t cols, const Scale& scale, const Routes& routes) {
   using T = typename Shape::T;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

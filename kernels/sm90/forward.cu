@@ -40,9 +40,8 @@ class Forward : Operation<LoraSm90Forward> {
   __device__ __forceinline__ void consume(Consumer<Shape>& consumer, uint32_t ticket) const {
     if (ticket < p_.h_tickets) {
       for_each_narrow(ticket, p_.h_tickets, p_.h_units, [&](uint32_t m, uint32_t block) LORA_INLINE {
-        for_narrow_width(width(), [&](auto width) LORA_INLINE {
-          h<decltype(width)::kN>(consumer, m, block * kNarrowN);
-        });
+        for_narrow_width(width(),
+                         [&](auto width) LORA_INLINE { h<decltype(width)::kN>(consumer, m, block * kNarrowN); });
       });
       return;
     }

@@ -81,8 +81,8 @@ class Operation {
     return grouped(index, p_.m_groups, columns, p_.group_m);
   }
 
-  // Calls `visit` with the first row and the block of ranks of each of the narrow units of a ticket. Not neighbours: what the first
-  // main tiles read is the first unit of somebody's ticket.
+  // Calls `visit` with the first row and the block of ranks of each of the narrow units of a ticket. Not neighbours:
+  // what the first main tiles read is the first unit of somebody's ticket.
   template <class Visit>
   __device__ __forceinline__ void for_each_narrow(uint32_t ticket, uint32_t tickets, uint32_t units,
                                                   const Visit& visit) const {

@@ -4,7 +4,7 @@ use candle_core::{Result, Storage, WithDType};
 
 use super::op::Dropout;
 use super::view::View;
-use crate::{Element, Seed, Variant};
+use crate::{Element, Matrix, Seed, Variant};
 
 /// A matrix in one of candle's storages.
 #[derive(Debug)]
@@ -33,6 +33,8 @@ pub(super) struct Forward<'a, S> {
     pub(super) a: Operand<'a, S>,
     pub(super) b: Operand<'a, S>,
     pub(super) bias: Option<Operand<'a, S>>,
+    /// In f32.
+    pub(super) gain: Option<Operand<'a, S>>,
     pub(super) scale: f32,
     pub(super) dropout: Option<Dropout>,
     pub(super) keep_h: bool,
@@ -52,18 +54,44 @@ pub(super) struct Backward<'a, S> {
     pub(super) b: Operand<'a, S>,
     pub(super) x: Operand<'a, S>,
     pub(super) h: Option<Operand<'a, S>>,
+    /// In f32.
+    pub(super) gain: Option<Operand<'a, S>>,
     pub(super) scale: f32,
     pub(super) dropout: Option<Dropout>,
     pub(super) dx: bool,
     pub(super) da: Option<Precision>,
     pub(super) db: Option<Precision>,
     pub(super) dbias: Option<Precision>,
+    pub(super) dm: Option<OfMagnitude<'a, S>>,
 }
 
-/// Dropout as both operations take it.
-pub(super) fn variant<'a, U: ?Sized, F: ?Sized>(dropout: Option<Dropout>) -> Variant<'a, U, F> {
+/// What the gradient of DoRA's magnitude, in f32, is computed from.
+pub(super) struct OfMagnitude<'a, S> {
+    pub(super) y: Operand<'a, S>,
+    pub(super) bias: Option<Operand<'a, S>>,
+    /// In f32.
+    pub(super) magnitude: Operand<'a, S>,
+}
+
+/// [`crate::Gain`] that allocates the gain.
+pub(super) struct Gain<'a, S> {
+    pub(super) w: Operand<'a, S>,
+    pub(super) a: Operand<'a, S>,
+    pub(super) b: Operand<'a, S>,
+    /// a and b are in f32, not in the type of w.
+    pub(super) f32_factors: bool,
+    pub(super) scale: f32,
+    /// In f32.
+    pub(super) magnitude: Operand<'a, S>,
+}
+
+/// Dropout and gain as both operations take them.
+pub(super) fn variant<'a, U: ?Sized, F: ?Sized>(
+    dropout: Option<Dropout>,
+    gain: Option<Matrix<'a, F>>,
+) -> Variant<'a, U, F> {
     let given = |Dropout { p, seed, offset }| crate::Dropout { p, seed: Seed::Value { seed, offset } };
-    Variant { dropout: dropout.map(given), ..Variant::default() }
+    Variant { dropout: dropout.map(given), gain, ..Variant::default() }
 }
 
 /// The type of the gradient of an adapter or a bias: its own.
@@ -79,6 +107,8 @@ pub(super) struct Gradients<S> {
     pub(super) da: Option<S>,
     pub(super) db: Option<S>,
     pub(super) dbias: Option<S>,
+    /// In f32.
+    pub(super) dm: Option<S>,
 }
 
 /// An element type that candle has, too.
@@ -100,4 +130,6 @@ pub(super) trait Backend {
     fn wrap(storage: Self::Storage) -> Storage;
     fn forward<T: Scalar>(op: &Forward<'_, Self::Storage>) -> Result<Outputs<Self::Storage>>;
     fn backward<T: Scalar>(op: &Backward<'_, Self::Storage>) -> Result<Gradients<Self::Storage>>;
+    /// N elements of f32.
+    fn gain<T: Scalar>(op: &Gain<'_, Self::Storage>) -> Result<Self::Storage>;
 }

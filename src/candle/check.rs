@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use super::op::Dropout;
 use crate::MAX_DIMENSION;
 use crate::error::{Error, Result};
 
@@ -15,6 +16,8 @@ pub(super) fn base(w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
         _ => return Err(dtype("w", w, "f16 or bf16, what GPUs compute in".to_owned())),
     }
     nonzero("w", &w.dims()[..1], w.dims()[1])?;
+    at_most("N (rows of w)", w.dims()[..1].iter())?;
+    at_most("K (columns of w)", w.dims()[1..].iter())?;
     let Some(bias) = bias else { return Ok(()) };
     vector("bias", w, bias)
 }
@@ -32,9 +35,7 @@ pub(super) fn adapter(w: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
         rank(arg, tensor, 2)?;
         as_weight_or_f32(arg, tensor, w)?;
     }
-    if a.dims()[0] == 0 {
-        return Err(Error::ZeroDimension { arg: "a", axis: "rows" });
-    }
+    ranks(a.dims()[0])?;
     dimension("a", "columns", a.dims()[1], w.dims()[1])?;
     dimension("b", "rows", b.dims()[0], w.dims()[0])?;
     dimension("b", "columns", b.dims()[1], a.dims()[0])
@@ -48,6 +49,7 @@ pub(super) fn input(w: &Tensor, x: &Tensor) -> Result<()> {
     as_weight("x", x, w)?;
     let (tokens, features) = x.dims().split_at(x.rank() - 1);
     nonzero("x", tokens, features[0])?;
+    at_most("M (rows of x)", tokens.iter())?;
     dimension("x", "columns", features[0], w.dims()[1])
 }
 
@@ -93,13 +95,26 @@ fn dimension(arg: &'static str, axis: &'static str, got: usize, expected: usize)
     if got == expected { Ok(()) } else { Err(Error::Dimension { arg, axis, got, expected }) }
 }
 
+/// The product of `dims`, before anything is copied for it.
+fn at_most<'a>(what: &'static str, mut dims: impl Iterator<Item = &'a usize>) -> Result<()> {
+    match dims.try_fold(1usize, |product, &dim| product.checked_mul(dim)).map_or(u64::MAX, |product| product as u64) {
+        got if got > MAX_DIMENSION as u64 => Err(Error::TooLarge { what, got, limit: MAX_DIMENSION as u64 }),
+        _ => Ok(()),
+    }
+}
+
 /// At least 1, and no more than the kernels take.
 pub(super) fn ranks(r: usize) -> Result<()> {
-    match r {
-        0 => Err(Error::ZeroDimension { arg: "a", axis: "rows" }),
-        1..=MAX_DIMENSION => Ok(()),
-        _ => Err(Error::TooLarge { what: "R (rows of a)", got: r as u64, limit: MAX_DIMENSION as u64 }),
-    }
+    nonzero("a", &[r], 1)?;
+    at_most("R (rows of a)", [r].iter())
+}
+
+/// N, of the weight's type or f32, and no dropout beside it.
+pub(super) fn magnitude(w: &Tensor, magnitude: &Tensor, dropout: Option<Dropout>) -> Result<()> {
+    vector("magnitude", w, magnitude)?;
+    let Some(Dropout { p, .. }) = dropout else { return Ok(()) };
+    probability(p)?;
+    if p == 0.0 { Ok(()) } else { Err(Error::Exclusive { arg: "magnitude", other: "dropout" }) }
 }
 
 /// From 0 to 1.

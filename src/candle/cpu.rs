@@ -2,10 +2,10 @@
 
 use candle_core::{CpuStorage, Result, Storage};
 
-use super::backend::{Backend, Backward, Forward, Gradients, Operand, Outputs, Precision, Scalar, variant};
+use super::backend::{Backend, Backward, Forward, Gain, Gradients, Operand, Outputs, Precision, Scalar, variant};
 use super::wrap;
 use crate::error::Error;
-use crate::{Accumulate, Gradient, Matrix, MatrixMut, cpu};
+use crate::{Accumulate, Factors, Gradient, MagnitudeGradient, Matrix, MatrixMut, cpu};
 
 pub(super) struct Cpu;
 
@@ -36,7 +36,7 @@ impl Backend for Cpu {
             bias: op.bias.map(matrix).transpose()?,
             h: h.as_mut().map(|h| MatrixMut::new(h.as_mut_slice(), m, r)),
             y: MatrixMut::new(y.as_mut_slice(), m, n),
-            variant: variant(op.dropout),
+            variant: variant(op.dropout, op.gain.map(matrix).transpose()?),
         })
         .map_err(wrap)?;
         Ok(Outputs { y: T::to_cpu_storage_owned(y), h: h.map(T::to_cpu_storage_owned) })
@@ -48,6 +48,7 @@ impl Backend for Cpu {
         let mut da = op.da.map(|precision| Buffer::<T>::new(precision, r, k)).transpose()?;
         let mut db = op.db.map(|precision| Buffer::<T>::new(precision, n, r)).transpose()?;
         let mut dbias = op.dbias.map(|precision| Buffer::<T>::new(precision, 1, n)).transpose()?;
+        let mut dm = if op.dm.is_some() { Some(zeros::<f32>(1, n)?) } else { None };
         cpu::backward(cpu::Backward {
             dy: matrix(op.dy)?,
             w: matrix(op.w)?,
@@ -60,9 +61,17 @@ impl Backend for Cpu {
             da: da.as_mut().map(|da| da.gradient(r, k)),
             db: db.as_mut().map(|db| db.gradient(n, r)),
             dbias: dbias.as_mut().map(|dbias| dbias.gradient(1, n)),
-            dm: None,
+            dm: match (&op.dm, &mut dm) {
+                (Some(of), Some(dm)) => Some(MagnitudeGradient {
+                    y: matrix(of.y)?,
+                    bias: of.bias.map(matrix).transpose()?,
+                    magnitude: matrix(of.magnitude)?,
+                    dm: MatrixMut::new(dm.as_mut_slice(), 1, n),
+                }),
+                _ => None,
+            },
             accumulate: Accumulate::default(),
-            variant: variant(op.dropout),
+            variant: variant(op.dropout, op.gain.map(matrix).transpose()?),
         })
         .map_err(wrap)?;
         Ok(Gradients {
@@ -70,7 +79,27 @@ impl Backend for Cpu {
             da: da.map(Buffer::into_storage),
             db: db.map(Buffer::into_storage),
             dbias: dbias.map(Buffer::into_storage),
+            dm: dm.map(CpuStorage::F32),
         })
+    }
+
+    fn gain<T: Scalar>(op: &Gain<'_, CpuStorage>) -> Result<CpuStorage> {
+        let n = op.w.view.rows;
+        let mut gain = zeros::<f32>(1, n)?;
+        cpu::gain::<T>(cpu::Gain {
+            w: matrix(op.w)?,
+            factors: match op.f32_factors {
+                true => Factors::F32 { a: matrix(op.a)?, b: matrix(op.b)? },
+                false => Factors::Storage { a: matrix(op.a)?, b: matrix(op.b)? },
+            },
+            scale: op.scale,
+            magnitude: Some(matrix(op.magnitude)?),
+            earlier: None,
+            norm: None,
+            gain: Some(MatrixMut::new(gain.as_mut_slice(), 1, n)),
+        })
+        .map_err(wrap)?;
+        Ok(CpuStorage::F32(gain))
     }
 }
 

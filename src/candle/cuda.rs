@@ -8,12 +8,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use candle_core::cuda::cudarc::driver::{CudaSlice, CudaStream};
 use candle_core::{CudaDevice, CudaStorage, Result, Storage};
 
-use super::backend::{Backend, Backward, Forward, Gradients, Operand, Outputs, Precision, Scalar, variant};
+use super::backend::{Backend, Backward, Forward, Gain, Gradients, Operand, Outputs, Precision, Scalar, variant};
 use super::recent::Recent;
 use super::wrap;
 use crate::cuda::{self, Kernels, Workspace};
 use crate::error::Error;
-use crate::{Accumulate, Gradient, Matrix, MatrixMut};
+use crate::{Accumulate, Factors, Gradient, MagnitudeGradient, Matrix, MatrixMut};
 
 /// Streams whose workspace is kept.
 const STREAMS: usize = 16;
@@ -41,6 +41,7 @@ impl Backend for Cuda {
         let mut h = if op.keep_h { Some(alloc::<T>(device, m, r)?) } else { None };
         let (x, w, a, b) = (slice::<T>(op.x)?, slice::<T>(op.w)?, slice::<T>(op.a)?, slice::<T>(op.b)?);
         let bias = op.bias.map(|bias| slice::<T>(bias).map(|slice| (slice, bias))).transpose()?;
+        let gain = op.gain.map(|gain| slice::<f32>(gain).map(|slice| (slice, gain))).transpose()?;
         let stream = device.cuda_stream();
         launch(&stream, |kernels, workspace| {
             let forward = cuda::Forward {
@@ -52,7 +53,7 @@ impl Backend for Cuda {
                 bias: bias.map(|(slice, bias)| matrix(slice, bias)),
                 h: h.as_mut().map(|h| cuda::matrix_mut(h, m, r)),
                 y: cuda::matrix_mut(&mut y, m, n),
-                variant: variant(op.dropout),
+                variant: variant(op.dropout, gain.map(|(slice, gain)| matrix(slice, gain))),
             };
             kernels.forward::<T, T>(&stream, forward, workspace)
         })?;
@@ -67,9 +68,18 @@ impl Backend for Cuda {
         let mut da = op.da.map(|precision| Buffer::<T>::new(device, precision, r, k)).transpose()?;
         let mut db = op.db.map(|precision| Buffer::<T>::new(device, precision, n, r)).transpose()?;
         let mut dbias = op.dbias.map(|precision| Buffer::<T>::new(device, precision, 1, n)).transpose()?;
+        let mut dm = if op.dm.is_some() { Some(alloc::<f32>(device, 1, n)?) } else { None };
         let (dy, w, a, b) = (slice::<T>(op.dy)?, slice::<T>(op.w)?, slice::<T>(op.a)?, slice::<T>(op.b)?);
         let x = slice::<T>(op.x)?;
         let h = op.h.map(|h| slice::<T>(h).map(|slice| (slice, h))).transpose()?;
+        let gain = op.gain.map(|gain| slice::<f32>(gain).map(|slice| (slice, gain))).transpose()?;
+        let of_magnitude = match &op.dm {
+            Some(of) => {
+                let bias = of.bias.map(|bias| slice::<T>(bias).map(|slice| (slice, bias))).transpose()?;
+                Some(((slice::<T>(of.y)?, of.y), bias, (slice::<f32>(of.magnitude)?, of.magnitude)))
+            }
+            None => None,
+        };
         let stream = device.cuda_stream();
         launch(&stream, |kernels, workspace| {
             let backward = cuda::Backward {
@@ -84,9 +94,14 @@ impl Backend for Cuda {
                 da: da.as_mut().map(|da| da.gradient(r, k)),
                 db: db.as_mut().map(|db| db.gradient(n, r)),
                 dbias: dbias.as_mut().map(|dbias| dbias.gradient(1, n)),
-                dm: None,
+                dm: of_magnitude.zip(dm.as_mut()).map(|((y, bias, magnitude), dm)| MagnitudeGradient {
+                    y: matrix(y.0, y.1),
+                    bias: bias.map(|(slice, bias)| matrix(slice, bias)),
+                    magnitude: matrix(magnitude.0, magnitude.1),
+                    dm: cuda::matrix_mut(dm, 1, n),
+                }),
                 accumulate: Accumulate::default(),
-                variant: variant(op.dropout),
+                variant: variant(op.dropout, gain.map(|(slice, gain)| matrix(slice, gain))),
             };
             kernels.backward::<T, T>(&stream, backward, workspace)
         })?;
@@ -95,7 +110,46 @@ impl Backend for Cuda {
             da: da.map(|da| da.into_storage(device)),
             db: db.map(|db| db.into_storage(device)),
             dbias: dbias.map(|dbias| dbias.into_storage(device)),
+            dm: dm.map(|dm| CudaStorage::wrap_cuda_slice::<f32>(dm, device.clone())),
         })
+    }
+
+    fn gain<T: Scalar>(op: &Gain<'_, CudaStorage>) -> Result<CudaStorage> {
+        let device = &op.w.storage.device;
+        let n = op.w.view.rows;
+        let mut gain = alloc::<f32>(device, 1, n)?;
+        let (w, magnitude) = (slice::<T>(op.w)?, slice::<f32>(op.magnitude)?);
+        let stream = device.cuda_stream();
+        let mut run = |factors: Factors<'_, _, _>| {
+            launch(&stream, |kernels, _| {
+                let op = cuda::Gain {
+                    w: matrix(w, op.w),
+                    factors: copied(&factors),
+                    scale: op.scale,
+                    magnitude: Some(matrix(magnitude, op.magnitude)),
+                    earlier: None,
+                    norm: None,
+                    gain: Some(cuda::matrix_mut(&mut gain, 1, n)),
+                };
+                kernels.gain::<T>(&stream, op)
+            })
+        };
+        if op.f32_factors {
+            let (a, b) = (slice::<f32>(op.a)?, slice::<f32>(op.b)?);
+            run(Factors::F32 { a: matrix(a, op.a), b: matrix(b, op.b) })?;
+        } else {
+            let (a, b) = (slice::<T>(op.a)?, slice::<T>(op.b)?);
+            run(Factors::Storage { a: matrix(a, op.a), b: matrix(b, op.b) })?;
+        }
+        Ok(CudaStorage::wrap_cuda_slice::<f32>(gain, device.clone()))
+    }
+}
+
+/// An operation takes its arguments away.
+fn copied<'a, D: ?Sized, F: ?Sized>(factors: &Factors<'a, D, F>) -> Factors<'a, D, F> {
+    match *factors {
+        Factors::Storage { a, b } => Factors::Storage { a, b },
+        Factors::F32 { a, b } => Factors::F32 { a, b },
     }
 }
 

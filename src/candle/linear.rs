@@ -67,6 +67,8 @@ struct Adapter {
     b: Tensor,
     /// N, inside the scale.
     b_bias: Option<Tensor>,
+    /// N, of DoRA.
+    magnitude: Option<Tensor>,
     scale: f64,
 }
 
@@ -181,7 +183,7 @@ impl LoraLinear {
     pub fn add_tensors(&mut self, name: &str, a: Tensor, b: Tensor, scale: f64) -> Result<()> {
         self.new_name(name)?;
         check::adapter(self.base.linear.weight(), &a, &b).and_then(|()| check::scale(scale)).map_err(wrap)?;
-        self.adapters.insert(name.to_owned(), Adapter { a, b, b_bias: None, scale });
+        self.adapters.insert(name.to_owned(), Adapter { a, b, b_bias: None, magnitude: None, scale });
         Ok(())
     }
 
@@ -190,12 +192,12 @@ impl LoraLinear {
     ///
     /// # Errors
     /// [`Error::AdapterName`]; [`Error::Rank`], [`Error::Dimension`], [`Error::ArgumentDtype`]; [`Error::State`] while the
-    /// adapter is merged. The layer is as before.
+    /// adapter is merged, and for one with a magnitude. The layer is as before.
     pub fn set_b_bias(&mut self, name: &str, b_bias: Tensor) -> Result<()> {
         check::vector("b_bias", self.base.linear.weight(), &b_bias).map_err(wrap)?;
-        self.known_name(name)?;
-        if self.active() == Some(name) {
-            self.check_unmerged("set_b_bias")?;
+        self.changeable(name, "set_b_bias")?;
+        if self.magnitude(name).is_some() {
+            return Err(wrap(of_both("set_b_bias", name, "a magnitude (DoRA)")));
         }
         if let Some(adapter) = self.adapters.get_mut(name) {
             adapter.b_bias = Some(b_bias);
@@ -203,7 +205,57 @@ impl LoraLinear {
         Ok(())
     }
 
-    /// Takes an adapter out of the layer: A, B and the scale; [`b_bias`](Self::b_bias) before, where it has one.
+    /// As [`add`](Self::add), an adapter of DoRA (PEFT's `use_dora`): with a `lora_magnitude_vector` of N elements, which starts as the
+    /// row norms of W + s · B A where a `VarMap` does not hold it yet.
+    ///
+    /// # Errors
+    /// As [`add`](Self::add).
+    pub fn add_dora(&mut self, name: &str, config: LoraConfig, vb: VarBuilder) -> Result<()> {
+        const MAGNITUDE: &str = "lora_magnitude_vector";
+        self.add(name, config, vb.clone())?;
+        let magnitude = || {
+            let is_new = !vb.contains_tensor(MAGNITUDE);
+            let n = self.base.linear.weight().dims()[0];
+            let magnitude = vb.get_with_hints(n, MAGNITUDE, init::ONE)?;
+            if is_new && let Some(Adapter { a, b, scale, .. }) = self.adapters.get(name) {
+                let norm = self.base.folded(a, b, *scale)?.sqr()?.sum(1)?.sqrt()?;
+                magnitude.slice_set(&norm.to_dtype(magnitude.dtype())?, 0, 0)?;
+            }
+            Ok(magnitude)
+        };
+        let outcome = magnitude().and_then(|magnitude| self.set_magnitude(name, magnitude));
+        if outcome.is_err() {
+            self.adapters.remove(name);
+        }
+        outcome
+    }
+
+    /// Gives an adapter a magnitude (DoRA, PEFT's `lora_magnitude_vector`), in place of the one it may have: N elements, of the weight's
+    /// dtype or f32, tracked where it is trained. y = gain ∘ (x Wᵀ + s · (x Aᵀ) Bᵀ) (+ bias), as
+    /// [`Training::magnitude`] says. A norm is computed in every forward pass; [`merge`](Self::merge) for inference.
+    ///
+    /// # Errors
+    /// [`Error::AdapterName`]; [`Error::Rank`], [`Error::Dimension`], [`Error::ArgumentDtype`]; [`Error::State`] while the
+    /// adapter is merged, and for one with a bias on B. The layer is as before.
+    pub fn set_magnitude(&mut self, name: &str, magnitude: Tensor) -> Result<()> {
+        check::vector("magnitude", self.base.linear.weight(), &magnitude).map_err(wrap)?;
+        self.changeable(name, "set_magnitude")?;
+        if self.b_bias(name).is_some() {
+            return Err(wrap(of_both("set_magnitude", name, "a bias on B")));
+        }
+        if let Some(adapter) = self.adapters.get_mut(name) {
+            adapter.magnitude = Some(magnitude);
+        }
+        Ok(())
+    }
+
+    fn changeable(&self, name: &str, operation: &'static str) -> Result<()> {
+        self.known_name(name)?;
+        if self.active() == Some(name) { self.check_unmerged(operation) } else { Ok(()) }
+    }
+
+    /// Takes an adapter out of the layer: A, B and the scale; [`b_bias`](Self::b_bias) and [`magnitude`](Self::magnitude) before, where
+    /// it has them.
     ///
     /// # Errors
     /// [`Error::AdapterName`]; [`Error::State`] while it is active.
@@ -248,8 +300,8 @@ impl LoraLinear {
         self.enabled = true;
     }
 
-    /// Folds the active adapter into a second weight, W + s · B A, formed in f32 and rounded once to W's type, and a second bias
-    /// where it has its own. W is kept, for [`unmerge`](Self::unmerge). Until then forward is the plain product by the second
+    /// Folds the active adapter into a second weight, W + s · B A, with DoRA times its gain, formed in f32 and rounded once to W's
+    /// type, and a second bias where it has its own. W is kept, for [`unmerge`](Self::unmerge). Until then forward is the plain product by the second
     /// weight, and the adapter and the bias get no gradient.
     ///
     /// # Errors
@@ -260,10 +312,14 @@ impl LoraLinear {
             let got = "no adapter is active".to_owned();
             return Err(wrap(Error::State { operation: "merge", got, expected: "`activate` first" }));
         };
-        let f32 = |tensor: &Tensor| tensor.detach().to_dtype(DType::F32);
         let weight = self.base.linear.weight();
-        let delta = f32(&adapter.b)?.matmul(&f32(&adapter.a)?)?.affine(adapter.scale, 0.0)?;
-        let merged = (f32(weight)? + delta)?.to_dtype(weight.dtype())?;
+        let mut merged = self.base.folded(&adapter.a, &adapter.b, adapter.scale)?;
+        if let Some(magnitude) = &adapter.magnitude {
+            let norm = merged.sqr()?.sum_keepdim(1)?.sqrt()?;
+            let gain = (magnitude.detach().to_dtype(DType::F32)?.unsqueeze(1)? / norm)?;
+            merged = merged.broadcast_mul(&gain)?;
+        }
+        let merged = merged.to_dtype(weight.dtype())?;
         let bias = self.base.bias_with(adapter)?.map(|bias| bias.detach().to_dtype(weight.dtype())).transpose()?;
         self.merged = Some(Base { linear: Linear::new(merged, None), bias });
         Ok(())
@@ -314,6 +370,11 @@ impl LoraLinear {
         self.adapters.get(name).and_then(|adapter| adapter.b_bias.as_ref())
     }
 
+    /// The magnitude that an adapter of DoRA has.
+    pub fn magnitude(&self, name: &str) -> Option<&Tensor> {
+        self.adapters.get(name).and_then(|adapter| adapter.magnitude.as_ref())
+    }
+
     fn takes_part(&self) -> Option<&Adapter> {
         self.active().and_then(|name| self.adapters.get(name))
     }
@@ -355,12 +416,20 @@ impl LoraLinear {
     }
 
     /// What the next pass does otherwise than [`lora`](super::lora).
-    fn training(&self, train: bool) -> Training {
+    fn training<'a>(&self, train: bool, adapter: &'a Adapter) -> Result<Training<'a>> {
+        if let (Some(Passes { p, .. }), Some(_)) = (self.dropout.as_ref().filter(|_| train), &adapter.magnitude)
+            && *p != 0.0
+        {
+            let got =
+                format!("adapter `{}` has a magnitude (DoRA) and dropout is {p}", self.active().unwrap_or_default());
+            let expected = "dropout of 0: together they are not computed";
+            return Err(wrap(Error::State { operation: "forward_t", got, expected }));
+        }
         let dropout = self.dropout.as_ref().filter(|_| train).map(|Passes { p, seed, made }| {
             let offset = made.fetch_add(1, Ordering::Relaxed);
             Dropout { p: *p, seed: *seed, offset }
         });
-        Training { dropout, recompute: self.recompute }
+        Ok(Training { dropout, recompute: self.recompute, magnitude: adapter.magnitude.as_ref() })
     }
 }
 
@@ -374,7 +443,7 @@ impl ModuleT for LoraLinear {
                 check::input(weight, x).map_err(wrap)?; // before a pass is counted
                 let bias = self.base.bias_with(adapter)?;
                 let Adapter { a, b, scale, .. } = adapter;
-                lora_train(x, weight, a, b, *scale, bias.as_ref(), self.training(train))
+                lora_train(x, weight, a, b, *scale, bias.as_ref(), self.training(train, adapter)?)
             }
             (None, None) => self.base.forward(x),
         }
@@ -392,6 +461,12 @@ impl Base {
         }
     }
 
+    /// W + s · B A in f32, outside of the graph.
+    fn folded(&self, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
+        let f32 = |tensor: &Tensor| tensor.detach().to_dtype(DType::F32);
+        f32(self.linear.weight())? + f32(b)?.matmul(&f32(a)?)?.affine(scale, 0.0)?
+    }
+
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = match x.dims() {
             // candle's linear layer knows at most four dimensions.
@@ -405,5 +480,15 @@ impl Base {
             Some(bias) => y.broadcast_add(&bias.to_dtype(y.dtype())?),
             None => Ok(y),
         }
+    }
+}
+
+/// A bias on B and a magnitude rule each other out, as in PEFT.
+fn of_both(operation: &'static str, name: &str, has: &str) -> Error {
+    let got = format!("adapter `{name}` has {has}");
+    Error::State {
+        operation,
+        got,
+        expected: "an adapter without: a bias on B and a magnitude are not computed together",
     }
 }

@@ -8,10 +8,25 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp3, DType, Error as CandleError, Layout, Result, Shape, Storage, Tensor,
 };
 
-use super::backend::{Backend, Backward, Forward, Operand, Precision};
+use super::backend::{Backend, Backward, Forward, Gain, OfMagnitude, Operand, Precision};
 use super::cpu::Cpu;
-use super::view::{View, addressable, view};
+use super::third::{Part, Third, readable, stand_in};
+use super::view::{addressable, view};
 use super::{check, wrap};
+
+const NAME: &str = "fused-lora";
+
+/// Runs `$call::<T>` for the element type that is `$dtype`.
+macro_rules! by_dtype {
+    ($dtype:expr, $backend:ident::$call:ident, $op:expr) => {
+        match $dtype {
+            DType::F32 => $backend::$call::<f32>($op),
+            DType::F16 => $backend::$call::<half::f16>($op),
+            DType::BF16 => $backend::$call::<half::bf16>($op),
+            dtype => Err(CandleError::UnsupportedDTypeForOp(dtype, NAME).bt()),
+        }
+    };
+}
 
 /// Elements of x that the adapter branch does not see, as [`Dropout`](crate::Dropout) says, with seed and offset from the caller.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -24,13 +39,17 @@ pub struct Dropout {
     pub offset: u64,
 }
 
-/// How an application of the op departs from that of [`lora`], which drops nothing and keeps h.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Training {
+/// How an application of the op departs from that of [`lora`], which drops nothing, keeps h and has no magnitude.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Training<'a> {
     /// Backward drops what forward dropped.
     pub dropout: Option<Dropout>,
     /// Keep no h between forward and backward, which computes it again: another forward pass to at most eight columns of y.
     pub recompute: bool,
+    /// DoRA's magnitude, N elements of x's type or f32: y = gain ∘ (x Wᵀ + scale · (x Aᵀ) Bᵀ) (+ bias), where
+    /// gain = magnitude / ‖W + scale · B A‖, by rows of W, is computed in every application from the factors as they are, in one
+    /// launch more that reads W. Gradients take the norm for a constant. Beside it no probability of dropout but 0.
+    pub magnitude: Option<&'a Tensor>,
 }
 
 /// y = x Wᵀ + scale · (x Aᵀ) Bᵀ (+ bias) as one node of candle's graph, with gradients for x, `a`, `b` and `bias`.
@@ -45,22 +64,23 @@ pub struct Training {
 /// | result | … × N | as x |
 ///
 /// `scale` is α/r or α/√r. f32 adapters and biases over a 16-bit x are rounded to its type; their gradients are
-/// the f32 sums. Only the gradients of tracked inputs are computed, and h (M × R, in x's type) is kept for that of `b`. A tracked
-/// bias is copied beside `b`, N · (R + 1) elements: candle's graph has room for three inputs.
+/// the f32 sums. Only the gradients of tracked inputs are computed, and h (M × R, in x's type) is kept for that of `b`. What is
+/// tracked of `b`, `bias` and a magnitude is copied behind each other where it is more than one of them, at most N · (R + 2) elements:
+/// candle's graph has room for three inputs.
 ///
 /// Rows may lie any distance apart and start anywhere. A tensor that is no such matrix (transposed, broadcast, cut in two
 /// dimensions) is copied first.
 ///
 /// # Errors
 /// [`Tracked`](crate::Error::Tracked) for a `w` that gradients are asked of; [`Rank`](crate::Error::Rank),
-/// [`ArgumentDtype`](crate::Error::ArgumentDtype), and what [`raw::Forward::check`](crate::raw::Forward::check) finds:
-/// [`cause`](super::cause) has them back from candle's error. candle's own
+/// [`ArgumentDtype`](crate::Error::ArgumentDtype), [`OutOfMemory`](crate::Error::OutOfMemory), and what
+/// [`raw::Forward::check`](crate::raw::Forward::check) finds: [`cause`](super::cause) has them back from candle's error. candle's own
 /// [`DeviceMismatchBinaryOp`](CandleError::DeviceMismatchBinaryOp) for tensors on several devices.
 pub fn lora(x: &Tensor, w: &Tensor, a: &Tensor, b: &Tensor, scale: f64, bias: Option<&Tensor>) -> Result<Tensor> {
     lora_train(x, w, a, b, scale, bias, Training::default())
 }
 
-/// As [`lora`], with dropout, or without keeping h.
+/// As [`lora`], with dropout, without keeping h, or with a magnitude, which gets its gradient, too.
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};
@@ -79,7 +99,7 @@ pub fn lora(x: &Tensor, w: &Tensor, a: &Tensor, b: &Tensor, scale: f64, bias: Op
 /// ```
 ///
 /// # Errors
-/// As [`lora`]; [`Probability`](crate::Error::Probability).
+/// As [`lora`]; [`Probability`](crate::Error::Probability); [`Exclusive`](crate::Error::Exclusive) for a magnitude beside dropout.
 pub fn lora_train(
     x: &Tensor,
     w: &Tensor,
@@ -87,79 +107,81 @@ pub fn lora_train(
     b: &Tensor,
     scale: f64,
     bias: Option<&Tensor>,
-    training: Training,
+    training: Training<'_>,
 ) -> Result<Tensor> {
+    let Training { dropout, recompute, magnitude } = training;
     check::base(w, bias).and_then(|()| check::input(w, x)).and_then(|()| check::adapter(w, a, b)).map_err(wrap)?;
-    for other in [w, a, b].into_iter().chain(bias) {
+    let dropout = match magnitude {
+        Some(magnitude) => check::magnitude(w, magnitude, dropout).map(|()| None).map_err(wrap)?,
+        None => dropout,
+    };
+    for other in [w, a, b].into_iter().chain(bias).chain(magnitude) {
         let (lhs, rhs) = (x.device().location(), other.device().location());
         if lhs != rhs {
             return Err(CandleError::DeviceMismatchBinaryOp { lhs, rhs, op: NAME }.bt());
         }
     }
-    let (third, role, beside) = third_input(b, bias)?;
-    let narrow = |tensor: &Tensor| stand_in(tensor, x.dtype());
+    let w = addressable(w)?;
+    let gain = magnitude.map(|magnitude| gain(&w, a, b, scale as f32, magnitude)).transpose()?;
+    let third = Third::new(b, bias, magnitude, x.dtype())?;
+    let input = third.input.clone();
     let op = LoraOp {
-        w: addressable(w)?,
-        beside: beside
-            .map(|tensor| Ok::<_, CandleError>(narrow(tensor)?.unwrap_or_else(|| tensor.detach())))
-            .transpose()?,
-        role,
+        w,
+        stand_ins: [stand_in(x, x.dtype())?, stand_in(a, x.dtype())?, third.stand_in(x.dtype())?],
+        third,
+        gain,
         scale: scale as f32,
-        training,
-        stand_ins: [narrow(x)?, narrow(a)?, narrow(&third)?],
-        keep_h: b.track_op() && !training.recompute,
+        dropout,
+        keep_h: b.track_op() && !recompute,
         h: OnceLock::new(),
     };
-    x.apply_op3(a, &third, op)
+    x.apply_op3(a, &input, op)
 }
 
-/// What the third input of the graph is: it must hold all that is tracked of B and the bias.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Third {
-    /// B; a bias lies beside the graph.
-    B,
-    /// The bias; B lies beside the graph.
-    Bias,
-    /// The elements of B, then those of the bias.
-    Both,
-}
-
-/// The third input, what it is, and the one of B and the bias that lies beside the graph.
-fn third_input<'a>(b: &'a Tensor, bias: Option<&'a Tensor>) -> Result<(Tensor, Third, Option<&'a Tensor>)> {
-    match bias {
-        Some(bias) if bias.track_op() && !b.track_op() => Ok((bias.clone(), Third::Bias, Some(b))),
-        Some(bias) if bias.track_op() => {
-            let dtype = if b.dtype() == bias.dtype() { b.dtype() } else { DType::F32 };
-            let parts = [b.to_dtype(dtype)?.flatten_all()?, bias.to_dtype(dtype)?];
-            Ok((Tensor::cat(&parts, 0)?, Third::Both, None))
-        }
-        _ => Ok((b.clone(), Third::B, bias)),
+/// magnitude / ‖W + scale · B A‖ by rows, in f32: from f32 factors as they are.
+fn gain(w: &Tensor, a: &Tensor, b: &Tensor, scale: f32, magnitude: &Tensor) -> Result<Tensor> {
+    let f32_factors = a.dtype() != w.dtype() || b.dtype() != w.dtype();
+    let dtype = if f32_factors { DType::F32 } else { w.dtype() };
+    let tensors = [w.clone(), readable(a, dtype)?, readable(b, dtype)?, readable(magnitude, DType::F32)?];
+    #[cfg(feature = "candle-cuda")]
+    if w.device().is_cuda() {
+        return gain_on::<super::cuda::Cuda>(&tensors, f32_factors, scale);
     }
+    gain_on::<Cpu>(&tensors, f32_factors, scale)
 }
 
-const NAME: &str = "fused-lora";
-
-/// What the kernels read in place of `tensor`, where it lies or is stored as they cannot read it.
-fn stand_in(tensor: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
-    if tensor.dtype() != dtype {
-        return Ok(Some(tensor.detach().to_dtype(dtype)?.contiguous()?));
-    }
-    if view(tensor.layout()).is_some() { Ok(None) } else { addressable(tensor).map(Some) }
+fn gain_on<B: Backend>(tensors: &[Tensor; 4], f32_factors: bool, scale: f32) -> Result<Tensor> {
+    let locked = tensors.each_ref().map(Tensor::storage_and_layout);
+    let [w, a, b, magnitude] = locked.each_ref().map(|(storage, layout)| operand::<B>(storage, layout));
+    let op = Gain { w: w?, a: a?, b: b?, f32_factors, scale, magnitude: magnitude? };
+    let gain = by_dtype!(tensors[0].dtype(), B::gain, &op)?;
+    Ok(Tensor::from_storage(B::wrap(gain), op.w.view.rows, BackpropOp::none(), false))
 }
 
 /// One application of the op: candle's graph holds x, a and the third input.
 struct LoraOp {
     w: Tensor,
-    /// B or the bias, whichever is not in the third input, as the kernels read it.
-    beside: Option<Tensor>,
-    role: Third,
+    third: Third,
+    /// N elements of f32.
+    gain: Option<Tensor>,
     scale: f32,
-    training: Training,
+    dropout: Option<Dropout>,
     /// For the inputs of the graph.
     stand_ins: [Option<Tensor>; 3],
     keep_h: bool,
     /// What forward keeps for backward, which may come more than once.
     h: OnceLock<Tensor>,
+}
+
+/// A tensor that lies beside the graph, its storage locked.
+fn locked<'a, B: Backend>(
+    beside: &'a Option<(impl Deref<Target = Storage>, &Layout)>,
+) -> Result<Option<Operand<'a, B::Storage>>> {
+    beside.as_ref().map(|(storage, layout)| operand::<B>(storage, layout)).transpose()
+}
+
+fn no_b() -> CandleError {
+    CandleError::Msg(format!("{NAME}: no B"))
 }
 
 fn operand<'a, B: Backend>(
@@ -176,38 +198,7 @@ fn within<'a, S>(storage: &'a S, layout: &Layout) -> Result<Operand<'a, S>> {
     }
 }
 
-/// Runs `$call::<T>` for the element type that is `$dtype`.
-macro_rules! by_dtype {
-    ($dtype:expr, $backend:ident::$call:ident, $op:expr) => {
-        match $dtype {
-            DType::F32 => $backend::$call::<f32>($op),
-            DType::F16 => $backend::$call::<half::f16>($op),
-            DType::BF16 => $backend::$call::<half::bf16>($op),
-            dtype => Err(CandleError::UnsupportedDTypeForOp(dtype, NAME).bt()),
-        }
-    };
-}
-
 impl LoraOp {
-    /// B and the bias from the third input and what lies beside it.
-    fn parts<'a, S>(
-        &self,
-        third: Operand<'a, S>,
-        beside: Option<Operand<'a, S>>,
-        r: usize,
-    ) -> (Operand<'a, S>, Option<Operand<'a, S>>) {
-        let n = self.w.dims()[0];
-        let part = |first, rows, cols| Operand {
-            view: View { offset: third.view.offset + first, rows, cols, row_stride: cols },
-            ..third
-        };
-        match self.role {
-            Third::B => (third, beside),
-            Third::Bias => (beside.unwrap_or(third), Some(third)),
-            Third::Both => (part(0, n, r), Some(part(n * r, 1, n))),
-        }
-    }
-
     /// The inputs of the graph come as storages that candle has locked; locking them again could wait forever for a writer
     /// that waits for us.
     fn forward<B: Backend>(&self, inputs: [(&B::Storage, &Layout); 3]) -> Result<(B::Storage, Shape)> {
@@ -217,18 +208,18 @@ impl LoraOp {
             None => within(inputs[at].0, inputs[at].1),
         };
         let (w, w_layout) = self.w.storage_and_layout();
-        let beside = self.beside.as_ref().map(Tensor::storage_and_layout);
-        let beside = beside.as_ref().map(|(storage, layout)| operand::<B>(storage, layout)).transpose()?;
-        let a = input(1)?;
-        let (b, bias) = self.parts(input(2)?, beside, a.view.rows);
+        let [b, bias, gain] =
+            [&self.third.b, &self.third.bias, &self.gain].map(|beside| beside.as_ref().map(Tensor::storage_and_layout));
+        let part = |part: Part, beside| if self.third.is(part) { input(2).map(Some) } else { locked::<B>(beside) };
         let op = Forward {
             x: input(0)?,
             w: operand::<B>(&w, w_layout)?,
-            a,
-            b,
-            bias,
+            a: input(1)?,
+            b: part(Part::B, &b)?.ok_or_else(no_b)?,
+            bias: part(Part::Bias, &bias)?,
+            gain: locked::<B>(&gain)?,
             scale: self.scale,
-            dropout: self.training.dropout,
+            dropout: self.dropout,
             keep_h: self.keep_h,
         };
         let outputs = by_dtype!(self.w.dtype(), B::forward, &op)?;
@@ -243,7 +234,7 @@ impl LoraOp {
         Ok((outputs.y, Shape::from(dims)))
     }
 
-    fn backward<B: Backend>(&self, inputs: [&Tensor; 3], dy: &Tensor) -> Result<[Option<Tensor>; 3]> {
+    fn backward<B: Backend>(&self, inputs: [&Tensor; 3], y: &Tensor, dy: &Tensor) -> Result<[Option<Tensor>; 3]> {
         let [x, a, third] = inputs;
         let read = |at: usize| self.stand_ins[at].as_ref().unwrap_or(inputs[at]).storage_and_layout();
         let precision = |tensor: &Tensor| {
@@ -251,14 +242,22 @@ impl LoraOp {
             tensor.track_op().then_some(if f32 { Precision::F32 } else { Precision::Storage })
         };
         let (xs, ws, a_s, thirds) = (read(0), self.w.storage_and_layout(), read(1), read(2));
-        let dys = dy.storage_and_layout();
-        let besides = self.beside.as_ref().map(Tensor::storage_and_layout);
-        let beside = besides.as_ref().map(|(storage, layout)| operand::<B>(storage, layout)).transpose()?;
+        let (dys, ys) = (dy.storage_and_layout(), y.storage_and_layout());
+        let Third { b, bias, magnitude, .. } = &self.third;
+        let [bs, biases, magnitudes, gains] =
+            [b, bias, magnitude, &self.gain].map(|beside| beside.as_ref().map(Tensor::storage_and_layout));
+        let part = |part: Part, beside| {
+            if self.third.is(part) { operand::<B>(&thirds.0, thirds.1).map(Some) } else { locked::<B>(beside) }
+        };
         let (w, ad) = (operand::<B>(&ws.0, ws.1)?, operand::<B>(&a_s.0, a_s.1)?);
-        let (b, _) = self.parts(operand::<B>(&thirds.0, thirds.1)?, beside, ad.view.rows);
+        let b = part(Part::B, &bs)?.ok_or_else(no_b)?;
         let x_operand = operand::<B>(&xs.0, xs.1)?;
         let wanted = precision(third);
-        let db = wanted.filter(|_| self.role != Third::Bias);
+        let db = wanted.filter(|_| self.third.has(Part::B));
+        let magnitude =
+            part(Part::Magnitude, &magnitudes)?.filter(|_| wanted.is_some() && self.third.has(Part::Magnitude));
+        let bias = part(Part::Bias, &biases)?;
+        let y = operand::<B>(&ys.0, ys.1)?;
         let again = match db {
             Some(_) if self.h.get().is_none() => Some(self.middle::<B>(x_operand, w, ad, b)?),
             _ => None,
@@ -271,12 +270,14 @@ impl LoraOp {
             b,
             x: x_operand,
             h: hs.as_ref().map(|(storage, layout)| operand::<B>(storage, layout)).transpose()?,
+            gain: locked::<B>(&gains)?,
             scale: self.scale,
-            dropout: self.training.dropout,
+            dropout: self.dropout,
             dx: x.track_op(),
             da: precision(a),
             db,
-            dbias: wanted.filter(|_| self.role != Third::B),
+            dbias: wanted.filter(|_| self.third.has(Part::Bias)),
+            dm: magnitude.map(|magnitude| OfMagnitude { y, bias, magnitude }),
         };
         let gradients = by_dtype!(self.w.dtype(), B::backward, &op)?;
         let tensor = |gradient: Option<B::Storage>, shape: Shape| {
@@ -284,9 +285,15 @@ impl LoraOp {
         };
         let (n, r) = (w.view.rows, ad.view.rows);
         let (db, dbias) = (tensor(gradients.db, Shape::from((n, r))), tensor(gradients.dbias, Shape::from(n)));
-        let third = match (db, dbias) {
-            (Some(db), Some(dbias)) => Some(Tensor::cat(&[db.flatten_all()?, dbias], 0)?),
-            (db, dbias) => db.or(dbias),
+        let dm = tensor(gradients.dm, Shape::from(n)).map(|dm| dm.to_dtype(third.dtype())).transpose()?;
+        let parts: Vec<Tensor> = [db, dbias, dm].into_iter().flatten().collect();
+        let third = match &parts[..] {
+            [] => None,
+            [one] => Some(one.clone()),
+            several => {
+                let flat = several.iter().map(Tensor::flatten_all).collect::<Result<Vec<_>>>()?;
+                Some(Tensor::cat(&flat, 0)?)
+            }
         };
         let (dx, da) = (tensor(gradients.dx, x.shape().clone()), tensor(gradients.da, a.shape().clone()));
         Ok([dx, da, third])
@@ -302,8 +309,8 @@ impl LoraOp {
     ) -> Result<Tensor> {
         let rows = w.view.rows.min(8);
         let (w, b) = (w.first_rows(rows), b.first_rows(rows));
-        let Training { dropout, .. } = self.training;
-        let op = Forward { x, w, a, b, bias: None, scale: self.scale, dropout, keep_h: true };
+        let Self { scale, dropout, .. } = *self;
+        let op = Forward { x, w, a, b, bias: None, gain: None, scale, dropout, keep_h: true };
         match by_dtype!(self.w.dtype(), B::forward, &op)?.h {
             Some(h) => {
                 let shape = (x.view.rows, a.view.rows);
@@ -362,18 +369,18 @@ impl CustomOp3 for LoraOp {
         x: &Tensor,
         a: &Tensor,
         b: &Tensor,
-        _y: &Tensor,
+        y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dy = addressable(dy)?;
+        let (dy, y) = (addressable(dy)?, addressable(y)?);
         #[cfg(feature = "candle-cuda")]
         let gradients = if dy.device().is_cuda() {
-            self.backward::<super::cuda::Cuda>([x, a, b], &dy)
+            self.backward::<super::cuda::Cuda>([x, a, b], &y, &dy)
         } else {
-            self.backward::<Cpu>([x, a, b], &dy)
+            self.backward::<Cpu>([x, a, b], &y, &dy)
         };
         #[cfg(not(feature = "candle-cuda"))]
-        let gradients = self.backward::<Cpu>([x, a, b], &dy);
+        let gradients = self.backward::<Cpu>([x, a, b], &y, &dy);
         let [dx, da, db] = gradients?;
         Ok((dx, da, db))
     }

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::shape::LoraShape;
 use crate::{Dtype, Element, Factors, Matrix, MatrixMut};
 
-/// merged = w + scale · B A; with the bits that every backend gives.
+/// merged = w + scale · B A, or that times a gain; with the bits that every backend gives.
 ///
 /// ```
 /// use fused_lora::{Factors, Matrix, MatrixMut, bf16, cpu};
@@ -20,6 +20,7 @@ use crate::{Dtype, Element, Factors, Matrix, MatrixMut};
 ///     w: None,
 ///     factors: Factors::Storage { a: Matrix::new(&a[..], 1, 2), b: Matrix::new(&b[..], 1, 1) },
 ///     scale: 0.5,
+///     gain: None,
 ///     merged: MatrixMut::new(&mut merged[..], 1, 2),
 /// })?;
 /// assert_eq!(merged.map(bf16::to_f32), [256.0, 1.5]); // 256.5 is rounded
@@ -31,10 +32,11 @@ use crate::{Dtype, Element, Factors, Matrix, MatrixMut};
 /// f32. Nothing is written then.
 pub fn merge<T: Element>(op: Merge<'_, T>) -> Result<()> {
     check_merge(&op)?;
-    let Merge { w, factors, scale, merged } = op;
+    let Merge { w, factors, scale, gain, merged } = op;
+    let gain = gain.map(vector);
     match factors {
-        Factors::Storage { a, b } => merge_with(w, a, b, scale, merged),
-        Factors::F32 { a, b } => merge_with(w, a, b, scale, merged),
+        Factors::Storage { a, b } => merge_with(w, a, b, (scale, gain), merged),
+        Factors::F32 { a, b } => merge_with(w, a, b, (scale, gain), merged),
     }
 }
 
@@ -67,7 +69,7 @@ fn merge_with<T: Element, F: Element>(
     w: Option<Matrix<'_, [T]>>,
     a: Matrix<'_, [F]>,
     b: Matrix<'_, [F]>,
-    scale: f32,
+    (scale, gain): (f32, Option<&[f32]>),
     merged: MatrixMut<'_, [T]>,
 ) -> Result<()> {
     let MatrixMut { data, offset, rows, cols, row_stride } = merged;
@@ -79,32 +81,40 @@ fn merge_with<T: Element, F: Element>(
         fold(row(b, n), &wide, sums);
         widen(w.map_or(&*line, |w| row(w, n)), old);
         sums.iter_mut().zip(old.iter()).for_each(|(sum, old)| *sum = old + scale * *sum);
+        if let Some(gain) = gain {
+            sums.iter_mut().for_each(|sum| *sum *= gain[n]);
+        }
         narrow(sums, line);
     });
     Ok(())
 }
 
-/// rounded_a = A and rounded_b = scale · B in the storage type.
+/// rounded_a = A and rounded_b = scale · B, or that over a divisor, in the storage type.
 ///
 /// # Errors
 /// What [`raw::Round::check`](crate::raw::Round::check) finds, and [`Error::BufferTooShort`]. Nothing is written then.
 pub fn round<T: Element>(op: Round<'_, T>) -> Result<()> {
     check_round(&op)?;
-    let Round { factors, scale, rounded_a, rounded_b } = op;
+    let Round { factors, scale, divisor, rounded_a, rounded_b } = op;
+    let divisor = divisor.map(vector);
     match factors {
         Factors::Storage { a, b } => {
-            round_with(a, 1.0, rounded_a);
-            round_with(b, scale, rounded_b);
+            round_with(a, (1.0, None), rounded_a);
+            round_with(b, (scale, divisor), rounded_b);
         }
         Factors::F32 { a, b } => {
-            round_with(a, 1.0, rounded_a);
-            round_with(b, scale, rounded_b);
+            round_with(a, (1.0, None), rounded_a);
+            round_with(b, (scale, divisor), rounded_b);
         }
     }
     Ok(())
 }
 
-fn round_with<T: Element, F: Element>(from: Matrix<'_, [F]>, scale: f32, to: MatrixMut<'_, [T]>) {
+fn round_with<T: Element, F: Element>(
+    from: Matrix<'_, [F]>,
+    (scale, divisor): (f32, Option<&[f32]>),
+    to: MatrixMut<'_, [T]>,
+) {
     if from.cols == 0 {
         return;
     }
@@ -112,6 +122,9 @@ fn round_with<T: Element, F: Element>(from: Matrix<'_, [F]>, scale: f32, to: Mat
     for at in 0..from.rows {
         widen(row(from, at), &mut wide);
         wide.iter_mut().for_each(|value| *value *= scale);
+        if let Some(divisor) = divisor {
+            wide.iter_mut().for_each(|value| *value /= divisor[at]);
+        }
         narrow(&wide, &mut to.data[to.offset + at * to.row_stride..][..to.cols]);
     }
 }
@@ -127,22 +140,34 @@ fn check_factors<T: Element>(factors: &Factors<'_, [T], [f32]>) -> ([crate::raw:
 }
 
 pub(crate) fn check_merge<T: Element>(op: &Merge<'_, T>) -> Result<LoraShape> {
-    let Merge { w, ref factors, scale, ref merged } = *op;
+    let Merge { w, ref factors, scale, gain, ref merged } = *op;
     let ([a, b], f32_factors, lengths) = check_factors(factors);
     let merged = shared(merged);
+    let (w_at, gain_at) = (w.map(raw), gain.map(raw));
     let shape =
-        crate::raw::Merge { dtype: T::DTYPE, w: w.map(raw), f32_factors, a, b, scale, merged: raw(merged) }.check();
-    judge(shape, w.map_or(Ok(()), |w| fits("w", w)).and(lengths).and(fits("merged", merged)))
+        crate::raw::Merge { dtype: T::DTYPE, w: w_at, f32_factors, a, b, scale, gain: gain_at, merged: raw(merged) }
+            .check();
+    let gain = gain.map_or(Ok(()), |gain| fits("gain", gain));
+    judge(shape, w.map_or(Ok(()), |w| fits("w", w)).and(lengths).and(gain).and(fits("merged", merged)))
 }
 
 pub(crate) fn check_round<T: Element>(op: &Round<'_, T>) -> Result<LoraShape> {
-    let Round { ref factors, scale, ref rounded_a, ref rounded_b } = *op;
+    let Round { ref factors, scale, divisor, ref rounded_a, ref rounded_b } = *op;
     let ([a, b], f32_factors, lengths) = check_factors(factors);
     let (rounded_a, rounded_b) = (shared(rounded_a), shared(rounded_b));
-    let (to_a, to_b) = (raw(rounded_a), raw(rounded_b));
-    let shape =
-        crate::raw::Round { dtype: T::DTYPE, f32_factors, a, b, scale, rounded_a: to_a, rounded_b: to_b }.check();
-    judge(shape, lengths.and(fits("rounded_a", rounded_a)).and(fits("rounded_b", rounded_b)))
+    let shape = crate::raw::Round {
+        dtype: T::DTYPE,
+        f32_factors,
+        a,
+        b,
+        scale,
+        divisor: divisor.map(raw),
+        rounded_a: raw(rounded_a),
+        rounded_b: raw(rounded_b),
+    }
+    .check();
+    let divisor = divisor.map_or(Ok(()), |divisor| fits("divisor", divisor));
+    judge(shape, lengths.and(divisor).and(fits("rounded_a", rounded_a)).and(fits("rounded_b", rounded_b)))
 }
 
 /// norm = ‖W + scale · B A‖ and gain = magnitude / norm.
@@ -152,14 +177,18 @@ pub(crate) fn check_round<T: Element>(op: &Round<'_, T>) -> Result<LoraShape> {
 /// Nothing is written then.
 pub fn gain<T: Element>(op: Gain<'_, T>) -> Result<()> {
     check_gain(&op)?;
-    let Gain { w, factors, scale, magnitude, norm, gain } = op;
+    let Gain { w, factors, scale, magnitude, earlier, norm, gain } = op;
     let norms = match factors {
         Factors::Storage { a, b } => norms(w, a, b, scale),
         Factors::F32 { a, b } => norms(w, a, b, scale),
     }?;
     if let (Some(gain), Some(magnitude)) = (gain, magnitude) {
+        let gain = &mut gain.data[gain.offset..][..norms.len()];
         let ratios = vector(magnitude).iter().zip(&norms).map(|(magnitude, norm)| magnitude / norm);
-        gain.data[gain.offset..].iter_mut().zip(ratios).for_each(|(to, ratio)| *to = ratio);
+        gain.iter_mut().zip(ratios).for_each(|(to, ratio)| *to = ratio);
+        if let Some(earlier) = earlier {
+            gain.iter_mut().zip(vector(earlier)).for_each(|(gain, earlier)| *gain *= earlier);
+        }
     }
     if let Some(norm) = norm {
         norm.data[norm.offset..][..norms.len()].copy_from_slice(&norms);
@@ -187,7 +216,7 @@ fn norms<T: Element, F: Element>(
 }
 
 pub(crate) fn check_gain<T: Element>(op: &Gain<'_, T>) -> Result<LoraShape> {
-    let Gain { w, ref factors, scale, magnitude, ref norm, ref gain } = *op;
+    let Gain { w, ref factors, scale, magnitude, earlier, ref norm, ref gain } = *op;
     let ([a, b], f32_factors, lengths) = check_factors(factors);
     let (norm, gain) = (norm.as_ref().map(shared), gain.as_ref().map(shared));
     let shape = crate::raw::Gain {
@@ -198,11 +227,12 @@ pub(crate) fn check_gain<T: Element>(op: &Gain<'_, T>) -> Result<LoraShape> {
         b,
         scale,
         magnitude: magnitude.map(raw),
+        earlier: earlier.map(raw),
         norm: norm.map(raw),
         gain: gain.map(raw),
     }
     .check();
-    let vectors = [("magnitude", magnitude), ("norm", norm), ("gain", gain)];
+    let vectors = [("magnitude", magnitude), ("earlier", earlier), ("norm", norm), ("gain", gain)];
     let vectors = vectors.into_iter().try_for_each(|(arg, vector)| vector.map_or(Ok(()), |vector| fits(arg, vector)));
     judge(shape, fits("w", w).and(lengths).and(vectors))
 }

@@ -112,6 +112,7 @@ impl<'s> Access<'s> {
             a,
             b,
             scale: op.scale,
+            gain: op.gain.map(|gain| self.read("gain", gain)).transpose()?,
             merged: self.write("merged", &mut op.merged)?,
         })
     }
@@ -124,15 +125,13 @@ impl<'s> Access<'s> {
             a,
             b,
             scale: op.scale,
+            divisor: op.divisor.map(|divisor| self.read("divisor", divisor)).transpose()?,
             rounded_a: self.write("rounded_a", &mut op.rounded_a)?,
             rounded_b: self.write("rounded_b", &mut op.rounded_b)?,
         })
     }
 
-    fn dropout(
-        &mut self,
-        dropout: &Option<Dropout<'s, dyn DevicePtr<u64> + 's>>,
-    ) -> Result<Option<raw::Dropout>> {
+    fn dropout(&mut self, dropout: &Option<Dropout<'s, dyn DevicePtr<u64> + 's>>) -> Result<Option<raw::Dropout>> {
         let Some(Dropout { p, seed }) = *dropout else { return Ok(None) };
         let seed = match seed {
             Seed::Value { seed, offset } => raw::Seed::Value { seed, offset },
@@ -164,6 +163,7 @@ impl<'s> Access<'s> {
             b,
             scale: op.scale,
             magnitude: op.magnitude.map(|magnitude| self.read("magnitude", magnitude)).transpose()?,
+            earlier: op.earlier.map(|earlier| self.read("earlier", earlier)).transpose()?,
             norm: op.norm.as_mut().map(|norm| self.write("norm", norm)).transpose()?,
             gain: op.gain.as_mut().map(|gain| self.write("gain", gain)).transpose()?,
         })

@@ -272,24 +272,26 @@ impl Backend for Queue {
     }
 
     fn merge<T: Element>(&self, op: Merge<'_, Self::Read<T>, Self::Write<T>, Self::Read<f32>>) -> Result<()> {
-        let Merge { w, factors: pair, scale, merged } = op;
-        let op = super::Merge { w: w.map(matrix), factors: factors(pair), scale, merged: matrix_mut(merged) };
+        let Merge { w, factors: pair, scale, gain, merged } = op;
+        let (w, gain, merged) = (w.map(matrix), gain.map(matrix), matrix_mut(merged));
+        let op = super::Merge { w, factors: factors(pair), scale, gain, merged };
         self.kernels.merge(&self.stream, op)
     }
 
     fn round<T: Element>(&self, op: Round<'_, Self::Read<T>, Self::Write<T>, Self::Read<f32>>) -> Result<()> {
-        let Round { factors: pair, scale, rounded_a, rounded_b } = op;
-        let (rounded_a, rounded_b) = (matrix_mut(rounded_a), matrix_mut(rounded_b));
-        self.kernels.round(&self.stream, super::Round { factors: factors(pair), scale, rounded_a, rounded_b })
+        let Round { factors: pair, scale, divisor, rounded_a, rounded_b } = op;
+        let (divisor, rounded_a, rounded_b) = (divisor.map(matrix), matrix_mut(rounded_a), matrix_mut(rounded_b));
+        self.kernels.round(&self.stream, super::Round { factors: factors(pair), scale, divisor, rounded_a, rounded_b })
     }
 
     fn gain<T: Element>(&self, op: Gain<'_, Self::Read<T>, Self::Read<f32>, Self::Write<f32>>) -> Result<()> {
-        let Gain { w, factors: pair, scale, magnitude, norm, gain } = op;
+        let Gain { w, factors: pair, scale, magnitude, earlier, norm, gain } = op;
         let op = super::Gain {
             w: matrix(w),
             factors: factors(pair),
             scale,
             magnitude: magnitude.map(matrix),
+            earlier: earlier.map(matrix),
             norm: norm.map(matrix_mut),
             gain: gain.map(matrix_mut),
         };

@@ -151,7 +151,7 @@ pub(super) fn shared(dtype: Dtype, m: usize, r: usize, device: &Device, options:
 
 #[cfg(test)]
 mod tests {
-    use super::{backward, forward, up_to};
+    use super::{Addresses, backward, forward, shared, up_to};
     use crate::error::Error;
     use crate::plan::{Device, Options, Plan, SYNC_BYTES};
     use crate::{Accumulate, Dtype, LoraShape, Routing, raw};
@@ -257,6 +257,54 @@ mod tests {
             }
         }
         assert!(grew > 0, "no smaller call needs more than a larger one: the bound is needless");
+    }
+
+    /// Projections that share x, with every choice of outputs.
+    #[test]
+    fn what_is_reserved_holds_projections_that_share_x() {
+        let layers: [&[(usize, usize)]; 4] = [
+            &[(4096, 16), (1024, 16), (1024, 16)],
+            &[(512, 256), (72, 0)],
+            &[(64, 0); 4],
+            &[(130, 9), (24, 200), (8, 1)],
+        ];
+        for (arch, sms) in [(80, 108), (90, 132), (75, 40)] {
+            let device = Device::of_arch("test", arch, sms);
+            for (parts, m) in layers.iter().flat_map(|&parts| [1, 700, 1100, 5000, 20_000].map(|m| (parts, m))) {
+                let (k, r) = (512, parts.iter().map(|part| part.1).sum());
+                let reserved = shared(Dtype::F16, m, r, &device, Options::default());
+                for outputs in 0..16_u32 {
+                    let mut at = Addresses(256);
+                    let mut matrix = |rows, cols| at.matrix(rows, cols).expect("room");
+                    let (x, a, h) = (matrix(m, k), matrix(r, k), matrix(m, r));
+                    let wants = |bit: u32| outputs >> bit & 1 == 1;
+                    let gradient = |wanted: bool, matrix| wanted.then_some(raw::Gradient { matrix, f32: true });
+                    let own = |&(n, r): &(usize, usize)| {
+                        let [w, b, y, db, dbias] =
+                            [(n, k), (n, r), (m, n), (n, r), (1, n)].map(|(rows, cols)| matrix(rows, cols));
+                        let forward = raw::ForwardProjection { w, b, scale: 1.0, bias: None, gain: None, y };
+                        let (db, dbias) = (gradient(wants(2), db), gradient(wants(3), dbias));
+                        let backward =
+                            raw::BackwardProjection { dy: y, w, b, scale: 1.0, db, dbias, dm: None, gain: None };
+                        (forward, backward)
+                    };
+                    let (forwards, backwards): (Vec<_>, Vec<_>) = parts.iter().map(own).unzip();
+                    let (dtype, dropout, routes) = (Dtype::F16, None, None);
+                    let projections = raw::Projections::new(&forwards).expect("one to four");
+                    let op = raw::ForwardShared { dtype, x, f32_factors: false, a, h: None, projections, dropout, routes };
+                    let plan = Plan::forward_shared(&op, &device).expect("a plan");
+                    assert!(plan.workspace_bytes() <= reserved, "{}", plan.explain());
+                    let projections = raw::Projections::new(&backwards).expect("one to four");
+                    let (dx, da) = (wants(0).then(|| matrix(m, k)), gradient(wants(1), matrix(r, k)));
+                    let (x, h, accumulate) = (Some(x), Some(h), Accumulate::default());
+                    let op = raw::BackwardShared { dtype, f32_factors: false, a, x, h, dx, da, projections, accumulate, dropout, routes };
+                    if outputs != 0 {
+                        let plan = Plan::backward_shared(&op, &device).expect("a plan");
+                        assert!(plan.workspace_bytes() <= reserved, "{}", plan.explain());
+                    }
+                }
+            }
+        }
     }
 
     #[test]

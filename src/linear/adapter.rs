@@ -1,6 +1,6 @@
 //! An adapter: its factors, its rank and its scale.
 
-use std::fmt;
+use std::{fmt, mem};
 
 use super::{Backend, check_elements, elements};
 use crate::error::{Error, Result};
@@ -71,7 +71,8 @@ impl<V> From<Rejected<V>> for Error {
     }
 }
 
-/// A (R × K) and B (N × R), contiguous, and what is added to B's product where the adapter has it, in one type.
+/// A (R × K) and B (N × R), contiguous, and what is added to B's product where the adapter has it, in one type; beside them the
+/// magnitude of DoRA, which is f32 in any case.
 pub enum Buffers<B: Backend, T: Element> {
     /// In the storage type of the layer.
     Storage {
@@ -81,6 +82,8 @@ pub enum Buffers<B: Backend, T: Element> {
         b: B::Buffer<T>,
         /// N, PEFT's `lora_bias`: y += s · (B A x + this).
         b_bias: Option<B::Buffer<T>>,
+        /// N, PEFT's `use_dora`: y = this / ‖W + s · B A‖ ∘ (x Wᵀ + s · x Aᵀ Bᵀ) (+ bias), norms of rows.
+        magnitude: Option<B::Buffer<f32>>,
     },
     /// In f32, as PEFT keeps them by default while they are trained.
     F32 {
@@ -90,10 +93,12 @@ pub enum Buffers<B: Backend, T: Element> {
         b: B::Buffer<f32>,
         /// N, PEFT's `lora_bias`: y += s · (B A x + this).
         b_bias: Option<B::Buffer<f32>>,
+        /// N, PEFT's `use_dora`: y = this / ‖W + s · B A‖ ∘ (x Wᵀ + s · x Aᵀ Bᵀ) (+ bias), norms of rows.
+        magnitude: Option<B::Buffer<f32>>,
     },
 }
 
-/// The factors of an adapter, to be changed.
+/// The parts of an adapter, to be changed.
 pub enum BuffersMut<'a, B: Backend, T: Element> {
     /// In the storage type of the layer.
     Storage {
@@ -103,6 +108,8 @@ pub enum BuffersMut<'a, B: Backend, T: Element> {
         b: &'a mut B::Write<T>,
         /// N, where the adapter has it.
         b_bias: Option<&'a mut B::Write<T>>,
+        /// N, where the adapter has it.
+        magnitude: Option<&'a mut B::Write<f32>>,
     },
     /// In f32.
     F32 {
@@ -112,10 +119,12 @@ pub enum BuffersMut<'a, B: Backend, T: Element> {
         b: &'a mut B::Write<f32>,
         /// N, where the adapter has it.
         b_bias: Option<&'a mut B::Write<f32>>,
+        /// N, where the adapter has it.
+        magnitude: Option<&'a mut B::Write<f32>>,
     },
 }
 
-/// The factors of an adapter with their rank and scale.
+/// The factors of an adapter with their rank and scale, and what else it has.
 pub struct Adapter<B: Backend, T: Element> {
     rank: usize,
     scale: f32,
@@ -142,7 +151,7 @@ impl<B: Backend, T: Element> Adapter<B, T> {
     /// # Errors
     /// As [`new`](Self::new), and those of [`Backend::upload`].
     pub fn upload(backend: &B, rank: usize, scaling: Scaling, a: &[T], b: &[T]) -> Result<Self> {
-        let buffers = Buffers::Storage { a: backend.upload(a)?, b: backend.upload(b)?, b_bias: None };
+        let buffers = Buffers::Storage { a: backend.upload(a)?, b: backend.upload(b)?, b_bias: None, magnitude: None };
         Ok(Self::new(rank, scaling, buffers)?)
     }
 
@@ -151,7 +160,7 @@ impl<B: Backend, T: Element> Adapter<B, T> {
     /// # Errors
     /// As [`new`](Self::new), and those of [`Backend::upload`].
     pub fn upload_f32(backend: &B, rank: usize, scaling: Scaling, a: &[f32], b: &[f32]) -> Result<Self> {
-        let buffers = Buffers::F32 { a: backend.upload(a)?, b: backend.upload(b)?, b_bias: None };
+        let buffers = Buffers::F32 { a: backend.upload(a)?, b: backend.upload(b)?, b_bias: None, magnitude: None };
         Ok(Self::new(rank, scaling, buffers)?)
     }
 
@@ -169,6 +178,24 @@ impl<B: Backend, T: Element> Adapter<B, T> {
             Buffers::F32 { b_bias: to, .. } => *to = Some(backend.upload(b_bias)?),
         }
         Ok(self)
+    }
+
+    /// The same with a magnitude of N elements: DoRA (PEFT's `use_dora`). y = gain ∘ (x Wᵀ + s · x Aᵀ Bᵀ) (+ bias), where
+    /// gain = magnitude / ‖W + s · B A‖ by rows is computed whenever the adapter changes; gradients take the norm for a constant.
+    /// A new adapter starts from the norms: [`LoraLinear::add_dora`](super::LoraLinear::add_dora).
+    ///
+    /// # Errors
+    /// Those of [`Backend::upload`].
+    pub fn with_magnitude(mut self, backend: &B, magnitude: &[f32]) -> Result<Self> {
+        self.replace_magnitude(Some(backend.upload(magnitude)?));
+        Ok(self)
+    }
+
+    /// Returns the one before.
+    pub(super) fn replace_magnitude(&mut self, new: Option<B::Buffer<f32>>) -> Option<B::Buffer<f32>> {
+        match &mut self.buffers {
+            Buffers::Storage { magnitude, .. } | Buffers::F32 { magnitude, .. } => mem::replace(magnitude, new),
+        }
     }
 
     /// R.
@@ -189,6 +216,18 @@ impl<B: Backend, T: Element> Adapter<B, T> {
         }
     }
 
+    /// Whether it is one of DoRA.
+    pub fn has_magnitude(&self) -> bool {
+        self.magnitude().is_some()
+    }
+
+    /// DoRA's magnitude, N elements.
+    pub fn magnitude(&self) -> Option<&B::Buffer<f32>> {
+        match &self.buffers {
+            Buffers::Storage { magnitude, .. } | Buffers::F32 { magnitude, .. } => magnitude.as_ref(),
+        }
+    }
+
     /// A and B.
     pub fn buffers(&self) -> &Buffers<B, T> {
         &self.buffers
@@ -201,12 +240,18 @@ impl<B: Backend, T: Element> Adapter<B, T> {
 
     pub(super) fn buffers_mut(&mut self) -> BuffersMut<'_, B, T> {
         match &mut self.buffers {
-            Buffers::Storage { a, b, b_bias } => {
-                BuffersMut::Storage { a: B::write(a), b: B::write(b), b_bias: b_bias.as_mut().map(B::write) }
-            }
-            Buffers::F32 { a, b, b_bias } => {
-                BuffersMut::F32 { a: B::write(a), b: B::write(b), b_bias: b_bias.as_mut().map(B::write) }
-            }
+            Buffers::Storage { a, b, b_bias, magnitude } => BuffersMut::Storage {
+                a: B::write(a),
+                b: B::write(b),
+                b_bias: b_bias.as_mut().map(B::write),
+                magnitude: magnitude.as_mut().map(B::write),
+            },
+            Buffers::F32 { a, b, b_bias, magnitude } => BuffersMut::F32 {
+                a: B::write(a),
+                b: B::write(b),
+                b_bias: b_bias.as_mut().map(B::write),
+                magnitude: magnitude.as_mut().map(B::write),
+            },
         }
     }
 
@@ -226,11 +271,17 @@ impl<B: Backend, T: Element> Adapter<B, T> {
     /// All parts must have the layer's dimensions.
     pub(super) fn check(&self, n: usize, k: usize) -> Result<()> {
         let (a, b, b_bias) = match &self.buffers {
-            Buffers::Storage { a, b, b_bias } => (B::len(a), B::len(b), b_bias.as_ref().map(B::len)),
-            Buffers::F32 { a, b, b_bias } => (B::len(a), B::len(b), b_bias.as_ref().map(B::len)),
+            Buffers::Storage { a, b, b_bias, .. } => (B::len(a), B::len(b), b_bias.as_ref().map(B::len)),
+            Buffers::F32 { a, b, b_bias, .. } => (B::len(a), B::len(b), b_bias.as_ref().map(B::len)),
         };
         check_elements("a", a, elements("the number of elements of a", self.rank, k)?)?;
         check_elements("b", b, elements("the number of elements of b", n, self.rank)?)?;
+        if let Some(magnitude) = self.magnitude() {
+            check_elements("magnitude", B::len(magnitude), n)?;
+            if b_bias.is_some() {
+                return Err(Error::Exclusive { arg: "magnitude", other: "b_bias" });
+            }
+        }
         b_bias.map_or(Ok(()), |b_bias| check_elements("b_bias", b_bias, n))
     }
 }
@@ -243,6 +294,7 @@ impl<B: Backend, T: Element> fmt::Debug for Adapter<B, T> {
             .field("scale", &self.scale)
             .field("f32_factors", &f32_factors)
             .field("b_bias", &self.has_b_bias())
+            .field("magnitude", &self.has_magnitude())
             .finish_non_exhaustive()
     }
 }

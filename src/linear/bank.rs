@@ -89,9 +89,9 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// f32 factors are rounded to the storage type.
     ///
     /// # Errors
-    /// [`Error::AdapterName`]; [`Error::State`] for an adapter with a bias on B, which it names; [`Error::TooLarge`] for more ranks than
-    /// [`MAX_ROUTED_RANK`](crate::MAX_ROUTED_RANK), each adapter's counted as the next multiple of 16; those of [`Backend::upload`] and
-    /// [`Backend::round`].
+    /// [`Error::AdapterName`]; [`Error::State`] for an adapter with a bias on B, and for one with a magnitude (DoRA), which it names;
+    /// [`Error::TooLarge`] for more ranks than [`MAX_ROUTED_RANK`](crate::MAX_ROUTED_RANK), each adapter's counted as the next multiple
+    /// of 16; those of [`Backend::upload`] and [`Backend::round`].
     pub fn bank(&self, names: &[&str]) -> Result<Bank<B, T>> {
         let mut chosen = Vec::with_capacity(names.len());
         let (mut slots, mut rank) = (Vec::with_capacity(names.len()), 0);
@@ -100,6 +100,11 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             if named.adapter.has_b_bias() {
                 let got = format!("adapter `{name}` has a bias on B");
                 let expected = "adapters without one: forward adds the same bias to every row";
+                return Err(Error::State { operation: "bank", got, expected });
+            }
+            if named.adapter.has_magnitude() {
+                let got = format!("adapter `{name}` has a magnitude (DoRA)");
+                let expected = "adapters without one: each row would have a gain of its own";
                 return Err(Error::State { operation: "bank", got, expected });
             }
             let ranks = named.adapter.rank();
@@ -120,6 +125,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             self.backend.round(Round {
                 factors: named.adapter.factors(self.n, self.k),
                 scale: 1.0,
+                divisor: None,
                 rounded_a: MatrixMut::new(B::write(&mut a), ranks, self.k).with_offset(first * self.k),
                 rounded_b: MatrixMut::new(B::write(&mut b), self.n, ranks).with_offset(first).with_row_stride(rank),
             })?;

@@ -66,7 +66,8 @@ impl<B: Backend, T: Element> Folded<B, T> {
                 _ => continue,
             };
             let merged = MatrixMut::new(B::write(&mut self.sum), 1, n);
-            backend.merge(Merge { w: before.take().map(row), factors, scale: adapter.scale(), merged })?;
+            let w = before.take().map(row);
+            backend.merge(Merge { w, factors, scale: adapter.scale(), gain: None, merged })?;
         }
         Ok(())
     }

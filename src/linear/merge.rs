@@ -3,7 +3,7 @@
 use std::mem;
 
 use super::set::{Active, Named};
-use super::{Adapter, Backend, LoraLinear, next_version};
+use super::{Adapter, Backend, LoraLinear};
 use crate::error::{Error, Result};
 use crate::{Element, Matrix, MatrixMut, Merge};
 
@@ -14,11 +14,11 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     }
 
     /// Folds the active adapters into a second weight, W' = W + s · B A for each in turn, summed in f32 and rounded once per
-    /// adapter. W is kept, for [`unmerge`](Self::unmerge). Until then forward is the plain product by W', and training, and changes
+    /// adapter; with DoRA that is W' = gain ∘ (W + s · B A). W is kept, for [`unmerge`](Self::unmerge). Until then forward is the plain product by W', and training, and changes
     /// of the active adapters and of the bias, are refused. To the bias forward adds those of the adapters, as it does beside W.
     ///
     /// # Errors
-    /// [`Error::State`] when none is active, they are merged already, or the sum of biases could not be renewed; those of [`Backend::alloc`] and [`Backend::merge`]. The
+    /// [`Error::State`] when none is active, they are merged already, or the sum of biases or a gain could not be renewed; those of [`Backend::alloc`] and [`Backend::merge`]. The
     /// layer is as before then.
     pub fn merge(&mut self) -> Result<()> {
         self.check_mergeable("merge")?;
@@ -44,8 +44,8 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// that of the bias, and the merged adapters leave the layer and are returned with their names. One adapter is folded in
     /// place, without a second buffer; several take one until they are done.
     ///
-    /// Adapters that stay and have a bias of their own get their sum with the new bias; where that cannot be made, forward with
-    /// them is refused until [`refresh`](Self::refresh) has made it.
+    /// Adapters that stay and have a bias of their own get their sum with the new bias, and those with a magnitude their gain over the
+    /// new W; where that cannot be made, forward with them is refused until [`refresh`](Self::refresh) has made it.
     ///
     /// # Errors
     /// [`Error::State`] when no adapter is active; those of [`merge`](Self::merge). The layer is as before then.
@@ -54,7 +54,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         match (&self.active, self.merged.take()) {
             (_, Some(merged)) => self.w = merged,
             (&Active::One(id), None) => {
-                self.check_biases("merge_for_good")?;
+                self.check_current("merge_for_good")?;
                 let named = self.adapters.iter().find(|named| named.id == id);
                 fold(&self.backend, named, (self.n, self.k), None, &mut self.w)?;
             }
@@ -66,7 +66,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
                 }
             }
         }
-        self.version = next_version();
+        self.mark_weight_changed();
         let ids = self.active_ids().to_vec();
         let (folded, left) = self.adapters.drain(..).partition(|named| ids.contains(&named.id));
         self.adapters = left;
@@ -79,14 +79,16 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         if bias.is_some() {
             self.bias = bias;
             self.mark_bias_changed();
-            let _ = self.renew_biases(); // a failure leaves its mark
         }
+        let _ = self.renew_all(); // a failure leaves its mark
         Ok(folded.into_iter().map(|named| (named.name, named.adapter)).collect())
     }
 
-    /// The sum of biases that merged adapters add is the one of forward, which must be as new as they are.
-    fn check_biases(&self, operation: &'static str) -> Result<()> {
-        if self.active_bias().is_some() { self.operands(operation).map(drop) } else { Ok(()) }
+    /// The sum of biases that merged adapters add, and the gains, are those of forward, which must be as new as they are.
+    fn check_current(&self, operation: &'static str) -> Result<()> {
+        let has_gain = |id: &u64| self.by_id(*id).is_some_and(|named| named.gain().is_some());
+        let copied = self.active_bias().is_some() || self.active_ids().iter().any(has_gain);
+        if copied { self.operands(operation).map(drop) } else { Ok(()) }
     }
 
     fn check_mergeable(&self, operation: &'static str) -> Result<()> {
@@ -95,11 +97,11 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             let got = "no adapter is active".to_owned();
             return Err(Error::State { operation, got, expected: "`activate` first" });
         }
-        self.check_biases(operation)
+        self.check_current(operation)
     }
 }
 
-/// target = (`w`, or what `target` holds) + s · B A of one adapter.
+/// target = (`w`, or what `target` holds) + s · B A of one adapter, times its gain where it has one.
 fn fold<B: Backend, T: Element>(
     backend: &B,
     named: Option<&Named<B, T>>,
@@ -109,5 +111,6 @@ fn fold<B: Backend, T: Element>(
 ) -> Result<()> {
     let Some(named) = named else { return Ok(()) };
     let (factors, scale) = (named.adapter.factors(n, k), named.adapter.scale());
-    backend.merge(Merge { w, factors, scale, merged: MatrixMut::new(B::write(target), n, k) })
+    let gain = named.gain().map(|gain| Matrix::new(B::read(gain), 1, n));
+    backend.merge(Merge { w, factors, scale, gain, merged: MatrixMut::new(B::write(target), n, k) })
 }

@@ -3,9 +3,11 @@
 use std::{iter, mem};
 
 use super::bias::Folded;
-use super::{Adapter, Backend, Buffers, BuffersMut, LoraLinear, Operands, Rejected, elements, next_version};
+use super::dora::gain_into;
+use super::joined::Joined;
+use super::{Adapter, Backend, Base, Buffers, BuffersMut, LoraLinear, Rejected, next_version};
 use crate::error::{Error, Result};
-use crate::{Element, Matrix, MatrixMut, Round};
+use crate::{Element, MatrixMut, Round};
 
 /// An adapter of a layer.
 pub(super) struct Named<B: Backend, T: Element> {
@@ -19,7 +21,9 @@ pub(super) struct Named<B: Backend, T: Element> {
     rounded: Option<(B::Buffer<T>, B::Buffer<T>)>,
     /// The bias of the layer with the adapter's own, where it has one.
     folded: Option<Folded<B, T>>,
-    /// `rounded` or `folded` is older than what it is made of.
+    /// Magnitude over norm, where it has a magnitude.
+    gain: Option<B::Buffer<f32>>,
+    /// `rounded`, `folded` or `gain` is older than what it is made of.
     is_stale: bool,
 }
 
@@ -41,23 +45,8 @@ impl<B: Backend, T: Element> Active<B, T> {
     }
 }
 
-/// Several adapters side by side.
-pub(super) struct Joined<B: Backend, T: Element> {
-    ids: Vec<u64>,
-    rank: usize,
-    scale: f32,
-    /// Σ R × K.
-    a: B::Buffer<T>,
-    /// N × Σ R.
-    b: B::Buffer<T>,
-    /// The bias of the layer with those of the adapters, where they have some.
-    folded: Option<Folded<B, T>>,
-    /// An adapter or the bias changed, and a copy of it failed.
-    is_stale: bool,
-}
-
 /// What is wrong with copies that could not be renewed.
-fn stale(operation: &'static str, name: &str) -> Error {
+pub(super) fn stale(operation: &'static str, name: &str) -> Error {
     Error::State {
         operation,
         got: format!("the copies of adapter `{name}` are older than its factors"),
@@ -82,18 +71,30 @@ impl<B: Backend, T: Element> Named<B, T> {
         self.folded.as_ref()
     }
 
+    /// What multiplies the columns of both products, where it has a magnitude.
+    pub(super) fn gain(&self) -> Option<&B::Buffer<f32>> {
+        self.gain.as_ref()
+    }
+
     pub(super) fn take_bias(&mut self) -> Option<B::Buffer<T>> {
         self.folded.take().map(Folded::into_sum)
     }
 
-    /// Copies f32 factors to the storage type, and sums the biases.
-    fn refresh(&mut self, backend: &B, (n, k): (usize, usize), bias: Option<&B::Buffer<T>>) -> Result<()> {
+    /// Whether something is made of it, and of W and the bias, which can be older.
+    fn is_copied(&self) -> bool {
+        self.rounded.is_some() || self.folded.is_some() || self.gain.is_some()
+    }
+
+    /// Copies f32 factors to the storage type, sums the biases, and computes the gain.
+    fn refresh(&mut self, base: Base<'_, B, T>) -> Result<()> {
+        let Base { backend, n, k, bias, .. } = base;
         let r = self.adapter.rank();
-        self.is_stale = self.rounded.is_some() || self.folded.is_some();
+        self.is_stale = self.is_copied();
         if let Some((a, b)) = &mut self.rounded {
             backend.round(Round {
                 factors: self.adapter.factors(n, k),
                 scale: 1.0,
+                divisor: None,
                 rounded_a: MatrixMut::new(B::write(a), r, k),
                 rounded_b: MatrixMut::new(B::write(b), n, r),
             })?;
@@ -101,97 +102,23 @@ impl<B: Backend, T: Element> Named<B, T> {
         if let Some(folded) = &mut self.folded {
             folded.refresh(backend, n, bias, iter::once(&self.adapter))?;
         }
-        self.is_stale = false;
-        Ok(())
-    }
-}
-
-impl<B: Backend, T: Element> Joined<B, T> {
-    fn new(layer: &LoraLinear<B, T>, chosen: &[&Named<B, T>]) -> Result<Self> {
-        let rank: usize = chosen.iter().map(|named| named.adapter.rank()).sum();
-        let scales = chosen.iter().filter(|named| named.adapter.rank() != 0).map(|named| named.adapter.scale());
-        let scale = scales.max_by(|s, t| s.abs().total_cmp(&t.abs())).unwrap_or(1.0);
-        let mut joined = Self {
-            ids: chosen.iter().map(|named| named.id).collect(),
-            rank,
-            scale,
-            a: layer.backend.alloc(elements("the number of elements of a", rank, layer.k)?)?,
-            b: layer.backend.alloc(elements("the number of elements of b", layer.n, rank)?)?,
-            folded: Folded::new(layer, chosen.iter().map(|named| &named.adapter))?,
-            is_stale: true,
-        };
-        joined.refresh(&layer.backend, (layer.n, layer.k), layer.bias.as_ref(), &layer.adapters)?;
-        Ok(joined)
-    }
-
-    /// What the adapters' biases make of the layer's.
-    pub(super) fn folded(&self) -> Option<&Folded<B, T>> {
-        self.folded.as_ref()
-    }
-
-    pub(super) fn into_bias(self) -> Option<B::Buffer<T>> {
-        self.folded.map(Folded::into_sum)
-    }
-
-    /// Copies the factors of every adapter to their place, and sums the biases.
-    fn refresh(
-        &mut self,
-        backend: &B,
-        (n, k): (usize, usize),
-        bias: Option<&B::Buffer<T>>,
-        adapters: &[Named<B, T>],
-    ) -> Result<()> {
-        self.is_stale = true;
-        let mut first = 0;
-        let chosen = || self.ids.iter().filter_map(|id| adapters.iter().find(|named| named.id == *id));
-        for named in chosen() {
-            let r = named.adapter.rank();
-            if r == 0 {
-                continue;
-            }
-            let ratio = if self.scale == 0.0 { 1.0 } else { f64::from(named.adapter.scale()) / f64::from(self.scale) };
-            backend.round(Round {
-                factors: named.adapter.factors(n, k),
-                scale: ratio as f32,
-                rounded_a: MatrixMut::new(B::write(&mut self.a), r, k).with_offset(first * k),
-                rounded_b: MatrixMut::new(B::write(&mut self.b), n, r).with_offset(first).with_row_stride(self.rank),
-            })?;
-            first += r;
-        }
-        if let Some(folded) = &mut self.folded {
-            folded.refresh(backend, n, bias, chosen().map(|named| &named.adapter))?;
+        if let Some(gain) = &mut self.gain {
+            gain_into(base, &self.adapter, None, gain)?;
         }
         self.is_stale = false;
         Ok(())
-    }
-
-    pub(super) fn operands<'a>(
-        &'a self,
-        operation: &'static str,
-        layer: &'a LoraLinear<B, T>,
-    ) -> Result<Operands<'a, B, T>> {
-        if self.is_stale {
-            return Err(stale(operation, &layer.active().join("`, `")));
-        }
-        let bias = self.folded.as_ref().map(Folded::sum);
-        let plain = layer.plain(bias);
-        if self.rank == 0 {
-            return Ok(plain);
-        }
-        let (a, b) =
-            (Matrix::new(B::read(&self.a), self.rank, layer.k), Matrix::new(B::read(&self.b), layer.n, self.rank));
-        Ok(Operands { a, b, scale: self.scale, ..plain })
     }
 }
 
 impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// Adds an adapter, which takes part once it is activated. For one in f32 this makes the copies in the storage type
-    /// that the products read, for one with a bias on B the sum of the biases.
+    /// that the products read, for one with a bias on B the sum of the biases, for one with a magnitude the gain.
     ///
     /// # Errors
     /// [`Error::AdapterName`] when there is one of that name; [`Error::Dimension`] when a part has another number of
-    /// elements than R × K, N × R or N; those of [`Backend::alloc`], [`Backend::round`] and [`Backend::merge`]. The adapter comes back with the error,
-    /// and the layer is as before.
+    /// elements than R × K, N × R or N; [`Error::Exclusive`] for a magnitude beside a bias on B; those of [`Backend::alloc`],
+    /// [`Backend::round`], [`Backend::merge`] and [`Backend::gain`]. The adapter comes back with the error, and the layer is as
+    /// before.
     pub fn add(&mut self, name: &str, adapter: Adapter<B, T>) -> Result<(), Rejected<Adapter<B, T>>> {
         let (n, k, r) = (self.n, self.k, adapter.rank());
         let check = || {
@@ -204,15 +131,16 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
                 Buffers::F32 { .. } if r != 0 => Some((self.backend.alloc(r * k)?, self.backend.alloc(n * r)?)),
                 _ => None,
             };
-            Ok((rounded, Folded::new(self, iter::once(&adapter))?))
+            let gain = if adapter.has_magnitude() { Some(self.backend.alloc(n)?) } else { None };
+            Ok((rounded, Folded::new(self, iter::once(&adapter))?, gain))
         };
-        let (rounded, folded) = match check() {
+        let (rounded, folded, gain) = match check() {
             Ok(parts) => parts,
             Err(error) => return Err(Rejected { error, value: adapter }),
         };
         let (id, version) = (next_version(), next_version());
-        let mut named = Named { name: name.to_owned(), id, version, adapter, rounded, folded, is_stale: false };
-        match named.refresh(&self.backend, (n, k), self.bias.as_ref()) {
+        let mut named = Named { name: name.to_owned(), id, version, adapter, rounded, folded, gain, is_stale: false };
+        match named.refresh(self.base()) {
             Ok(()) => self.adapters.push(named),
             Err(error) => return Err(Rejected { error, value: named.adapter }),
         }
@@ -262,12 +190,13 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         Ok(())
     }
 
-    /// Lets several adapters take part at once, for inference: what they add to y is summed. Their factors are copied side
-    /// by side, rounded as the [module](super) says.
+    /// Lets several adapters take part at once, for inference: what they add to y is summed, in this order where DoRA is among
+    /// them. Their factors are copied side by side, rounded as the [module](super) says.
     ///
     /// # Errors
     /// [`Error::AdapterName`] for a name that the layer does not have or that comes twice; [`Error::State`] while adapters are
-    /// merged; those of [`Backend::alloc`] and [`Backend::round`]. The adapters active before stay so.
+    /// merged, and where one with a bias on B stands before one with a magnitude; those of [`Backend::alloc`],
+    /// [`Backend::round`], [`Backend::merge`] and [`Backend::gain`]. The adapters active before stay so.
     pub fn activate_all(&mut self, names: &[&str]) -> Result<()> {
         self.check_unmerged("activate_all")?;
         let mut chosen = Vec::with_capacity(names.len());
@@ -312,14 +241,15 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         Ok(())
     }
 
-    /// Changes the factors of an adapter: the only way to do so. Afterwards, whatever `change` returned, the copies in the
-    /// storage type are made anew, in the order of the stream. A [`Pass`](super::Pass) from before cannot be used any more.
+    /// Changes the parts of an adapter: the only way to do so. Afterwards, whatever `change` returned, the copies in the
+    /// storage type are made anew, and the gain is computed, in the order of the stream. A [`Pass`](super::Pass) from before cannot be used any more.
     ///
     /// On a GPU `change` launches what it likes on the backend's stream. An address kept from here and written to later
     /// escapes this; call [`refresh`](Self::refresh) then.
     ///
     /// # Errors
-    /// What `change` returns; [`Error::AdapterName`]; [`Error::State`] while the adapter is merged; those of [`Backend::round`].
+    /// What `change` returns; [`Error::AdapterName`]; [`Error::State`] while the adapter is merged; those of [`Backend::round`],
+    /// [`Backend::merge`] and [`Backend::gain`].
     /// When the copies could not be made, and when `change` panicked, forward with the adapter is refused until
     /// [`refresh`](Self::refresh) has made them.
     pub fn update<E: From<Error>>(
@@ -350,7 +280,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     fn mark_changed(&mut self, at: usize) {
         let named = &mut self.adapters[at];
         named.version = next_version();
-        named.is_stale = named.rounded.is_some() || named.folded.is_some();
+        named.is_stale = named.is_copied();
         let id = named.id;
         for chosen in [&mut self.active, &mut self.disabled] {
             if let Active::Several(joined) = chosen {
@@ -361,21 +291,34 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
 
     /// No sum with the layer's bias may be used from here on.
     pub(super) fn mark_bias_changed(&mut self) {
+        self.bias_version = next_version();
         self.adapters.iter_mut().for_each(|named| named.is_stale |= named.folded.is_some());
         for chosen in [&mut self.active, &mut self.disabled] {
             if let Active::Several(joined) = chosen {
-                joined.is_stale |= joined.folded.is_some();
+                joined.is_stale |= joined.folded().is_some();
+            }
+        }
+    }
+
+    /// No gain may be used from here on.
+    pub(super) fn mark_weight_changed(&mut self) {
+        self.version = next_version();
+        self.adapters.iter_mut().for_each(|named| named.is_stale |= named.gain.is_some());
+        for chosen in [&mut self.active, &mut self.disabled] {
+            if let Active::Several(joined) = chosen {
+                joined.is_stale |= joined.has_gain();
             }
         }
     }
 
     pub(super) fn renew(&mut self, at: usize) -> Result<()> {
-        let (dims, bias) = ((self.n, self.k), self.bias.as_ref());
-        self.adapters[at].refresh(&self.backend, dims, bias)?;
-        for chosen in [&mut self.active, &mut self.disabled] {
+        let Self { backend, n, k, w, bias, adapters, active, disabled, .. } = self;
+        let base = Base { backend, n: *n, k: *k, w, bias: bias.as_ref() };
+        adapters[at].refresh(base)?;
+        for chosen in [active, disabled] {
             match chosen {
                 Active::Several(joined) if joined.is_stale => {
-                    joined.refresh(&self.backend, dims, bias, &self.adapters)?;
+                    joined.refresh(base, adapters)?;
                 }
                 _ => {}
             }
@@ -385,8 +328,17 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
 
     /// Makes every sum of biases anew.
     pub(super) fn renew_biases(&mut self) -> Result<()> {
-        (0..self.adapters.len())
-            .try_for_each(|at| if self.adapters[at].folded.is_some() { self.renew(at) } else { Ok(()) })
+        self.renew_where(|named| named.folded.is_some())
+    }
+
+    /// Makes all that is made of W or of the bias anew.
+    pub(super) fn renew_all(&mut self) -> Result<()> {
+        self.renew_where(|named| named.folded.is_some() || named.gain.is_some())
+    }
+
+    fn renew_where(&mut self, concerns: impl Fn(&Named<B, T>) -> bool) -> Result<()> {
+        let which: Vec<usize> = (0..self.adapters.len()).filter(|&at| concerns(&self.adapters[at])).collect();
+        which.into_iter().try_for_each(|at| self.renew(at))
     }
 
     pub(super) fn position(&self, name: &str) -> Result<usize> {

@@ -5,7 +5,9 @@ use std::fmt;
 use super::set::{Active, Named};
 use super::{Backend, LoraLinear, Operands, elements};
 use crate::error::{Error, Result};
-use crate::{Accumulate, Backward, Dropout, Element, Forward, Gradient, Matrix, MatrixMut, Seed, Variant};
+use crate::{
+    Accumulate, Backward, Dropout, Element, Forward, Gradient, MagnitudeGradient, Matrix, MatrixMut, Seed, Variant,
+};
 
 /// Columns of y that a forward pass computes where h is all that is wanted of it: a row of 16 bytes at least.
 pub(super) const COLUMNS: usize = 8;
@@ -13,7 +15,7 @@ pub(super) const COLUMNS: usize = 8;
 /// How a pass departs from the default, which drops nothing and keeps h.
 pub struct Training<'a, B: Backend> {
     /// Elements of x that the adapter does not see, in forward and in backward of this pass. Each pass wants another offset,
-    /// each layer another seed.
+    /// each layer another seed. Beside a magnitude (DoRA) only a probability of 0.
     pub dropout: Option<Dropout<'a, B::Words>>,
     /// Forward keeps no h, and backward computes it again where db is asked for: M × R elements less between the two, for one
     /// launch more, which reads x and A, and writes h to memory that is held until backward returns. Its bits are those that
@@ -44,6 +46,8 @@ pub struct Kept<B: Backend, T: Element> {
     tokens: usize,
     /// Of W.
     base: u64,
+    /// Of the layer's bias.
+    bias: u64,
     /// Of the adapter's factors.
     adapter: Option<u64>,
 }
@@ -147,13 +151,24 @@ pub struct Gradients<'a, B: Backend, T: Element> {
     pub db: Option<MatrixMut<'a, B::Write<f32>>>,
     /// 1 × N, in f32: Σ dy, the gradient of the bias. That of a bias on B is the adapter's scale times this.
     pub dbias: Option<MatrixMut<'a, B::Write<f32>>>,
+    /// Of DoRA's magnitude.
+    pub dm: Option<Magnitude<'a, B, T>>,
     /// Which of them add to what is there.
     pub accumulate: Accumulate,
 }
 
+/// dm = Σ dy ∘ (y − bias) / magnitude, the gradient of DoRA's magnitude: what forward wrote is the only trace of the products that it
+/// multiplied.
+pub struct Magnitude<'a, B: Backend, T: Element> {
+    /// M × N, what the forward pass wrote, which only the caller can know.
+    pub y: Matrix<'a, B::Read<T>>,
+    /// 1 × N, in f32.
+    pub dm: MatrixMut<'a, B::Write<f32>>,
+}
+
 impl<B: Backend, T: Element> Default for Gradients<'_, B, T> {
     fn default() -> Self {
-        Self { dx: None, da: None, db: None, dbias: None, accumulate: Accumulate::default() }
+        Self { dx: None, da: None, db: None, dbias: None, dm: None, accumulate: Accumulate::default() }
     }
 }
 
@@ -170,7 +185,8 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// As [`forward_train`](Self::forward_train), with dropout, or without keeping h.
     ///
     /// # Errors
-    /// As [`forward_train`](Self::forward_train); [`Error::Probability`].
+    /// As [`forward_train`](Self::forward_train); [`Error::Probability`]; [`Error::State`] for dropout with an adapter that has a
+    /// magnitude (DoRA).
     #[allow(clippy::type_complexity, reason = "y and the pass")]
     pub fn forward_train_with<'a>(
         &self,
@@ -206,8 +222,12 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     ) -> Result<Pass<'a, B, T>> {
         self.check_unmerged("forward_train")?;
         let named = self.trained("forward_train")?;
-        let Operands { w, a, b, scale, bias } = self.operands("forward_train")?;
+        let Operands { w, a, b, scale, bias, gain } = self.operands("forward_train")?;
         let Training { dropout, recompute } = training;
+        let dropout = match (named, gain) {
+            (Some(named), Some(_)) => undropped(&named.name, dropout)?,
+            _ => dropout,
+        };
         let mut h = match a.rows {
             0 => None,
             _ if recompute => None,
@@ -223,14 +243,15 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             bias,
             h: keep,
             y,
-            variant: Variant { dropout, ..Variant::default() },
+            variant: Variant { dropout, gain, ..Variant::default() },
         })?;
         let (adapter, rank) = (named.map(|named| named.version), a.rows);
         let kept_dropout = dropout.map(|Dropout { p, seed }| match seed {
             Seed::Value { seed, offset } => (p, Some([seed, offset])),
             Seed::Memory(_) => (p, None),
         });
-        let kept = Kept { h, dropout: kept_dropout, rank, tokens: x.rows, base: self.version, adapter };
+        let (base, bias) = (self.version, self.bias_version);
+        let kept = Kept { h, dropout: kept_dropout, rank, tokens: x.rows, base, bias, adapter };
         Ok(Pass { x, dropout, kept })
     }
 
@@ -245,8 +266,8 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     ///
     /// # Errors
     /// Those of the backend's backward (`cpu::backward`, `cuda::Kernels::backward`); [`Error::State`] when the layer is not
-    /// the pass's, when the adapter or W has changed since, and while adapters are merged. Nothing is written then, and the
-    /// pass can be used again. Where h is computed again, [`Backend::forward`] and [`Backend::alloc`] can fail as well.
+    /// the pass's, when the adapter or W has changed since, or with dm the bias, when dm is asked of an adapter without a
+    /// magnitude, and while adapters are merged. Nothing is written then, and the pass can be used again. Where h is computed again, [`Backend::forward`] and [`Backend::alloc`] can fail as well.
     pub fn backward(
         &self,
         pass: &Pass<'_, B, T>,
@@ -255,11 +276,18 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     ) -> Result<()> {
         self.check_unmerged("backward")?;
         let Pass { x, dropout, kept: Kept { ref h, rank, tokens, .. } } = *pass;
-        let Operands { w, a, b, scale, .. } = self.operands_of(&pass.kept)?;
-        let Gradients { dx, da, db, dbias, accumulate } = gradients;
+        let Operands { w, a, b, scale, bias, gain } = self.operands_of(&pass.kept)?;
+        let Gradients { dx, da, db, dbias, dm, accumulate } = gradients;
         if dy.rows != tokens {
             return Err(Error::Dimension { arg: "dy", axis: "rows", got: dy.rows, expected: tokens });
         }
+        let dm = match dm {
+            Some(Magnitude { y, dm }) => {
+                let magnitude = self.magnitude_of(&pass.kept)?;
+                Some(MagnitudeGradient { y, bias, magnitude, dm })
+            }
+            None => None,
+        };
         let again = if h.is_none() && rank != 0 && db.is_some() { Some(self.middle_of(pass)?) } else { None };
         let nothing = Matrix { rows: tokens, cols: 0, row_stride: 0, offset: 0, ..dy };
         let h = match h.as_ref().or(again.as_ref()) {
@@ -278,9 +306,9 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             da: da.map(Gradient::F32),
             db: db.map(Gradient::F32),
             dbias: dbias.map(Gradient::F32),
-            dm: None,
+            dm,
             accumulate,
-            variant: Variant { dropout, ..Variant::default() },
+            variant: Variant { dropout, gain, ..Variant::default() },
         })
     }
 
@@ -303,6 +331,22 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             variant: Variant { dropout, ..Variant::default() },
         })?;
         Ok(h)
+    }
+
+    /// The magnitude of the pass's adapter, to which y must belong with the bias as it was.
+    fn magnitude_of(&self, kept: &Kept<B, T>) -> Result<Matrix<'_, B::Read<f32>>> {
+        let refused = |got: &str, expected| {
+            let got = got.to_owned();
+            Err(Error::State { operation: "backward", got, expected })
+        };
+        if kept.bias != self.bias_version {
+            return refused("the bias was changed since the pass", "dm before the bias is changed");
+        }
+        let named = self.adapters.iter().find(|named| Some(named.version) == kept.adapter);
+        match named.and_then(|named| named.adapter.magnitude()) {
+            Some(magnitude) => Ok(Matrix::new(B::read(magnitude), 1, self.n)),
+            None => refused("dm is asked for", "a pass of an adapter with a magnitude (DoRA)"),
+        }
     }
 
     /// The active adapter, when it is the only one.
@@ -335,4 +379,17 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             },
         }
     }
+}
+
+/// Of dropout with DoRA nothing remains, or it is refused: it would drop from x for W, too.
+fn undropped<'a, U: ?Sized>(name: &str, dropout: Option<Dropout<'a, U>>) -> Result<Option<Dropout<'a, U>>> {
+    let Some(Dropout { p, .. }) = dropout else { return Ok(None) };
+    if !(0.0..=1.0).contains(&p) {
+        return Err(Error::Probability { got: p });
+    }
+    if p == 0.0 {
+        return Ok(None);
+    }
+    let got = format!("adapter `{name}` has a magnitude (DoRA) and dropout is {p}");
+    Err(Error::State { operation: "forward_train", got, expected: "dropout of 0: together they are not computed" })
 }

@@ -59,8 +59,10 @@ macro_rules! write_fields {
     (@size sync) => { 8 };
     (@size magnitude) => { 8 };
     (@size dm) => { 8 };
+    (@size earlier) => { 8 };
     (@size norm) => { 8 };
     (@size gain) => { 8 };
+    (@size divisor) => { 8 };
     (@size $word:ident) => { 4 };
 }
 
@@ -86,7 +88,7 @@ write_fields!(LoraSm90BackwardParams: matrices dh dx da;
     words partials sync m k r most_r projection_count n_steps m_groups k_groups k_blocks dh_blocks dh_units dh_tickets
     dx_end db_end tickets chunks chunk_rows partial_stride counters group_m flag_shift sync_words flags padding;
     variant, projections LoraSm90BackwardProjection);
-write_fields!(LoraMergeParams: matrices w a b merged; words n k r scale k_blocks flags);
+write_fields!(LoraMergeParams: matrices w a b merged; words gain n k r scale k_blocks flags);
 write_fields!(LoraRoundParams: matrices a b rounded_a rounded_b;
-    words n k r scale a_units k_blocks r_blocks flags);
-write_fields!(LoraGainParams: matrices w a b; words magnitude norm gain n k r scale flags padding);
+    words divisor n k r scale a_units k_blocks r_blocks flags);
+write_fields!(LoraGainParams: matrices w a b; words magnitude earlier norm gain n k r scale flags padding);

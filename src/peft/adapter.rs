@@ -29,6 +29,9 @@ pub struct Factors {
     /// N, `lora_B.bias`, inside the scale: y += s · (B A x + this). Present if and only if the configuration's
     /// `lora_bias` is set.
     pub b_bias: Option<Tensor>,
+    /// N, `lora_magnitude_vector` of DoRA: y = this / ‖W + s · B A‖ ∘ (W x + s · B A x), norms of rows. Present if and only if the
+    /// configuration's `use_dora` is set.
+    pub magnitude: Option<Tensor>,
     /// N, a trained bias that takes the place of the base layer's (`bias` other than `"none"`).
     pub bias: Option<Tensor>,
     /// The base layer's weight, where the adapter brings it (an output head, say): N × K, or K × N with `fan_in_fan_out`.
@@ -38,7 +41,7 @@ pub struct Factors {
 impl Factors {
     /// A, R × K, and B, N × R.
     pub fn new(a: Tensor, b: Tensor) -> Self {
-        Self { a, b, b_bias: None, bias: None, weight: None }
+        Self { a, b, b_bias: None, magnitude: None, bias: None, weight: None }
     }
 }
 
@@ -126,14 +129,16 @@ impl Adapter {
             check_factors(&adapter.config, &module, targeted, &factors)?;
             adapter.modules.insert(module, (targeted, factors));
         }
-        match adapter.modules.is_empty() {
-            true => Err(ErrorKind::Missing {
-                tensor: Key::name("…", Part::A),
-                because: "an adapter has factors for at least one module".into(),
-            }
-            .into()),
-            false => Ok(adapter),
+        adapter.check_modules()?;
+        Ok(adapter)
+    }
+
+    fn check_modules(&self) -> Result<()> {
+        if !self.modules.is_empty() {
+            return Ok(());
         }
+        let because = "an adapter has factors for at least one module".into();
+        Err(ErrorKind::Missing { tensor: Key::name("…", Part::A), because }.into())
     }
 
     /// The configuration.
@@ -256,8 +261,9 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Io`] with the file.
+    /// [`ErrorKind::Io`] with the file; [`ErrorKind::Missing`] for an adapter without factors, which nobody could load.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
+        self.check_modules()?;
         let dir = dir.as_ref();
         let config = self.portable_config()?.to_json();
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -381,15 +387,17 @@ fn factors(module: &str, parts: &mut BTreeMap<Part, Tensor>) -> Result<Factors> 
             return Err(ErrorKind::Missing { tensor: Key::name(module, missing), because }.into());
         }
     };
-    let [b_bias, bias, weight] = [Part::BBias, Part::Bias, Part::Weight].map(|part| parts.remove(&part));
-    Ok(Factors { a, b, b_bias, bias, weight })
+    let [b_bias, magnitude, bias, weight] =
+        [Part::BBias, Part::Magnitude, Part::Bias, Part::Weight].map(|part| parts.remove(&part));
+    Ok(Factors { a, b, b_bias, magnitude, bias, weight })
 }
 
-fn parts(factors: &Factors) -> [(Part, Option<&Tensor>); 5] {
+fn parts(factors: &Factors) -> [(Part, Option<&Tensor>); 6] {
     [
         (Part::A, Some(&factors.a)),
         (Part::B, Some(&factors.b)),
         (Part::BBias, factors.b_bias.as_ref()),
+        (Part::Magnitude, factors.magnitude.as_ref()),
         (Part::Bias, factors.bias.as_ref()),
         (Part::Weight, factors.weight.as_ref()),
     ]
@@ -409,6 +417,7 @@ fn check_factors(config: &Config, name: &str, module: Module, factors: &Factors)
     shape(name, Part::B, &factors.b, &[n.max(1), r], rank)?;
     let expected = [
         (Part::BBias, &factors.b_bias, vec![n], config.lora_bias, "`lora_bias` is not set"),
+        (Part::Magnitude, &factors.magnitude, vec![n], config.use_dora, "`use_dora` is not set"),
         (Part::Bias, &factors.bias, vec![n], config.bias != Bias::None, "`bias` is \"none\""),
         (Part::Weight, &factors.weight, if config.fan_in_fan_out { vec![k, n] } else { vec![n, k] }, true, ""),
     ];
@@ -418,11 +427,16 @@ fn check_factors(config: &Config, name: &str, module: Module, factors: &Factors)
                 return Err(ErrorKind::Unexpected { tensor: Key::name(name, part), because: because.into() }.into());
             }
             Some(tensor) => shape(name, part, tensor, &dimensions, || format!("B has {n} rows, A {k} columns"))?,
-            None if part == Part::BBias && allowed => {
-                let because = "`lora_bias` is set".into();
-                return Err(ErrorKind::Missing { tensor: Key::name(name, part), because }.into());
+            None => {
+                let asking = match part {
+                    Part::BBias => "`lora_bias` is set",
+                    Part::Magnitude => "`use_dora` is set",
+                    _ => continue,
+                };
+                if allowed {
+                    return Err(ErrorKind::Missing { tensor: Key::name(name, part), because: asking.into() }.into());
+                }
             }
-            None => {}
         }
     }
     Ok(())

@@ -73,6 +73,8 @@ pub struct Config {
     pub alpha_pattern: Vec<(String, f64)>,
     /// s = α/√r instead of α/r.
     pub use_rslora: bool,
+    /// DoRA: each module has a magnitude, which takes the place of the norms of W + s · B A.
+    pub use_dora: bool,
     /// Probability with which training drops an element of x before A.
     pub lora_dropout: f64,
     /// The base weight is stored K × N (`Conv1D` of transformers). A and B are not transposed.
@@ -117,6 +119,7 @@ impl Config {
             rank_pattern: Vec::new(),
             alpha_pattern: Vec::new(),
             use_rslora: false,
+            use_dora: false,
             lora_dropout: 0.0,
             fan_in_fan_out: false,
             bias: Bias::None,
@@ -136,6 +139,13 @@ impl Config {
     #[must_use]
     pub fn with_rslora(mut self, use_rslora: bool) -> Self {
         self.use_rslora = use_rslora;
+        self
+    }
+
+    /// DoRA: modules with a magnitude.
+    #[must_use]
+    pub fn with_dora(mut self, use_dora: bool) -> Self {
+        self.use_dora = use_dora;
         self
     }
 
@@ -200,6 +210,7 @@ impl Config {
             rank_pattern: fields.pattern("rank_pattern", |key, value| fields.rank(key, value, 8))?,
             alpha_pattern: fields.pattern("alpha_pattern", |key, value| fields.number(key, value, 8.0))?,
             use_rslora: fields.boolean("use_rslora")?,
+            use_dora: fields.boolean("use_dora")?,
             lora_dropout: fields.number("lora_dropout", raw.get("lora_dropout"), 0.0)?,
             fan_in_fan_out: fields.boolean("fan_in_fan_out")?,
             bias: fields.bias()?,
@@ -234,6 +245,9 @@ impl Config {
         }
         if !(0.0..=1.0).contains(&self.lora_dropout) {
             return refuse("lora_dropout", self.lora_dropout.to_string(), "a number from 0 to 1");
+        }
+        if self.use_dora && self.lora_bias {
+            return refuse("lora_bias", "true".into(), "false, because `use_dora` is true");
         }
         if self.modules_to_save.len() > MAX_SAVED_MODULES {
             let got = format!("a list of {}", self.modules_to_save.len());
@@ -327,6 +341,7 @@ impl Config {
             ("rank_pattern", Value::Object(ranks)),
             ("alpha_pattern", Value::Object(alphas)),
             ("use_rslora", self.use_rslora.into()),
+            ("use_dora", self.use_dora.into()),
             ("lora_dropout", self.lora_dropout.into()),
             ("fan_in_fan_out", self.fan_in_fan_out.into()),
             ("bias", self.bias.name().into()),

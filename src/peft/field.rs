@@ -7,7 +7,6 @@ use super::{Bias, Error, ErrorKind, Names, Result, Targets};
 
 /// Keys with which PEFT computes something else than s · B A x, where they are switched on.
 const UNSUPPORTED: &[(&str, &str)] = &[
-    ("use_dora", "DoRA"),
     ("use_qalora", "QALoRA"),
     ("use_bdlora", "BD-LoRA"),
     ("alora_invocation_tokens", "aLoRA"),
@@ -47,7 +46,7 @@ impl Fields<'_> {
             }
         }
         // PEFT's variants are switched on by such a key: one that is not known yet would change the result unseen.
-        let known = ["use_rslora"];
+        let known = ["use_rslora", "use_dora"];
         if let Some((key, _)) =
             self.0.iter().find(|(key, value)| key.starts_with("use_") && on(value) && !known.contains(&key.as_str()))
         {

@@ -8,6 +8,8 @@ pub(super) enum Part {
     A,
     B,
     BBias,
+    /// DoRA's.
+    Magnitude,
     /// The base layer's bias.
     Bias,
     /// The base layer's weight.
@@ -15,7 +17,7 @@ pub(super) enum Part {
 }
 
 impl Part {
-    const ALL: [Self; 5] = [Self::A, Self::B, Self::BBias, Self::Bias, Self::Weight];
+    const ALL: [Self; 6] = [Self::A, Self::B, Self::BBias, Self::Magnitude, Self::Bias, Self::Weight];
 
     /// As PEFT writes it, and with the adapter's name left in, as in a state of the whole model.
     const fn suffixes(self) -> [&'static str; 2] {
@@ -23,6 +25,7 @@ impl Part {
             Self::A => [".lora_A.weight", ".lora_A.default.weight"],
             Self::B => [".lora_B.weight", ".lora_B.default.weight"],
             Self::BBias => [".lora_B.bias", ".lora_B.default.bias"],
+            Self::Magnitude => [".lora_magnitude_vector", ".lora_magnitude_vector.default.weight"],
             Self::Bias => [".base_layer.bias"; 2],
             Self::Weight => [".base_layer.weight"; 2],
         }
@@ -40,7 +43,6 @@ pub(super) enum Key<'a> {
 
 /// Within a key, what shows a feature that is not computed.
 const UNSUPPORTED: &[(&str, &str)] = &[
-    (".lora_magnitude_vector", "DoRA"),
     (".lora_embedding_A", "LoRA on an embedding"),
     (".lora_embedding_B", "LoRA on an embedding"),
     (".lora_diag", "KaSA"),
@@ -77,8 +79,8 @@ impl<'a> Key<'a> {
             Some((module, _)) if module.contains(".base_layer") => {
                 Err(unsupported("a LoRA layer within another", "factors of linear modules only").into())
             }
-            Some((_, Part::A | Part::B)) if shape.len() > 2 => {
-                Err(unsupported("LoRA on a convolution", "a tensor of two dimensions").into())
+            Some((_, Part::A | Part::B | Part::Magnitude)) if shape.len() > 2 => {
+                Err(unsupported("LoRA on a convolution", "a tensor of at most two dimensions").into())
             }
             Some((module, part)) => Ok(Self::Module { module, part }),
             // A module that is saved whole stands under its own name, without PEFT's wrapper.

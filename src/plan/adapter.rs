@@ -15,6 +15,10 @@ fn flags(f32_factors: bool) -> u32 {
     if f32_factors { LORA_FACTORS_F32 } else { 0 }
 }
 
+fn address(vector: Option<raw::Matrix>) -> u64 {
+    vector.map_or(0, |vector| vector.ptr)
+}
+
 fn launch(kernel: &'static str, tiles: u64, threads: u32, params: Params) -> Result<Launch> {
     let too_many = Error::TooLarge { what: "the number of tiles", got: tiles, limit: MAX_GRID };
     let tiles = u32::try_from(tiles).ok().filter(|&tiles| u64::from(tiles) <= MAX_GRID).ok_or(too_many)?;
@@ -31,19 +35,19 @@ fn launch(kernel: &'static str, tiles: u64, threads: u32, params: Params) -> Res
 }
 
 impl Launch {
-    /// The launch of norm = ‖W + scale · B A‖ and gain = magnitude / norm.
+    /// The launch of norm = ‖W + scale · B A‖ and gain = magnitude / norm (· earlier).
     ///
     /// # Errors
     /// As [`merge`](Self::merge), with what [`raw::Gain::check`] finds.
     pub fn gain(op: &raw::Gain) -> Result<Launch> {
         let LoraShape { n, k, r, .. } = op.check()?;
         check_dtype(op.dtype)?;
-        let address = |vector: Option<raw::Matrix>| vector.map_or(0, |vector| vector.ptr);
         let params = LoraGainParams {
             w: matrix(op.w),
             a: matrix(op.a),
             b: matrix(op.b),
             magnitude: address(op.magnitude),
+            earlier: address(op.earlier),
             norm: address(op.norm),
             gain: address(op.gain),
             n: n as u32,
@@ -57,7 +61,7 @@ impl Launch {
         launch(kernel, blocks(n, LORA_GAIN_ROWS), LORA_GAIN_THREADS, Params::Gain(params))
     }
 
-    /// The launch of merged = w + scale · B A.
+    /// The launch of merged = w + scale · B A, or that times a gain.
     ///
     /// # Errors
     /// Those of [`raw::Merge::check`]; [`Error::Dtype`] for f32; [`Error::TooLarge`] when there are more tiles than a launch can
@@ -71,6 +75,7 @@ impl Launch {
             a: matrix(op.a),
             b: matrix(op.b),
             merged: matrix(op.merged),
+            gain: address(op.gain),
             n: n as u32,
             k: k as u32,
             r: r as u32,
@@ -82,7 +87,7 @@ impl Launch {
         launch(kernel, k_blocks * blocks(n, LORA_MERGE_BLOCK), LORA_MERGE_THREADS, Params::Merge(params))
     }
 
-    /// The launch of rounded_a = A, rounded_b = scale · B; `None` when both are empty.
+    /// The launch of rounded_a = A, rounded_b = scale · B, or that over a divisor; `None` when both are empty.
     ///
     /// # Errors
     /// As [`merge`](Self::merge), with what [`raw::Round::check`] finds.
@@ -100,6 +105,7 @@ impl Launch {
             b: matrix(op.b),
             rounded_a: matrix(op.rounded_a),
             rounded_b: matrix(op.rounded_b),
+            divisor: address(op.divisor),
             n: n as u32,
             k: k as u32,
             r: r as u32,
@@ -121,13 +127,14 @@ mod tests {
     fn merge(dtype: Dtype, n: usize, k: usize, r: usize) -> raw::Merge {
         let at = |index: u64, rows, cols| raw::Matrix::new(index << 40, rows, cols);
         let (a, b, merged) = (at(1, r, k), at(2, n, r), at(3, n, k));
-        raw::Merge { dtype, w: None, f32_factors: true, a, b, scale: 1.0, merged }
+        raw::Merge { dtype, w: None, f32_factors: true, a, b, scale: 1.0, gain: None, merged }
     }
 
     fn round(dtype: Dtype, n: usize, k: usize, r: usize) -> raw::Round {
         let at = |index: u64, rows, cols| raw::Matrix::new(index << 40, rows, cols);
         let (a, b) = (at(1, r, k), at(2, n, r));
-        raw::Round { dtype, f32_factors: true, a, b, scale: 1.0, rounded_a: at(3, r, k), rounded_b: at(4, n, r) }
+        let (rounded_a, rounded_b) = (at(3, r, k), at(4, n, r));
+        raw::Round { dtype, f32_factors: true, a, b, scale: 1.0, divisor: None, rounded_a, rounded_b }
     }
 
     #[test]

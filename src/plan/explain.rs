@@ -51,9 +51,8 @@ impl Plan {
         let operation = if is_forward { "forward" } else { "backward" };
         line!(out, "{operation} {:?}, M={m} N={n} K={k} R={r}, on {}", self.dtype, self.device.name);
         if let parts @ [_, _, ..] = &self.parts[..] {
-            let list = |of: fn(&Part) -> usize| {
-                parts.iter().map(|part| of(part).to_string()).collect::<Vec<_>>().join(", ")
-            };
+            let list =
+                |of: fn(&Part) -> usize| parts.iter().map(|part| of(part).to_string()).collect::<Vec<_>>().join(", ");
             let (count, n, r) = (parts.len(), list(|part| part.n), list(|part| part.r));
             line!(out, "  shared     {count} projections of one x: N = {n}; R = {r}");
         }

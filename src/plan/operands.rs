@@ -31,10 +31,9 @@ impl Wanted {
     pub(super) fn of(op: &raw::BackwardShared) -> Wanted {
         let has_adapter = op.a.rows != 0;
         let (dx, da) = (op.dx.is_some(), op.da.is_some() && has_adapter);
-        let own = op.projections.map(|of| Own {
-            db: of.db.is_some() && of.b.cols != 0,
-            sums: of.dbias.is_some() || of.dm.is_some(),
-        });
+        let own = op
+            .projections
+            .map(|of| Own { db: of.db.is_some() && of.b.cols != 0, sums: of.dbias.is_some() || of.dm.is_some() });
         Wanted { dh: has_adapter && (dx || da), dx, da, own }
     }
 

@@ -6,8 +6,8 @@ pub(super) use tile::Tile;
 
 use super::operands::{Wanted, gradient, magnitude, matrix, optional, read_by_backward, read_by_forward};
 use super::{
-    Choice, Device, Draft, MAX_COUNTERS, Options, Part, Scratch, blocks, check_units, each, explain, flags, gradient_flags,
-    mean_rank, numbered, projection_flags, split,
+    Choice, Device, Draft, MAX_COUNTERS, Options, Part, Scratch, blocks, check_units, each, explain, flags,
+    gradient_flags, mean_rank, numbered, projection_flags, split,
 };
 use crate::error::Result;
 use crate::params::*;

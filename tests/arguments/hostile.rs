@@ -117,14 +117,22 @@ fn no_operation_panics() {
 
         let mut out_merged = fresh();
         let factors = Factors::F32 { a: matrix(&wide, a), b: matrix(&wide, b) };
-        let merge =
-            cpu::Merge { w: Some(matrix(&input, w)), factors, scale: 0.5, merged: matrix_mut(&mut out_merged, merged) };
+        let merge = cpu::Merge {
+            w: Some(matrix(&input, w)),
+            factors,
+            scale: 0.5,
+            gain: None,
+            merged: matrix_mut(&mut out_merged, merged),
+        };
         judge(cpu::merge(merge), &[(&out_merged, merged)])?;
 
         let (mut out_a, mut out_b) = (fresh(), fresh());
         let factors = Factors::F32 { a: matrix(&wide, a), b: matrix(&wide, b) };
         let (rounded_a, rounded_b) = (matrix_mut(&mut out_a, da), matrix_mut(&mut out_b, db));
-        judge(cpu::round(cpu::Round { factors, scale: 0.5, rounded_a, rounded_b }), &[(&out_a, da), (&out_b, db)])?;
+        judge(
+            cpu::round(cpu::Round { factors, scale: 0.5, divisor: None, rounded_a, rounded_b }),
+            &[(&out_a, da), (&out_b, db)],
+        )?;
         Ok(())
     });
     assert!(accepted.get() > 1000, "only {} cases compute anything", accepted.get());
@@ -181,11 +189,20 @@ fn no_plan_panics() {
                 prop_assert!(launch.is_ok() && !plan.explain().to_string().is_empty());
             }
         }
-        let merge =
-            raw::Merge { dtype, w: Some(rw), f32_factors: true, a: ra, b: rb, scale: 0.5, merged: address(12, merged) };
+        let merge = raw::Merge {
+            dtype,
+            w: Some(rw),
+            f32_factors: true,
+            a: ra,
+            b: rb,
+            scale: 0.5,
+            gain: None,
+            merged: address(12, merged),
+        };
         prop_assert_eq!(Launch::merge(&merge).is_ok(), merge.check().is_ok());
         let (rounded_a, rounded_b) = (address(13, da), address(14, db));
-        let round = raw::Round { dtype, f32_factors: true, a: ra, b: rb, scale: 0.5, rounded_a, rounded_b };
+        let round =
+            raw::Round { dtype, f32_factors: true, a: ra, b: rb, scale: 0.5, divisor: None, rounded_a, rounded_b };
         prop_assert_eq!(Launch::round(&round).is_ok(), round.check().is_ok());
         Ok(())
     });

@@ -54,6 +54,7 @@ fn the_cpu_refuses_every_entry_and_writes_nothing() {
             OnBuffers::Backward(op) => cpu::backward(op.views()),
             OnBuffers::Merge(op) => cpu::merge(op.views()),
             OnBuffers::Round(op) => cpu::round(op.views()),
+            OnBuffers::Gain(op) => cpu::gain(op.views()),
         }
     }
     refuses::<f16>("the CPU", run);
@@ -68,6 +69,7 @@ fn emulate<T: Element>(emulator: &fused_lora::emulator::Emulator, call: &mut OnB
         OnBuffers::Backward(op) => emulator.backward(op.views()).map(drop),
         OnBuffers::Merge(op) => emulator.merge(op.views()).map(drop),
         OnBuffers::Round(op) => emulator.round(op.views()).map(drop),
+        OnBuffers::Gain(op) => emulator.gain(op.views()).map(drop),
     }
 }
 
@@ -140,6 +142,7 @@ fn a_layer_refuses_what_it_passes_on() {
             da: da.as_mut().map(f32_view),
             db: db.as_mut().map(f32_view),
             dbias: dbias.as_mut().map(f32_view),
+            dm: None,
             accumulate: *accumulate,
         };
         let got = layer.backward(&pass, dy.view(), gradients);
@@ -317,7 +320,14 @@ fn the_documentation_lists_what_the_matrix_shows() {
         (Op::Backward, "impl Backward {"),
         (Op::Merge, "impl Merge {"),
         (Op::Round, "impl Round {"),
+        (Op::Gain, "impl Gain {"),
     ] {
-        assert_eq!(documented(source, start, "pub fn check("), shown(op), "{op:?}");
+        let mut all = shown(op);
+        match op {
+            Op::Forward => all.extend(shown(Op::DoraForward)),
+            Op::Backward => all.extend(shown(Op::DoraBackward)),
+            _ => {}
+        }
+        assert_eq!(documented(source, start, "pub fn check("), all, "{op:?}");
     }
 }

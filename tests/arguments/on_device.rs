@@ -3,12 +3,12 @@
 
 use fused_lora::cuda::{Kernels, Queue};
 use fused_lora::linear::Backend;
-use fused_lora::{Element, Factors, Merge, Result, Round};
+use fused_lora::{Element, Factors, Gain, Merge, Result, Round};
 
 use super::call::OnBuffers;
-use super::common::HostGradient;
 use super::common::gpu::Gpu;
 use super::common::layers::Device;
+use super::common::{Host, HostGradient};
 
 /// A factor of a merge in device memory.
 enum Factor<T: Element> {
@@ -66,7 +66,9 @@ pub fn run<T: Element>(gpu: &Gpu, call: &mut OnBuffers<T>, elsewhere: Option<(&s
             let (a, b) = (upload(of("a"), &op.a), upload(of("b"), &op.b));
             let mut merged = Device::new(of("merged"), &op.merged);
             let w = w.as_ref().map(Device::view);
-            let merge = Merge { w, factors: factors(&a, &b), scale: op.scale, merged: merged.view_mut() };
+            let gain = op.gain.as_ref().map(|gain| Device::<Queue, f32>::new(of("gain"), gain));
+            let gain = gain.as_ref().map(Device::view);
+            let merge = Merge { w, factors: factors(&a, &b), scale: op.scale, gain, merged: merged.view_mut() };
             let result = queue.merge::<T>(merge);
             op.merged = merged.download(of("merged"));
             result
@@ -76,8 +78,32 @@ pub fn run<T: Element>(gpu: &Gpu, call: &mut OnBuffers<T>, elsewhere: Option<(&s
             let (mut to_a, mut to_b) =
                 (Device::new(of("rounded_a"), &op.rounded_a), Device::new(of("rounded_b"), &op.rounded_b));
             let (rounded_a, rounded_b) = (to_a.view_mut(), to_b.view_mut());
-            let result = queue.round::<T>(Round { factors: factors(&a, &b), scale: op.scale, rounded_a, rounded_b });
+            let divisor = op.divisor.as_ref().map(|divisor| Device::<Queue, f32>::new(of("divisor"), divisor));
+            let divisor = divisor.as_ref().map(Device::view);
+            let (factors, scale) = (factors(&a, &b), op.scale);
+            let result = queue.round::<T>(Round { factors, scale, divisor, rounded_a, rounded_b });
             (op.rounded_a, op.rounded_b) = (to_a.download(of("rounded_a")), to_b.download(of("rounded_b")));
+            result
+        }
+        OnBuffers::Gain(op) => {
+            let w = Device::<Queue, T>::new(of("w"), &op.w);
+            let (a, b) = (upload(of("a"), &op.a), upload(of("b"), &op.b));
+            let vector = |name: &str, host: &Option<Host<f32>>| {
+                host.as_ref().map(|host| Device::<Queue, f32>::new(of(name), host))
+            };
+            let (magnitude, earlier) = (vector("magnitude", &op.magnitude), vector("earlier", &op.earlier));
+            let (mut norm, mut gain) = (vector("norm", &op.norm), vector("gain", &op.gain));
+            let result = queue.gain::<T>(Gain {
+                w: w.view(),
+                factors: factors(&a, &b),
+                scale: op.scale,
+                magnitude: magnitude.as_ref().map(Device::view),
+                earlier: earlier.as_ref().map(Device::view),
+                norm: norm.as_mut().map(Device::view_mut),
+                gain: gain.as_mut().map(Device::view_mut),
+            });
+            op.norm = norm.map(|norm| norm.download(of("norm")));
+            op.gain = gain.map(|gain| gain.download(of("gain")));
             result
         }
     }

@@ -10,11 +10,16 @@ pub const SHAPE: LoraShape = LoraShape { m: 4, n: 6, k: 5, r: 3 };
 pub enum Op {
     Forward,
     Backward,
+    /// Forward with a gain, which rules out what [`Op::Forward`] has beside the matrices.
+    DoraForward,
+    /// Backward with a gain, and with the gradient of the magnitude.
+    DoraBackward,
     Merge,
     Round,
+    Gain,
 }
 
-pub const OPS: [Op; 4] = [Op::Forward, Op::Backward, Op::Merge, Op::Round];
+pub const OPS: [Op; 7] = [Op::Forward, Op::Backward, Op::DoraForward, Op::DoraBackward, Op::Merge, Op::Round, Op::Gain];
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Fault {
@@ -26,6 +31,8 @@ pub enum Fault {
     Stride(usize),
     /// An optional argument that another one needs is not there.
     Absent,
+    /// An optional argument that this one rules out is there.
+    Beside(&'static str),
     /// No output is there.
     NoOutput,
     Scale(f32),
@@ -86,15 +93,20 @@ impl Op {
         match self {
             Self::Forward => &["x", "w", "a", "b", "bias", "routes", "seed"],
             Self::Backward => &["dy", "w", "a", "b", "x", "h", "routes", "seed"],
-            Self::Merge => &["a", "b", "w"],
-            Self::Round => &["a", "b"],
+            Self::DoraForward => &["x", "w", "a", "b", "bias", "gain"],
+            Self::DoraBackward => &["dy", "w", "a", "b", "x", "h", "gain", "y", "bias", "magnitude"],
+            Self::Merge => &["a", "b", "w", "gain"],
+            Self::Round => &["a", "b", "divisor"],
+            Self::Gain => &["w", "a", "b", "magnitude", "earlier"],
         }
     }
 
     pub fn outputs(self) -> &'static [&'static str] {
         match self {
-            Self::Forward => &["y", "h"],
+            Self::Forward | Self::DoraForward => &["y", "h"],
             Self::Backward => &["dx", "da", "db", "dbias"],
+            Self::DoraBackward => &["dm", "dx", "da", "db", "dbias"],
+            Self::Gain => &["norm", "gain"],
             Self::Merge => &["merged"],
             Self::Round => &["rounded_a", "rounded_b"],
         }
@@ -114,7 +126,7 @@ impl Op {
             "b" | "db" | "rounded_b" => (n, r),
             "y" | "dy" => (m, n),
             "h" => (m, r),
-            "bias" | "dbias" => (1, n),
+            "bias" | "dbias" | "gain" | "divisor" | "magnitude" | "earlier" | "norm" | "dm" => (1, n),
             "routes" => (1, Routing::words_for(m)),
             "seed" => (1, 2),
             _ => unreachable!("no operation has an argument {arg}"),
@@ -126,10 +138,13 @@ impl Op {
         if matches!(arg, "routes" | "seed") {
             return 8;
         }
+        if matches!(arg, "gain" | "divisor" | "magnitude" | "earlier" | "norm" | "dm") {
+            return 4;
+        }
         let is_wide = match self {
-            Self::Forward => false,
-            Self::Backward => matches!(arg, "da" | "db" | "dbias"),
-            Self::Merge | Self::Round => matches!(arg, "a" | "b"),
+            Self::Forward | Self::DoraForward => false,
+            Self::Backward | Self::DoraBackward => matches!(arg, "da" | "db" | "dbias"),
+            Self::Merge | Self::Round | Self::Gain => matches!(arg, "a" | "b"),
         };
         if wide && is_wide { 4 } else { 2 }
     }
@@ -139,11 +154,12 @@ impl Op {
     fn disagrees_on_rows(self, arg: &'static str) -> (&'static str, &'static str) {
         match (self, arg) {
             (Self::Forward, "x") => ("routes", "columns"),
-            (Self::Forward, "w") => ("b", "rows"),
-            (Self::Backward, "dy") => ("x", "rows"),
-            (Self::Backward, "w") => ("dy", "columns"),
+            (Self::DoraForward, "x") => ("y", "rows"),
+            (Self::Forward | Self::DoraForward | Self::Gain, "w") => ("b", "rows"),
+            (Self::Backward | Self::DoraBackward, "dy") => ("x", "rows"),
+            (Self::Backward | Self::DoraBackward, "w") => ("dy", "columns"),
             (Self::Merge, "merged") => ("b", "rows"),
-            (Self::Round, "b") => ("rounded_b", "rows"),
+            (Self::Round, "b") => ("divisor", "columns"),
             (_, "a") => ("b", "columns"),
             _ => (arg, "rows"),
         }
@@ -152,8 +168,8 @@ impl Op {
     /// The same for columns.
     fn disagrees_on_columns(self, arg: &'static str) -> (&'static str, &'static str) {
         match (self, arg) {
-            (Self::Forward, "w") => ("x", "columns"),
-            (Self::Backward, "w") | (Self::Merge, "merged") => ("a", "columns"),
+            (Self::Forward | Self::DoraForward, "w") => ("x", "columns"),
+            (Self::Backward | Self::DoraBackward | Self::Gain, "w") | (Self::Merge, "merged") => ("a", "columns"),
             (Self::Round, "a") => ("rounded_a", "columns"),
             _ => (arg, "columns"),
         }
@@ -162,10 +178,11 @@ impl Op {
     /// The arguments that may not be empty.
     fn is_nonzero(self, arg: &str) -> bool {
         match self {
-            Self::Forward => matches!(arg, "x" | "w"),
-            Self::Backward => matches!(arg, "dy" | "w"),
+            Self::Forward | Self::DoraForward => matches!(arg, "x" | "w"),
+            Self::Backward | Self::DoraBackward => matches!(arg, "dy" | "w"),
             Self::Merge => arg == "merged",
             Self::Round => false,
+            Self::Gain => arg == "w",
         }
     }
 }
@@ -239,10 +256,22 @@ pub fn rows(op: Op, wide: bool, place: impl Fn(&str) -> Option<(usize, usize, us
             add("", Fault::Probability(got), Error::Probability { got });
         }
     }
-    if op == Op::Backward {
+    if matches!(op, Op::Backward | Op::DoraBackward) {
         add("x", Fault::Absent, Error::Missing { arg: "x", output: "da" });
         add("h", Fault::Absent, Error::Missing { arg: "h", output: "db" });
         add("", Fault::NoOutput, Error::NoOutput { expected: "dx, da, db, dbias, dm" });
+    }
+    if matches!(op, Op::DoraForward | Op::DoraBackward) {
+        for other in ["dropout", "routes"] {
+            add("gain", Fault::Beside(other), Error::Exclusive { arg: "gain", other });
+        }
+    }
+    if op == Op::DoraBackward {
+        add("gain", Fault::Absent, Error::Missing { arg: "gain", output: "dm" });
+    }
+    if op == Op::Gain {
+        add("magnitude", Fault::Absent, Error::Missing { arg: "magnitude", output: "gain" });
+        add("", Fault::NoOutput, Error::NoOutput { expected: "norm, gain" });
     }
     table
 }

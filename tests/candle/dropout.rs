@@ -9,12 +9,14 @@ use crate::case::{Case, bits, dtype, mat};
 
 const ALL: [bool; 3] = [true; 3];
 
-fn dropped(p: f32, offset: u64) -> Training {
-    Training { dropout: Some(Dropout { p, seed: 0x5eed, offset }), recompute: false }
+fn dropped(p: f32, offset: u64) -> Training<'static> {
+    Training { dropout: Some(Dropout { p, seed: 0x5eed, offset }), ..Training::default() }
 }
 
 /// The op with `training` on a case.
-fn op(training: Training) -> impl Fn(&Tensor, &Tensor, &Tensor, &Tensor, f64, Option<&Tensor>) -> Result<Tensor> {
+fn op(
+    training: Training<'static>,
+) -> impl Fn(&Tensor, &Tensor, &Tensor, &Tensor, f64, Option<&Tensor>) -> Result<Tensor> {
     move |x, w, a, b, scale, bias| lora_train(x, w, a, b, scale, bias, training)
 }
 
@@ -123,7 +125,7 @@ fn each_training_pass_of_a_layer_has_its_own_mask() -> Result<()> {
     let case = Case::new(&[40], (8, 32, 4), DType::F32, DType::F32)?;
     let layer = || LoraLinear::from_tensors(case.w.clone(), None, case.a.clone(), case.b.clone(), case.scale);
     let pass = |p, seed, offset| -> Result<Vec<u64>> {
-        let training = Training { dropout: Some(Dropout { p, seed, offset }), recompute: false };
+        let training = Training { dropout: Some(Dropout { p, seed, offset }), ..Training::default() };
         Ok(bits(&lora_train(&case.x, &case.w, &case.a, &case.b, case.scale, None, training)?))
     };
     let plain = bits(&lora(&case.x, &case.w, &case.a, &case.b, case.scale, None)?);
@@ -157,7 +159,7 @@ fn backward_has_the_mask_of_its_forward() -> Result<()> {
     for (offset, loss) in losses.into_iter().enumerate() {
         let store = loss?.backward()?;
         let training =
-            Training { dropout: Some(Dropout { p: 0.5, seed: 77, offset: offset as u64 }), recompute: false };
+            Training { dropout: Some(Dropout { p: 0.5, seed: 77, offset: offset as u64 }), ..Training::default() };
         let expected = Case { scale: 2.0, bias: None, ..case_of(&case) }.run([false, true, true], op(training))?;
         for (var, at) in [(&a, 1), (&b, 2)] {
             let gradient = store.get(var).expect("a gradient");

@@ -4,6 +4,7 @@
 
 mod biases;
 mod case;
+mod dora;
 mod dropout;
 #[cfg(feature = "candle-cuda")]
 mod gpu;

@@ -9,7 +9,8 @@ use fused_lora::{Error, MAX_DIMENSION};
 const DTYPES: [DType; 7] = [DType::U8, DType::U32, DType::I64, DType::BF16, DType::F16, DType::F32, DType::F64];
 
 /// No two dimensions are equal, so that an error shows what it speaks of.
-const DIMS: [(&str, &[usize]); 5] = [("x", &[2, 2, 6]), ("w", &[5, 6]), ("a", &[3, 6]), ("b", &[5, 3]), ("bias", &[5])];
+const DIMS: [(&str, &[usize]); 6] =
+    [("x", &[2, 2, 6]), ("w", &[5, 6]), ("a", &[3, 6]), ("b", &[5, 3]), ("bias", &[5]), ("magnitude", &[5])];
 
 fn tensor(dims: &[usize], dtype: DType) -> Tensor {
     let count = dims.iter().product::<usize>();
@@ -22,7 +23,7 @@ fn tensor(dims: &[usize], dtype: DType) -> Tensor {
 struct Call {
     tensors: Vec<(&'static str, Tensor)>,
     scale: f64,
-    training: Training,
+    training: Training<'static>,
 }
 
 impl Call {
@@ -47,7 +48,8 @@ impl Call {
     fn run(&self) -> Result<Tensor> {
         let there = |arg| self.get(arg).expect("an argument");
         let [x, w, a, b] = ["x", "w", "a", "b"].map(there);
-        lora_train(x, w, a, b, self.scale, self.get("bias"), self.training)
+        let training = Training { magnitude: self.get("magnitude"), ..self.training };
+        lora_train(x, w, a, b, self.scale, self.get("bias"), training)
     }
 
     /// What the tensors hold.
@@ -80,7 +82,7 @@ fn dimensions() {
         assert_eq!(legal.run().expect("without a fault").dims(), [2, 2, 5]);
         for (arg, dims) in legal.tensors.iter().map(|(arg, _)| (*arg, dims_of(arg))) {
             for (axis, change) in
-                [("rows", 0), ("columns", 1)].into_iter().filter(|(_, axis)| arg != "bias" || *axis == 0)
+                [("rows", 0), ("columns", 1)].into_iter().filter(|(_, axis)| *axis < dims_of(arg).len())
             {
                 let at = if arg == "x" { [0, 2][change] } else { change };
                 for size in [dims[at] + 1, dims[at] - 1, 0] {
@@ -110,7 +112,7 @@ fn disagreement(arg: &'static str, axis: &'static str, size: usize, with_bias: b
         ("a", ..) => dimension("a", "columns", size, 6),
         ("b", "rows", _) => dimension("b", "rows", size, 5),
         ("b", ..) => dimension("b", "columns", size, 3),
-        _ => dimension("bias", "elements", size, 5),
+        _ => dimension(arg, "elements", size, 5),
     }
 }
 
@@ -121,7 +123,7 @@ fn ranks() {
         let elements = dims.iter().product::<usize>();
         let (least, expected) = match arg {
             "x" => (2, "at least 2 (tokens, features)"),
-            "bias" => (1, "1"),
+            "bias" | "magnitude" => (1, "1"),
             _ => (2, "2"),
         };
         let others: [Vec<usize>; 4] = [vec![], vec![elements], vec![1, elements], [&[1], dims].concat()];
@@ -161,7 +163,9 @@ fn dtypes() {
 
 #[test]
 fn numbers() {
-    let legal = Call::new(DType::F32, true);
+    let with_magnitude = Call::new(DType::F32, true);
+    let mut legal = with_magnitude.clone();
+    legal.tensors.retain(|(arg, _)| *arg != "magnitude");
     for (scale, got) in [
         (f64::NAN, f32::NAN),
         (f64::INFINITY, f32::INFINITY),
@@ -171,11 +175,16 @@ fn numbers() {
     ] {
         Call { scale, ..legal.clone() }.is_refused(&format!("a scale of {scale}"), &Error::Scale { arg: "scale", got });
     }
-    let training = |p| Training { dropout: Some(Dropout { p, seed: 1, offset: 2 }), recompute: true };
+    let training =
+        |p| Training { dropout: Some(Dropout { p, seed: 1, offset: 2 }), recompute: true, ..Training::default() };
     for got in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -1e-9, 1f32.next_up()] {
         let call = Call { training: training(got), ..legal.clone() };
         call.is_refused(&format!("p = {got}"), &Error::Probability { got });
+        let call = Call { training: training(got), ..with_magnitude.clone() };
+        call.is_refused(&format!("p = {got} with a magnitude"), &Error::Probability { got });
     }
+    let call = Call { training: training(0.5), ..with_magnitude };
+    call.is_refused("both", &Error::Exclusive { arg: "magnitude", other: "dropout" });
     // Finite, until dropout divides it by 1 − p.
     let call = Call { training: training(0.9), scale: 3e38, ..legal };
     call.is_refused("a scale that overflows", &Error::Scale { arg: "scale", got: f32::INFINITY });
@@ -203,7 +212,7 @@ fn snapshot(layer: &LoraLinear) -> String {
     let values = |tensor: &Tensor| tensor.flatten_all().and_then(|tensor| tensor.to_vec1::<f32>()).expect("elements");
     let adapters = layer.names().map(|name| {
         let (a, b, scale) = layer.adapter(name).expect("an adapter");
-        (name, values(a), values(b), layer.b_bias(name).map(values), scale)
+        (name, values(a), values(b), layer.b_bias(name).map(values), layer.magnitude(name).map(values), scale)
     });
     let adapters: Vec<_> = adapters.collect();
     let y = layer.forward(&tensor(&[2, 6], DType::F32)).expect("forward");
@@ -211,6 +220,11 @@ fn snapshot(layer: &LoraLinear) -> String {
         (layer.active(), layer.is_merged(), layer.passes(), values(layer.weight()), layer.bias().map(values));
     format!("{of_layer:?} {adapters:?} {:?}", values(&y))
 }
+
+type Set = fn(&mut LoraLinear, &str, Tensor) -> Result<()>;
+
+/// What an adapter can have of one row, and how it is given.
+const VECTORS: [(&str, Set); 2] = [("b_bias", LoraLinear::set_b_bias), ("magnitude", LoraLinear::set_magnitude)];
 
 type Row<'a> = (String, Box<dyn Fn(&mut LoraLinear) -> Result<()> + 'a>, Error);
 
@@ -266,14 +280,16 @@ fn tensors_that_no_layer_takes() {
         };
         rows.push(row("a scale", call, Error::Scale { arg: "scale", got }));
     }
-    for (b_bias, error) in [
-        (f32(&[6]), dimension("b_bias", "elements", 6, 5)),
-        (f32(&[0]), dimension("b_bias", "elements", 0, 5)),
-        (f32(&[1, 5]), rank("b_bias", 2, "1")),
-        (f32(&[]), rank("b_bias", 0, "1")),
-        (f16(&[5]), of_f16("b_bias")),
-    ] {
-        rows.push(row("set_b_bias", move |layer| layer.set_b_bias("one", b_bias.clone()), error));
+    for (arg, set) in VECTORS {
+        for (vector, error) in [
+            (f32(&[6]), dimension(arg, "elements", 6, 5)),
+            (f32(&[0]), dimension(arg, "elements", 0, 5)),
+            (f32(&[1, 5]), rank(arg, 2, "1")),
+            (f32(&[]), rank(arg, 0, "1")),
+            (f16(&[5]), of_f16(arg)),
+        ] {
+            rows.push(row(arg, move |layer| set(layer, "one", vector.clone()), error));
+        }
     }
     let mut layer = layer(true);
     layer.activate("one").expect("an adapter");
@@ -315,6 +331,10 @@ fn configurations_that_no_layer_takes() {
             let made = made.expect_err("a refusal");
             assert_eq!(format!("{:?}", cause(&made)), format!("{:?}", Some(&error)), "{config:?}");
             refuses(&mut layer(true), vec![row("add", |layer| layer.add("new", config, vb()), error.clone())]);
+            refuses(
+                &mut layer(true),
+                vec![row("add_dora", |layer| layer.add_dora("new", config, vb()), error.clone())],
+            );
             assert!(vars.all_vars().is_empty(), "{config:?}");
         }
     }
@@ -324,6 +344,40 @@ fn configurations_that_no_layer_takes() {
     let taken = Error::AdapterName { got: "one".into(), expected: "one that the layer does not have".into() };
     refuses(&mut layer(true), vec![row("add", |layer| layer.add("one", config, vb()), taken)]);
     assert!(vars.all_vars().is_empty());
+}
+
+/// Views of one element that say they are larger than any memory, refused before anything is copied for them.
+#[test]
+fn broadcasts_that_nothing_holds() {
+    let of = |dims: &[usize], dtype| tensor(&[1, 1], dtype).broadcast_as(dims).expect("a view");
+    let f32 = |dims: &[usize]| of(dims, DType::F32);
+    let too_large = |what, got| Error::TooLarge { what, got, limit: MAX_DIMENSION as u64 };
+    let (wide, past) = (1usize << 20, MAX_DIMENSION + 1);
+    let bytes = MAX_DIMENSION * wide * 4;
+    let bf16 = |dims: &[usize]| of(dims, DType::BF16);
+    let cases = [
+        ([f32(&[past, 6]), f32(&[5, 6]), f32(&[3, 6]), f32(&[5, 3])], too_large("M (rows of x)", past as u64)),
+        ([f32(&[past, past, past, 6]), f32(&[5, 6]), f32(&[3, 6]), f32(&[5, 3])], too_large("M (rows of x)", u64::MAX)),
+        ([f32(&[2, 6]), f32(&[past, 6]), f32(&[3, 6]), f32(&[past, 3])], too_large("N (rows of w)", past as u64)),
+        ([f32(&[2, past]), f32(&[5, past]), f32(&[3, past]), f32(&[5, 3])], too_large("K (columns of w)", past as u64)),
+        ([f32(&[2, 6]), f32(&[5, 6]), f32(&[past, 6]), f32(&[5, past])], too_large("R (rows of a)", past as u64)),
+        ([f32(&[MAX_DIMENSION, wide]), f32(&[1, wide]), f32(&[1, wide]), f32(&[1, 1])], Error::OutOfMemory { bytes }),
+        (
+            [f32(&[1, wide]), f32(&[MAX_DIMENSION, wide]), f32(&[1, wide]), f32(&[MAX_DIMENSION, 1])],
+            Error::OutOfMemory { bytes },
+        ),
+        // Rounded to the type of w.
+        (
+            [bf16(&[1, wide]), bf16(&[1, wide]), f32(&[MAX_DIMENSION, wide]), f32(&[1, MAX_DIMENSION])],
+            Error::OutOfMemory { bytes: bytes / 2 },
+        ),
+    ];
+    for ([x, w, a, b], error) in cases {
+        let got = lora(&x, &w, &a, &b, 1.0, None).map(drop).expect_err("a refusal");
+        assert_eq!(cause(&got), Some(&error), "{:?} {:?} {:?} {:?}", x.dims(), w.dims(), a.dims(), b.dims());
+    }
+    let frozen = LoraLinear::frozen(f32(&[MAX_DIMENSION, wide]), None).map(drop).expect_err("a refusal");
+    assert_eq!(cause(&frozen), Some(&Error::OutOfMemory { bytes }));
 }
 
 fn state(operation: &'static str, got: &str, expected: &'static str) -> Error {
@@ -340,6 +394,7 @@ fn names_and_states() {
             row("activate ``", |layer| layer.activate(""), unknown("")),
             row("remove", |layer| layer.remove("One").map(drop), unknown("One")),
             row("set_b_bias", |layer| layer.set_b_bias("three", b_bias.clone()), unknown("three")),
+            row("set_magnitude", |layer| layer.set_magnitude("three", b_bias.clone()), unknown("three")),
         ]
     };
     let idle = || {
@@ -368,6 +423,7 @@ fn names_and_states() {
             row("activate", |layer| layer.activate("two"), merged("activate")),
             row("disable", LoraLinear::disable, merged("disable")),
             row("set_b_bias", |layer| layer.set_b_bias("one", b_bias.clone()), merged("set_b_bias")),
+            row("set_magnitude", |layer| layer.set_magnitude("one", b_bias.clone()), merged("set_magnitude")),
             removal(),
         ],
     );

@@ -159,6 +159,14 @@ impl Spec {
         Self { values: Values::Integers, scale: 2.0, ..self }
     }
 
+    /// A matrix as they lie here, every element and everything around it `around`.
+    pub fn place<T: Element>(&self, rows: usize, cols: usize, around: T) -> Host<T> {
+        let (offset, row_stride) = self.placement.offset_and_stride(cols);
+        let end = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + cols };
+        let tail = if self.placement == Placement::Contiguous { 0 } else { 9 };
+        Host { rows, cols, offset, row_stride, data: vec![around; offset + end + tail] }
+    }
+
     /// The inputs of forward, with h and y poisoned.
     pub fn forward<T: Element>(&self) -> HostForward<T> {
         self.forward_of::<T, T>()
@@ -181,6 +189,11 @@ impl Spec {
             routes: self.routes.map(|routes| routes.words(m, r)),
             gain: self.dora.then(|| fill.gain(n)),
         }
+    }
+
+    /// A factor for each row of W.
+    pub fn row_factors(&self) -> Host<f32> {
+        Fill { spec: self, rng: Rng(self.seed ^ 0x5a5a) }.gain(self.n)
     }
 
     /// The inputs of backward, with its outputs poisoned, or holding values where they accumulate.
@@ -230,13 +243,6 @@ struct Fill<'a> {
 }
 
 impl Fill<'_> {
-    fn place<T: Element>(&self, rows: usize, cols: usize, around: T) -> Host<T> {
-        let (offset, row_stride) = self.spec.placement.offset_and_stride(cols);
-        let end = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + cols };
-        let tail = if self.spec.placement == Placement::Contiguous { 0 } else { 9 };
-        Host { rows, cols, offset, row_stride, data: vec![around; offset + end + tail] }
-    }
-
     fn values<T: Element>(&mut self, mut host: Host<T>, size: f64, limit: i64) -> Host<T> {
         for row in 0..host.rows {
             for col in 0..host.cols {
@@ -252,7 +258,7 @@ impl Fill<'_> {
 
     /// NaN around the matrix: a read outside it shows in the result.
     fn input<T: Element>(&mut self, rows: usize, cols: usize, size: f64, limit: i64) -> Host<T> {
-        let host = self.place(rows, cols, T::from_f32(f32::NAN));
+        let host = self.spec.place(rows, cols, T::from_f32(f32::NAN));
         self.values(host, size, limit)
     }
 
@@ -271,7 +277,7 @@ impl Fill<'_> {
     /// h of f32 factors as forward writes it: high and low halves.
     fn halves<T: Element>(&mut self, m: usize, r: usize) -> Host<T> {
         let wide = self.input::<f32>(m, r, 1.0, 8);
-        let mut host = self.place(m, split_columns(r), T::from_f32(f32::NAN));
+        let mut host = self.spec.place(m, split_columns(r), T::from_f32(f32::NAN));
         host.fill(|_, _| 0.0);
         for (row, rank) in (0..m * r).map(|at| (at / r, at % r)) {
             full::set::<T>(&mut host, row, rank, wide.data[wide.index(row, rank)]);
@@ -295,7 +301,7 @@ impl Fill<'_> {
 
     /// A number no result has, everywhere: what is not written shows, and so does a write outside.
     fn output<T: Element>(&mut self, rows: usize, cols: usize) -> Host<T> {
-        let host = self.place(rows, cols, T::from_f32(POISON));
+        let host = self.spec.place(rows, cols, T::from_f32(POISON));
         if self.spec.accumulate { self.values(host, 1.0, 9) } else { host }
     }
 

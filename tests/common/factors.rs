@@ -1,4 +1,4 @@
-//! Merge and round over host buffers.
+//! Merge, round and gain over host buffers.
 
 use fused_lora::{Element, Factors, cpu};
 
@@ -39,6 +39,7 @@ pub struct HostMerge<T> {
     pub a: HostFactor<T>,
     pub b: HostFactor<T>,
     pub scale: f32,
+    pub gain: Option<Host<f32>>,
     pub merged: Host<T>,
 }
 
@@ -46,14 +47,15 @@ impl<T: Element> HostMerge<T> {
     pub fn new(spec: &Spec) -> Self {
         let w = spec.forward::<T>().w;
         let (a, b) = factors_of(spec);
-        Self { merged: output(&w), w: Some(w), a, b, scale: spec.scale }
+        Self { merged: output(&w), w: Some(w), a, b, scale: spec.scale, gain: Some(spec.row_factors()) }
     }
 
     /// As the backends that compute on slices take it.
     pub fn views(&mut self) -> cpu::Merge<'_, T> {
-        let Self { w, a, b, scale, merged } = self;
+        let Self { w, a, b, scale, gain, merged } = self;
         let w = w.as_ref().map(Host::view);
-        cpu::Merge { w, factors: factors(a, b), scale: *scale, merged: merged.view_mut() }
+        let gain = gain.as_ref().map(Host::view);
+        cpu::Merge { w, factors: factors(a, b), scale: *scale, gain, merged: merged.view_mut() }
     }
 }
 
@@ -63,6 +65,7 @@ pub struct HostRound<T> {
     pub a: HostFactor<T>,
     pub b: HostFactor<T>,
     pub scale: f32,
+    pub divisor: Option<Host<f32>>,
     pub rounded_a: Host<T>,
     pub rounded_b: Host<T>,
 }
@@ -71,13 +74,52 @@ impl<T: Element> HostRound<T> {
     pub fn new(spec: &Spec) -> Self {
         let HostForward { a: like_a, b: like_b, .. } = spec.forward::<T>();
         let (a, b) = factors_of(spec);
-        Self { a, b, scale: spec.scale, rounded_a: output(&like_a), rounded_b: output(&like_b) }
+        let divisor = Some(spec.row_factors());
+        Self { a, b, scale: spec.scale, divisor, rounded_a: output(&like_a), rounded_b: output(&like_b) }
     }
 
     /// As the backends that compute on slices take it.
     pub fn views(&mut self) -> cpu::Round<'_, T> {
-        let Self { a, b, scale, rounded_a, rounded_b } = self;
+        let Self { a, b, scale, divisor, rounded_a, rounded_b } = self;
         let (rounded_a, rounded_b) = (rounded_a.view_mut(), rounded_b.view_mut());
-        cpu::Round { factors: factors(a, b), scale: *scale, rounded_a, rounded_b }
+        let divisor = divisor.as_ref().map(Host::view);
+        cpu::Round { factors: factors(a, b), scale: *scale, divisor, rounded_a, rounded_b }
+    }
+}
+
+/// Gain over host buffers; the outputs are written in place.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostGain<T> {
+    pub w: Host<T>,
+    pub a: HostFactor<T>,
+    pub b: HostFactor<T>,
+    pub scale: f32,
+    pub magnitude: Option<Host<f32>>,
+    pub earlier: Option<Host<f32>>,
+    pub norm: Option<Host<f32>>,
+    pub gain: Option<Host<f32>>,
+}
+
+impl<T: Element> HostGain<T> {
+    pub fn new(spec: &Spec) -> Self {
+        let w = spec.forward::<T>().w;
+        let (a, b) = factors_of(spec);
+        let vector = spec.row_factors();
+        let (norm, gain) = (Some(output(&vector)), Some(output(&vector)));
+        Self { w, a, b, scale: spec.scale, magnitude: Some(vector.clone()), earlier: Some(vector), norm, gain }
+    }
+
+    /// As the backends that compute on slices take it.
+    pub fn views(&mut self) -> cpu::Gain<'_, T> {
+        let Self { w, a, b, scale, magnitude, earlier, norm, gain } = self;
+        cpu::Gain {
+            w: w.view(),
+            factors: factors(a, b),
+            scale: *scale,
+            magnitude: magnitude.as_ref().map(Host::view),
+            earlier: earlier.as_ref().map(Host::view),
+            norm: norm.as_mut().map(Host::view_mut),
+            gain: gain.as_mut().map(Host::view_mut),
+        }
     }
 }

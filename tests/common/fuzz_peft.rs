@@ -59,7 +59,7 @@ pub fn files(config: &[u8], tensors: &[u8]) -> Result<Adapter, ErrorKind> {
         let (&[r, k], &[n, of_b]) = (factors.a.shape(), factors.b.shape()) else { panic!("{name}: {factors:?}") };
         assert!(r == module.r && r == of_b && k > 0 && n > 0, "{name}: {factors:?}");
         assert_eq!([factors.a.to_f32().len(), factors.b.to_f32().len()], [r * k, n * r], "{name}");
-        let vectors = [&factors.b_bias, &factors.bias].into_iter().flatten();
+        let vectors = [&factors.b_bias, &factors.magnitude, &factors.bias].into_iter().flatten();
         assert!(vectors.into_iter().all(|vector| vector.shape() == [n]), "{name}: {factors:?}");
     }
     assert!(adapter.modules().len() > 0);
@@ -94,7 +94,8 @@ fn second_reading(file: &[u8]) -> Read {
             let bytes = data[number(&tensor["data_offsets"][0])..number(&tensor["data_offsets"][1])].to_vec();
             assert_eq!(bytes.len(), shape.iter().product::<usize>() * dtype.size(), "{key}");
             // With the adapter's name left in, it is the same tensor.
-            (key.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B."), (dtype, shape, bytes))
+            let key = key.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.");
+            (key.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector"), (dtype, shape, bytes))
         })
         .collect()
 }
@@ -115,6 +116,7 @@ fn held(adapter: &Adapter) -> Read {
         put(name, ".lora_B.weight", &factors.b);
         let others = [
             (".lora_B.bias", &factors.b_bias),
+            (".lora_magnitude_vector", &factors.magnitude),
             (".base_layer.bias", &factors.bias),
             (".base_layer.weight", &factors.weight),
         ];
@@ -138,8 +140,12 @@ fn check_fields(config: &Config, raw: &Map<String, Value>) {
     assert_eq!(json!(config.r), *raw.get("r").unwrap_or(&eight));
     assert_eq!(Some(config.lora_alpha), raw.get("lora_alpha").unwrap_or(&eight).as_f64());
     assert_eq!(Some(config.lora_dropout), raw.get("lora_dropout").unwrap_or(&json!(0)).as_f64());
-    let switches =
-        [("use_rslora", config.use_rslora), ("fan_in_fan_out", config.fan_in_fan_out), ("lora_bias", config.lora_bias)];
+    let switches = [
+        ("use_rslora", config.use_rslora),
+        ("use_dora", config.use_dora),
+        ("fan_in_fan_out", config.fan_in_fan_out),
+        ("lora_bias", config.lora_bias),
+    ];
     for (key, switch) in switches {
         assert_eq!(json!(switch), *value(raw, key, &json!(false)), "{key}");
     }
@@ -149,10 +155,7 @@ fn check_fields(config: &Config, raw: &Map<String, Value>) {
     let alphas =
         patterns("alpha_pattern").into_iter().map(|(pattern, alpha)| (pattern, alpha.as_f64().expect("a number")));
     assert_eq!(alphas.collect::<Vec<_>>(), config.alpha_pattern);
-    assert!(
-        raw.get("use_dora")
-            .is_none_or(|dora| [json!(null), json!(false), json!(0), json!(0.0), json!(""), json!([])].contains(dora))
-    );
+    assert!(!(config.use_dora && config.lora_bias));
 }
 
 /// Rank, α and scale are among those that the configuration names, and belong together.
@@ -184,6 +187,7 @@ fn fields(config: &Config) -> String {
         rank_pattern,
         alpha_pattern,
         use_rslora,
+        use_dora,
         lora_dropout,
         fan_in_fan_out,
         bias,
@@ -192,8 +196,17 @@ fn fields(config: &Config) -> String {
     } = config;
     let Config { target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, .. } = config;
     let Config { task_type, base_model_name_or_path, .. } = config;
-    let numbers =
-        (r, lora_alpha, rank_pattern, alpha_pattern, use_rslora, lora_dropout, fan_in_fan_out, bias, lora_bias);
+    let numbers = (
+        r,
+        lora_alpha,
+        rank_pattern,
+        alpha_pattern,
+        (use_rslora, use_dora),
+        lora_dropout,
+        fan_in_fan_out,
+        bias,
+        lora_bias,
+    );
     let names = (target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save);
     format!("{numbers:?} {names:?} {task_type:?} {base_model_name_or_path:?}")
 }

@@ -1,10 +1,8 @@
 //! Layers that PEFT recorded, through `LoraLinear`.
 
-mod full;
+pub mod full;
 
-pub use full::{BF16_A32, F16_A32};
-
-use fused_lora::linear::{Adapter, Backend, Gradients, LoraLinear, Routes, Scaling};
+use fused_lora::linear::{Adapter, Backend, Gradients, LoraLinear, Magnitude, Routes, Scaling};
 use fused_lora::reference::{self, Expected, Inputs, Mat, unit_roundoff};
 use fused_lora::{Dtype, Element, Matrix, MatrixMut, Routing, bf16, f16};
 use safetensors::SafeTensors;
@@ -112,6 +110,12 @@ impl Golden {
         self.find(&format!("{name}.Bbias{suffix}"))
     }
 
+    /// DoRA's magnitude.
+    fn magnitude(&self, name: &str, mode: Mode) -> Option<Tensor> {
+        let suffix = if mode.f32_factors { "_f32" } else { "" };
+        self.find(&format!("{name}.m{suffix}"))
+    }
+
     /// The layer's bias: that of the base, or what an adapter brings in its place.
     fn bias(&self) -> Option<Tensor> {
         let trained = self.active().into_iter().find_map(|name| self.find(&format!("{name}.b_trained")));
@@ -133,21 +137,33 @@ impl Golden {
             if let Some(b_bias) = self.b_bias(name, mode) {
                 adapter = adapter.with_b_bias(backend, &b_bias.round::<f32>()).expect("a bias");
             }
+            if let Some(magnitude) = self.magnitude(name, mode) {
+                adapter = adapter.with_magnitude(backend, &magnitude.round::<f32>()).expect("a magnitude");
+            }
             layer.add(name, adapter).expect("an added adapter");
         }
         layer
     }
 
-    /// What the oracle takes; B and its bias scaled, so that adapters of different scales are one.
+    /// What the oracle takes; B and its bias scaled, so that adapters of different scales are one. Behind DoRA B is divided by its
+    /// gain, which multiplies everything.
     fn inputs(&self, names: &[&str], mode: Mode) -> Inputs {
         let (n, k) = (self.size("out_features"), self.size("in_features"));
         let (mut a, mut b, mut r) = (Vec::new(), vec![Vec::new(); n], 0);
         let mut bias = self.bias().map(|bias| bias.data);
+        let (w, mut gain) = (self.tensor("W").mat(), None::<Mat>);
         for name in names {
             let ((rank, scaling), [a32, b32]) = (self.scaling(name), self.factors(name, mode));
             let scale = f64::from(scaling.scale(rank));
+            let earlier = gain.clone();
+            if let Some(magnitude) = self.magnitude(name, mode) {
+                let norm = reference::norm(&w, &a32.mat(), &b32.mat(), scale);
+                let before = |at| earlier.as_ref().map_or(1.0, |gain| gain.at(0, at));
+                gain = Some(Mat::from_fn(1, n, |_, at| magnitude.data[at] / norm.at(0, at) * before(at)));
+            }
+            let part = |row: usize| scale / earlier.as_ref().map_or(1.0, |gain| gain.at(0, row));
             a.extend(a32.data);
-            (0..n).for_each(|row| b[row].extend(b32.data[row * rank..][..rank].iter().map(|v| v * scale)));
+            (0..n).for_each(|row| b[row].extend(b32.data[row * rank..][..rank].iter().map(|v| v * part(row))));
             r += rank;
             if let Some(b_bias) = self.b_bias(name, mode) {
                 let bias = bias.get_or_insert_with(|| vec![0.0; n]);
@@ -156,7 +172,7 @@ impl Golden {
         }
         Inputs {
             x: self.tensor("x").mat(),
-            w: self.tensor("W").mat(),
+            w,
             a: Mat { rows: r, cols: k, data: a },
             b: Mat { rows: n, cols: r, data: b.concat() },
             bias: bias.map(|data| Mat { rows: 1, cols: n, data }),
@@ -164,7 +180,7 @@ impl Golden {
             scale: 1.0,
             keep: self.mask(names),
             gate: None,
-            gain: None,
+            gain,
         }
     }
 
@@ -222,17 +238,22 @@ impl Golden {
 
         for name in &names {
             layer.activate(name).expect("an adapter");
-            let (_, pass) = layer.forward_train(x).expect("forward_train");
+            let (y, pass) = layer.forward_train(x).expect("forward_train");
             let (r, scaling) = self.scaling(name);
             let mut dx = backend.alloc::<T>(m * k).expect("memory");
             let (mut da, mut db) =
                 (backend.alloc::<f32>(r * k).expect("memory"), backend.alloc::<f32>(n * r).expect("memory"));
             let mut dbias = backend.alloc::<f32>(n).expect("memory");
+            let mut dm = self.magnitude(name, mode).map(|_| backend.alloc::<f32>(n).expect("memory"));
             let gradients = Gradients {
                 dx: Some(MatrixMut::new(B::write(&mut dx), m, k)),
                 da: Some(MatrixMut::new(B::write(&mut da), r, k)),
                 db: Some(MatrixMut::new(B::write(&mut db), n, r)),
                 dbias: Some(MatrixMut::new(B::write(&mut dbias), 1, n)),
+                dm: dm.as_mut().map(|dm| {
+                    let dm = MatrixMut::new(B::write(dm), 1, n);
+                    Magnitude { y: Matrix::new(B::read(&y), m, n), dm }
+                }),
                 ..Gradients::default()
             };
             layer.backward(&pass, dy, gradients).expect("backward");
@@ -247,6 +268,13 @@ impl Golden {
             let output = if mode.f32_factors { Dtype::F32 } else { T::DTYPE };
             self.judge::<T>(mode, &format!("{name}.dA"), da, magnitude.da, n + m, output);
             self.judge::<T>(mode, &format!("{name}.dB"), db, magnitude.db, k + m, output);
+            if let (Some(dm), Some(recorded)) = (dm, self.magnitude(name, mode)) {
+                let minus = one.bias.as_ref().map(|bias| bias.map(|v| -v.abs()));
+                let y = reference::forward(&one).1;
+                let size = reference::magnitude_gradient(&one.dy, &y, minus.as_ref(), &recorded.mat().map(f64::abs));
+                let dm = mat(1, n, &download(backend, &dm, n));
+                self.judge::<T>(mode, &format!("{name}.dm"), dm, size, 2 * k + r + m + 5, output);
+            }
             let dbias = mat(1, n, &download(backend, &dbias, n));
             for (what, factor) in [("db".to_owned(), 1.0), (format!("{name}.dBbias"), scale)] {
                 if self.find(&format!("{}/{what}", mode.name)).is_some() {
@@ -263,11 +291,20 @@ impl Golden {
         layer.activate_all(&names).expect("the adapters");
         layer.merge().expect("a merge");
         let merged = mat(n, k, &download(backend, layer.weight(), n * k));
-        let truth = all.w.plus(&all.b.times(&all.a));
-        let limit = all.magnitudes();
-        let limit = limit.w.plus(&limit.b.times(&limit.a));
-        // One rounding per adapter, and the f32 sum.
-        let each = unit_roundoff(T::DTYPE) * names.len() as f64 + (r + 3) as f64 * unit_roundoff(Dtype::F32);
+        let folded = |of: &Inputs| {
+            let sum = of.w.plus(&of.b.times(&of.a));
+            let gain = |row| of.gain.as_ref().map_or(1.0, |gain| gain.at(0, row));
+            Mat::from_fn(n, k, |row, col| gain(row) * sum.at(row, col))
+        };
+        let (truth, limit) = (folded(&all), folded(&all.magnitudes()));
+        if let Some(recorded) = self.find(&format!("{}/W_merged", mode.truth)) {
+            let off = truth.plus(&recorded.mat().map(|v| -v)).norm() / recorded.mat().norm();
+            // The scale is that of f32 here.
+            assert!(off <= unit_roundoff(Dtype::F32), "{}: the oracle's merge is off by {off:e}", self.case["name"]);
+        }
+        // One rounding per adapter, and the f32 sum with the gain of each.
+        let each =
+            unit_roundoff(T::DTYPE) * names.len() as f64 + (r + 3 + 4 * names.len()) as f64 * unit_roundoff(Dtype::F32);
         for (at, (got, truth)) in merged.data.iter().zip(&truth.data).enumerate() {
             let bound = each * limit.data[at] + 1e-8;
             assert!((got - truth).abs() <= bound, "{} {}: merged {at}", self.case["name"], mode.name);

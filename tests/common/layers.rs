@@ -1,6 +1,6 @@
 //! What a layer must do on every backend.
 
-use fused_lora::linear::{Adapter, Backend, Buffers, BuffersMut, Gradients, LoraLinear, Scaling};
+use fused_lora::linear::{Adapter, Backend, Buffers, BuffersMut, Gradients, LoraLinear, Magnitude, Scaling};
 use fused_lora::{Element, Error, Factors, Matrix, MatrixMut, Merge, Round};
 
 use super::data::{Placement, Rng, Spec};
@@ -171,16 +171,25 @@ pub fn backward<B: Backend, T: Element>(
     let mut dx = start.dx.as_ref().map(|dx| Device::new(backend, dx));
     let [mut da, mut db, mut dbias] =
         [&start.da, &start.db, &start.dbias].map(|out| in_f32(out).map(|out| Device::new(backend, out)));
+    let magnitude = start.magnitude.as_ref();
+    let y = magnitude.map(|of| Device::new(backend, &of.y));
+    let mut dm = magnitude.map(|of| Device::new(backend, &of.dm));
+    let of_magnitude = y.as_ref().zip(dm.as_mut());
     let gradients = Gradients {
         dx: dx.as_mut().map(Device::view_mut),
         da: da.as_mut().map(Device::view_mut),
         db: db.as_mut().map(Device::view_mut),
         dbias: dbias.as_mut().map(Device::view_mut),
+        dm: of_magnitude.map(|(y, dm)| Magnitude { y: y.view(), dm: dm.view_mut() }),
         accumulate: start.accumulate,
     };
     layer.backward(pass, dy.view(), gradients).expect("backward");
     let f32 = |out: Option<Device<B, f32>>| out.map(|out| HostGradient::F32(out.download(backend)));
-    HostBackward { dx: dx.map(|dx| dx.download(backend)), da: f32(da), db: f32(db), dbias: f32(dbias), ..start.clone() }
+    let mut end = start.clone();
+    if let (Some(of), Some(dm)) = (&mut end.magnitude, dm) {
+        of.dm = dm.download(backend);
+    }
+    HostBackward { dx: dx.map(|dx| dx.download(backend)), da: f32(da), db: f32(db), dbias: f32(dbias), ..end }
 }
 
 /// w + scale · B A in f32, rank by rank, rounded once: what merge must give bit for bit.
@@ -241,7 +250,7 @@ pub fn merges_views<B: Backend, T: Element>(backend: &B, spec: &Spec) {
         let before = if in_place { w.clone() } else { elsewhere };
         let mut out = Device::new(backend, &before);
         let factors = Factors::Storage { a: da.view(), b: db.view() };
-        let merge = Merge { w: (!in_place).then(|| dw.view()), factors, scale, merged: out.view_mut() };
+        let merge = Merge { w: (!in_place).then(|| dw.view()), factors, scale, gain: None, merged: out.view_mut() };
         backend.merge(merge).expect("a merge");
         let after = out.download(backend);
         let what = format!("merged, in place: {in_place}, {spec:?}");
@@ -292,7 +301,7 @@ pub fn rounds<B: Backend, T: Element>(backend: &B, factors: &[Host<f32>; 2], sca
         let before = [target(&factors[0]), target(&factors[1])];
         let [mut a, mut b] = [&before[0], &before[1]].map(|host| Device::new(backend, host));
         let from = Factors::F32 { a: sources[0].view(), b: sources[1].view() };
-        let round = Round { factors: from, scale, rounded_a: a.view_mut(), rounded_b: b.view_mut() };
+        let round = Round { factors: from, scale, divisor: None, rounded_a: a.view_mut(), rounded_b: b.view_mut() };
         backend.round::<T>(round).expect("a rounding");
         for ((from, before), (to, scale)) in
             factors.iter().zip(&before).zip([(a.download(backend), 1.0), (b.download(backend), scale)])

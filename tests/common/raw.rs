@@ -82,6 +82,50 @@ pub fn with_f32_factors(forward: &raw::Forward, backward: &raw::Backward) -> (ra
     )
 }
 
+/// Of projections with these N and R everything present but h, which goes into the workspace.
+pub fn forward_shared(dtype: Dtype, m: usize, k: usize, parts: &[(usize, usize)]) -> raw::ForwardShared {
+    let mut at = Addresses::new();
+    let mut matrix = |rows, cols| at.matrix(rows, cols, dtype.size());
+    let r = parts.iter().map(|part| part.1).sum();
+    let (x, a) = (matrix(m, k), matrix(r, k));
+    let projection = |&(n, r): &(usize, usize)| raw::ForwardProjection {
+        w: matrix(n, k),
+        b: matrix(n, r),
+        scale: 2.0,
+        bias: Some(matrix(1, n)),
+        gain: None,
+        y: matrix(m, n),
+    };
+    let projections: Vec<_> = parts.iter().map(projection).collect();
+    let projections = raw::Projections::new(&projections).expect("one to four");
+    raw::ForwardShared { dtype, x, f32_factors: false, a, h: None, projections, dropout: None, routes: None }
+}
+
+/// Of projections with these N and R every input and every output, the gradients of the adapters in f32.
+pub fn backward_shared(dtype: Dtype, m: usize, k: usize, parts: &[(usize, usize)]) -> raw::BackwardShared {
+    let mut at = Addresses::new();
+    let bytes = dtype.size();
+    let r = parts.iter().map(|part| part.1).sum();
+    let a = at.matrix(r, k, bytes);
+    let [x, h, dx] = [(m, k), (m, r), (m, k)].map(|(rows, cols)| Some(at.matrix(rows, cols, bytes)));
+    let gradient = |at: &mut Addresses, rows, cols| Some(raw::Gradient { matrix: at.matrix(rows, cols, 4), f32: true });
+    let da = gradient(&mut at, r, k);
+    let projection = |&(n, r): &(usize, usize)| raw::BackwardProjection {
+        dy: at.matrix(m, n, bytes),
+        w: at.matrix(n, k, bytes),
+        b: at.matrix(n, r, bytes),
+        scale: 2.0,
+        db: gradient(&mut at, n, r),
+        dbias: gradient(&mut at, 1, n),
+        dm: None,
+        gain: None,
+    };
+    let projections: Vec<_> = parts.iter().map(projection).collect();
+    let projections = raw::Projections::new(&projections).expect("one to four");
+    let accumulate = Accumulate::default();
+    raw::BackwardShared { dtype, f32_factors: false, a, x, h, dx, da, projections, accumulate, dropout: None, routes: None }
+}
+
 /// With W elsewhere, and factors in f32 or the storage type.
 pub fn merge(dtype: Dtype, LoraShape { n, k, r, .. }: LoraShape, f32_factors: bool) -> raw::Merge {
     let mut at = Addresses::new();
@@ -93,6 +137,7 @@ pub fn merge(dtype: Dtype, LoraShape { n, k, r, .. }: LoraShape, f32_factors: bo
         a: at.matrix(r, k, factor),
         b: at.matrix(n, r, factor),
         scale: 2.0,
+        gain: Some(at.matrix(1, n, 4)),
         merged: at.matrix(n, k, dtype.size()),
     }
 }
@@ -107,8 +152,41 @@ pub fn round(dtype: Dtype, LoraShape { n, k, r, .. }: LoraShape, f32_factors: bo
         a: at.matrix(r, k, factor),
         b: at.matrix(n, r, factor),
         scale: 2.0,
+        divisor: Some(at.matrix(1, n, 4)),
         rounded_a: at.matrix(r, k, dtype.size()),
         rounded_b: at.matrix(n, r, dtype.size()),
+    }
+}
+
+/// Factors in f32 or the storage type; both outputs.
+pub fn gain(dtype: Dtype, LoraShape { n, k, r, .. }: LoraShape, f32_factors: bool) -> raw::Gain {
+    let mut at = Addresses::new();
+    let factor = if f32_factors { 4 } else { dtype.size() };
+    raw::Gain {
+        dtype,
+        w: at.matrix(n, k, dtype.size()),
+        f32_factors,
+        a: at.matrix(r, k, factor),
+        b: at.matrix(n, r, factor),
+        scale: 2.0,
+        magnitude: Some(at.matrix(1, n, 4)),
+        earlier: Some(at.matrix(1, n, 4)),
+        norm: Some(at.matrix(1, n, 4)),
+        gain: Some(at.matrix(1, n, 4)),
+    }
+}
+
+/// The argument of a name. Panics for one that is absent.
+pub fn gain_argument<'a>(op: &'a mut raw::Gain, name: &str) -> &'a mut raw::Matrix {
+    match name {
+        "w" => &mut op.w,
+        "a" => &mut op.a,
+        "b" => &mut op.b,
+        "magnitude" => op.magnitude.as_mut().expect("a magnitude"),
+        "earlier" => op.earlier.as_mut().expect("an earlier gain"),
+        "norm" => op.norm.as_mut().expect("norms"),
+        "gain" => op.gain.as_mut().expect("a gain"),
+        _ => panic!("gain has no argument {name}"),
     }
 }
 
@@ -118,6 +196,7 @@ pub fn merge_argument<'a>(op: &'a mut raw::Merge, name: &str) -> &'a mut raw::Ma
         "w" => op.w.as_mut().expect("w"),
         "a" => &mut op.a,
         "b" => &mut op.b,
+        "gain" => op.gain.as_mut().expect("a gain"),
         "merged" => &mut op.merged,
         _ => panic!("merge has no argument {name}"),
     }
@@ -128,6 +207,7 @@ pub fn round_argument<'a>(op: &'a mut raw::Round, name: &str) -> &'a mut raw::Ma
     match name {
         "a" => &mut op.a,
         "b" => &mut op.b,
+        "divisor" => op.divisor.as_mut().expect("a divisor"),
         "rounded_a" => &mut op.rounded_a,
         "rounded_b" => &mut op.rounded_b,
         _ => panic!("round has no argument {name}"),
@@ -161,6 +241,10 @@ pub fn backward_argument<'a>(op: &'a mut raw::Backward, name: &str) -> &'a mut r
         "da" => &mut op.da.as_mut().expect("da").matrix,
         "db" => &mut op.db.as_mut().expect("db").matrix,
         "dbias" => &mut op.dbias.as_mut().expect("dbias").matrix,
+        "y" => &mut op.dm.as_mut().expect("dm").y,
+        "bias" => op.dm.as_mut().and_then(|dm| dm.bias.as_mut()).expect("bias"),
+        "magnitude" => &mut op.dm.as_mut().expect("dm").magnitude,
+        "dm" => &mut op.dm.as_mut().expect("dm").dm,
         _ => panic!("backward has no argument {name}"),
     }
 }

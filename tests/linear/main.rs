@@ -42,8 +42,8 @@ fn snapshot(layer: &Layer) -> String {
         .into_iter()
         .map(|name| {
             let buffers = match layer.adapter(name).map(Adapter::buffers) {
-                Some(Buffers::Storage { a, b, b_bias }) => format!("{a:?} {b:?} {b_bias:?}"),
-                Some(Buffers::F32 { a, b, b_bias }) => format!("{a:?} {b:?} {b_bias:?}"),
+                Some(Buffers::Storage { a, b, b_bias, magnitude }) => format!("{a:?} {b:?} {b_bias:?} {magnitude:?}"),
+                Some(Buffers::F32 { a, b, b_bias, magnitude }) => format!("{a:?} {b:?} {b_bias:?} {magnitude:?}"),
                 None => String::new(),
             };
             (name, buffers)

@@ -96,16 +96,21 @@ fn factors_of_other_lengths() {
     for ((a, b, b_bias), error) in cases {
         let storage = |len| vec![bf16::ONE; len];
         let parts: [Buffers<Cpu, bf16>; 2] = [
-            Buffers::Storage { a: storage(a), b: storage(b), b_bias: b_bias.map(storage) },
-            Buffers::F32 { a: vec![1.0; a], b: vec![1.0; b], b_bias: b_bias.map(|len| vec![1.0; len]) },
+            Buffers::Storage { a: storage(a), b: storage(b), b_bias: b_bias.map(storage), magnitude: None },
+            Buffers::F32 {
+                a: vec![1.0; a],
+                b: vec![1.0; b],
+                b_bias: b_bias.map(|len| vec![1.0; len]),
+                magnitude: None,
+            },
         ];
         for buffers in parts {
             let adapter = Adapter::new(2, Scaling::Fixed(1.0), buffers).expect("an adapter");
             let rejected = layer.add("new", adapter).expect_err("a refusal");
             assert_eq!(rejected.error, error);
             let lengths = match rejected.value.into_buffers() {
-                Buffers::Storage { a, b, b_bias } => (a.len(), b.len(), b_bias.map(|b_bias| b_bias.len())),
-                Buffers::F32 { a, b, b_bias } => (a.len(), b.len(), b_bias.map(|b_bias| b_bias.len())),
+                Buffers::Storage { a, b, b_bias, .. } => (a.len(), b.len(), b_bias.map(|b_bias| b_bias.len())),
+                Buffers::F32 { a, b, b_bias, .. } => (a.len(), b.len(), b_bias.map(|b_bias| b_bias.len())),
             };
             assert_eq!(lengths, (a, b, b_bias), "it came back");
         }
@@ -113,6 +118,12 @@ fn factors_of_other_lengths() {
     // A bias that is put to it afterwards.
     let biased = crate::adapter(8, 6).with_b_bias(&Cpu, &[1.0; 4]).expect("an adapter");
     assert_eq!(layer.add("new", biased).map_err(Error::from), Err(elements("b_bias", 4, 3)));
+    for len in [0, 2, 4] {
+        let of_dora = crate::adapter(8, 6).with_magnitude(&Cpu, &vec![1.0; len]).expect("an adapter");
+        let rejected = layer.add("new", of_dora).expect_err("a refusal");
+        assert_eq!(rejected.error, elements("magnitude", len, 3));
+        assert_eq!(rejected.value.magnitude().map(Vec::len), Some(len), "it came back");
+    }
     // Ranks whose products pass what memory holds.
     let limit = isize::MAX as u64 / 8;
     for (rank, got) in [(usize::MAX, u64::MAX), (1 << 60, 1 << 62)] {
@@ -136,11 +147,15 @@ fn scales_that_are_not_finite() {
         Scaling::RsLora { alpha: 1e40 },
     ] {
         let got = scaling.scale(2);
-        let buffers = || Buffers::<Cpu, bf16>::Storage { a: vec![bf16::ONE; 8], b: vec![bf16::ONE; 6], b_bias: None };
+        let (a, b) = (vec![bf16::ONE; 8], vec![bf16::ONE; 6]);
+        let buffers = || Buffers::<Cpu, bf16>::Storage { a: a.clone(), b: b.clone(), b_bias: None, magnitude: None };
         let rejected = Adapter::new(2, scaling, buffers()).expect_err("a refusal");
         assert_eq!(rejected.error, Error::Scale { arg: "scale", got }, "{scaling:?}");
         assert!(matches!(rejected.value, Buffers::Storage { a, .. } if a.len() == 8), "it came back");
-        assert_eq!(Adapter::<Cpu, bf16>::upload_f32(&Cpu, 2, scaling, &[], &[]).map(drop), Err(Error::Scale { arg: "scale", got }));
+        assert_eq!(
+            Adapter::<Cpu, bf16>::upload_f32(&Cpu, 2, scaling, &[], &[]).map(drop),
+            Err(Error::Scale { arg: "scale", got })
+        );
     }
     for scaling in [Scaling::Fixed(f64::NAN), Scaling::Lora { alpha: f64::NAN }, Scaling::RsLora { alpha: f64::NAN }] {
         let refused = Adapter::<Cpu, bf16>::upload(&Cpu, 2, scaling, &[], &[]).map(drop);

@@ -6,9 +6,11 @@ use std::time::Duration;
 use fused_lora::cuda::cudarc::driver::sys::CUevent_flags;
 use fused_lora::cuda::cudarc::driver::{CudaEvent, CudaSlice, CudaStream, DevicePtrMut, DriverError};
 use fused_lora::cuda::{self, Kernels, Workspace};
-use fused_lora::{Accumulate, Dtype, Element, Error, Gradient, LoraShape, Matrix, MatrixMut, Result};
+use fused_lora::{
+    Accumulate, Dtype, Element, Error, Factors, Gradient, LoraShape, MagnitudeGradient, Matrix, MatrixMut, Result,
+};
 
-use super::{Backward, Form, Forms, Forward, Problem, Runner, Values};
+use super::{Backward, Form, Forms, Forward, Norms, OfMagnitude, Problem, Runner, Values};
 
 pub struct Cuda {
     kernels: Kernels,
@@ -43,8 +45,10 @@ impl Cuda {
         self.stream.clone_dtoh(data).map_err(copying)
     }
 
-    fn upload_routes<T>(&self, problem: &Problem<T>) -> Result<Option<CudaSlice<u64>>> {
-        problem.routes.as_ref().map(|words| self.stream.clone_htod(words).map_err(copying)).transpose()
+    fn upload_variant<T>(&self, problem: &Problem<T>) -> Result<Uploaded> {
+        let routes = problem.routes.as_ref().map(|words| self.stream.clone_htod(words).map_err(copying)).transpose()?;
+        let gain = problem.gain.as_ref().map(|gain| self.upload(gain)).transpose()?;
+        Ok(Uploaded { routes, gain })
     }
 
     fn workspace<T>(&self, problem: &Problem<T>) -> Result<Workspace>
@@ -97,9 +101,18 @@ impl<T: Element> Output<T> {
     }
 }
 
-fn variant(routes: &Option<CudaSlice<u64>>) -> cuda::Variant<'_> {
-    let routes = routes.as_ref().map(|words| cuda::matrix(words, 1, words.len()));
-    cuda::Variant { routes, ..cuda::Variant::default() }
+/// How the layer departs from the plain formula, in device memory.
+struct Uploaded {
+    routes: Option<CudaSlice<u64>>,
+    gain: Option<CudaSlice<f32>>,
+}
+
+impl Uploaded {
+    fn view(&self) -> cuda::Variant<'_> {
+        let routes = self.routes.as_ref().map(|words| cuda::matrix(words, 1, words.len()));
+        let gain = self.gain.as_ref().map(|gain| cuda::matrix(gain, 1, gain.len()));
+        cuda::Variant { routes, gain, ..cuda::Variant::default() }
+    }
 }
 
 impl Runner for Cuda {
@@ -116,7 +129,7 @@ impl Runner for Cuda {
         let (x, w) = (self.upload(&problem.x)?, self.upload(&problem.w)?);
         let (a, b) = (self.upload(&problem.a)?, self.upload(&problem.b)?);
         let bias = problem.bias.as_ref().map(|bias| self.upload(bias)).transpose()?;
-        let routes = self.upload_routes(problem)?;
+        let uploaded = self.upload_variant(problem)?;
         let (mut h, mut y) = (self.zeros::<T>(m * r)?, self.zeros::<T>(m * n)?);
         let mut workspace = self.workspace(problem)?;
         let op = cuda::Forward {
@@ -128,7 +141,7 @@ impl Runner for Cuda {
             bias: bias.as_ref().map(|bias| cuda::matrix(bias, 1, n)),
             h: Some(MatrixMut::new(&mut h, m, r)),
             y: MatrixMut::new(&mut y, m, n),
-            variant: variant(&routes),
+            variant: uploaded.view(),
         };
         let start = self.now()?;
         self.kernels.forward(&self.stream, op, &mut workspace)?;
@@ -142,7 +155,7 @@ impl Runner for Cuda {
         let (a, b) = (self.upload(&problem.a)?, self.upload(&problem.b)?);
         let (x, h, mut dx) = (self.upload(&problem.x)?, self.upload(h)?, self.zeros::<T>(m * k)?);
         let (mut da, mut db) = (Output::zeros(self, forms.da, r * k)?, Output::zeros(self, forms.db, n * r)?);
-        let routes = self.upload_routes(problem)?;
+        let uploaded = self.upload_variant(problem)?;
         let mut dbias = forms.dbias.map(|form| Output::zeros(self, form, n)).transpose()?;
         let mut workspace = self.workspace(problem)?;
         let op = cuda::Backward {
@@ -159,7 +172,7 @@ impl Runner for Cuda {
             dbias: dbias.as_mut().map(|dbias| dbias.view(1, n)),
             dm: None,
             accumulate: Accumulate::default(),
-            variant: variant(&routes),
+            variant: uploaded.view(),
         };
         let start = self.now()?;
         self.kernels.backward(&self.stream, op, &mut workspace)?;
@@ -171,5 +184,59 @@ impl Runner for Cuda {
             dbias: dbias.as_ref().map(|dbias| dbias.download(self)).transpose()?,
             time: Self::between(&start, &end)?,
         })
+    }
+
+    fn gain<T: Element>(&self, norms: &Norms<'_, T>) -> Result<Vec<f32>> {
+        let Norms { n, k, r, scale, .. } = *norms;
+        let (w, a, b) = (self.upload(norms.w)?, self.upload(norms.a)?, self.upload(norms.b)?);
+        let magnitude = self.upload(norms.magnitude)?;
+        let earlier = norms.earlier.map(|earlier| self.upload(earlier)).transpose()?;
+        let mut gain = self.zeros::<f32>(n)?;
+        let op = cuda::Gain {
+            w: cuda::matrix(&w, n, k),
+            factors: Factors::F32 { a: cuda::matrix(&a, r, k), b: cuda::matrix(&b, n, r) },
+            scale,
+            magnitude: Some(cuda::matrix(&magnitude, 1, n)),
+            earlier: earlier.as_ref().map(|earlier| cuda::matrix(earlier, 1, n)),
+            norm: None,
+            gain: Some(cuda::matrix_mut(&mut gain, 1, n)),
+        };
+        self.kernels.gain::<T>(&self.stream, op)?;
+        self.download(&gain)
+    }
+
+    fn magnitude<T: Element>(&self, problem: &Problem<T>, of: &OfMagnitude<'_, T>) -> Result<(Vec<f32>, Duration)> {
+        let Problem { m, n, k, r, scale, .. } = *problem;
+        let (dy, w, y) = (self.upload(&problem.dy)?, self.upload(&problem.w)?, self.upload(of.y)?);
+        let (a, b) = (self.upload(&problem.a)?, self.upload(&problem.b)?);
+        let bias = problem.bias.as_ref().map(|bias| self.upload(bias)).transpose()?;
+        let (magnitude, mut dm) = (self.upload(of.magnitude)?, self.zeros::<f32>(n)?);
+        let uploaded = self.upload_variant(problem)?;
+        let mut workspace = self.workspace(problem)?;
+        let op = cuda::Backward {
+            dy: Matrix::new(&dy, m, n),
+            w: Matrix::new(&w, n, k),
+            a: Matrix::new(&a, r, k),
+            b: Matrix::new(&b, n, r),
+            scale,
+            x: None,
+            h: None,
+            dx: None,
+            da: None,
+            db: None,
+            dbias: None,
+            dm: Some(MagnitudeGradient {
+                y: cuda::matrix(&y, m, n),
+                bias: bias.as_ref().map(|bias| cuda::matrix(bias, 1, n)),
+                magnitude: cuda::matrix(&magnitude, 1, n),
+                dm: cuda::matrix_mut(&mut dm, 1, n),
+            }),
+            accumulate: Accumulate::default(),
+            variant: uploaded.view(),
+        };
+        let start = self.now()?;
+        self.kernels.backward(&self.stream, op, &mut workspace)?;
+        let end = self.now()?;
+        Ok((self.download(&dm)?, Self::between(&start, &end)?))
     }
 }

@@ -100,12 +100,7 @@ impl Tile {
     }
 
     /// Predicted time, to weigh the families where there are two; `None` where nothing is known that it could be reckoned from.
-    pub(in crate::plan) fn microseconds(
-        &self,
-        device: &Device,
-        dtype: Dtype,
-        products: &[Product],
-    ) -> Option<f64> {
+    pub(in crate::plan) fn microseconds(&self, device: &Device, dtype: Dtype, products: &[Product]) -> Option<f64> {
         let (sms, most) = (u64::from(device.sms), u64::from(self.ctas_per_sm(device)));
         let of_sm = match (device.arch, dtype) {
             (90, _) => PORTABLE.hopper_sm_flops_per_us,

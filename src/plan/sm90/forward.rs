@@ -85,13 +85,7 @@ struct Setup {
 }
 
 /// The way with the shortest predicted time among those that the options leave.
-fn choose(
-    shape: LoraShape,
-    parts: &[Part],
-    drops: bool,
-    device: &Device,
-    options: &Options,
-) -> Result<Setup> {
+fn choose(shape: LoraShape, parts: &[Part], drops: bool, device: &Device, options: &Options) -> Result<Setup> {
     let candidates = candidates(options, device, shape.m)?;
     shortest(
         options,

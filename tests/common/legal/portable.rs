@@ -5,7 +5,8 @@ use fused_lora::{Dtype, LoraShape, raw};
 
 use super::split::{self, Factors, Ranks};
 use super::{
-    Planned, Region, address, assert_covers, check_flags, check_tickets, check_variant, db_blocks, numbered, pointer, scaled,
+    Planned, Region, address, assert_covers, check_flags, check_tickets, check_variant, db_blocks, numbered, pointer,
+    scaled,
 };
 
 /// Columns of h, dh, da and db that one tile computes: LORA_NARROW_N.

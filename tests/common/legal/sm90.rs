@@ -93,7 +93,8 @@ pub(super) fn forward(planned: &Planned<'_>, op: &raw::ForwardShared, shape: Lor
     assert_covers("M", p.m_groups, BLOCK * cluster, m);
     assert_eq!(p.r_blocks as usize, r.div_ceil(NARROW));
     let (first_ranks, ranks) = numbered(op.projections.iter().map(|of| of.b.cols as u128));
-    let (first_blocks, n_blocks) = numbered(op.projections.iter().map(|of| of.w.rows.div_ceil(columns as usize) as u128));
+    let (first_blocks, n_blocks) =
+        numbered(op.projections.iter().map(|of| of.w.rows.div_ceil(columns as usize) as u128));
     assert_eq!((ranks, n_blocks), (r as u128, p.n_blocks.into()));
     let [m_groups, r_blocks] = [p.m_groups, p.r_blocks].map(u128::from);
     assert_eq!(u128::from(p.h_units), m_groups * r_blocks);
