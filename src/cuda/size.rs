@@ -154,7 +154,7 @@ mod tests {
     use super::{Addresses, backward, forward, shared, up_to};
     use crate::error::Error;
     use crate::plan::{Device, Options, Plan, SYNC_BYTES};
-    use crate::{Accumulate, Dtype, LoraShape, Routing, raw};
+    use crate::{Accumulate, Dtype, LoraShape, Routing, raw, split_columns};
 
     #[test]
     fn a_workspace_holds_the_middle() {
@@ -198,6 +198,14 @@ mod tests {
                     raw::Forward { dtype: Dtype::F16, x, w, f32_factors, a, b, scale: 1.0, bias: None, h, y, variant };
                 let plan = Plan::forward(&op, &device).expect("a plan");
                 assert!(plan.workspace_bytes() <= forward_bound, "{}", plan.explain());
+                // f32 factors, which routes rule out, and h in their halves.
+                let wide = |index: u64, rows, cols| raw::Matrix::new(index << 40, rows, cols);
+                let (wide_a, wide_b, pairs) = (wide(3, r, k), wide(4, n, r), at(5, m, split_columns(r)));
+                if variant.routes.is_none() {
+                    let op = raw::Forward { f32_factors: true, a: wide_a, b: wide_b, h: op.h.map(|_| pairs), ..op };
+                    let plan = Plan::forward(&op, &device).expect("a plan");
+                    assert!(plan.workspace_bytes() <= forward_bound, "{}", plan.explain());
+                }
                 if case / 2 % 16 == 0 {
                     continue;
                 }
@@ -222,8 +230,13 @@ mod tests {
                 };
                 let plan = Plan::backward(&op, &device).expect("a plan");
                 assert!(plan.workspace_bytes() <= backward_bound, "{}", plan.explain());
-                let gain = Some(at(12, 1, n));
-                let (y, magnitude, dm) = (at(6, m, n), at(13, 1, n), at(14, 1, n));
+                if variant.routes.is_none() {
+                    let op = raw::Backward { f32_factors: true, a: wide_a, b: wide_b, h: Some(pairs), ..op };
+                    let plan = Plan::backward(&op, &device).expect("a plan");
+                    assert!(plan.workspace_bytes() <= backward_bound, "{}", plan.explain());
+                }
+                let gain = Some(wide(12, 1, n));
+                let (y, magnitude, dm) = (at(6, m, n), wide(13, 1, n), wide(14, 1, n));
                 let dm = Some(raw::MagnitudeGradient { y, bias: None, magnitude, dm });
                 let op = raw::Backward { dm, variant: raw::Variant { gain, ..raw::Variant::default() }, ..op };
                 let plan = Plan::backward(&op, &device).expect("a plan");
