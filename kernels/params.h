@@ -236,7 +236,8 @@ typedef struct LoraTensorMap {
 #define LORA_SM90_BACKWARD_H_TOKENS 7  /* RB x 64 */
 #define LORA_SM90_BACKWARD_X_TOKENS 8  /* 64 x 64 */
 #define LORA_SM90_BACKWARD_DH_TOKENS 9 /* RB x 64 */
-#define LORA_SM90_BACKWARD_MAPS 10
+#define LORA_SM90_BACKWARD_Y_TOKENS 10 /* 64 x 64: of the gradient of the magnitude */
+#define LORA_SM90_BACKWARD_MAPS 11
 
 /* A unit of work belongs to a cluster: its CTAs take neighbouring blocks of rows. Tickets hand out bundles of h units
  * first, then single y units. Numbers of blocks are multiples of the cluster's size; blocks past the matrix are empty.
@@ -291,7 +292,7 @@ typedef struct LoraSm90BackwardParams {
   uint32_t dh_units;   /* m_groups x r_blocks */
   uint32_t dh_tickets; /* ticket t hands out dh units t, t + dh_tickets, ... */
   uint32_t dx_end;     /* first ticket past dx: dh_tickets + m_groups x k_blocks */
-  uint32_t db_end;     /* first ticket past db: dx_end + n_groups x r_blocks x chunks (r_blocks: 1 for dbias alone) */
+  uint32_t db_end;     /* first ticket past db: dx_end + n_groups x r_blocks x chunks (r_blocks: 1 without db) */
   uint32_t tickets;    /* first ticket past da: db_end + k_groups x r_blocks x chunks */
   uint32_t chunks;
   uint32_t chunk_rows; /* tokens per chunk, a multiple of the block of rows */

@@ -1,4 +1,5 @@
-// dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B, in one launch on Hopper.
+// dx = dz W + dh A, da = dhᵀ x, db = dzᵀ h, dbias = Σ dy, with dh = scale · dz B and dz = gain ∘ dy, in one launch on
+// Hopper; and dm = Σ dy (y - bias) / magnitude.
 //
 // dy [M][N], w [N][K], a [R][K], b [N][R], x and dx [M][K], h and dh [M][R], da [R][K], db [N][R], row-major. Tickets:
 // bundles of dh units, dx units, whose last steps read dh, then db and da units. These reduce over tokens in chunks:
@@ -40,7 +41,8 @@ class Backward : Operation<LoraSm90Backward> {
       const Picks picks = reads_all(unit, is_db) ? everything(unit.tokens)
                                                  : routes().rows_of_alone(unit.token, unit.tokens, unit.n, width());
       producer.gradient(wide, narrow, unit.m, unit.n, product ? width() : kSumsN, product, unit.token, picks,
-                        picks.steps(kBlockK, unit.tokens));
+                        picks.steps(kBlockK, unit.tokens),
+                        with_dm(unit, is_db) ? &map(LORA_SM90_BACKWARD_Y_TOKENS) : nullptr);
     }
   }
 
@@ -81,7 +83,12 @@ class Backward : Operation<LoraSm90Backward> {
 
   __device__ __forceinline__ uint32_t n_steps() const { return (p_.n + kBlockK - 1) / kBlockK; }
 
-  // Without db its tiles only sum up dbias.
+  // Whether the tile sums up dy (y - bias) too.
+  __device__ __forceinline__ bool with_dm(const GradientUnit& unit, bool is_db) const {
+    return is_db && p_.magnitude.dm != 0 && unit.n == 0;
+  }
+
+  // Without db its tiles only sum up dbias and dm.
   __device__ __forceinline__ bool has_product(bool is_db) const { return !is_db || p_.db.ptr != 0; }
 
   __device__ __forceinline__ GradientUnit gradient_unit(uint32_t ticket, bool is_db) const {
@@ -99,11 +106,24 @@ class Backward : Operation<LoraSm90Backward> {
     return unit;
   }
 
+  __device__ __forceinline__ const float* gain() const { return reinterpret_cast<const float*>(p_.gain); }
+
+  // Makes a slab of dy one of dz, of columns from 64 i on.
+  __device__ __forceinline__ void gain_dy(uint32_t slab, uint32_t i) const {
+    gain_slab<T>(gain(), slab, i * kBlockK, p_.n);
+  }
+
   template <int kN>
   __device__ __forceinline__ void dh(Consumer<Shape>& consumer, uint32_t m, uint32_t n) const {
     float acc[kN / 2];
     float no_sums[4];
-    consumer.template narrow<Narrow<kN, 0, 1, true, false>>(acc, no_sums, wanted(m, n, n_steps()));
+    using Kind = Narrow<kN, 0, 1, true, false>;
+    if (p_.gain != 0) {
+      consumer.template narrow_altered<Kind>(acc, wanted(m, n, n_steps()),
+                                             [&](uint32_t slab, uint32_t i) LORA_INLINE { gain_dy(slab, i); });
+    } else {
+      consumer.template narrow<Kind>(acc, no_sums, wanted(m, n, n_steps()));
+    }
     store_narrow<Shape, kN>(acc, p_.dh, m + consumer.slab() * kSlabM, n, p_.m, p_.r, p_.scale, routes());
     publish_narrow(consumer, m);
   }
@@ -118,6 +138,8 @@ class Backward : Operation<LoraSm90Backward> {
       const Dropout dropout = this->template dropout<Shape>();
       consumer.wide_kept(acc, n_steps(), tail,
                          [&](KeptBits<Shape::kBlockN>& kept, uint32_t i) LORA_INLINE { kept.draw(dropout, m, k, i); });
+    } else if (p_.gain != 0) {
+      consumer.wide_altered(acc, n_steps(), tail, [&](uint32_t slab, uint32_t i) LORA_INLINE { gain_dy(slab, i); });
     } else {
       consumer.template wide<1>(acc, n_steps() + tail / 4, tail % 4);
     }
@@ -139,7 +161,8 @@ class Backward : Operation<LoraSm90Backward> {
 
   __device__ __forceinline__ void gradient(Consumer<Shape>& consumer, const GradientUnit& unit, bool is_db) const {
     const bool product = has_product(is_db);
-    const bool with_sums = is_db && p_.dbias != 0 && unit.n == 0;
+    const bool magnitude = with_dm(unit, is_db);
+    const bool with_sums = magnitude || (is_db && p_.dbias != 0 && unit.n == 0);
     const uint32_t slab = p_.chunks == 1 ? blockIdx.x * kSlabs + consumer.slab() : unit.slab + consumer.slab();
     float* const mine = partial(slab, unit.chunk);
     const Picks picks =
@@ -156,11 +179,17 @@ class Backward : Operation<LoraSm90Backward> {
       });
     }
     if (p_.chunks > 1 && !arrive_last(consumer, place_, p_.sync, p_.counters + slab, p_.chunks)) return;
+    if (p_.chunks == 1 && magnitude) consumer.barrier();  // one thread reads what others have left
     const float* const first = partial(slab, 0);
     const uint32_t registers = (product ? width() : kSumsN) / 2;
     const uint32_t m = unit.m + consumer.slab() * kSlabM;
     if (product) {
       const GradientOut out = gradient_out(is_db);
+      const auto factor = [&](int half) {
+        const uint32_t row = m + Consumer<Shape>::row_of(half);
+        return is_db && p_.gain != 0 && row < p_.n ? gain()[row] : 1.0f;
+      };
+      const float factors[2] = {factor(0), factor(1)};
 #pragma unroll 1
       for (uint32_t i = 0; i < registers; i += kAtOnce) {
         float sum[kAtOnce];
@@ -169,11 +198,13 @@ class Backward : Operation<LoraSm90Backward> {
         for (uint32_t j = 0; j < kAtOnce; ++j) {  // register 4 f + 2 half + e of fragment f
           if (i + j >= registers) continue;
           const uint32_t col = unit.n + Consumer<Shape>::col_of((i + j) / 4) + j % 2;
-          store_gradient<T>(out, m + Consumer<Shape>::row_of(j / 2 % 2), col, sum[j]);
+          const int half = j / 2 % 2;
+          store_gradient<T>(out, m + Consumer<Shape>::row_of(half), col, sum[j] * factors[half]);
         }
       }
     }
-    if (with_sums) {
+    if (magnitude) dm(first + (registers + 2) * kWarpgroup, m);
+    if (with_sums && p_.dbias != 0) {
       float sum[2];
       sum_partials(sum, first, p_.partial_stride, p_.chunks, registers, registers + 2);
       const GradientOut dbias = {
@@ -185,6 +216,16 @@ class Backward : Operation<LoraSm90Backward> {
         if (threadIdx.x % 4 == 0) store_gradient<T>(dbias, row, 0, sum[half]);
       }
     }
+  }
+
+  // The gradient of the magnitude, of a slab of columns of y from n on, from what the chunks have left.
+  __device__ __forceinline__ void dm(const float* partial, uint32_t n) const {
+    const uint32_t column = threadIdx.x % kWarpgroup;
+    if (column >= kSlabM || n + column >= p_.n) return;
+    const float sum = MagnitudeSums<T>::sum(partial, p_.partial_stride, p_.chunks, column);
+    const float magnitude = reinterpret_cast<const float*>(p_.magnitude.magnitude)[n + column];
+    store(reinterpret_cast<float*>(p_.magnitude.dm) + n + column, sum / magnitude,
+          (p_.flags & LORA_ACCUMULATE_DM) != 0);
   }
 
   template <class Kind>
@@ -201,6 +242,19 @@ class Backward : Operation<LoraSm90Backward> {
         const auto drop = [&](uint32_t slab, uint32_t block)
                               LORA_INLINE { drop_slab(dropout, slab, unit.token + picks.start(block, kBlockK), col); };
         consumer.template narrow_altered<Kind>(acc, blocks, drop);
+      }
+    }
+    if constexpr (Kind::kSums) {
+      if (with_dm(unit, true)) {
+        MagnitudeSums<T> magnitude(p_.magnitude, unit.m + consumer.slab() * kSlabM, p_.n);
+        // With a gain there are no routes, so every block takes part.
+        const auto visit = [&](uint32_t dy, uint32_t y, uint32_t block)
+                               LORA_INLINE { magnitude.add(dy, y, unit.tokens - block * kBlockK); };
+        consumer.template narrow_beside<Kind>(acc, sums, blocks, visit);
+        consumer.barrier();  // what the tile before left in the same place was read
+        magnitude.store(partial + (Kind::kN / 2 + 2) * kWarpgroup);
+        store_partial<Kind>(partial, acc, sums);
+        return;
       }
     }
     if (!drops) consumer.template narrow<Kind>(acc, sums, blocks);

@@ -4,6 +4,7 @@
 #include "../ptx/warpgroup.cuh"
 #include "../ptx/wgmma.cuh"
 #include "drop.cuh"
+#include "gain.cuh"
 #include "schedule.cuh"
 
 namespace lora::sm90 {
@@ -76,11 +77,20 @@ class Consumer {
     wide_step<kMnMajorB, 4, true>(acc);
 #pragma unroll 1
     for (uint32_t i = 1; i < steps; ++i) wide_step<kMnMajorB, 4, false>(acc);
-    if (rest == 1) wide_step<kMnMajorB, 1, false>(acc);
-    if (rest == 2) wide_step<kMnMajorB, 2, false>(acc);
-    if (rest == 3) wide_step<kMnMajorB, 3, false>(acc);
-    drain();
-    ptx::pin(acc);
+    wide_rest<kMnMajorB>(acc, rest);
+  }
+
+  // A tile of dx whose first `steps` of kBlockK are altered, each while the products of the one before run; then `tail`
+  // times 16 that are not. `alter` as for a narrow tile.
+  template <class Alter>
+  __device__ __forceinline__ void wide_altered(float (&acc)[kWideN / 2], uint32_t steps, uint32_t tail,
+                                               const Alter& alter) {
+    wide_altered_step<true>(acc, 0, alter);
+#pragma unroll 1
+    for (uint32_t i = 1; i < steps; ++i) wide_altered_step<false>(acc, i, alter);
+#pragma unroll 1
+    for (uint32_t i = 0; i < tail / 4; ++i) wide_step<1, 4, false>(acc);
+    wide_rest<1>(acc, tail % 4);
   }
 
   // A narrow tile over `blocks` blocks of 64; in `sums` the sums of A's rows.
@@ -153,22 +163,74 @@ class Consumer {
       // Products read what any thread wrote, and copies overwrite it later.
       ptx::fence_async_shared();
       barrier();
-      if (kPerStage > 1 && count < kPerStage) {
-        narrow_products<Kind, 1, false>(acc, no_sums, stage);
-      } else {
-        narrow_products<Kind, kPerStage, false>(acc, no_sums, stage);
-      }
+      narrow_counted<Kind>(acc, no_sums, stage, count);
     }
     drain();
     ptx::pin(acc);
   }
 
+  // A narrow tile with sums whose stages come in pairs: operands, and then 128 columns that lie as A does.
+  // `visit(slab, beside, i)` is called for this warpgroup's slabs of both in block i, while they are multiplied.
+  template <class Kind, class Visit>
+  __device__ __forceinline__ void narrow_beside(float (&acc)[Kind::kN / 2], float (&sums)[4], uint32_t blocks,
+                                                const Visit& visit) {
+    constexpr uint32_t kPerStage = narrow_blocks<Shape>(Kind::kN);
+    static_assert(kPerStage * kBytesA <= Shape::kStageBytes, "a stage holds what is beside A");
+#pragma unroll
+    for (float& value : acc) value = 0.0f;
+#pragma unroll
+    for (float& value : sums) value = 0.0f;
+#pragma unroll 1
+    for (uint32_t done = 0; done < blocks; done += kPerStage) {
+      const uint32_t count = min(kPerStage, blocks - done);
+      const uint32_t stage = begin();
+      narrow_counted<Kind>(acc, sums, stage, count);
+      const uint32_t beside = begin();
+#pragma unroll 1
+      for (uint32_t i = 0; i < count; ++i) {
+        const uint32_t slab = slab_ * kSlabBytes;
+        visit(stage + slab + i * (kBytesA + Kind::kN * kRowBytes), beside + slab + i * kBytesA, done + i);
+      }
+      __syncwarp();  // every lane has read before one says so
+      drain();
+      held_ = ring_.empty();
+      let_go();
+      ring_.advance();
+    }
+    if (Kind::kProduct) ptx::pin(acc);
+    ptx::pin(sums);
+  }
+
  private:
   template <int kMnMajorB, uint32_t kCount, bool kFirst>
   __device__ __forceinline__ void wide_step(float (&acc)[kWideN / 2]) {
+    wide_products<kMnMajorB, kCount, kFirst>(acc, begin());
+  }
+
+  template <bool kFirst, class Alter>
+  __device__ __forceinline__ void wide_altered_step(float (&acc)[kWideN / 2], uint32_t i, const Alter& alter) {
+    const uint32_t stage = begin();
+    alter(stage + slab_ * kSlabBytes, i);
+    // As in a narrow tile.
+    ptx::fence_async_shared();
+    barrier();
+    wide_products<1, 4, kFirst>(acc, stage);
+  }
+
+  // The end of a main tile: a step of `rest` (0..3) times 16.
+  template <int kMnMajorB>
+  __device__ __forceinline__ void wide_rest(float (&acc)[kWideN / 2], uint32_t rest) {
+    if (rest == 1) wide_step<kMnMajorB, 1, false>(acc);
+    if (rest == 2) wide_step<kMnMajorB, 2, false>(acc);
+    if (rest == 3) wide_step<kMnMajorB, 3, false>(acc);
+    drain();
+    ptx::pin(acc);
+  }
+
+  template <int kMnMajorB, uint32_t kCount, bool kFirst>
+  __device__ __forceinline__ void wide_products(float (&acc)[kWideN / 2], uint32_t stage) {
     using Mma = ptx::Wgmma<T, kWideN, 0, kMnMajorB>;
     constexpr uint32_t kStepB = kMnMajorB ? kStepMn<64> : kStepK;
-    const uint32_t stage = begin();
     const uint64_t a = k_major(stage + slab_ * kSlabBytes);
     const uint64_t b = kMnMajorB ? mn_major<64>(stage + kBytesA) : k_major(stage + kBytesA);
     ptx::wgmma_fence();
@@ -225,6 +287,18 @@ class Consumer {
   template <class Kind, uint32_t kCount, bool kFirst>
   __device__ __forceinline__ void narrow_step(float (&acc)[Kind::kN / 2], float (&sums)[4]) {
     narrow_products<Kind, kCount, kFirst>(acc, sums, begin());
+  }
+
+  // The products of the `count` blocks of a stage, added to what there is.
+  template <class Kind>
+  __device__ __forceinline__ void narrow_counted(float (&acc)[Kind::kN / 2], float (&sums)[4], uint32_t stage,
+                                                 uint32_t count) {
+    constexpr uint32_t kPerStage = narrow_blocks<Shape>(Kind::kN);
+    if (kPerStage > 1 && count < kPerStage) {
+      narrow_products<Kind, 1, false>(acc, sums, stage);
+    } else {
+      narrow_products<Kind, kPerStage, false>(acc, sums, stage);
+    }
   }
 
   template <class Kind, uint32_t kCount, bool kFirst>

@@ -1,4 +1,4 @@
-// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, in one launch on Hopper.
+// y = gain ∘ (x Wᵀ + h Bᵀ) (+ bias), h = scale · x Aᵀ, in one launch on Hopper.
 //
 // x [M][K], w [N][K], a [R][K], b [N][R], h [M][R], y [M][N], row-major, fp16 or bf16, f32 accumulation. Tickets:
 // bundles of h units (128 rows x up to 128 ranks per CTA, full K), then y units, whose last steps read h.
@@ -43,6 +43,7 @@ class Forward : Operation<LoraSm90Forward> {
     float acc[Shape::kBlockN / 2];
     const uint32_t tail = ranks_read(row_of(block.row)).steps(16, p_.r);
     consumer.template wide<0>(acc, k_steps() + tail / 4, tail % 4);
+    if (p_.gain != 0) gain_columns<Shape>(acc, reinterpret_cast<const float*>(p_.gain), n, p_.n);
     const T* const bias = reinterpret_cast<const T*>(p_.bias);
     store_wide<Shape>(consumer, acc, map(LORA_SM90_FORWARD_Y), m, n, p_.m, p_.n,
                       [&](float low, float high, uint32_t, uint32_t col) {

@@ -58,6 +58,9 @@ impl Plan {
                 "  routes     each row of x through its own ranks; the predicted time counts all ranks for all rows, the floor none"
             );
         }
+        if self.gain() != 0 {
+            line!(out, "  gain       of the columns of y (DoRA); {}", self.cost_of_gain());
+        }
         line!(
             out,
             "  workspace  {} bytes: {SYNC_BYTES} of synchronisation words, {} of scratch",
@@ -91,6 +94,25 @@ impl Plan {
             Params::Sm90Forward(p) => p.dropout,
             Params::Sm90Backward(p) => p.dropout,
             Params::Merge(_) | Params::Round(_) | Params::Gain(_) => LoraDropout::default(),
+        }
+    }
+
+    fn gain(&self) -> u64 {
+        match self.launch.params {
+            Params::Forward(p) => p.gain,
+            Params::Backward(p) => p.gain,
+            Params::Sm90Forward(p) => p.gain,
+            Params::Sm90Backward(p) => p.gain,
+            Params::Merge(_) | Params::Round(_) | Params::Gain(_) => 0,
+        }
+    }
+
+    fn cost_of_gain(&self) -> String {
+        match &self.launch.params {
+            Params::Sm90Backward(_) => {
+                format!("reckoned, not measured: {} clocks of shared memory a step that reads dy by rows", SM90.gain)
+            }
+            _ => "no predicted time counts it".to_owned(),
         }
     }
 

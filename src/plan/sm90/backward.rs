@@ -3,7 +3,7 @@
 use super::chunks::{self, Chunks};
 use super::maps::Maps;
 use super::middle::{Middle, Ran};
-use super::model::{Machine, microseconds};
+use super::model::{Alters, Machine, microseconds};
 use super::{Choice, Tile, candidates, check_tickets, ctas, groups, narrow_columns, shortest};
 use crate::error::Result;
 use crate::params::*;
@@ -13,7 +13,7 @@ use crate::{Dtype, LoraShape, raw};
 
 /// The matrices that go through tensor maps.
 pub(in crate::plan) fn operands(op: &raw::Backward) -> Vec<(&'static str, Option<raw::Matrix>)> {
-    read_by_backward(op).into_iter().chain([("dx", op.dx)]).collect()
+    read_by_backward(op).into_iter().chain([("y", op.dm.map(|dm| dm.y)), ("dx", op.dx)]).collect()
 }
 
 /// Plans a call that nothing stands against.
@@ -26,7 +26,7 @@ pub(in crate::plan) fn backward(
     let LoraShape { m, n, k, r } = shape;
     let wanted = Wanted::of(op);
     let Setup { tile, cluster, bundle, chunks, clocks } =
-        choose(wanted, shape, op.variant.dropout().threshold != 0, device, options)?;
+        choose(wanted, shape, Alters::of(&op.variant), device, options)?;
     let counts = Counts::of(wanted, shape, &tile, cluster);
     let Counts { m_groups, n_groups, k_groups, k_blocks, r_blocks, dh_units, db_tiles, da_tiles } = counts;
     let slabs = counts.slabs(cluster);
@@ -39,8 +39,9 @@ pub(in crate::plan) fn backward(
 
     let mut scratch = Scratch::new();
     let dh = wanted.dh.then(|| scratch.reserve_middle(m, r, op.dtype));
+    let partial_stride = chunks::partial_stride(r, wanted.dm);
     if slabs > 0 {
-        scratch.partials = Some(scratch.reserve(chunks::partial_bytes(chunks, r, slabs, ctas)));
+        scratch.partials = Some(scratch.reserve(chunks::partial_bytes(chunks, partial_stride, slabs, ctas)));
     }
     let counters = LORA_SYNC_FLAGS + flag_count as u32;
     let params = LoraSm90BackwardParams {
@@ -68,7 +69,7 @@ pub(in crate::plan) fn backward(
         tickets,
         chunks: chunks.count as u32,
         chunk_rows: chunks.rows as u32,
-        partial_stride: chunks::partial_stride(r) as u32,
+        partial_stride: partial_stride as u32,
         counters,
         group_m: options.group_m(m_groups),
         flag_shift,
@@ -139,7 +140,7 @@ struct Setup {
 }
 
 /// The way with the shortest predicted time among those that the options leave.
-fn choose(wanted: Wanted, shape: LoraShape, drops: bool, device: &Device, options: &Options) -> Result<Setup> {
+fn choose(wanted: Wanted, shape: LoraShape, alters: Alters, device: &Device, options: &Options) -> Result<Setup> {
     let mut candidates = candidates(options, device, shape.m)?;
     if !wanted.dx {
         // No main tile: the shapes differ in nothing.
@@ -149,7 +150,7 @@ fn choose(wanted: Wanted, shape: LoraShape, drops: bool, device: &Device, option
     shortest(
         options,
         candidates,
-        |tile, cluster| choose_for(wanted, shape, drops, device, options, tile, cluster),
+        |tile, cluster| choose_for(wanted, shape, alters, device, options, tile, cluster),
         |setup| setup.clocks,
     )
 }
@@ -158,7 +159,7 @@ fn choose(wanted: Wanted, shape: LoraShape, drops: bool, device: &Device, option
 fn choose_for(
     wanted: Wanted,
     shape: LoraShape,
-    drops: bool,
+    alters: Alters,
     device: &Device,
     options: &Options,
     tile: Tile,
@@ -171,19 +172,16 @@ fn choose_for(
     // Chunks are counted further down; they do not make fewer clusters.
     let tickets = check_tickets(counts.dh_units + dx_tiles + gradient_tiles)?;
     let clusters = ctas(tickets, cluster, device) / cluster;
-    let cuts = Chunks::candidates(options, (m, r), gradient_tiles, cluster, device.sms / cluster);
-    let main = |machine: &Machine| {
-        let plain = machine.main(&tile, n, r);
-        if drops { plain.dropping(&tile, r) } else { plain }
-    };
+    let partial_stride = chunks::partial_stride(r, wanted.dm);
+    let cuts = Chunks::candidates(options, (m, partial_stride), gradient_tiles, cluster, device.sms / cluster);
     let middle = |machine: &Machine| Middle {
         groups: counts.m_groups,
         columns: dx_tiles / counts.m_groups,
         units: counts.dh_units,
         depth: n,
         rank: r,
-        drops: false,
-        main: main(machine),
+        alters: alters.of_dy(),
+        main: machine.main(&tile, n, r).altered(alters, &tile, n, r),
         group_m: options.group_m(counts.m_groups),
     };
     let whole = Chunks::cut(m, 1);
@@ -203,14 +201,16 @@ fn choose_for(
             let clusters = ctas(tickets, cluster, device) / cluster;
             let machine = Machine::new(device, cluster, clusters);
             let Ran { mut timeline, ready, stall } = middle(&machine).run(&machine, bundle);
-            let left = 4.0 * (u64::from(LORA_SM90_SLABS) * chunks::partial_stride(r)) as f64;
-            let unit =
-                |drops| machine.gradient(chunks.rows.min(m as u64), r, gradient_tiles * chunks.count, left, drops);
-            timeline.draw(counts.db_tiles * chunks.count, unit(false));
+            let left = 4.0 * (u64::from(LORA_SM90_SLABS) * partial_stride) as f64;
+            let (tokens, tickets) = (chunks.rows.min(m as u64), gradient_tiles * chunks.count);
+            let unit = |alters, beside| machine.gradient(tokens, r, tickets, left, alters, beside);
+            let with_dm = if wanted.dm { counts.n_groups } else { 0 };
+            timeline.draw(with_dm * chunks.count, unit(Alters::Nothing, true));
+            timeline.draw((counts.db_tiles - with_dm) * chunks.count, unit(Alters::Nothing, false));
             if counts.da_tiles > 0 {
                 timeline.wait(ready);
             }
-            timeline.draw(counts.da_tiles * chunks.count, unit(drops));
+            timeline.draw(counts.da_tiles * chunks.count, unit(alters.of_x(), false));
             let clocks = timeline.end() + stall;
             if clocks < best.clocks {
                 best = Setup { tile, cluster, bundle, chunks, clocks };
@@ -236,10 +236,11 @@ fn maps(op: &raw::Backward, dh: Option<raw::Matrix>, wanted: Wanted) -> Vec<Opti
         (LORA_SM90_BACKWARD_DH, maps.read(dh.filter(|_| wanted.dx), rows)),
         (LORA_SM90_BACKWARD_A, maps.read(when(wanted.dx, op.a), across)),
         (LORA_SM90_BACKWARD_DX, maps.written(op.dx)),
-        (LORA_SM90_BACKWARD_DY_TOKENS, maps.read(when(wanted.db || wanted.dbias, op.dy), across)),
+        (LORA_SM90_BACKWARD_DY_TOKENS, maps.read(when(wanted.db || wanted.dbias || wanted.dm, op.dy), across)),
         (LORA_SM90_BACKWARD_H_TOKENS, maps.read(op.h.filter(|_| wanted.db), narrow)),
         (LORA_SM90_BACKWARD_X_TOKENS, maps.read(op.x.filter(|_| wanted.da), across)),
         (LORA_SM90_BACKWARD_DH_TOKENS, maps.read(dh.filter(|_| wanted.da), narrow)),
+        (LORA_SM90_BACKWARD_Y_TOKENS, maps.read(op.dm.map(|dm| dm.y), across)),
     ] {
         all[index as usize] = map;
     }

@@ -2,7 +2,7 @@
 
 use super::maps::Maps;
 use super::middle::Middle;
-use super::model::{Machine, microseconds};
+use super::model::{Alters, Machine, microseconds};
 use super::{Choice, Tile, candidates, check_tickets, ctas, groups, narrow_columns, shortest};
 use crate::error::Result;
 use crate::params::*;
@@ -23,7 +23,7 @@ pub(in crate::plan) fn forward(
     options: &Options,
 ) -> Result<Draft> {
     let LoraShape { m, n, k, r } = shape;
-    let Setup { tile, cluster, bundle, clocks } = choose(shape, op.variant.dropout().threshold != 0, device, options)?;
+    let Setup { tile, cluster, bundle, clocks } = choose(shape, Alters::of(&op.variant), device, options)?;
     let m_groups = groups(m, cluster);
     let r_blocks = blocks(r, LORA_SM90_NARROW_N);
     let n_blocks = blocks(n, tile.columns);
@@ -73,12 +73,12 @@ struct Setup {
 }
 
 /// The way with the shortest predicted time among those that the options leave.
-fn choose(shape: LoraShape, drops: bool, device: &Device, options: &Options) -> Result<Setup> {
+fn choose(shape: LoraShape, alters: Alters, device: &Device, options: &Options) -> Result<Setup> {
     let candidates = candidates(options, device, shape.m)?;
     shortest(
         options,
         candidates,
-        |tile, cluster| choose_for(shape, drops, device, options, tile, cluster),
+        |tile, cluster| choose_for(shape, alters, device, options, tile, cluster),
         |setup| setup.clocks,
     )
 }
@@ -86,7 +86,7 @@ fn choose(shape: LoraShape, drops: bool, device: &Device, options: &Options) -> 
 /// The bundle for one tile shape and cluster size.
 fn choose_for(
     shape: LoraShape,
-    drops: bool,
+    alters: Alters,
     device: &Device,
     options: &Options,
     tile: Tile,
@@ -100,7 +100,8 @@ fn choose_for(
     let setup = |bundle: u64, clusters: u32| {
         let machine = Machine::new(device, cluster, clusters);
         let main = machine.main(&tile, k, r);
-        let middle = Middle { groups: m_groups, columns: n_blocks, units, depth: k, rank: r, drops, main, group_m };
+        let alters = alters.of_x();
+        let middle = Middle { groups: m_groups, columns: n_blocks, units, depth: k, rank: r, alters, main, group_m };
         (middle, machine, Setup { tile, cluster, bundle, clocks: f64::INFINITY })
     };
     let (middle, machine, mut best) = setup(1, most);

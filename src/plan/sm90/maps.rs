@@ -42,8 +42,8 @@ pub(in crate::plan) fn obstacles(
     if r > most {
         found.push(format!("R is {r}, more than {most}"));
     }
-    if variant.gain.is_some() {
-        found.push("a gain (DoRA) is not built yet".to_owned());
+    if let Some(gain) = variant.gain.filter(|gain| !gain.ptr.is_multiple_of(ALIGN)) {
+        found.push(format!("the address of gain is {:#x}, not a multiple of {ALIGN} bytes", gain.ptr));
     }
     for (name, matrix) in operands {
         let Some(matrix) = matrix.filter(|matrix| matrix.rows != 0 && matrix.cols != 0) else { continue };
