@@ -41,6 +41,17 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
 }
 
 template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair);
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
+template <typename T>
 __device__ __forceinline__ void store(T* gmem, float value, bool accumulate) {
   *gmem = round_to<T>(accumulate ? widen(*gmem) + value : value);
 }

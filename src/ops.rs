@@ -109,7 +109,8 @@ pub struct Accumulate {
 #[derive(Debug)]
 pub struct Dropout<'a, U: ?Sized> {
     /// Probability that an element is dropped, from 0 to 1. It is rounded to a multiple of 2⁻¹⁶, and the factor 1 / (1 − p)
-    /// with it; 0 gives the bits of no dropout, 1 drops everything.
+    /// with it; 0 gives the bits of no dropout, as anything below 2⁻¹⁷ does, and 1 drops everything, as anything from 1 − 2⁻¹⁷ on
+    /// does.
     pub p: f32,
     /// Seed and offset.
     pub seed: Seed<'a, U>,

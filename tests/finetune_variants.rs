@@ -2,7 +2,7 @@
 
 mod common;
 #[path = "../examples/finetune/main.rs"]
-#[allow(dead_code)] // tests/finetune.rs uses the rest
+#[allow(dead_code)] // tests/finetune/ uses the rest
 mod finetune;
 
 use std::ffi::OsString;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use common::data::{Placement, Rng, Routes, Spec};
 use common::every::Any;
 #[cfg(all(feature = "emulator", feature = "cuda"))]
-use common::every::{Kind, backends};
+use common::every::{self, Kind};
 use common::{Backend, HostBackward, HostDropout, HostForward, check};
 use fused_lora::{Element, bf16, f16};
 
@@ -221,9 +221,9 @@ fn typed(rng: &mut Rng, backend: &impl Backend, spec: &Spec, with_f32: bool, beg
 #[cfg(all(feature = "emulator", feature = "cuda"))]
 fn warm() {
     for (kind, spec) in [(Kind::Ragged, Spec::new(3, 5, 7, 2)), (Kind::Hopper, Spec::new(3, 8, 16, 8))] {
-        for backend in backends(kind, "warm").iter().filter(|backend| matches!(backend, Any::Emulated(_))) {
-            case::<f16>(backend, &spec);
-            case::<bf16>(backend, &spec);
+        for backend in every::emulated(kind) {
+            case::<f16>(&backend, &spec);
+            case::<bf16>(&backend, &spec);
         }
     }
     let (emulated, large) = (common::emulated::Emulated::new(75, 2), fused_lora::plan::TileSize::Large);

@@ -36,6 +36,15 @@ const A: &str = "lora_A.weight";
 const B: &str = "lora_B.weight";
 const B_BIAS: &str = "lora_B.bias";
 
+/// What dropout may be in training, in words.
+pub const PROBABILITY: &str =
+    "a probability of at least 0 and below 1 - 2^-17, from where on it is rounded to 1 and everything is dropped";
+
+/// Whether dropout with this probability leaves something: the op takes it in f32, in steps of 2⁻¹⁶.
+pub fn is_probability(p: f64) -> bool {
+    p >= 0.0 && (p as f32) < 1.0 - 1.0 / (1 << 17) as f32
+}
+
 /// A trained tensor and its name in checkpoints.
 #[derive(Clone, Debug)]
 pub struct Parameter {
@@ -65,6 +74,11 @@ impl Adapter {
         }
         if let Some(p) = start.dropout {
             adapter.0.set_dropout(p)?;
+        }
+        let p = adapter.dropout();
+        if !is_probability(p) {
+            let got = format!("the adapter of `--init` has a `lora_dropout` of {p}");
+            return Err(Failure::Usage(format!("{got}, expected {PROBABILITY}; `--dropout` can change it")));
         }
         Ok(adapter)
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use candle_core::DType;
 
-use super::common::adapters::{Start, Targets};
+use super::common::adapters::{PROBABILITY, Start, Targets, is_probability};
 use super::common::failure::{Failure, Result};
 use super::common::flags::{self, Place};
 use super::optimizer::{Rule, Settings};
@@ -107,8 +107,7 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>> {
             }
             Long("rslora") => adapter.rslora = true,
             Long("dropout") => {
-                let expected = "a probability of at least 0 and below 1";
-                adapter.dropout = Some(flags::number(&mut parser, "dropout", expected, |p| (0.0..1.0).contains(&p))?);
+                adapter.dropout = Some(flags::number(&mut parser, "dropout", PROBABILITY, is_probability)?);
             }
             Long("init") => adapter.init = Some(flags::path(&mut parser)?),
             Long(flag @ ("optimizer" | "lr" | "betas" | "eps" | "momentum" | "weight-decay")) => {

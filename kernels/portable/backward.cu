@@ -1,9 +1,9 @@
 // dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B, in one launch.
 //
 // dy [M][N], w [N][K], a [R][K], b [N][R], x and dx [M][K], h and dh [M][R], da [R][K], db [N][R], row-major with any
-// row stride. Units of work: dh tiles, dx tiles (whose last steps read dh), db and da tiles. The last two reduce over
-// tokens in chunks: each chunk leaves its f32 partial sums, and the CTA that finishes a tile's last chunk adds them in
-// order of chunk, so the bits do not depend on which CTA was last.
+// row stride. With a gain, dy is dz = gain ∘ dy for dh, dx and db. Units of work: dh tiles, dx tiles (whose last steps
+// read dh), db and da tiles. The last two reduce over tokens in chunks: each chunk leaves its f32 partial sums, and the
+// CTA that finishes a tile's last chunk adds them in order of chunk, so the bits do not depend on which CTA was last.
 #include "epilogue.cuh"
 #include "middle.cuh"
 #include "schedule.cuh"
@@ -17,8 +17,9 @@ __device__ __forceinline__ void backward_dh(const LoraBackwardParams& p, TicketS
   const uint32_t m_block = unit % p.m_blocks;
   const uint32_t m = m_block * Shape::kBlock;
   const uint32_t n = unit / p.m_blocks * kNarrowN;
-  NarrowTile<T, Shape, Major::kMn, Drops::kNone> tile;
-  narrow_tile(tile, segment(operand(p.dy, p.m, p.n), operand(p.b, p.r, p.n), 0), p, p.dh, m, n, {}, smem);
+  NarrowTile<T, Shape, Major::kMn, Drops::kNone, true> tile;
+  const OnTheWay way = {{}, reinterpret_cast<const float*>(p.gain)};
+  narrow_tile(tile, segment(operand(p.dy, p.m, p.n), operand(p.b, p.r, p.n), 0), p, p.dh, m, n, way, smem);
   schedule.publish(m_block >> p.flag_shift);
 }
 
@@ -32,9 +33,11 @@ __device__ __forceinline__ void backward_dx(const LoraBackwardParams& p, uint32_
   const Segment tail = segment(operand(p.dh, p.m, p.r), operand(p.a, p.k, p.r), 0, ranks.picks());
   const uint32_t step = p.dropout.threshold != 0 ? 0 : main.steps;
   const MiddleAwaited<LoraBackwardParams> dh = {p, p.dh_units, block.row, step};
-  MainTile<T, Shape, Major::kMn, Drops::kTail> tile;
-  tile.accumulate(main, tail, m, n, Shape::kBlock, dh, p.dropout, smem, InOrder{}, ranks);
-  store_tile(tile, p.dx, m, n, p.m, p.k, 1.0f, static_cast<const T*>(nullptr), (p.flags & LORA_ACCUMULATE_DX) != 0);
+  MainTile<T, Shape, Major::kMn, Drops::kTail, true> tile;
+  const OnTheWay way = {p.dropout, reinterpret_cast<const float*>(p.gain)};
+  tile.accumulate(main, tail, m, n, Shape::kBlock, dh, way, smem, InOrder{}, ranks);
+  store_tile(tile, p.dx, m, n, p.m, p.k, 1.0f, nullptr, static_cast<const T*>(nullptr),
+             (p.flags & LORA_ACCUMULATE_DX) != 0);
 }
 
 // Leaves this chunk's sums in `partials` and returns true, with the sum over all chunks in `tile`, in the CTA that
@@ -49,11 +52,15 @@ __device__ __forceinline__ bool reduce_chunks(const LoraBackwardParams& p, Ticke
   const auto for_each_register = [&](auto visit) {
     visit(0, tile.sums[0][0]);
     visit(1, tile.sums[0][2]);
+    if (tile.wants_products) {
+      visit(2, tile.products[0]);
+      visit(3, tile.products[1]);
+    }
 #pragma unroll
     for (int j = 0; j < Tile::kFragsN; ++j) {
       if (j * 8 >= active_n) continue;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) visit(2 + j * 4 + e, tile.acc[0][j][e]);
+      for (int e = 0; e < 4; ++e) visit(4 + j * 4 + e, tile.acc[0][j][e]);
     }
   };
   float* const mine = first + static_cast<uint64_t>(chunk) * p.partial_stride;
@@ -69,7 +76,23 @@ __device__ __forceinline__ bool reduce_chunks(const LoraBackwardParams& p, Ticke
   return true;
 }
 
-// One chunk of one tile of wideᵀ · narrow: db = dyᵀ h (with dbias), or daᵀ = xᵀ dh.
+// Stores what a tile of db has of dm: Σ dy ∘ (y − bias), over the magnitude.
+template <class Tile>
+__device__ __forceinline__ void store_magnitude(const Tile& tile, const LoraBackwardParams& p, uint32_t n) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    // Four lanes have the same row.
+    float sum = tile.products[half];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    const uint32_t row = n + Tile::row_of(tile.thread, 0, half);
+    if (tile.thread % 4 != 0 || row >= p.n) continue;
+    const float magnitude = reinterpret_cast<const float*>(p.magnitude.magnitude)[row];
+    store(reinterpret_cast<float*>(p.magnitude.dm) + row, sum / magnitude, (p.flags & LORA_ACCUMULATE_DM) != 0);
+  }
+}
+
+// One chunk of one tile of wideᵀ · narrow: db = dyᵀ h (with dbias and dm), or daᵀ = xᵀ dh.
 template <typename T, class Shape>
 __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, TicketSchedule& schedule, LoraMatrix wide,
                                                  LoraMatrix narrow, uint32_t unit, uint32_t first_tile,
@@ -89,6 +112,7 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
   }
   Gradient tile;
   tile.wants_sums = sums_out.ptr != 0 && n == 0;
+  tile.wants_products = p.magnitude.dm != 0 && !is_da && n == 0;
   // With no gradient wanted (dbias alone) there is no narrow operand: an extent of zero reads nothing.
   // Rows that go through other adapters add nothing, but to dbias.
   const Routes routes(p.routes, p.m);
@@ -97,17 +121,20 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
       routes.is_on() && !tile.wants_sums ? routes.rows_of(token, count, n, kNarrowN) : everything(count);
   const Segment tokens =
       segment(operand(wide, out.rows, token_end), operand(narrow, out.cols, token_end), token, picks);
-  LoraDropout dropout = p.dropout;
-  if (!is_da) dropout.threshold = 0;
-  tile.accumulate(tokens, Segment{}, m, n, active_n, {}, dropout, smem,
+  OnTheWay way = {p.dropout, nullptr, p.magnitude};
+  if (!is_da) way.dropout.threshold = 0;
+  tile.accumulate(tokens, Segment{}, m, n, active_n, {}, way, smem,
                   [&](uint32_t step) { return picks.start(step, kBlockK); });
   // The barrier of a step stands between the ticket of this unit and the next.
   if (tokens.steps == 0) __syncthreads();
   if (!reduce_chunks(p, schedule, tile, first_tile + tile_index, chunk, active_n)) return;
+  if (tile.wants_products) store_magnitude(tile, p, m);
   const uint32_t thread = ptx::thread_index();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const uint32_t row = m + Gradient::row_of(thread, 0, half);
+    // A row of db is that of a column of dy.
+    const float gain = p.gain != 0 && !is_da && row < p.n ? reinterpret_cast<const float*>(p.gain)[row] : 1.0f;
     // Every column of the sums is the same; one lane of four writes, in the first block of ranks.
     if (sums_out.ptr != 0 && n == 0 && thread % 4 == 0) store_gradient<T>(sums_out, row, 0, tile.sums[0][2 * half]);
     if (out.ptr == 0) continue;
@@ -115,7 +142,7 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
     for (int j = 0; j < Gradient::kFragsN; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        store_gradient<T>(out, row, n + Gradient::col_of(thread, j) + e, tile.acc[0][j][2 * half + e]);
+        store_gradient<T>(out, row, n + Gradient::col_of(thread, j) + e, tile.acc[0][j][2 * half + e] * gain);
       }
     }
   }

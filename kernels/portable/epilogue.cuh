@@ -31,10 +31,12 @@ __device__ __forceinline__ void keep_routed(Tile& tile, const Routes& routes, ui
   }
 }
 
-// Stores a tile of y, h, dh or dx at (m, n): out = scale · acc + bias (+ out).
+// Stores a tile of y, h, dh or dx at (m, n): out = scale · acc + bias (+ out), with a gain for each column in place of
+// the scale where there is one.
 template <class Tile, typename T = typename Tile::T>
 __device__ __forceinline__ void store_tile(const Tile& tile, const LoraMatrix& out, uint32_t m, uint32_t n,
-                                           uint32_t rows, uint32_t cols, float scale, const T* bias, bool accumulate) {
+                                           uint32_t rows, uint32_t cols, float scale, const float* gain, const T* bias,
+                                           bool accumulate) {
   const uint32_t thread = ptx::thread_index();
   T* const base = reinterpret_cast<T*>(out.ptr);
   const bool paired = ((out.ptr | static_cast<uint64_t>(out.row_stride) * 2) & 3) == 0 && !accumulate;
@@ -43,6 +45,8 @@ __device__ __forceinline__ void store_tile(const Tile& tile, const LoraMatrix& o
     const uint32_t col = n + Tile::col_of(thread, j);
     if (col >= cols) continue;
     const bool second = col + 1 < cols;
+    const float scale0 = gain != nullptr ? gain[col] : scale;
+    const float scale1 = gain != nullptr && second ? gain[col + 1] : scale;
     const float bias0 = bias != nullptr ? widen(bias[col]) : 0.0f;
     const float bias1 = bias != nullptr && second ? widen(bias[col + 1]) : 0.0f;
 #pragma unroll
@@ -51,8 +55,8 @@ __device__ __forceinline__ void store_tile(const Tile& tile, const LoraMatrix& o
       for (int half = 0; half < 2; ++half) {
         const uint32_t row = m + Tile::row_of(thread, i, half);
         if (row >= rows) continue;
-        float value0 = tile.acc[i][j][2 * half] * scale;
-        float value1 = tile.acc[i][j][2 * half + 1] * scale;
+        float value0 = tile.acc[i][j][2 * half] * scale0;
+        float value1 = tile.acc[i][j][2 * half + 1] * scale1;
         if (bias != nullptr) {  // adding a zero would make 0 of -0
           value0 += bias0;
           value1 += bias1;

@@ -1,4 +1,4 @@
-// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, in one launch.
+// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, in one launch; with a gain y = gain ∘ (x Wᵀ + h Bᵀ) (+ bias).
 //
 // x [M][K], w [N][K], a [R][K], b [N][R], h [M][R], y [M][N], row-major with any row stride, fp16 or bf16, f32
 // accumulation. Units of work: h tiles (block of rows x up to 64 ranks, full K), then y tiles, whose last steps read h.
@@ -15,8 +15,8 @@ __device__ __forceinline__ void forward_h(const LoraForwardParams& p, TicketSche
   const uint32_t m_block = unit % p.m_blocks;
   const uint32_t m = m_block * Shape::kBlock;
   const uint32_t n = unit / p.m_blocks * kNarrowN;
-  NarrowTile<T, Shape, Major::kK, Drops::kA> tile;
-  narrow_tile(tile, segment(operand(p.x, p.m, p.k), operand(p.a, p.r, p.k), 0), p, p.h, m, n, p.dropout, smem);
+  NarrowTile<T, Shape, Major::kK, Drops::kA, false> tile;
+  narrow_tile(tile, segment(operand(p.x, p.m, p.k), operand(p.a, p.r, p.k), 0), p, p.h, m, n, {p.dropout}, smem);
   schedule.publish(m_block >> p.flag_shift);
 }
 
@@ -29,9 +29,10 @@ __device__ __forceinline__ void forward_y(const LoraForwardParams& p, uint32_t u
   const RanksRead<Shape, LoraForwardParams> ranks = {p, m};
   const Segment tail = segment(operand(p.h, p.m, p.r), operand(p.b, p.n, p.r), 0, ranks.picks());
   const MiddleAwaited<LoraForwardParams> h = {p, p.h_units, block.row, main.steps};
-  MainTile<T, Shape, Major::kK, Drops::kNone> tile;
+  MainTile<T, Shape, Major::kK, Drops::kNone, false> tile;
   tile.accumulate(main, tail, m, n, Shape::kBlock, h, {}, smem, InOrder{}, ranks);
-  store_tile(tile, p.y, m, n, p.m, p.n, 1.0f, reinterpret_cast<const T*>(p.bias), false);
+  store_tile(tile, p.y, m, n, p.m, p.n, 1.0f, reinterpret_cast<const float*>(p.gain),
+             reinterpret_cast<const T*>(p.bias), false);
 }
 
 template <typename T, class Shape>

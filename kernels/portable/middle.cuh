@@ -11,14 +11,14 @@ namespace lora {
 // none of the tile's rows does.
 template <class Tile, class Params>
 __device__ __forceinline__ void narrow_tile(Tile& tile, const Segment& product, const Params& p, const LoraMatrix& out,
-                                            uint32_t m, uint32_t n, const LoraDropout& dropout, uint32_t smem) {
+                                            uint32_t m, uint32_t n, const OnTheWay& way, uint32_t smem) {
   static_assert(kNarrowN == LORA_ROUTE_RANKS && Tile::kBlockM % LORA_ROUTE_ROWS == 0, "a tile is a block of routes");
   const Routes routes(p.routes, p.m);
   const bool is_wanted = !routes.is_on() || (routes.ranks_of(m, Tile::kBlockM, p.r).mask >> (n / kNarrowN) & 1) != 0;
-  if (is_wanted) tile.accumulate(product, Segment{}, m, n, p.r - n, {}, dropout, smem);
+  if (is_wanted) tile.accumulate(product, Segment{}, m, n, p.r - n, {}, way, smem);
   if (routes.is_on()) keep_routed(tile, routes, m, n, p.m, p.scale);
   const typename Tile::T* const no_bias = nullptr;
-  store_tile(tile, out, m, n, p.m, p.r, routes.is_on() ? 1.0f : p.scale, no_bias, false);
+  store_tile(tile, out, m, n, p.m, p.r, routes.is_on() ? 1.0f : p.scale, nullptr, no_bias, false);
 }
 
 // What a main tile of block of rows `row` waits for before step `step`: its rows of the middle, which `units` tiles of

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../dropout.cuh"
+#include "../element.cuh"
 #include "../params.h"
 #include "../ptx/copy.cuh"
 #include "../ptx/matrix.cuh"
@@ -215,8 +216,16 @@ constexpr uint32_t kOnes<__nv_bfloat16> = 0x3f803f80u;
 // What dropout acts on: nothing, the operand A, which is x, or the product of the tail, which is then done first.
 enum class Drops { kNone, kA, kTail };
 
+// What a launch does to operands and products on their way; a call has dropout, or a gain, or neither.
+struct OnTheWay {
+  LoraDropout dropout;
+  const float* gain = nullptr;   // multiplies the columns of the main segment's A, which is dy
+  LoraMagnitude magnitude = {};  // of which y and bias are read
+};
+
+// kGains: the main segment's A may have a gain. kSums: rows of A, which is dy, may be summed up.
 template <typename T_, class Shape, int kBlockN_, int kWarpM_, int kWarpN_, Major kMajorA, Major kMajorB, Drops kDrops,
-          bool kSums>
+          bool kGains, bool kSums>
 struct Tile {
   using T = T_;
   static constexpr int kBlockM = Shape::kBlock;
@@ -235,6 +244,8 @@ struct Tile {
   float acc[kFragsM][kFragsN][4] = {};      // (16 rows, 8 columns) per fragment
   float sums[kSums ? kFragsM : 1][4] = {};  // row sums of A, the same in every column
   bool wants_sums = kSums;
+  float products[2] = {};  // sums of A ∘ (y − bias) of rows g and g + 8 over this thread's part of the reduction
+  bool wants_products = false;
   const uint32_t thread = ptx::thread_index();
 
   // Row and first of two columns, relative to the tile, of elements {0, 1} (half 0) or {2, 3} (half 1) of a fragment.
@@ -250,10 +261,11 @@ struct Tile {
   // but the empty ones.
   template <class Await = Ready, class MainStart = InOrder, class TailStart = InOrder>
   __device__ __forceinline__ void accumulate(const Segment& main, const Segment& tail, uint32_t m, uint32_t n,
-                                             uint32_t active_n, const Await& dependency, const LoraDropout& dropout,
+                                             uint32_t active_n, const Await& dependency, const OnTheWay& way,
                                              uint32_t smem, const MainStart& main_start = {},
                                              const TailStart& tail_start = {}) {
     const uint32_t steps = main.steps + tail.steps;
+    const LoraDropout& dropout = way.dropout;
     const bool tail_first = kDrops == Drops::kTail && tail.steps != 0 && dropout.threshold != 0;
     const uint32_t first_steps = tail_first ? tail.steps : main.steps;
     const auto issue = [&](uint32_t step) {
@@ -287,8 +299,21 @@ struct Tile {
         ptx::cp_async_wait<kStages - 2>();
         __syncthreads();  // the stage is complete for all, and the one about to be overwritten was read by all
         issue(step + kStages - 1);
-        const uint32_t first_k = kDrops == Drops::kA ? main.k_begin + main_start(step) : 0;
-        multiply(smem + step % kStages * kStageBytes, active_n, drops_a, m, first_k);
+        const uint32_t first_k = kDrops == Drops::kA ? main.k_begin + main_start(step) : step * kBlockK;
+        const uint32_t stage = smem + step % kStages * kStageBytes;
+        if (kDrops == Drops::kA && (drops_a.is_on() || (kSums && wants_products))) {
+          multiply_altered(stage, active_n, [&](uint32_t k) {
+            return [&, k](uint32_t(&a)[4], uint32_t row) {
+              if (kSums && wants_products) add_products(a, main.a, way.magnitude, m + row, first_k + k);
+              if (drops_a.is_on()) drop_a(a, drops_a, m + row, first_k + k);
+            };
+          });
+        } else if (kGains && way.gain != nullptr && step < main.steps) {
+          multiply_altered(stage, active_n,
+                           [&](uint32_t k) { return GainedColumns(way.gain, first_k + k, main.a.k_end, thread % 32); });
+        } else {
+          multiply(stage, active_n);
+        }
       }
       if (!drops) break;
       drop_accumulators(Dropout(dropout), m, n);
@@ -316,32 +341,75 @@ struct Tile {
     }
   }
 
-  // `m` and `first_k`: indices of the first row and of the first k of the stage in A.
-  __device__ __forceinline__ void multiply(uint32_t stage, uint32_t active_n, const Dropout& drops_a, uint32_t m,
-                                           uint32_t first_k) {
-    if (kDrops == Drops::kA && drops_a.is_on()) {
-      // Rolled up: two copies of the generator would cost the other loops of the kernel registers.
-#pragma unroll 1
-      for (uint32_t k = 0; k < kBlockK; k += 16) {
-        multiply_16(stage, k, active_n, [&](uint32_t(&a)[4], uint32_t row) {
-          if (kMajorA == Major::kK) {
-            drops_a.drop_fragment(a, m + row, first_k + k, thread % 32);
-          } else {
-            drops_a.drop_transposed(a, first_k + k, m + row, thread % 32);
-          }
-        });
+  // Multiplies a fragment of 16 columns, the two pairs of each of a thread's rows, by their gains.
+  class GainedColumns {
+   public:
+    __device__ __forceinline__ GainedColumns(const float* gain, uint32_t col, uint32_t cols, uint32_t lane) {
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i) {
+        const uint32_t at = col + lane % 4 * 2 + i / 2 * 8 + i % 2;
+        gain_[i] = at < cols ? gain[at] : 0.0f;  // of a column of zeros
       }
-      return;
     }
+    __device__ __forceinline__ void operator()(uint32_t (&a)[4], uint32_t) const {
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i) {
+        const float2 pair = unpack<T>(a[i]);
+        a[i] = pack<T>(pair.x * gain_[i / 2 * 2], pair.y * gain_[i / 2 * 2 + 1]);
+      }
+    }
+
+   private:
+    float gain_[4];
+  };
+
+  // Zeroes what is dropped of the fragment of A at (row, k).
+  __device__ __forceinline__ void drop_a(uint32_t (&a)[4], const Dropout& drops, uint32_t row, uint32_t k) const {
+    if (kMajorA == Major::kK) {
+      drops.drop_fragment(a, row, k, thread % 32);
+    } else {
+      drops.drop_transposed(a, k, row, thread % 32);
+    }
+  }
+
+  // Adds A ∘ (y − bias) of the fragment at (row, k), row being a column of y and k a token.
+  __device__ __forceinline__ void add_products(const uint32_t (&a)[4], const Operand& op, const LoraMagnitude& of,
+                                               uint32_t row, uint32_t k) {
+    const uint32_t lane = thread % 32;
+#pragma unroll
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint32_t col = row + half * 8 + lane / 4;
+      if (col >= op.mn_end) continue;
+      const float bias = of.bias != 0 ? widen(reinterpret_cast<const T*>(of.bias)[col]) : 0.0f;
+#pragma unroll
+      for (uint32_t i = 0; i < 2; ++i) {
+        const float2 pair = unpack<T>(a[half + 2 * i]);
+        const uint32_t token = k + i * 8 + lane % 4 * 2;
+        const T* const y = reinterpret_cast<const T*>(of.y.ptr) + token * of.y.row_stride + col;
+        if (token < op.k_end) products[half] = fmaf(pair.x, widen(y[0]) - bias, products[half]);
+        if (token + 1 < op.k_end) products[half] = fmaf(pair.y, widen(y[of.y.row_stride]) - bias, products[half]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply(uint32_t stage, uint32_t active_n) {
 #pragma unroll
     for (uint32_t k = 0; k < kBlockK; k += 16) {
       multiply_16(stage, k, active_n, [](uint32_t(&)[4], uint32_t) {});
     }
   }
 
-  // `drop` sees each fragment of A with its first row.
-  template <class Drop>
-  __device__ __forceinline__ void multiply_16(uint32_t stage, uint32_t k, uint32_t active_n, const Drop& drop) {
+  // The same, of a stage whose fragments of A something happens to: `alter_from(k)` is what does it to those at k.
+  // Rolled up: two copies of the generator would cost the other loops of the kernel registers.
+  template <class AlterFrom>
+  __device__ __forceinline__ void multiply_altered(uint32_t stage, uint32_t active_n, const AlterFrom& alter_from) {
+#pragma unroll 1
+    for (uint32_t k = 0; k < kBlockK; k += 16) multiply_16(stage, k, active_n, alter_from(k));
+  }
+
+  // `alter` sees each fragment of A with its first row.
+  template <class Alter>
+  __device__ __forceinline__ void multiply_16(uint32_t stage, uint32_t k, uint32_t active_n, const Alter& alter) {
     const uint32_t warp = thread / 32;
     const uint32_t warp_row = warp / kWarpsN * kWarpM_;
     const uint32_t warp_col = warp % kWarpsN * kWarpN_;
@@ -349,7 +417,7 @@ struct Tile {
 #pragma unroll
     for (int i = 0; i < kFragsM; ++i) {
       load_fragment_a<kMajorA, kBlockM>(thread, a[i], stage, warp_row + i * 16, k);
-      drop(a[i], warp_row + i * 16);
+      alter(a[i], warp_row + i * 16);
     }
     if (kSums && wants_sums) {
 #pragma unroll
@@ -371,13 +439,13 @@ struct Tile {
 };
 
 // y or dx: the wide product with its K-extension.
-template <typename T, class Shape, Major kMajorB, Drops kDrops>
-using MainTile = Tile<T, Shape, Shape::kBlock, Shape::kWarpM, Shape::kWarpN, Major::kK, kMajorB, kDrops, false>;
+template <typename T, class Shape, Major kMajorB, Drops kDrops, bool kGains>
+using MainTile = Tile<T, Shape, Shape::kBlock, Shape::kWarpM, Shape::kWarpN, Major::kK, kMajorB, kDrops, kGains, false>;
 // h or dh: at most kNarrowN columns, every warp 16 rows.
-template <typename T, class Shape, Major kMajorB, Drops kDrops>
-using NarrowTile = Tile<T, Shape, kNarrowN, 16, kNarrowN, Major::kK, kMajorB, kDrops, false>;
+template <typename T, class Shape, Major kMajorB, Drops kDrops, bool kGains>
+using NarrowTile = Tile<T, Shape, kNarrowN, 16, kNarrowN, Major::kK, kMajorB, kDrops, kGains, false>;
 // db or daᵀ: reduces over tokens, both operands stored [token][..].
 template <typename T, class Shape>
-using GradientTile = Tile<T, Shape, kNarrowN, 16, kNarrowN, Major::kMn, Major::kMn, Drops::kA, true>;
+using GradientTile = Tile<T, Shape, kNarrowN, 16, kNarrowN, Major::kMn, Major::kMn, Drops::kA, false, true>;
 
 }  // namespace lora

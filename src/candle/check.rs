@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::MAX_DIMENSION;
 use crate::error::{Error, Result};
 
 /// The weight, frozen, N × K, and the bias of its type or f32, N.
@@ -13,6 +14,7 @@ pub(super) fn base(w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
         (_, Device::Cpu) => return Err(dtype("w", w, "f32, f16 or bf16".to_owned())),
         _ => return Err(dtype("w", w, "f16 or bf16, what GPUs compute in".to_owned())),
     }
+    nonzero("w", &w.dims()[..1], w.dims()[1])?;
     let Some(bias) = bias else { return Ok(()) };
     vector("bias", w, bias)
 }
@@ -38,12 +40,22 @@ pub(super) fn adapter(w: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
     dimension("b", "columns", b.dims()[1], a.dims()[0])
 }
 
-/// … × K, of the weight's type; the number of features is judged with the matrices.
+/// … × K, of the weight's type.
 pub(super) fn input(w: &Tensor, x: &Tensor) -> Result<()> {
     if x.rank() < 2 {
         return Err(Error::Rank { arg: "x", got: x.rank(), expected: "at least 2 (tokens, features)" });
     }
-    as_weight("x", x, w)
+    as_weight("x", x, w)?;
+    let (tokens, features) = x.dims().split_at(x.rank() - 1);
+    nonzero("x", tokens, features[0])?;
+    dimension("x", "columns", features[0], w.dims()[1])
+}
+
+fn nonzero(arg: &'static str, rows: &[usize], columns: usize) -> Result<()> {
+    if rows.contains(&0) {
+        return Err(Error::ZeroDimension { arg, axis: "rows" });
+    }
+    if columns == 0 { Err(Error::ZeroDimension { arg, axis: "columns" }) } else { Ok(()) }
 }
 
 fn frozen(arg: &'static str, tensor: &Tensor) -> Result<()> {
@@ -79,6 +91,15 @@ fn dtype(arg: &'static str, tensor: &Tensor, expected: String) -> Error {
 
 fn dimension(arg: &'static str, axis: &'static str, got: usize, expected: usize) -> Result<()> {
     if got == expected { Ok(()) } else { Err(Error::Dimension { arg, axis, got, expected }) }
+}
+
+/// At least 1, and no more than the kernels take.
+pub(super) fn ranks(r: usize) -> Result<()> {
+    match r {
+        0 => Err(Error::ZeroDimension { arg: "a", axis: "rows" }),
+        1..=MAX_DIMENSION => Ok(()),
+        _ => Err(Error::TooLarge { what: "R (rows of a)", got: r as u64, limit: MAX_DIMENSION as u64 }),
+    }
 }
 
 /// From 0 to 1.

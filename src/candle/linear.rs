@@ -110,7 +110,7 @@ impl LoraLinear {
     ///
     /// # Errors
     /// [`Error::Tracked`] for a weight that gradients are asked of; [`Error::Rank`], [`Error::Dimension`],
-    /// [`Error::ArgumentDtype`].
+    /// [`Error::ZeroDimension`], [`Error::ArgumentDtype`].
     pub fn frozen(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         check::base(&weight, bias.as_ref()).map_err(wrap)?;
         // Once, instead of in every forward.
@@ -154,14 +154,12 @@ impl LoraLinear {
     /// PEFT's names. What a `VarMap` does not hold yet starts as PEFT's: A Kaiming-uniform with a = √5, B zero.
     ///
     /// # Errors
-    /// As [`add_tensors`](Self::add_tensors), and what `vb` refuses. A `VarMap` may hold new variables then; the layer is as
-    /// before.
+    /// As [`add_tensors`](Self::add_tensors), [`Error::TooLarge`], and what `vb` refuses, after which a `VarMap` may hold new
+    /// variables. The layer is as before.
     pub fn add(&mut self, name: &str, config: LoraConfig, vb: VarBuilder) -> Result<()> {
         let (n, k) = self.base.linear.weight().dims2()?;
         let r = config.r;
-        if r == 0 {
-            return Err(wrap(Error::ZeroDimension { arg: "a", axis: "rows" }));
-        }
+        check::ranks(r).and_then(|()| check::scale(config.scale())).map_err(wrap)?;
         self.new_name(name)?;
         // With a = √5 the gain √(2 / (1 + a²)) is √⅓, and the bound 1/√K.
         let kaiming = Init::Kaiming {
@@ -372,9 +370,11 @@ impl ModuleT for LoraLinear {
         match (&self.merged, self.takes_part()) {
             (Some(merged), _) => merged.forward(x),
             (None, Some(adapter)) => {
+                let weight = self.base.linear.weight();
+                check::input(weight, x).map_err(wrap)?; // before a pass is counted
                 let bias = self.base.bias_with(adapter)?;
                 let Adapter { a, b, scale, .. } = adapter;
-                lora_train(x, self.base.linear.weight(), a, b, *scale, bias.as_ref(), self.training(train))
+                lora_train(x, weight, a, b, *scale, bias.as_ref(), self.training(train))
             }
             (None, None) => self.base.forward(x),
         }

@@ -187,10 +187,12 @@ impl Backend for Queue {
     fn upload_words(&self, from: &[u64]) -> Result<CudaSlice<u64>> {
         let bytes = size_of_val(from);
         self.check_not_captured("a buffer is allocated")?;
-        // SAFETY: any bits are a value of u64, and the copy below fills all of it.
+        // SAFETY: any bits are a value of u64.
         let mut words =
             unsafe { self.stream.alloc::<u64>(from.len().max(1)) }.map_err(refused("cuMemAllocAsync", bytes))?;
-        self.stream.memcpy_htod(from, &mut words).map_err(failed("cuMemcpyHtoDAsync"))?;
+        if !from.is_empty() {
+            self.stream.memcpy_htod(from, &mut words).map_err(failed("cuMemcpyHtoDAsync"))?;
+        }
         Ok(words)
     }
     fn words(buffer: &CudaSlice<u64>) -> &Self::Words {

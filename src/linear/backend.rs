@@ -52,7 +52,7 @@ pub trait Backend: Clone {
     /// [`Error::OutOfMemory`], [`Error::Capturing`], [`Error::Driver`].
     fn download<T: Element>(&self, from: &Self::Read<T>) -> Result<Vec<T>>;
 
-    /// A copy of words in host memory.
+    /// A copy of words in host memory. Of none there may be more, as with [`alloc`](Self::alloc).
     ///
     /// # Errors
     /// As [`alloc`](Self::alloc).

@@ -10,12 +10,19 @@ const ALIGN: usize = 16;
 
 /// Adapters of a layer side by side, for batches whose rows choose among them: [`LoraLinear::bank`].
 pub struct Bank<B: Backend, T: Element> {
-    /// (id, version) of each adapter when it was copied.
-    copied: Vec<(u64, u64)>,
+    /// What each adapter was when it was copied.
+    copied: Vec<Copied>,
     slots: Vec<Slot>,
     rank: usize,
     a: B::Buffer<T>,
     b: B::Buffer<T>,
+}
+
+/// An adapter of a bank.
+struct Copied {
+    name: String,
+    id: u64,
+    version: u64,
 }
 
 /// Rows of a batch with the adapters they go through, in the backend's memory. Layers whose banks have the same
@@ -62,6 +69,19 @@ impl<B: Backend, T: Element> Bank<B, T> {
     pub fn rank(&self) -> usize {
         self.rank
     }
+
+    /// Routes must have been made among these slots.
+    fn check_slots(&self, slots: &[Slot]) -> Result<()> {
+        let got = match slots.iter().zip(&self.slots).position(|(theirs, ours)| theirs != ours) {
+            Some(at) => {
+                let name = self.copied.get(at).map_or("", |copied| &copied.name);
+                format!("the routes were made for another rank or scale of adapter `{name}` than the bank's")
+            }
+            None if slots.len() == self.slots.len() => return Ok(()),
+            None => format!("the routes were made for {} adapters, the bank has {}", slots.len(), self.slots.len()),
+        };
+        Err(Error::State { operation: "forward_routed", got, expected: "routes of the bank's `slots`" })
+    }
 }
 
 impl<B: Backend, T: Element> LoraLinear<B, T> {
@@ -69,8 +89,9 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// f32 factors are rounded to the storage type.
     ///
     /// # Errors
-    /// [`Error::AdapterName`]; [`Error::State`] for an adapter with a bias on B; [`Error::TooLarge`] for more ranks than [`MAX_ROUTED_RANK`](crate::MAX_ROUTED_RANK), each adapter's
-    /// counted as the next multiple of 16; those of [`Backend::upload`] and [`Backend::round`].
+    /// [`Error::AdapterName`]; [`Error::State`] for an adapter with a bias on B, which it names; [`Error::TooLarge`] for more ranks than
+    /// [`MAX_ROUTED_RANK`](crate::MAX_ROUTED_RANK), each adapter's counted as the next multiple of 16; those of [`Backend::upload`] and
+    /// [`Backend::round`].
     pub fn bank(&self, names: &[&str]) -> Result<Bank<B, T>> {
         let mut chosen = Vec::with_capacity(names.len());
         let (mut slots, mut rank) = (Vec::with_capacity(names.len()), 0);
@@ -103,7 +124,9 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
                 rounded_b: MatrixMut::new(B::write(&mut b), self.n, ranks).with_offset(first).with_row_stride(rank),
             })?;
         }
-        let copied = chosen.iter().map(|named| (named.id, named.version)).collect();
+        let copied =
+            chosen.iter().map(|named| Copied { name: named.name.clone(), id: named.id, version: named.version });
+        let copied = copied.collect();
         Ok(Bank { copied, slots, rank, a, b })
     }
 
@@ -134,8 +157,9 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// As [`forward_routed`](Self::forward_routed), into `y`.
     ///
     /// # Errors
-    /// Those of the backend's forward; [`Error::Dimension`] for routes of another number of rows; [`Error::State`]
-    /// for routes that were made for other slots, when an adapter of the bank has changed or left the layer, and while adapters are merged.
+    /// Those of the backend's forward; [`Error::Dimension`] for routes of another number of rows; [`Error::State`], which names the
+    /// adapter, for routes that were made for other slots and when an adapter of the bank has changed, has left the layer or is another
+    /// layer's, and while adapters are merged. Nothing is written then.
     pub fn forward_routed_into(
         &self,
         x: Matrix<'_, B::Read<T>>,
@@ -144,18 +168,11 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         y: MatrixMut<'_, B::Write<T>>,
     ) -> Result<()> {
         self.check_unmerged("forward_routed")?;
-        let is_current = |&(id, version): &(u64, u64)| self.by_id(id).is_some_and(|named| named.version == version);
-        if !bank.copied.iter().all(is_current) {
-            let got = "an adapter of the bank has changed since, or is not the layer's".to_owned();
-            return Err(Error::State { operation: "forward_routed", got, expected: "`bank` anew first" });
-        }
+        self.check_bank(bank)?;
         if routes.rows != x.rows {
             return Err(Error::Dimension { arg: "routes", axis: "rows", got: routes.rows, expected: x.rows });
         }
-        if routes.slots != bank.slots {
-            let got = "the routes were made for other ranks or scales than the bank's".to_owned();
-            return Err(Error::State { operation: "forward_routed", got, expected: "routes of the bank's `slots`" });
-        }
+        bank.check_slots(&routes.slots)?;
         let plain = self.plain(None);
         let (a, b) = match bank.rank {
             0 => (plain.a, plain.b),
@@ -164,5 +181,18 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         let variant = Variant { routes: Some(routes.view()), ..Variant::default() };
         let Operands { w, bias, .. } = plain;
         self.backend.forward(Forward { x, w, a, b, scale: 1.0, bias, h: None, y, variant })
+    }
+
+    /// Every adapter of the bank must be the layer's, as it was when it was copied.
+    fn check_bank(&self, bank: &Bank<B, T>) -> Result<()> {
+        for Copied { name, id, version } in &bank.copied {
+            let got = match self.by_id(*id) {
+                Some(named) if named.version == *version => continue,
+                Some(_) => format!("adapter `{name}` has changed since it was copied to the bank"),
+                None => format!("adapter `{name}` of the bank is not in the layer"),
+            };
+            return Err(Error::State { operation: "forward_routed", got, expected: "`bank` anew first" });
+        }
+        Ok(())
     }
 }

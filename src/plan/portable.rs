@@ -165,8 +165,8 @@ impl Chunks {
     fn choose(device: &Device, tile: &Tile, m: usize, r: usize, tiles: u64) -> Chunks {
         let block = u64::from(tile.block);
         let columns = (r as u64).min(u64::from(LORA_NARROW_N)).next_multiple_of(16);
-        // One f32 per thread and accumulator register: the active columns and two of the column sums.
-        let partial_stride = block * columns + 2 * u64::from(tile.threads);
+        // One f32 per thread and accumulator register: the active columns, two of the column sums, two of the products for dm.
+        let partial_stride = block * columns + 4 * u64::from(tile.threads);
         let whole = (m as u64).next_multiple_of(block);
         let wanted = (2 * u64::from(device.sms)).div_ceil(tiles.max(1));
         let affordable = MAX_PARTIAL_BYTES / (4 * partial_stride).saturating_mul(tiles.max(1));

@@ -9,5 +9,6 @@ mod dropout;
 mod gpu;
 mod gradients;
 mod layer;
+mod matrix;
 mod refused;
 mod training;

@@ -104,7 +104,7 @@ fn shapes() {
     refused(Arguments::apply(|it| it.bias = f32(&[6])), "`bias` has 6 elements, expected 5");
     refused(Arguments::apply(|it| it.x = f32(&[3, 0, 6])), "`x` has zero rows, expected at least 1");
     refused(Arguments::apply(|it| it.a = f32(&[0, 6])), "`a` has zero rows, expected at least 1");
-    refused(Arguments::apply(|it| it.w = f32(&[5, 0])), "`a` has 6 columns, expected 0");
+    refused(Arguments::apply(|it| it.w = f32(&[5, 0])), "`w` has zero columns, expected at least 1");
     refused(Arguments::apply(|it| it.scale = f64::NAN), "`scale` is NaN, expected a finite number");
     refused(Arguments::apply(|it| it.scale = 1e39), "`scale` is inf, expected a finite number");
     let Arguments { x, w, a, b, .. } = Arguments::new();

@@ -60,6 +60,20 @@ pub enum Kind {
     Hopper,
 }
 
+/// Simulated GPUs for each choice that the kernels of a kind leave.
+#[cfg(all(feature = "emulator", feature = "cuda"))]
+pub fn emulated(kind: Kind) -> Vec<Emulated> {
+    use fused_lora::plan::TileSize::{Large, Small};
+    match kind {
+        Kind::Ragged => {
+            [(75, Small), (80, Large), (80, Small)].map(|(arch, tile)| Emulated::new(arch, 3).with_tile(tile)).into()
+        }
+        Kind::Hopper => {
+            hopper::variants().into_iter().map(|options| Emulated::new(90, 3).with_options(options)).collect()
+        }
+    }
+}
+
 /// The backends of a kind; `test` is named where there is no GPU.
 pub fn backends(kind: Kind, test: &str) -> Vec<Any> {
     let mut backends = Vec::new();
@@ -69,16 +83,7 @@ pub fn backends(kind: Kind, test: &str) -> Vec<Any> {
     #[cfg(not(feature = "cuda"))]
     let _ = test;
     #[cfg(all(feature = "emulator", feature = "cuda"))]
-    match kind {
-        Kind::Ragged => {
-            use fused_lora::plan::TileSize::{Large, Small};
-            let tiled = |(arch, tile)| Any::Emulated(Emulated::new(arch, 3).with_tile(tile));
-            backends.extend([(75, Small), (80, Large), (80, Small)].map(tiled));
-        }
-        Kind::Hopper => {
-            backends.extend(hopper::variants().into_iter().map(|v| Any::Emulated(Emulated::new(90, 3).with_options(v))))
-        }
-    }
+    backends.extend(emulated(kind).into_iter().map(Any::Emulated));
     #[cfg(feature = "cuda")]
     if let Some(kernels) = gpu::kernels(test) {
         use fused_lora::plan::{Family, Options};

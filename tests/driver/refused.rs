@@ -131,3 +131,26 @@ fn host_memory_that_does_not_fit_is_refused() {
     let host = Host { rows: 1, cols: 3, offset: 0, row_stride: 3, data: vec![f16::ONE; 3] };
     assert_eq!(Device::<Queue, f16>::new(&queue, &host).download(&queue).data, host.data);
 }
+
+/// The host's address of no elements is none.
+#[test]
+fn nothing_is_copied_where_there_is_nothing() {
+    let Some(stub) = Stub::new("nothing_is_copied_where_there_is_nothing", 80) else { return };
+    let gpu = gpu(stub.kernels(0));
+    let queue = Queue::new(&gpu.kernels, &gpu.stream).expect("a queue");
+    let mut buffer = queue.alloc::<f16>(1).expect("a buffer");
+    stub.clear();
+    let words = queue.upload_words(&[]).expect("words");
+    let elements = queue.upload::<f16>(&[]).expect("elements");
+    queue.overwrite::<f16>(&[], Queue::write(&mut buffer)).expect("nothing to do");
+    let none = gpu.stream.null::<f16>().expect("a buffer of none");
+    assert_eq!(queue.download::<f16>(&none), Ok(Vec::new()));
+    assert!(!stub.calls().iter().any(|call| call.starts_with("cuMemcpy")), "{:?}", stub.calls());
+    // What is there is something to be passed on nevertheless.
+    let lengths = (Queue::len(&elements), words.len());
+    drop((words, elements));
+    assert_eq!((lengths, stub.misuse()), ((1, 1), 0));
+    let two = queue.upload_words(&[1, 2]).expect("words");
+    assert!(stub.calls().iter().any(|call| call.starts_with("cuMemcpyHtoD")), "{:?}", stub.calls());
+    assert_eq!(two.len(), 2);
+}
