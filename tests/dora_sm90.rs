@@ -52,18 +52,19 @@ fn backward_in_both_types() {
 /// dm with every choice of the other outputs, with ranks and without, in one chunk and in several.
 #[test]
 fn any_subset_of_outputs() {
-    let cases = (0..16u32).flat_map(|bits| (0..4).map(move |way| (bits, way))).enumerate().map(|(turn, (bits, way))| {
-        let options = variants()[turn % 6].with_chunks(1 + way % 2 * 2);
-        let spec = Spec {
-            placement: PLACEMENTS[turn % 3],
-            outputs: std::array::from_fn(|at| bits >> at & 1 == 1),
-            accumulate: way % 2 == 0,
-            bias: turn % 3 != 0,
-            dora: true,
-            ..Spec::new(ROWS[6 + turn % 6], 72, 136, [24, 0, 64, 136][(turn / 3) % 4])
-        };
-        Case { spec, options, turn }
-    });
+    let cases =
+        (0..16u32).flat_map(|bits| (0..4).map(move |way| (bits, way))).enumerate().map(|(turn, (bits, way))| {
+            let options = variants()[turn % 6].with_chunks(1 + way % 2 * 2);
+            let spec = Spec {
+                placement: PLACEMENTS[turn % 3],
+                outputs: std::array::from_fn(|at| bits >> at & 1 == 1),
+                accumulate: way % 2 == 0,
+                bias: turn % 3 != 0,
+                dora: true,
+                ..Spec::new(ROWS[6 + turn % 6], 72, 136, [24, 0, 64, 136][(turn / 3) % 4])
+            };
+            Case { spec, options, turn }
+        });
     cases.collect::<Vec<_>>().par_iter().for_each(|case| check::backward::<bf16>(&backend(case), &case.spec));
 }
 
@@ -73,7 +74,8 @@ fn small_integers_are_exact() {
     let cases = variants().into_iter().enumerate().flat_map(|(v, options)| {
         (0..3).map(move |i| {
             let turn = 3 * v + i;
-            let spec = Spec::new(ROWS[(11 - v + 4 * i) % 12], COLUMNS[(8 + v + 5 * i) % 12], COLUMNS[(5 * v + i) % 12], 0);
+            let spec =
+                Spec::new(ROWS[(11 - v + 4 * i) % 12], COLUMNS[(8 + v + 5 * i) % 12], COLUMNS[(5 * v + i) % 12], 0);
             let spec = Spec {
                 r: RANKS[(2 * v + 3 * i + 1) % 10],
                 placement: PLACEMENTS[v % 3],
@@ -162,9 +164,9 @@ fn the_same_bits_every_time() {
 /// What is not finite in one column of the gain, the magnitude or a bias stays where that column goes, in edges too.
 #[test]
 fn what_is_not_finite_stays_in_its_column() {
-    let cases = [f32::NAN, f32::INFINITY].into_iter().flat_map(|value| {
-        variants().into_iter().enumerate().map(move |(turn, options)| (value, turn, options))
-    });
+    let cases = [f32::NAN, f32::INFINITY]
+        .into_iter()
+        .flat_map(|value| variants().into_iter().enumerate().map(move |(turn, options)| (value, turn, options)));
     cases.collect::<Vec<_>>().into_par_iter().for_each(|(value, turn, options)| {
         let spec = Spec { n: 72, m: ROWS[turn + 5], outputs: [false, false, true, true], ..busy() };
         let emulator = hopper(3, options.with_chunks(1 + turn as u32 % 2));

@@ -138,10 +138,9 @@ class Backward : Operation<LoraSm90Backward> {
       const Dropout dropout = this->template dropout<Shape>();
       consumer.wide_kept(acc, n_steps(), tail,
                          [&](KeptBits<Shape::kBlockN>& kept, uint32_t i) LORA_INLINE { kept.draw(dropout, m, k, i); });
-    } else if (p_.gain != 0) {
-      consumer.wide_altered(acc, n_steps(), tail, [&](uint32_t slab, uint32_t i) LORA_INLINE { gain_dy(slab, i); });
     } else {
-      consumer.template wide<1>(acc, n_steps() + tail / 4, tail % 4);
+      consumer.wide_altered(acc, p_.gain != 0 ? n_steps() : 0, n_steps() + tail / 4, tail % 4,
+                            [&](uint32_t slab, uint32_t i) LORA_INLINE { gain_dy(slab, i); });
     }
     const bool accumulate = (p_.flags & LORA_ACCUMULATE_DX) != 0;
     store_wide<Shape>(consumer, acc, map(LORA_SM90_BACKWARD_DX), m, k, p_.m, p_.k,

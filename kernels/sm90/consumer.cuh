@@ -75,22 +75,22 @@ class Consumer {
   template <int kMnMajorB>
   __device__ __forceinline__ void wide(float (&acc)[kWideN / 2], uint32_t steps, uint32_t rest) {
     wide_step<kMnMajorB, 4, true>(acc);
-#pragma unroll 1
-    for (uint32_t i = 1; i < steps; ++i) wide_step<kMnMajorB, 4, false>(acc);
-    wide_rest<kMnMajorB>(acc, rest);
+    wide_from<kMnMajorB>(acc, 1, steps, rest);
   }
 
-  // A tile of dx whose first `steps` of kBlockK are altered, each while the products of the one before run; then `tail`
-  // times 16 that are not. `alter` as for a narrow tile.
+  // The same for dx, where the first `altered` steps are altered, each while the products of the one before run;
+  // `alter` as for a narrow tile.
   template <class Alter>
-  __device__ __forceinline__ void wide_altered(float (&acc)[kWideN / 2], uint32_t steps, uint32_t tail,
-                                               const Alter& alter) {
-    wide_altered_step<true>(acc, 0, alter);
+  __device__ __forceinline__ void wide_altered(float (&acc)[kWideN / 2], uint32_t altered, uint32_t steps,
+                                               uint32_t rest, const Alter& alter) {
+    if (altered == 0) {
+      wide_step<1, 4, true>(acc);
+    } else {
+      wide_altered_step<true>(acc, 0, alter);
 #pragma unroll 1
-    for (uint32_t i = 1; i < steps; ++i) wide_altered_step<false>(acc, i, alter);
-#pragma unroll 1
-    for (uint32_t i = 0; i < tail / 4; ++i) wide_step<1, 4, false>(acc);
-    wide_rest<1>(acc, tail % 4);
+      for (uint32_t i = 1; i < altered; ++i) wide_altered_step<false>(acc, i, alter);
+    }
+    wide_from<1>(acc, max(altered, 1), steps, rest);
   }
 
   // A narrow tile over `blocks` blocks of 64; in `sums` the sums of A's rows.
@@ -176,6 +176,7 @@ class Consumer {
                                                 const Visit& visit) {
     constexpr uint32_t kPerStage = narrow_blocks<Shape>(Kind::kN);
     static_assert(kPerStage * kBytesA <= Shape::kStageBytes, "a stage holds what is beside A");
+    const uint32_t slab = slab_ * kSlabBytes;
 #pragma unroll
     for (float& value : acc) value = 0.0f;
 #pragma unroll
@@ -184,12 +185,16 @@ class Consumer {
     for (uint32_t done = 0; done < blocks; done += kPerStage) {
       const uint32_t count = min(kPerStage, blocks - done);
       const uint32_t stage = begin();
-      narrow_counted<Kind>(acc, sums, stage, count);
+      held_ = ring_.empty();
+      ring_.advance();
       const uint32_t beside = begin();
 #pragma unroll 1
       for (uint32_t i = 0; i < count; ++i) {
-        const uint32_t slab = slab_ * kSlabBytes;
-        visit(stage + slab + i * (kBytesA + Kind::kN * kRowBytes), beside + slab + i * kBytesA, done + i);
+        const uint32_t block = stage + i * (kBytesA + Kind::kN * kRowBytes);
+        ptx::wgmma_fence();
+        narrow_block<Kind, false>(acc, sums, block);
+        ptx::wgmma_commit();
+        visit(block + slab, beside + i * kBytesA + slab, done + i);
       }
       __syncwarp();  // every lane has read before one says so
       drain();
@@ -217,9 +222,11 @@ class Consumer {
     wide_products<1, 4, kFirst>(acc, stage);
   }
 
-  // The end of a main tile: a step of `rest` (0..3) times 16.
+  // A main tile from step `first` on.
   template <int kMnMajorB>
-  __device__ __forceinline__ void wide_rest(float (&acc)[kWideN / 2], uint32_t rest) {
+  __device__ __forceinline__ void wide_from(float (&acc)[kWideN / 2], uint32_t first, uint32_t steps, uint32_t rest) {
+#pragma unroll 1
+    for (uint32_t i = first; i < steps; ++i) wide_step<kMnMajorB, 4, false>(acc);
     if (rest == 1) wide_step<kMnMajorB, 1, false>(acc);
     if (rest == 2) wide_step<kMnMajorB, 2, false>(acc);
     if (rest == 3) wide_step<kMnMajorB, 3, false>(acc);

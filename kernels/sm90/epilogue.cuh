@@ -14,7 +14,7 @@ __device__ __forceinline__ void gain_columns(float (&acc)[Shape::kBlockN / 2], c
 #pragma unroll
   for (uint32_t j = 0; j < Shape::kBlockN / 8; ++j) {
     const uint32_t col = n + Consumer<Shape>::col_of(j);
-    if (col >= cols) continue;
+    if (col >= cols) return;
     const float2 factors = *reinterpret_cast<const float2*>(gain + col);
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half) {

@@ -7,18 +7,6 @@
 
 namespace lora::sm90 {
 
-// Two neighbours in one register as f32.
-template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t pair);
-template <>
-__device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
-  return __half22float2(reinterpret_cast<const __half2&>(pair));
-}
-template <>
-__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));  // an instruction each
-}
-
 // A thread's part of a slab of 64 rows of 128 bytes, swizzled: 8 columns, of every 16th row. Eight neighbours have a
 // row, and so reach all banks.
 struct SlabPart {
