@@ -158,6 +158,9 @@ class Backward : Operation<LoraSm90Backward> {
            (static_cast<uint64_t>(slab) * p_.chunks + chunk) * p_.partial_stride;
   }
 
+  // Of that the last 256 words, which no other gradient reaches: here threads read what others of the warpgroup left.
+  __device__ __forceinline__ uint32_t magnitude_offset() const { return p_.partial_stride - kWarpgroup / 32 * kSlabM; }
+
   __device__ __forceinline__ void gradient(Consumer<Shape>& consumer, const GradientUnit& unit, bool is_db) const {
     const bool product = has_product(is_db);
     const bool magnitude = with_dm(unit, is_db);
@@ -202,7 +205,7 @@ class Backward : Operation<LoraSm90Backward> {
         }
       }
     }
-    if (magnitude) dm(first + (registers + 2) * kWarpgroup, m);
+    if (magnitude) dm(first + magnitude_offset(), m);
     if (with_sums && p_.dbias != 0) {
       float sum[2];
       sum_partials(sum, first, p_.partial_stride, p_.chunks, registers, registers + 2);
@@ -251,7 +254,7 @@ class Backward : Operation<LoraSm90Backward> {
                                LORA_INLINE { magnitude.add(dy, y, unit.tokens - block * kBlockK); };
         consumer.template narrow_beside<Kind>(acc, sums, blocks, visit);
         consumer.barrier();  // what the tile before left in the same place was read
-        magnitude.store(partial + (Kind::kN / 2 + 2) * kWarpgroup);
+        magnitude.store(partial + magnitude_offset());
         store_partial<Kind>(partial, acc, sums);
         return;
       }

@@ -67,7 +67,7 @@ fn check_launch(planned: &Planned<'_>, dtype: Dtype, operation: &str) -> u32 {
     let stages = if columns == 128 { 6 } else { 4 };
     assert_eq!(launch.shared_bytes, stages * 128 * (128 + columns) + 4 * 8192 + 1024);
     let bytes = launch.parameter_bytes(super::encode).expect("legal maps").len();
-    assert_eq!(bytes, if operation == "forward" { 896 } else { 1536 }, "the size of the struct");
+    assert_eq!(bytes, if operation == "forward" { 896 } else { 1664 }, "the size of the struct");
     columns
 }
 
@@ -127,8 +127,9 @@ fn check_gradients(planned: &Planned<'_>, p: &LoraSm90BackwardParams, tiles: [u1
     let slabs = (db_tiles + da_tiles) * cluster * 2;
     let counters = if chunks > 1 { slabs } else { 0 };
     assert_eq!(u128::from(p.sync_words), u128::from(p.counters) + counters);
-    // Per thread: a register for each two columns of the narrow tile, and two sums.
-    assert_eq!(p.partial_stride, 128 * (narrow_columns(p.r as usize) / 2 + 2));
+    // Per thread: a register for each two columns of the narrow tile, two sums, and two of the gradient of the magnitude.
+    let sums = if p.magnitude.dm == 0 { 2 } else { 4 };
+    assert_eq!(p.partial_stride, 128 * (narrow_columns(p.r as usize) / 2 + sums));
     let places = if chunks > 1 { slabs * chunks } else { u128::from(planned.launch.grid[0]) * 2 };
     let bytes = 4 * u128::from(p.partial_stride) * places;
     assert!(slabs == 0 || bytes <= 32 << 20, "{bytes} bytes of sums");
@@ -158,7 +159,7 @@ pub(super) fn backward(planned: &Planned<'_>, op: &raw::Backward, shape: LoraSha
     planned.check_order(p.group_m, p.m_groups, if wants_dx { p.k_blocks } else { 1 });
     let dx_tiles = if wants_dx { m_groups * k_blocks } else { 0 };
     assert_eq!(u128::from(p.dx_end), u128::from(p.dh_tickets) + dx_tiles);
-    let db_tiles = n_groups * if wants_db { r_blocks } else { op.dbias.is_some().into() };
+    let db_tiles = n_groups * if wants_db { r_blocks } else { (op.dbias.is_some() || op.dm.is_some()).into() };
     let da_tiles = if wants_da { k_groups * r_blocks } else { 0 };
     let sums = check_gradients(planned, &p, [db_tiles, da_tiles]);
     check_flags(m_groups * u128::from(cluster), p.flag_shift, p.counters, p.sync_words);
@@ -169,15 +170,16 @@ pub(super) fn backward(planned: &Planned<'_>, op: &raw::Backward, shape: LoraSha
     assert_eq!((p.dx.ptr, p.dbias), (op.dx.map_or(0, |dx| dx.ptr), pointer(true, op.dbias)));
     let narrow = [narrow_columns(r).min(64), 64];
     let when = |condition: bool, matrix: raw::Matrix| condition.then_some(matrix);
-    assert_eq!(planned.launch.maps.len(), 10);
+    assert_eq!(planned.launch.maps.len(), 11);
     check_map(planned, 0, when(wants_dh || wants_dx, op.dy), [64, 128]);
     check_map(planned, 1, when(wants_dx, op.w), [64, 64]);
     check_map(planned, 2, when(wants_dh, op.b), narrow);
     check_map(planned, 3, dh.filter(|_| wants_dx), [64, 128]);
     check_map(planned, 4, when(wants_dx, op.a), [64, 64]);
     check_map(planned, 5, op.dx, [64, 64]);
-    check_map(planned, 6, when(wants_db || op.dbias.is_some(), op.dy), [64, 64]);
+    check_map(planned, 6, when(wants_db || op.dbias.is_some() || op.dm.is_some(), op.dy), [64, 64]);
     check_map(planned, 7, op.h.filter(|_| wants_db), narrow);
     check_map(planned, 8, op.x.filter(|_| wants_da), [64, 64]);
     check_map(planned, 9, dh.filter(|_| wants_da), narrow);
+    check_map(planned, 10, op.dm.map(|dm| dm.y), [64, 64]);
 }
