@@ -172,6 +172,9 @@ fn what_is_not_finite_stays_in_its_column() {
         let emulator = hopper(3, options.with_chunks(1 + turn as u32 % 2));
         let of = |at: usize| {
             let (mut forward, mut backward) = ops::<bf16>(&spec);
+            // Sums over tokens of one sign: infinite, and no NaN whichever factor comes first.
+            backward.dy.fill(|_, _| 1.0);
+            backward.h.as_mut().expect("h").fill(|_, _| 1.0);
             let HostMagnitude { bias, magnitude, .. } = backward.magnitude.as_mut().expect("dm is wanted");
             let vectors = [forward.gain.as_mut(), backward.gain.as_mut(), Some(magnitude)];
             match vectors.into_iter().nth(at).flatten() {
@@ -180,8 +183,6 @@ fn what_is_not_finite_stays_in_its_column() {
                     vector.data[last] = value;
                 }
                 None => {
-                    // All of one sign, so that the sum over tokens is infinite and no NaN.
-                    backward.dy.fill(|_, _| 1.0);
                     let bias = bias.as_mut().expect("a bias");
                     let last = bias.index(0, 71);
                     bias.data[last] = bf16::from_f32(value);
