@@ -56,7 +56,7 @@ impl Chunks {
 }
 
 /// f32 elements that a warpgroup leaves: one per thread and accumulator register of half a narrow tile's columns, two column sums,
-/// and with `dm`, DoRA's gradient of the magnitude, a row of sums per warp: as much as two more.
+/// and with `dm`, DoRA's gradient of the magnitude, 64 more of each of the four warps.
 pub(super) fn partial_stride(r: usize, dm: bool) -> u64 {
     128 * (u64::from(narrow_columns(r)) / 2 + if dm { 4 } else { 2 })
 }
