@@ -43,7 +43,8 @@
 #define LORA_SYNC_EXITED 1 /* CTAs that have finished */
 #define LORA_SYNC_FLAGS 2  /* first h / dh flag; the tile counters of db and da follow the flags */
 
-/* LoraBackwardParams::flags */
+/* LoraBackwardParams::flags, those of db and dbias for all projections but LORA_DB_F32 and LORA_DBIAS_F32, which each
+ * has */
 #define LORA_ACCUMULATE_DX 1u
 #define LORA_ACCUMULATE_DA 2u
 #define LORA_ACCUMULATE_DB 4u
@@ -52,6 +53,7 @@
 #define LORA_DB_F32 32u
 #define LORA_DBIAS_F32 64u
 #define LORA_ACCUMULATE_DM 128u
+#define LORA_GAINED 256u /* some projection has a gain */
 
 /* merge: rows and columns of a tile, threads, and ranks per step. */
 #define LORA_MERGE_BLOCK 64
@@ -72,6 +74,10 @@ typedef struct LoraMatrix {
   uint64_t ptr;
   int64_t row_stride;
 } LoraMatrix;
+
+/* Projections: products of one x, each with a weight, an adapter and an output of its own. The A of all lie below each
+ * other in a, and their ranks side by side in h and dh. */
+#define LORA_MAX_PROJECTIONS 4
 
 /* Routes (src/routing.rs): a word per row of x, scale and first and one past the last rank that it keeps; then a word
  * per LORA_ROUTE_ROWS rows, whose bit i says that one of them keeps ranks from LORA_ROUTE_RANKS i on. */
@@ -96,57 +102,84 @@ typedef struct LoraMagnitude {
   uint64_t dm;        /* N elements of f32, output */
 } LoraMagnitude;
 
+/* A projection of forward. Blocks of columns are numbered over all projections, and so are ranks. */
+typedef struct LoraForwardProjection {
+  LoraMatrix w;
+  LoraMatrix b;
+  LoraMatrix y;
+  uint64_t bias; /* N elements, 0 when absent */
+  uint64_t gain; /* N elements of f32; 0 when absent */
+  uint32_t n;
+  uint32_t r; /* its ranks are columns [first_rank, first_rank + r) of h */
+  uint32_t first_rank;
+  uint32_t first_block; /* first of its blocks of columns of y */
+  float scale;
+  uint32_t padding;
+} LoraForwardProjection;
+
 /* Units of work are numbered h first, then y. */
 typedef struct LoraForwardParams {
   LoraMatrix x;
-  LoraMatrix w;
   LoraMatrix a;
-  LoraMatrix b;
   LoraMatrix h;
-  LoraMatrix y;
-  uint64_t bias; /* N elements, 0 when absent */
   uint64_t sync;
   uint32_t m;
-  uint32_t n;
   uint32_t k;
-  uint32_t r;
-  float scale;
+  uint32_t r; /* of all projections */
+  uint32_t projection_count;
   uint32_t m_blocks;
-  uint32_t n_blocks;
+  uint32_t n_blocks;   /* of all projections */
   uint32_t h_units;    /* m_blocks x blocks of R */
   uint32_t units;      /* h_units + m_blocks x n_blocks */
   uint32_t group_m;    /* M-blocks that share a pass over w, for reuse in L2 */
   uint32_t flag_shift; /* 2^flag_shift M-blocks share a flag */
   uint32_t sync_words; /* words the last CTA clears */
+  uint32_t padding;
   LoraDropout dropout;
-  uint64_t routes; /* address of the table; 0 when absent */
-  uint64_t gain;   /* N elements of f32; 0 when absent */
+  uint64_t routes; /* address of the table; 0 when absent, and with more than one projection */
+  LoraForwardProjection projections[LORA_MAX_PROJECTIONS];
 } LoraForwardParams;
+
+/* A projection of backward. Steps of the reduction of dx over N, narrow tiles of dh along its ranks and tiles of db are
+ * numbered over all projections. */
+typedef struct LoraBackwardProjection {
+  LoraMatrix dy;
+  LoraMatrix w;
+  LoraMatrix b;
+  LoraMatrix db;
+  LoraMagnitude magnitude;
+  uint64_t dbias; /* N elements, 0 when absent */
+  uint64_t gain;  /* N elements of f32; 0 when absent */
+  uint32_t n;
+  uint32_t r; /* its ranks are columns [first_rank, first_rank + r) of h and dh */
+  uint32_t first_rank;
+  uint32_t n_blocks;
+  uint32_t first_step;    /* first of its steps of dx */
+  uint32_t first_narrow;  /* first of its narrow tiles of dh, of those of one block of rows */
+  uint32_t first_db_tile; /* first of its tiles of db */
+  uint32_t flags;         /* LORA_DB_F32, LORA_DBIAS_F32 */
+  float scale;
+  uint32_t padding;
+} LoraBackwardProjection;
 
 /* Units of work are numbered dh, dx, db (with dbias), da. */
 typedef struct LoraBackwardParams {
-  LoraMatrix dy;
-  LoraMatrix w;
   LoraMatrix a;
-  LoraMatrix b;
   LoraMatrix x;
   LoraMatrix h;
   LoraMatrix dh;
   LoraMatrix dx;
   LoraMatrix da;
-  LoraMatrix db;
-  uint64_t dbias;    /* N elements, 0 when absent */
   uint64_t partials; /* f32, one block of partial_stride per (tile, chunk) of db and da */
   uint64_t sync;
   uint32_t m;
-  uint32_t n;
   uint32_t k;
-  uint32_t r;
-  float scale;
+  uint32_t r; /* of all projections */
+  uint32_t projection_count;
+  uint32_t n_steps; /* of the reduction of dx over the N of all projections */
   uint32_t m_blocks;
-  uint32_t n_blocks;
   uint32_t k_blocks;
-  uint32_t dh_units;       /* m_blocks x blocks of R */
+  uint32_t dh_units;       /* m_blocks x narrow tiles of all projections */
   uint32_t dx_end;         /* first unit past dx: dh_units + m_blocks x k_blocks */
   uint32_t db_end;         /* first unit past db: dx_end + db_tiles x chunks */
   uint32_t units;          /* first unit past da: db_end + da_tiles x chunks */
@@ -158,10 +191,10 @@ typedef struct LoraBackwardParams {
   uint32_t flag_shift;
   uint32_t sync_words;
   uint32_t flags;
+  uint32_t padding;
   LoraDropout dropout;
-  uint64_t routes; /* address of the table; 0 when absent */
-  uint64_t gain;   /* N elements of f32; 0 when absent */
-  LoraMagnitude magnitude;
+  uint64_t routes; /* address of the table; 0 when absent, and with more than one projection */
+  LoraBackwardProjection projections[LORA_MAX_PROJECTIONS];
 } LoraBackwardParams;
 
 /* merged = w + scale b a, or gain times that. A CTA computes one tile; tiles are numbered along k first. */
@@ -222,39 +255,55 @@ typedef struct LoraTensorMap {
  * width of a narrow tile and RB the smaller of RN and 64. Swizzling spans 128 bytes, or RB elements where RB is the
  * inner dimension. What a box reaches beyond its matrix reads as zero and is not written. */
 #define LORA_SM90_FORWARD_X 0 /* 64 x 128 */
-#define LORA_SM90_FORWARD_W 1 /* 64 x BN / 2 */
-#define LORA_SM90_FORWARD_A 2 /* 64 x RN */
-#define LORA_SM90_FORWARD_H 3 /* 64 x 128 */
-#define LORA_SM90_FORWARD_B 4 /* 64 x BN / 2 */
-#define LORA_SM90_FORWARD_Y 5 /* 64 x 64, stored */
-#define LORA_SM90_FORWARD_MAPS 6
+#define LORA_SM90_FORWARD_A 1 /* 64 x RN */
+/* Of projection j, at FIRST + j x EACH +: */
+#define LORA_SM90_FORWARD_FIRST 2
+#define LORA_SM90_FORWARD_W 0 /* 64 x BN / 2 */
+#define LORA_SM90_FORWARD_H 1 /* 64 x 128: its ranks */
+#define LORA_SM90_FORWARD_B 2 /* 64 x BN / 2 */
+#define LORA_SM90_FORWARD_Y 3 /* 64 x 64, stored */
+#define LORA_SM90_FORWARD_EACH 4
+#define LORA_SM90_FORWARD_MAPS 18
 
+#define LORA_SM90_BACKWARD_DH 0        /* 64 x 128 */
+#define LORA_SM90_BACKWARD_A 1         /* 64 x 64 */
+#define LORA_SM90_BACKWARD_DX 2        /* 64 x 64, stored */
+#define LORA_SM90_BACKWARD_H_TOKENS 3  /* RB x 64: the reduction over tokens */
+#define LORA_SM90_BACKWARD_X_TOKENS 4  /* 64 x 64 */
+#define LORA_SM90_BACKWARD_DH_TOKENS 5 /* RB x 64, RB of da */
+/* Of projection j, at FIRST + j x EACH +: */
+#define LORA_SM90_BACKWARD_FIRST 6
 #define LORA_SM90_BACKWARD_DY 0        /* 64 x 128: rows of dh and dx */
 #define LORA_SM90_BACKWARD_W 1         /* 64 x 64 */
 #define LORA_SM90_BACKWARD_B 2         /* RB x 64 */
-#define LORA_SM90_BACKWARD_DH 3        /* 64 x 128 */
-#define LORA_SM90_BACKWARD_A 4         /* 64 x 64 */
-#define LORA_SM90_BACKWARD_DX 5        /* 64 x 64, stored */
-#define LORA_SM90_BACKWARD_DY_TOKENS 6 /* 64 x 64: the reduction over tokens */
-#define LORA_SM90_BACKWARD_H_TOKENS 7  /* RB x 64 */
-#define LORA_SM90_BACKWARD_X_TOKENS 8  /* 64 x 64 */
-#define LORA_SM90_BACKWARD_DH_TOKENS 9 /* RB x 64 */
-#define LORA_SM90_BACKWARD_MAPS 10
+#define LORA_SM90_BACKWARD_DY_TOKENS 3 /* 64 x 64 */
+#define LORA_SM90_BACKWARD_EACH 4
+#define LORA_SM90_BACKWARD_MAPS 22
+
+/* As LoraForwardProjection. */
+typedef struct LoraSm90ForwardProjection {
+  uint64_t bias;
+  uint64_t gain;
+  uint32_t n;
+  uint32_t r;
+  uint32_t first_rank;
+  uint32_t first_block;
+  float scale;
+  uint32_t padding;
+} LoraSm90ForwardProjection;
 
 /* A unit of work belongs to a cluster: its CTAs take neighbouring blocks of rows. Tickets hand out bundles of h units
  * first, then single y units. Numbers of blocks are multiples of the cluster's size; blocks past the matrix are empty.
  */
 typedef struct LoraSm90ForwardParams {
-  LoraMatrix h;  /* as it is written */
-  uint64_t bias; /* N elements, 0 when absent */
+  LoraMatrix h; /* as it is written */
   uint64_t sync;
   uint32_t m;
-  uint32_t n;
   uint32_t k;
-  uint32_t r;
-  float scale;
+  uint32_t r; /* of all projections */
+  uint32_t projection_count;
   uint32_t m_groups;   /* blocks of rows / CTAs per cluster */
-  uint32_t n_blocks;   /* blocks of BN columns */
+  uint32_t n_blocks;   /* blocks of BN columns of all projections */
   uint32_t r_blocks;   /* narrow tiles along R */
   uint32_t h_units;    /* m_groups x r_blocks */
   uint32_t h_tickets;  /* ticket t hands out h units t, t + h_tickets, ... */
@@ -262,9 +311,10 @@ typedef struct LoraSm90ForwardParams {
   uint32_t group_m;    /* m_groups that share a pass over w */
   uint32_t flag_shift; /* 2^flag_shift M-blocks share a flag */
   uint32_t sync_words;
+  uint32_t padding;
   LoraDropout dropout;
-  uint64_t routes; /* address of the table; 0 when absent */
-  uint64_t gain;   /* N elements of f32; 0 when absent */
+  uint64_t routes; /* address of the table; 0 when absent, and with more than one projection */
+  LoraSm90ForwardProjection projections[LORA_MAX_PROJECTIONS];
 } LoraSm90ForwardParams;
 
 typedef struct LoraSm90Forward {
@@ -272,30 +322,45 @@ typedef struct LoraSm90Forward {
   LoraSm90ForwardParams params;
 } LoraSm90Forward;
 
-/* Tickets hand out bundles of dh units, then dx, db (with dbias) and da units. */
+/* As LoraBackwardProjection. */
+typedef struct LoraSm90BackwardProjection {
+  LoraMatrix db;
+  LoraMagnitude magnitude;
+  uint64_t dbias;
+  uint64_t gain;
+  uint32_t n;
+  uint32_t r;
+  uint32_t first_rank;
+  uint32_t n_groups; /* groups of 128-row blocks of db, as m_groups */
+  uint32_t first_narrow;
+  uint32_t first_db_tile;
+  uint32_t flags;
+  float scale;
+} LoraSm90BackwardProjection;
+
+/* Tickets hand out bundles of dh units, then dx, db (with dbias) and da units. RN and RB are those of most_r for dh and
+ * db, of r for da. */
 typedef struct LoraSm90BackwardParams {
   LoraMatrix dh; /* as it is written */
   LoraMatrix dx; /* as it is read to accumulate */
   LoraMatrix da;
-  LoraMatrix db;
-  uint64_t dbias;
   uint64_t partials; /* f32, one block of partial_stride per (slab, chunk) of db and da */
   uint64_t sync;
   uint32_t m;
-  uint32_t n;
   uint32_t k;
-  uint32_t r;
-  float scale;
+  uint32_t r;      /* of all projections */
+  uint32_t most_r; /* of any projection */
+  uint32_t projection_count;
+  uint32_t n_steps; /* of the reduction of dx over the N of all projections */
   uint32_t m_groups;
-  uint32_t n_groups; /* groups of 128-row blocks of db, as m_groups */
-  uint32_t k_groups; /* groups of 128-row blocks of da transposed */
-  uint32_t k_blocks; /* blocks of BN columns of dx */
-  uint32_t r_blocks;
-  uint32_t dh_units;   /* m_groups x r_blocks */
+  uint32_t k_groups;   /* groups of 128-row blocks of da transposed */
+  uint32_t k_blocks;   /* blocks of BN columns of dx */
+  uint32_t dh_blocks;  /* narrow tiles of dh along the ranks of all projections */
+  uint32_t dh_units;   /* m_groups x dh_blocks */
   uint32_t dh_tickets; /* ticket t hands out dh units t, t + dh_tickets, ... */
   uint32_t dx_end;     /* first ticket past dx: dh_tickets + m_groups x k_blocks */
-  uint32_t db_end;     /* first ticket past db: dx_end + n_groups x r_blocks x chunks (r_blocks: 1 for dbias alone) */
-  uint32_t tickets;    /* first ticket past da: db_end + k_groups x r_blocks x chunks */
+  uint32_t db_end;     /* first ticket past db: dx_end + tiles of all projections x chunks */
+  uint32_t tickets;    /* first ticket past da: db_end + k_groups x blocks of R x chunks */
   uint32_t chunks;
   uint32_t chunk_rows; /* tokens per chunk, a multiple of the block of rows */
   uint32_t partial_stride;
@@ -306,9 +371,8 @@ typedef struct LoraSm90BackwardParams {
   uint32_t flags;
   uint32_t padding;
   LoraDropout dropout;
-  uint64_t routes; /* address of the table; 0 when absent */
-  uint64_t gain;   /* N elements of f32; 0 when absent */
-  LoraMagnitude magnitude;
+  uint64_t routes; /* address of the table; 0 when absent, and with more than one projection */
+  LoraSm90BackwardProjection projections[LORA_MAX_PROJECTIONS];
 } LoraSm90BackwardParams;
 
 typedef struct LoraSm90Backward {

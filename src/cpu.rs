@@ -19,7 +19,9 @@ mod product;
 pub(crate) use adapter::{check_gain, check_merge, check_round};
 pub use adapter::{gain, merge, round};
 
-use crate::dropout::Keep;
+use std::ops::Range;
+
+use crate::dropout::{Keep, factor};
 use crate::error::{Error, Result};
 use crate::shape::{LoraShape, check_length};
 use crate::{Dropout, Dtype, Element, Gradient, MagnitudeGradient, Matrix, MatrixMut, Seed, raw};
@@ -29,6 +31,14 @@ use product::{Epilogue, Side, Term, column_sums, magnitude_sums, product};
 pub type Forward<'a, T> = crate::Forward<'a, [T], [T], [u64], [f32]>;
 /// [`crate::Backward`] over slices; gradients are `[T]` or `[f32]`.
 pub type Backward<'a, T> = crate::Backward<'a, [T], [T], [f32], [u64], [f32]>;
+/// [`crate::ForwardProjection`] over slices.
+pub type ForwardProjection<'a, T> = crate::ForwardProjection<'a, [T], [T], [f32]>;
+/// [`crate::ForwardShared`] over slices.
+pub type ForwardShared<'a, T> = crate::ForwardShared<'a, [T], [T], [u64], [f32]>;
+/// [`crate::BackwardProjection`] over slices; gradients are `[T]` or `[f32]`.
+pub type BackwardProjection<'a, T> = crate::BackwardProjection<'a, [T], [T], [f32], [f32]>;
+/// [`crate::BackwardShared`] over slices; gradients are `[T]` or `[f32]`.
+pub type BackwardShared<'a, T> = crate::BackwardShared<'a, [T], [T], [f32], [u64], [f32]>;
 /// [`crate::Variant`] over slices.
 pub type Variant<'a> = crate::Variant<'a, [u64], [f32]>;
 /// [`crate::Merge`] over slices; factors are `[T]` or `[f32]`.
@@ -69,21 +79,36 @@ pub struct Cpu;
 /// What [`raw::Forward::check`] finds, [`Error::BufferTooShort`], and [`Error::OutOfMemory`] for the scratch of h.
 /// Nothing is written then.
 pub fn forward<T: Element>(op: Forward<'_, T>) -> Result<()> {
+    forward_shared(op.into())
+}
+
+/// For each projection y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, all of one x.
+///
+/// # Errors
+/// What [`raw::ForwardShared::check`] finds, [`Error::Projections`], [`Error::BufferTooShort`], and [`Error::OutOfMemory`] for the
+/// scratch of h. Nothing is written then.
+pub fn forward_shared<T: Element>(op: ForwardShared<'_, T>) -> Result<()> {
     let shape = check_forward(&op)?;
-    let Forward { x, w, a, b, scale, bias, h, y, variant } = op;
-    let (keep, scale) = (kept(&variant), scale * raw_variant(&variant).factor());
-    let routes = routed(&variant, shape.m);
-    let bias = bias.map(|bias| widened(bias, shape.n));
-    let gain = variant.gain.map(vector);
+    let ForwardShared { x, a, h, projections, dropout, routes } = op;
+    let (keep, factor) = (kept(&dropout), factor(dropout.map(|dropout| dropout.p)));
+    let routes = routed(routes, shape.m);
     let mut scratch = Vec::new();
     let mut h = match h {
         Some(h) => h,
         None => middle(&mut scratch, shape)?,
     };
-    let scaled = Epilogue { scale: Some(scale), routes, ..Epilogue::default() };
-    product(&[Term::new(Side::rows(x).keeping(keep), Side::rows(a))], &scaled, reborrow(&mut h));
-    let terms = [Term::new(Side::rows(x), Side::rows(w)), Term::new(Side::rows(shared(&h)), Side::rows(b))];
-    product(&terms, &Epilogue { gain, bias: bias.as_deref(), ..Epilogue::default() }, y);
+    let mut first_rank = 0;
+    for ForwardProjection { w, b, scale, bias, gain, y } in projections {
+        let (a, ranks) = (rows_of(a, first_rank, b.cols), first_rank..first_rank + b.cols);
+        let scaled = Epilogue { scale: Some(scale * factor), routes, ..Epilogue::default() };
+        let own = reborrow_columns(&mut h, ranks.clone());
+        product(&[Term::new(Side::rows(x).keeping(keep), Side::rows(a))], &scaled, own);
+        let (bias, gain) = (bias.map(widened), gain.map(vector));
+        let own = columns_of(shared(&h), ranks);
+        let terms = [Term::new(Side::rows(x), Side::rows(w)), Term::new(Side::rows(own), Side::rows(b))];
+        product(&terms, &Epilogue { gain, bias: bias.as_deref(), ..Epilogue::default() }, y);
+        first_rank += b.cols;
+    }
     Ok(())
 }
 
@@ -93,24 +118,37 @@ pub fn forward<T: Element>(op: Forward<'_, T>) -> Result<()> {
 /// What [`raw::Backward::check`] finds, [`Error::BufferTooShort`], and [`Error::OutOfMemory`] for the scratch of dh.
 /// Nothing is written then.
 pub fn backward<T: Element>(op: Backward<'_, T>) -> Result<()> {
+    backward_shared(op.into())
+}
+
+/// dx = Σ dy W + dh A over all projections, da = dhᵀ x, and for each db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B; only the
+/// outputs that are present.
+///
+/// # Errors
+/// What [`raw::BackwardShared::check`] finds, [`Error::Projections`], [`Error::BufferTooShort`], and [`Error::OutOfMemory`] for the
+/// scratch of dh. Nothing is written then.
+pub fn backward_shared<T: Element>(op: BackwardShared<'_, T>) -> Result<()> {
     let shape = check_backward(&op)?;
-    let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, dm, accumulate, variant } = op;
-    let gain = variant.gain.map(vector);
-    let (keep, scale) = (kept(&variant), scale * raw_variant(&variant).factor());
-    let routes = routed(&variant, shape.m);
+    let BackwardShared { a, x, h, dx, da, projections, accumulate, dropout, routes } = op;
+    let (keep, factor) = (kept(&dropout), factor(dropout.map(|dropout| dropout.p)));
+    let routes = routed(routes, shape.m);
     let adds = |accumulate| Epilogue { accumulate, ..Epilogue::default() };
     let mut scratch = Vec::new();
     if dx.is_some() || da.is_some() {
         let mut dh = middle(&mut scratch, shape)?;
-        let scaled = Epilogue { scale: Some(scale), routes, ..Epilogue::default() };
-        product(&[Term::new(Side::rows(dy).gaining(gain), Side::columns(b))], &scaled, reborrow(&mut dh));
+        let mut first_rank = 0;
+        for &BackwardProjection { dy, b, scale, gain, .. } in &projections {
+            let scaled = Epilogue { scale: Some(scale * factor), routes, ..Epilogue::default() };
+            let own = reborrow_columns(&mut dh, first_rank..first_rank + b.cols);
+            product(&[Term::new(Side::rows(dy).gaining(gain.map(vector)), Side::columns(b))], &scaled, own);
+            first_rank += b.cols;
+        }
         let dh = shared(&dh);
         if let Some(dx) = dx {
-            // The adapter's part first: of it alone the dropped elements are zeros.
-            let terms = [
-                Term::new(Side::rows(dh), Side::columns(a)).keeping(keep),
-                Term::new(Side::rows(dy).gaining(gain), Side::columns(w)),
-            ];
+            // The adapters' part first: of it alone the dropped elements are zeros.
+            let mut terms = vec![Term::new(Side::rows(dh), Side::columns(a)).keeping(keep)];
+            let base = projections.iter().map(|of| (of.dy, of.w, of.gain.map(vector)));
+            terms.extend(base.map(|(dy, w, gain)| Term::new(Side::rows(dy).gaining(gain), Side::columns(w))));
             product(&terms, &adds(accumulate.dx), dx);
         }
         if let (Some(da), Some(x)) = (da, x) {
@@ -118,20 +156,39 @@ pub fn backward<T: Element>(op: Backward<'_, T>) -> Result<()> {
             adapter_gradient(term, &adds(accumulate.da), da);
         }
     }
-    if let (Some(db), Some(h)) = (db, h) {
-        let gained = Epilogue { row_gain: gain, ..adds(accumulate.db) };
-        adapter_gradient(Term::new(Side::columns(dy), Side::columns(h)), &gained, db);
-    }
-    match dbias {
-        Some(Gradient::Storage(dbias)) => column_sums(dy, accumulate.dbias, dbias),
-        Some(Gradient::F32(dbias)) => column_sums(dy, accumulate.dbias, dbias),
-        None => {}
-    }
-    if let Some(MagnitudeGradient { y, bias, magnitude, dm }) = dm {
-        let bias = bias.map(|bias| widened(bias, shape.n));
-        magnitude_sums(dy, y, bias.as_deref(), vector(magnitude), accumulate.dm, dm);
+    let mut first_rank = 0;
+    for BackwardProjection { dy, b, db, dbias, dm, gain, .. } in projections {
+        if let (Some(db), Some(h)) = (db, h) {
+            let own = columns_of(h, first_rank..first_rank + b.cols);
+            let gained = Epilogue { row_gain: gain.map(vector), ..adds(accumulate.db) };
+            adapter_gradient(Term::new(Side::columns(dy), Side::columns(own)), &gained, db);
+        }
+        match dbias {
+            Some(Gradient::Storage(dbias)) => column_sums(dy, accumulate.dbias, dbias),
+            Some(Gradient::F32(dbias)) => column_sums(dy, accumulate.dbias, dbias),
+            None => {}
+        }
+        if let Some(MagnitudeGradient { y, bias, magnitude, dm }) = dm {
+            let bias = bias.map(widened);
+            magnitude_sums(dy, y, bias.as_deref(), vector(magnitude), accumulate.dm, dm);
+        }
+        first_rank += b.cols;
     }
     Ok(())
+}
+
+/// `rows` rows from `first` on.
+fn rows_of<T>(matrix: Matrix<'_, [T]>, first: usize, rows: usize) -> Matrix<'_, [T]> {
+    Matrix { offset: matrix.offset + first * matrix.row_stride, rows, ..matrix }
+}
+
+fn columns_of<T>(matrix: Matrix<'_, [T]>, columns: Range<usize>) -> Matrix<'_, [T]> {
+    Matrix { offset: matrix.offset + columns.start, cols: columns.len(), ..matrix }
+}
+
+fn reborrow_columns<'a, T>(matrix: &'a mut MatrixMut<'_, [T]>, columns: Range<usize>) -> MatrixMut<'a, [T]> {
+    let whole = reborrow(matrix);
+    MatrixMut { offset: whole.offset + columns.start, cols: columns.len(), ..whole }
 }
 
 fn adapter_gradient<T: Element>(term: Term<'_, T>, epilogue: &Epilogue<'_>, output: Gradient<'_, [T], [f32]>) {
@@ -146,9 +203,9 @@ fn vector<'a>(matrix: Matrix<'a, [f32]>) -> &'a [f32] {
     &matrix.data[matrix.offset..matrix.offset + matrix.cols]
 }
 
-/// The first `n` elements of a vector in f32.
-fn widened<T: Element>(vector: Matrix<'_, [T]>, n: usize) -> Vec<f32> {
-    vector.data[vector.offset..vector.offset + n].iter().map(|value| value.to_f32()).collect()
+/// The same in f32.
+fn widened<T: Element>(matrix: Matrix<'_, [T]>) -> Vec<f32> {
+    matrix.data[matrix.offset..matrix.offset + matrix.cols].iter().map(|value| value.to_f32()).collect()
 }
 
 /// A contiguous M × R matrix in `scratch`.
@@ -176,40 +233,34 @@ fn raw<T>(matrix: Matrix<'_, [T]>) -> raw::Matrix {
     raw::Matrix { ptr: data.as_ptr().wrapping_add(offset) as u64, rows, cols, row_stride }
 }
 
-/// The variant as the shape checks see it.
-fn raw_variant(variant: &Variant<'_>) -> raw::Variant {
-    let dropout = variant.dropout.map(|Dropout { p, seed }| raw::Dropout {
+/// Dropout as the shape checks see it.
+fn raw_dropout(dropout: &Option<Dropout<'_, [u64]>>) -> Option<raw::Dropout> {
+    dropout.map(|Dropout { p, seed }| raw::Dropout {
         p,
         seed: match seed {
             Seed::Value { seed, offset } => raw::Seed::Value { seed, offset },
             Seed::Memory(state) => raw::Seed::Memory(raw(state)),
         },
-    });
-    raw::Variant { dropout, routes: variant.routes.map(raw), gain: variant.gain.map(raw) }
+    })
 }
 
-fn fits_variant(variant: &Variant<'_>) -> Result<()> {
-    if let Some(routes) = variant.routes {
-        fits("routes", routes)?;
-    }
-    if let Some(gain) = variant.gain {
-        fits("gain", gain)?;
-    }
-    match variant.dropout {
-        Some(Dropout { seed: Seed::Memory(state), .. }) => fits("seed", state),
+fn words_fit(dropout: &Option<Dropout<'_, [u64]>>, routes: Option<Matrix<'_, [u64]>>) -> Result<()> {
+    fits_if_there(("routes", routes))?;
+    match dropout {
+        Some(Dropout { seed: Seed::Memory(state), .. }) => fits("seed", *state),
         _ => Ok(()),
     }
 }
 
-/// The route of each row; `None` without a table. The variant has been checked.
-fn routed<'a>(variant: &Variant<'a>, m: usize) -> Option<&'a [u64]> {
-    let Matrix { data, offset, .. } = variant.routes?;
+/// The route of each row; `None` without a table, which has been checked.
+fn routed<'a>(routes: Option<Matrix<'a, [u64]>>, m: usize) -> Option<&'a [u64]> {
+    let Matrix { data, offset, .. } = routes?;
     Some(&data[offset..offset + m])
 }
 
-/// The elements of x that the adapter branch sees; `None` for all. The variant has been checked.
-fn kept(variant: &Variant<'_>) -> Option<Keep> {
-    let Dropout { p, seed } = variant.dropout?;
+/// The elements of x that the adapter branch sees; `None` for all. Dropout has been checked.
+fn kept(dropout: &Option<Dropout<'_, [u64]>>) -> Option<Keep> {
+    let Dropout { p, seed } = (*dropout)?;
     let (seed, offset) = match seed {
         Seed::Value { seed, offset } => (seed, offset),
         Seed::Memory(state) => (state.data[state.offset], state.data[state.offset + 1]),
@@ -223,74 +274,115 @@ fn fits<T>(arg: &'static str, matrix: Matrix<'_, [T]>) -> Result<()> {
     check_length(arg, data.len(), offset, (rows, cols, row_stride))
 }
 
-pub(crate) fn check_forward<T: Element>(op: &Forward<'_, T>) -> Result<LoraShape> {
-    let Forward { x, w, a, b, scale, bias, ref h, ref y, ref variant } = *op;
-    let (h, y) = (h.as_ref().map(shared), shared(y));
-    let shape = raw::Forward {
-        dtype: T::DTYPE,
-        x: raw(x),
-        w: raw(w),
-        a: raw(a),
-        b: raw(b),
-        scale,
-        bias: bias.map(raw),
-        h: h.map(raw),
-        y: raw(y),
-        variant: raw_variant(variant),
-    }
-    .check();
-    let named =
-        [("x", Some(x)), ("w", Some(w)), ("a", Some(a)), ("b", Some(b)), ("bias", bias), ("h", h), ("y", Some(y))];
-    let lengths = named.into_iter().try_for_each(|(arg, matrix)| matrix.map_or(Ok(()), |matrix| fits(arg, matrix)));
-    judge(shape, lengths.and(fits_variant(variant)))
+fn fits_if_there<T>((arg, matrix): (&'static str, Option<Matrix<'_, [T]>>)) -> Result<()> {
+    matrix.map_or(Ok(()), |matrix| fits(arg, matrix))
 }
 
-pub(crate) fn check_backward<T: Element>(op: &Backward<'_, T>) -> Result<LoraShape> {
-    let Backward { dy, w, a, b, scale, x, h, ref dx, ref da, ref db, ref dbias, ref dm, accumulate, ref variant } = *op;
-    let dx = dx.as_ref().map(shared);
-    let gradient = |gradient: &Option<Gradient<'_, [T], [f32]>>| match gradient {
-        Some(Gradient::Storage(m)) => Some(raw::Gradient { matrix: raw(shared(m)), f32: T::DTYPE == Dtype::F32 }),
-        Some(Gradient::F32(m)) => Some(raw::Gradient { matrix: raw(shared(m)), f32: true }),
-        None => None,
-    };
-    let shape = raw::Backward {
+pub(crate) fn check_forward<T: Element>(op: &ForwardShared<'_, T>) -> Result<LoraShape> {
+    let ForwardShared { x, a, ref h, ref projections, ref dropout, routes } = *op;
+    let h = h.as_ref().map(shared);
+    let count = projections.len();
+    let mut lengths = [("x", Some(x)), ("a", Some(a)), ("h", h)].into_iter().try_for_each(fits_if_there);
+    let mut judged = Vec::with_capacity(count);
+    for (at, ForwardProjection { w, b, scale, bias, gain, y }) in projections.iter().enumerate() {
+        let y = shared(y);
+        let own = [("w", Some(*w)), ("b", Some(*b)), ("bias", *bias), ("y", Some(y))];
+        lengths = lengths
+            .and_then(|()| own.into_iter().try_for_each(|(arg, m)| fits_if_there((raw::named(arg, at, count), m))))
+            .and_then(|()| fits_if_there((raw::named("gain", at, count), *gain)));
+        judged.push(raw::ForwardProjection {
+            w: raw(*w),
+            b: raw(*b),
+            scale: *scale,
+            bias: bias.map(raw),
+            gain: gain.map(raw),
+            y: raw(y),
+        });
+    }
+    let shape = raw::ForwardShared {
         dtype: T::DTYPE,
-        dy: raw(dy),
-        w: raw(w),
+        x: raw(x),
         a: raw(a),
-        b: raw(b),
-        scale,
+        h: h.map(raw),
+        projections: raw::Projections::new(&judged)?,
+        dropout: raw_dropout(dropout),
+        routes: routes.map(raw),
+    }
+    .check();
+    judge(shape, lengths.and(words_fit(dropout, routes)))
+}
+
+fn raw_gradient<T: Element>(gradient: &Gradient<'_, [T], [f32]>) -> raw::Gradient {
+    match gradient {
+        Gradient::Storage(m) => raw::Gradient { matrix: raw(shared(m)), f32: T::DTYPE == Dtype::F32 },
+        Gradient::F32(m) => raw::Gradient { matrix: raw(shared(m)), f32: true },
+    }
+}
+
+fn gradient_fits<T: Element>(arg: &'static str, gradient: &Option<Gradient<'_, [T], [f32]>>) -> Result<()> {
+    match gradient {
+        Some(Gradient::Storage(m)) => fits(arg, shared(m)),
+        Some(Gradient::F32(m)) => fits(arg, shared(m)),
+        None => Ok(()),
+    }
+}
+
+fn magnitude_fits<T: Element>(
+    name: impl Fn(&'static str) -> &'static str,
+    dm: &MagnitudeGradient<'_, [T], [f32], [f32]>,
+) -> Result<()> {
+    fits(name("y"), dm.y)?;
+    fits_if_there((name("bias"), dm.bias))?;
+    fits(name("magnitude"), dm.magnitude)?;
+    fits(name("dm"), shared(&dm.dm))
+}
+
+pub(crate) fn check_backward<T: Element>(op: &BackwardShared<'_, T>) -> Result<LoraShape> {
+    let BackwardShared { a, x, h, ref dx, ref da, ref projections, accumulate, ref dropout, routes } = *op;
+    let dx = dx.as_ref().map(shared);
+    let count = projections.len();
+    let named = [("a", Some(a)), ("x", x), ("h", h), ("dx", dx)];
+    let mut lengths = named.into_iter().try_for_each(fits_if_there).and(gradient_fits("da", da));
+    let mut judged = Vec::with_capacity(count);
+    for (at, BackwardProjection { dy, w, b, scale, db, dbias, dm, gain }) in projections.iter().enumerate() {
+        let name = |arg| raw::named(arg, at, count);
+        let own = [("dy", *dy), ("w", *w), ("b", *b)];
+        lengths = lengths
+            .and_then(|()| own.into_iter().try_for_each(|(arg, matrix)| fits(name(arg), matrix)))
+            .and_then(|()| gradient_fits(name("db"), db))
+            .and_then(|()| gradient_fits(name("dbias"), dbias))
+            .and_then(|()| fits_if_there((name("gain"), *gain)))
+            .and_then(|()| dm.as_ref().map_or(Ok(()), |dm| magnitude_fits(name, dm)));
+        judged.push(raw::BackwardProjection {
+            dy: raw(*dy),
+            w: raw(*w),
+            b: raw(*b),
+            scale: *scale,
+            db: db.as_ref().map(raw_gradient),
+            dbias: dbias.as_ref().map(raw_gradient),
+            dm: dm.as_ref().map(|dm| raw::MagnitudeGradient {
+                y: raw(dm.y),
+                bias: dm.bias.map(raw),
+                magnitude: raw(dm.magnitude),
+                dm: raw(shared(&dm.dm)),
+            }),
+            gain: gain.map(raw),
+        });
+    }
+    let shape = raw::BackwardShared {
+        dtype: T::DTYPE,
+        a: raw(a),
         x: x.map(raw),
         h: h.map(raw),
         dx: dx.map(raw),
-        da: gradient(da),
-        db: gradient(db),
-        dbias: gradient(dbias),
-        dm: dm.as_ref().map(|dm| raw::MagnitudeGradient {
-            y: raw(dm.y),
-            bias: dm.bias.map(raw),
-            magnitude: raw(dm.magnitude),
-            dm: raw(shared(&dm.dm)),
-        }),
+        da: da.as_ref().map(raw_gradient),
+        projections: raw::Projections::new(&judged)?,
         accumulate,
-        variant: raw_variant(variant),
+        dropout: raw_dropout(dropout),
+        routes: routes.map(raw),
     }
     .check();
-    let named = [("dy", Some(dy)), ("w", Some(w)), ("a", Some(a)), ("b", Some(b)), ("x", x), ("h", h), ("dx", dx)];
-    let inputs = named.into_iter().try_for_each(|(arg, matrix)| matrix.map_or(Ok(()), |matrix| fits(arg, matrix)));
-    let gradients =
-        [("da", da), ("db", db), ("dbias", dbias)].into_iter().try_for_each(|(arg, gradient)| match gradient {
-            Some(Gradient::Storage(m)) => fits(arg, shared(m)),
-            Some(Gradient::F32(m)) => fits(arg, shared(m)),
-            None => Ok(()),
-        });
-    let magnitude = dm.as_ref().map_or(Ok(()), |dm| {
-        fits("y", dm.y)?;
-        dm.bias.map_or(Ok(()), |bias| fits("bias", bias))?;
-        fits("magnitude", dm.magnitude)?;
-        fits("dm", shared(&dm.dm))
-    });
-    judge(shape, inputs.and(gradients).and(magnitude).and(fits_variant(variant)))
+    judge(shape, lengths.and(words_fit(dropout, routes)))
 }
 
 /// Which verdict to report. Slices cannot overlap; an address that seems to says that a matrix leaves its buffer.

@@ -11,18 +11,18 @@ fn threshold(p: f32) -> u32 {
     (f64::from(p) * f64::from(VALUES)).round() as u32
 }
 
-impl raw::Variant {
-    /// What multiplies the scale: 1 / (1 − p), with p as it is rounded; 0 where everything is dropped.
-    pub(crate) fn factor(&self) -> f32 {
-        match self.dropout.map_or(0, |dropout| threshold(dropout.p)) {
-            VALUES.. => 0.0,
-            threshold => (f64::from(VALUES) / f64::from(VALUES - threshold)) as f32,
-        }
+/// What multiplies the scale: 1 / (1 − p), with p as it is rounded; 0 where everything is dropped.
+pub(crate) fn factor(p: Option<f32>) -> f32 {
+    match p.map_or(0, threshold) {
+        VALUES.. => 0.0,
+        threshold => (f64::from(VALUES) / f64::from(VALUES - threshold)) as f32,
     }
+}
 
-    /// Dropout as kernels take it.
-    pub(crate) fn dropout(&self) -> LoraDropout {
-        let Some(raw::Dropout { p, seed }) = self.dropout.filter(|dropout| threshold(dropout.p) != 0) else {
+impl raw::Dropout {
+    /// As kernels take it.
+    pub(crate) fn params(dropout: Option<raw::Dropout>) -> LoraDropout {
+        let Some(raw::Dropout { p, seed }) = dropout.filter(|dropout| threshold(dropout.p) != 0) else {
             return LoraDropout::default();
         };
         let absent = LoraDropout { threshold: threshold(p), ..LoraDropout::default() };
@@ -30,6 +30,11 @@ impl raw::Variant {
             raw::Seed::Value { seed, offset } => LoraDropout { seed, offset, ..absent },
             raw::Seed::Memory(state) => LoraDropout { state: state.ptr, ..absent },
         }
+    }
+
+    /// What multiplies the scale where there may be dropout.
+    pub(crate) fn factor(dropout: Option<raw::Dropout>) -> f32 {
+        factor(dropout.map(|dropout| dropout.p))
     }
 }
 
@@ -168,10 +173,10 @@ mod tests {
     #[test]
     fn p_is_a_multiple_of_two_to_the_minus_sixteen() {
         let seed = raw::Seed::Value { seed: 0, offset: 0 };
-        let variant = |p| raw::Variant { dropout: Some(raw::Dropout { p, seed }), ..raw::Variant::default() };
-        assert_eq!((variant(0.0).factor(), variant(0.5).factor(), variant(1.0).factor()), (1.0, 2.0, 0.0));
-        assert_eq!(variant(1e-6).factor(), 1.0);
+        let dropout = |p| Some(raw::Dropout { p, seed });
+        let factors = [0.0, 0.5, 1.0, 1e-6].map(|p| raw::Dropout::factor(dropout(p)));
+        assert_eq!(factors, [1.0, 2.0, 0.0, 1.0]);
         assert!(Keep::new(1e-6, 0, 0).is_none() && Keep::new(1.0, 0, 0).is_some_and(|keep| keep.threshold == VALUES));
-        assert_eq!(raw::Variant::default().factor(), 1.0);
+        assert_eq!(raw::Dropout::factor(None), 1.0);
     }
 }

@@ -4,6 +4,8 @@
 //! the matrix's elements are initialised, so that a read of anything else, a write outside an output, an output element
 //! that is never written and a workspace that is not left clean are errors, beside all that the emulator itself finds.
 
+mod transfer;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -14,7 +16,11 @@ use crate::error::{Error, Result};
 use crate::kernels::Image;
 use crate::params::MAP_BYTES;
 use crate::plan::{self, Device, Launch, Plan, SYNC_BYTES};
-use crate::{Dropout, Dtype, Element, Factors, Gradient, MagnitudeGradient, Matrix, MatrixMut, Seed, cpu, raw};
+use crate::{Dtype, Element, MatrixMut, cpu, raw};
+use transfer::{
+    download, download_gradient, upload, upload_dropout, upload_factors, upload_gradient, upload_magnitude,
+    upload_words,
+};
 
 /// A simulated GPU.
 #[derive(Clone, Debug)]
@@ -185,27 +191,47 @@ impl Emulator {
     /// # Errors
     /// As [`cpu::forward`], what [`Plan::forward`] finds, and [`Error::Emulator`].
     pub fn forward<T: Element>(&self, op: cpu::Forward<'_, T>) -> Result<Run> {
+        self.forward_shared(op.into())
+    }
+
+    /// For each projection y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, all of one x.
+    ///
+    /// # Errors
+    /// As [`cpu::forward_shared`], what [`Plan::forward_shared`] finds, and [`Error::Emulator`].
+    pub fn forward_shared<T: Element>(&self, op: cpu::ForwardShared<'_, T>) -> Result<Run> {
         cpu::check_forward(&op)?;
-        let cpu::Forward { x, w, a, b, scale, bias, mut h, mut y, variant } = op;
+        let cpu::ForwardShared { x, a, mut h, mut projections, dropout, routes } = op;
         let mut memory = Memory::new();
-        let uploaded = raw::Forward {
+        let (x, a) = (upload(&mut memory, "x", x, true)?, upload(&mut memory, "a", a, true)?);
+        let mut own = Vec::with_capacity(projections.len());
+        for (at, cpu::ForwardProjection { w, b, scale, bias, gain, y }) in projections.iter().enumerate() {
+            let name = |arg| raw::named(arg, at, projections.len());
+            own.push(raw::ForwardProjection {
+                w: upload(&mut memory, name("w"), *w, true)?,
+                b: upload(&mut memory, name("b"), *b, true)?,
+                scale: *scale,
+                bias: bias.map(|bias| upload(&mut memory, name("bias"), bias, true)).transpose()?,
+                gain: gain.map(|gain| upload(&mut memory, name("gain"), gain, true)).transpose()?,
+                y: upload(&mut memory, name("y"), cpu::shared(y), false)?,
+            });
+        }
+        let uploaded = raw::ForwardShared {
             dtype: T::DTYPE,
-            x: upload(&mut memory, "x", x, true)?,
-            w: upload(&mut memory, "w", w, true)?,
-            a: upload(&mut memory, "a", a, true)?,
-            b: upload(&mut memory, "b", b, true)?,
-            scale,
-            bias: bias.map(|bias| upload(&mut memory, "bias", bias, true)).transpose()?,
+            x,
+            a,
             h: h.as_ref().map(|h| upload(&mut memory, "h", cpu::shared(h), false)).transpose()?,
-            y: upload(&mut memory, "y", cpu::shared(&y), false)?,
-            variant: upload_variant(&mut memory, &variant)?,
+            projections: raw::Projections::new(&own)?,
+            dropout: upload_dropout(&mut memory, &dropout)?,
+            routes: routes.map(|routes| upload_words(&mut memory, "routes", routes)).transpose()?,
         };
-        let plan = Plan::forward_with(&uploaded, &self.device, self.plan_options())?;
+        let plan = Plan::forward_shared_with(&uploaded, &self.device, self.plan_options())?;
         let counters = self.execute(&mut memory, &plan)?;
         if let (Some(h), Some(from)) = (&mut h, uploaded.h) {
             download(&memory, "h", from, h)?;
         }
-        download(&memory, "y", uploaded.y, &mut y)?;
+        for (at, (projection, from)) in projections.iter_mut().zip(&own).enumerate() {
+            download(&memory, raw::named("y", at, own.len()), from.y, &mut projection.y)?;
+        }
         Ok(Run { plan, counters })
     }
 
@@ -214,54 +240,56 @@ impl Emulator {
     /// # Errors
     /// As [`cpu::backward`], what [`Plan::backward`] finds, and [`Error::Emulator`].
     pub fn backward<T: Element>(&self, op: cpu::Backward<'_, T>) -> Result<Run> {
+        self.backward_shared(op.into())
+    }
+
+    /// dx = Σ dy W + dh A over all projections, da = dhᵀ x, and for each db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B; only
+    /// the outputs that are present.
+    ///
+    /// # Errors
+    /// As [`cpu::backward_shared`], what [`Plan::backward_shared`] finds, and [`Error::Emulator`].
+    pub fn backward_shared<T: Element>(&self, op: cpu::BackwardShared<'_, T>) -> Result<Run> {
         cpu::check_backward(&op)?;
-        let cpu::Backward { dy, w, a, b, scale, x, h, mut dx, mut da, mut db, mut dbias, mut dm, accumulate, variant } =
-            op;
+        let cpu::BackwardShared { a, x, h, mut dx, mut da, mut projections, accumulate, dropout, routes } = op;
         let mut memory = Memory::new();
-        let gradient = |memory: &mut Memory, name, gradient: &Option<Gradient<'_, [T], [f32]>>, keeps| {
-            Ok::<_, Error>(match gradient {
-                Some(Gradient::Storage(m)) => {
-                    let matrix = upload(memory, name, cpu::shared(m), keeps)?;
-                    Some(raw::Gradient { matrix, f32: T::DTYPE == Dtype::F32 })
-                }
-                Some(Gradient::F32(m)) => {
-                    Some(raw::Gradient { matrix: upload(memory, name, cpu::shared(m), keeps)?, f32: true })
-                }
-                None => None,
-            })
-        };
-        let uploaded = raw::Backward {
+        let mut own = Vec::with_capacity(projections.len());
+        for (at, cpu::BackwardProjection { dy, w, b, scale, db, dbias, dm, gain }) in projections.iter().enumerate() {
+            let name = |arg| raw::named(arg, at, projections.len());
+            own.push(raw::BackwardProjection {
+                dy: upload(&mut memory, name("dy"), *dy, true)?,
+                w: upload(&mut memory, name("w"), *w, true)?,
+                b: upload(&mut memory, name("b"), *b, true)?,
+                scale: *scale,
+                db: upload_gradient(&mut memory, name("db"), db, accumulate.db)?,
+                dbias: upload_gradient(&mut memory, name("dbias"), dbias, accumulate.dbias)?,
+                dm: dm.as_ref().map(|dm| upload_magnitude(&mut memory, name, dm, accumulate.dm)).transpose()?,
+                gain: gain.map(|gain| upload(&mut memory, name("gain"), gain, true)).transpose()?,
+            });
+        }
+        let uploaded = raw::BackwardShared {
             dtype: T::DTYPE,
-            dy: upload(&mut memory, "dy", dy, true)?,
-            w: upload(&mut memory, "w", w, true)?,
             a: upload(&mut memory, "a", a, true)?,
-            b: upload(&mut memory, "b", b, true)?,
-            scale,
             x: x.map(|x| upload(&mut memory, "x", x, true)).transpose()?,
             h: h.map(|h| upload(&mut memory, "h", h, true)).transpose()?,
             dx: dx.as_ref().map(|dx| upload(&mut memory, "dx", cpu::shared(dx), accumulate.dx)).transpose()?,
-            da: gradient(&mut memory, "da", &da, accumulate.da)?,
-            db: gradient(&mut memory, "db", &db, accumulate.db)?,
-            dbias: gradient(&mut memory, "dbias", &dbias, accumulate.dbias)?,
-            dm: dm.as_ref().map(|dm| upload_magnitude(&mut memory, dm, accumulate.dm)).transpose()?,
+            da: upload_gradient(&mut memory, "da", &da, accumulate.da)?,
+            projections: raw::Projections::new(&own)?,
             accumulate,
-            variant: upload_variant(&mut memory, &variant)?,
+            dropout: upload_dropout(&mut memory, &dropout)?,
+            routes: routes.map(|routes| upload_words(&mut memory, "routes", routes)).transpose()?,
         };
-        let plan = Plan::backward_with(&uploaded, &self.device, self.plan_options())?;
+        let plan = Plan::backward_shared_with(&uploaded, &self.device, self.plan_options())?;
         let counters = self.execute(&mut memory, &plan)?;
         if let (Some(dx), Some(from)) = (&mut dx, uploaded.dx) {
             download(&memory, "dx", from, dx)?;
         }
-        if let (Some(dm), Some(from)) = (&mut dm, uploaded.dm) {
-            download(&memory, "dm", from.dm, &mut dm.dm)?;
-        }
-        for (name, target, from) in
-            [("da", &mut da, uploaded.da), ("db", &mut db, uploaded.db), ("dbias", &mut dbias, uploaded.dbias)]
-        {
-            match (target, from) {
-                (Some(Gradient::Storage(target)), Some(from)) => download(&memory, name, from.matrix, target)?,
-                (Some(Gradient::F32(target)), Some(from)) => download(&memory, name, from.matrix, target)?,
-                _ => {}
+        download_gradient(&memory, "da", uploaded.da, &mut da)?;
+        for (at, (projection, from)) in projections.iter_mut().zip(&own).enumerate() {
+            let name = |arg| raw::named(arg, at, own.len());
+            download_gradient(&memory, name("db"), from.db, &mut projection.db)?;
+            download_gradient(&memory, name("dbias"), from.dbias, &mut projection.dbias)?;
+            if let (Some(target), Some(from)) = (&mut projection.dm, from.dm) {
+                download(&memory, name("dm"), from.dm, &mut target.dm)?;
             }
         }
         Ok(Run { plan, counters })
@@ -396,103 +424,4 @@ fn encode(map: &plan::TensorMap) -> Result<[u8; MAP_BYTES]> {
         OobFill::Zeros,
     );
     Ok(*encoded.map_err(report)?.as_bytes())
-}
-
-fn row_bytes<T: Element>(matrix: Matrix<'_, [T]>, row: usize) -> Vec<u8> {
-    let start = matrix.offset + row * matrix.row_stride;
-    let mut bytes = Vec::with_capacity(matrix.cols * T::DTYPE.size());
-    matrix.data[start..start + matrix.cols].iter().for_each(|element| element.append_bytes(&mut bytes));
-    bytes
-}
-
-/// An allocation of the slice's size, with the matrix's elements written where `initialised`.
-fn upload<T: Element>(
-    memory: &mut Memory,
-    name: &str,
-    matrix: Matrix<'_, [T]>,
-    initialised: bool,
-) -> Result<raw::Matrix> {
-    let Matrix { data, offset, rows, cols, row_stride } = matrix;
-    let size = T::DTYPE.size();
-    let base = memory.try_alloc(name, data.len() * size).map_err(memory_error)?;
-    let ptr = base + (offset * size) as u64;
-    if initialised && cols != 0 {
-        for row in 0..rows {
-            memory.write(ptr + (row * row_stride * size) as u64, &row_bytes(matrix, row)).map_err(memory_error)?;
-        }
-    }
-    Ok(raw::Matrix { ptr, rows, cols, row_stride })
-}
-
-/// Words of 64 bits, on the same terms as [`upload`].
-fn upload_words(memory: &mut Memory, name: &str, matrix: Matrix<'_, [u64]>) -> Result<raw::Matrix> {
-    let Matrix { data, offset, rows, cols, row_stride } = matrix;
-    let base = memory.try_alloc(name, data.len() * 8).map_err(memory_error)?;
-    for row in 0..rows {
-        let start = offset + row * row_stride;
-        let bytes: Vec<u8> = data[start..start + cols].iter().flat_map(|word| word.to_le_bytes()).collect();
-        memory.write(base + 8 * start as u64, &bytes).map_err(memory_error)?;
-    }
-    Ok(raw::Matrix { ptr: base + 8 * offset as u64, rows, cols, row_stride })
-}
-
-fn upload_variant(memory: &mut Memory, variant: &cpu::Variant<'_>) -> Result<raw::Variant> {
-    let routes = variant.routes.map(|routes| upload_words(memory, "routes", routes)).transpose()?;
-    let gain = variant.gain.map(|gain| upload(memory, "gain", gain, true)).transpose()?;
-    let Some(Dropout { p, seed }) = variant.dropout else { return Ok(raw::Variant { dropout: None, routes, gain }) };
-    let seed = match seed {
-        Seed::Value { seed, offset } => raw::Seed::Value { seed, offset },
-        Seed::Memory(state) => raw::Seed::Memory(upload_words(memory, "seed", state)?),
-    };
-    Ok(raw::Variant { dropout: Some(raw::Dropout { p, seed }), routes, gain })
-}
-
-/// What DoRA's gradient of the magnitude takes; dm itself where it `keeps` what it holds.
-fn upload_magnitude<T: Element>(
-    memory: &mut Memory,
-    from: &MagnitudeGradient<'_, [T], [f32], [f32]>,
-    keeps: bool,
-) -> Result<raw::MagnitudeGradient> {
-    Ok(raw::MagnitudeGradient {
-        y: upload(memory, "y", from.y, true)?,
-        bias: from.bias.map(|bias| upload(memory, "bias", bias, true)).transpose()?,
-        magnitude: upload(memory, "magnitude", from.magnitude, true)?,
-        dm: upload(memory, "dm", cpu::shared(&from.dm), keeps)?,
-    })
-}
-
-/// A and B, and whether they are f32.
-fn upload_factors<T: Element>(
-    memory: &mut Memory,
-    factors: &Factors<'_, [T], [f32]>,
-) -> Result<(raw::Matrix, raw::Matrix, bool)> {
-    Ok(match *factors {
-        Factors::Storage { a, b } => {
-            (upload(memory, "a", a, true)?, upload(memory, "b", b, true)?, T::DTYPE == Dtype::F32)
-        }
-        Factors::F32 { a, b } => (upload(memory, "a", a, true)?, upload(memory, "b", b, true)?, true),
-    })
-}
-
-/// Copies every element back; each must have been written, and nothing around them.
-fn download<T: Element>(memory: &Memory, name: &str, from: raw::Matrix, target: &mut MatrixMut<'_, [T]>) -> Result<()> {
-    let MatrixMut { ref mut data, offset, rows, cols, row_stride } = *target;
-    if rows == 0 || cols == 0 {
-        return Ok(());
-    }
-    let size = T::DTYPE.size();
-    let base = from.ptr - (offset * size) as u64;
-    let written = memory.written(base, data.len() * size).map_err(memory_error)?;
-    let inside = |at: usize| at.checked_sub(offset).is_some_and(|at| at / row_stride < rows && at % row_stride < cols);
-    if let Some(at) = (0..data.len()).find(|&at| !inside(at) && written[at * size..(at + 1) * size].contains(&true)) {
-        return Err(report(format!("element {at} of the buffer of {name}, which is not the matrix's, was written")));
-    }
-    for row in 0..rows {
-        let start = row * row_stride;
-        let bytes = memory.read(from.ptr + (start * size) as u64, cols * size).map_err(memory_error)?;
-        for (element, bytes) in data[offset + start..][..cols].iter_mut().zip(bytes.chunks_exact(size)) {
-            *element = T::from_bytes(bytes);
-        }
-    }
-    Ok(())
 }

@@ -106,8 +106,10 @@ pub enum Error {
         expected: &'static str,
     },
     /// The scale is NaN or infinite, or becomes so when dropout divides it by 1 − p.
-    #[error("`scale` is {got}, expected a finite number")]
+    #[error("`{arg}` is {got}, expected a finite number")]
     Scale {
+        /// `"scale"`, or that of one of several projections.
+        arg: &'static str,
         /// Value passed.
         got: f32,
     },
@@ -126,6 +128,20 @@ pub enum Error {
         got: usize,
         /// Number of adapters.
         adapters: usize,
+    },
+    /// None, or too many projections share x.
+    #[error("{got} projections share x, expected 1 to {limit}")]
+    Projections {
+        /// How many were passed.
+        got: usize,
+        /// The most that one launch takes.
+        limit: usize,
+    },
+    /// Routes, which one projection alone may have.
+    #[error("`routes` is present with {got} projections that share x, expected it with one alone")]
+    RoutedProjections {
+        /// How many were passed.
+        got: usize,
     },
     /// The backend does not compute in this element type.
     #[error("dtype {got:?} is not computed by {backend}, expected one of {expected}")]

@@ -30,6 +30,9 @@
 //! element alone, routes of many adapters in one batch ([`Routing`]), each row of x through its own, and DoRA's gain of each column
 //! of y ([`Gain`] computes it, [`MagnitudeGradient`] is the gradient of what it is made of).
 //!
+//! [`ForwardShared`] and [`BackwardShared`] compute several projections of one x in one launch, each with a weight and an adapter of
+//! its own.
+//!
 //! # Example
 //!
 //! On the CPU, so that it runs anywhere; on a GPU the matrices are over device memory and the rest is the same.
@@ -74,7 +77,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`linear`] | layers: a frozen weight and named adapters over any backend; training, merging, f32 factors |
-//! | [`Forward`], [`Backward`], [`Matrix`] | what a caller writes: typed views over borrowed memory |
+//! | [`Forward`], [`Backward`], [`ForwardShared`], [`BackwardShared`], [`Matrix`] | what a caller writes: typed views over borrowed memory |
 #![cfg_attr(feature = "cuda", doc = "| [`cuda`] | runs launches on a GPU, on the caller's stream |")]
 #![cfg_attr(
     not(feature = "cuda"),
@@ -161,8 +164,8 @@ pub use dtype::{Dtype, Element};
 pub use error::{Error, Result};
 pub use half::{bf16, f16};
 pub use ops::{
-    Accumulate, Backward, Dropout, Factors, Forward, Gain, Gradient, MagnitudeGradient, Matrix, MatrixMut, Merge,
-    Round, Seed, Variant,
+    Accumulate, Backward, BackwardProjection, BackwardShared, Dropout, Factors, Forward, ForwardProjection,
+    ForwardShared, Gain, Gradient, MagnitudeGradient, Matrix, MatrixMut, Merge, Round, Seed, Variant,
 };
 pub use routing::{MAX_ROUTED_RANK, Routing, Slot};
 pub use shape::{LoraShape, MAX_DIMENSION};

@@ -249,6 +249,112 @@ pub struct Backward<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized, F: ?Sized> {
     pub variant: Variant<'a, U, F>,
 }
 
+/// One of the projections of [`ForwardShared`]: y = x Wᵀ + h Bᵀ (+ bias), with its own ranks of h.
+#[derive(Debug)]
+pub struct ForwardProjection<'a, D: ?Sized, O: ?Sized, F: ?Sized> {
+    /// N × K, frozen weight: its own, or some rows of one that several projections share.
+    pub w: Matrix<'a, D>,
+    /// N × R, up projection. R = 0 gives the plain product x Wᵀ.
+    pub b: Matrix<'a, D>,
+    /// α/r or α/√r.
+    pub scale: f32,
+    /// 1 × N, added to every row of y.
+    pub bias: Option<Matrix<'a, D>>,
+    /// 1 × N in f32, as [`Variant::gain`].
+    pub gain: Option<Matrix<'a, F>>,
+    /// M × N, output: its own, or some columns of one that several projections share.
+    pub y: MatrixMut<'a, O>,
+}
+
+/// Projections that share x, as q, k and v of attention or gate and up of a feed-forward block do: for each,
+/// y = x Wᵀ + h Bᵀ (+ bias), with h = scale · x Aᵀ. One launch reads x as if for one.
+///
+/// N, R and scale are each projection's own. a holds the A of all below each other and h their ranks side by side, in the order of
+/// the projections: the first has the first R ranks, the next the following ones. [`Forward`] is the case of one projection, and gives
+/// each y and each column of h the bits that it has here wherever the same tile shape is chosen.
+///
+/// Dropout has one mask for all projections; PEFT draws one for each, of the same distribution. Routes are for one
+/// projection alone.
+#[derive(Debug)]
+pub struct ForwardShared<'a, D: ?Sized, O: ?Sized, U: ?Sized, F: ?Sized> {
+    /// M × K, input activations.
+    pub x: Matrix<'a, D>,
+    /// ΣR × K, down projections of all.
+    pub a: Matrix<'a, D>,
+    /// M × ΣR, kept for backward; in the workspace when absent.
+    pub h: Option<MatrixMut<'a, O>>,
+    /// One to [`MAX_PROJECTIONS`](crate::raw::MAX_PROJECTIONS).
+    pub projections: Vec<ForwardProjection<'a, D, O, F>>,
+    /// Elements of x that no adapter branch sees.
+    pub dropout: Option<Dropout<'a, U>>,
+    /// Many adapters in one batch, as [`Variant::routes`]; with one projection alone.
+    pub routes: Option<Matrix<'a, U>>,
+}
+
+impl<'a, D: ?Sized, O: ?Sized, U: ?Sized, F: ?Sized> From<Forward<'a, D, O, U, F>> for ForwardShared<'a, D, O, U, F> {
+    fn from(op: Forward<'a, D, O, U, F>) -> Self {
+        let Forward { x, w, a, b, scale, bias, h, y, variant } = op;
+        let Variant { dropout, routes, gain } = variant;
+        Self { x, a, h, projections: vec![ForwardProjection { w, b, scale, bias, gain, y }], dropout, routes }
+    }
+}
+
+/// One of the projections of [`BackwardShared`].
+#[derive(Debug)]
+pub struct BackwardProjection<'a, D: ?Sized, O: ?Sized, G: ?Sized, F: ?Sized> {
+    /// M × N, gradient of the output.
+    pub dy: Matrix<'a, D>,
+    /// N × K, frozen weight.
+    pub w: Matrix<'a, D>,
+    /// N × R, up projection.
+    pub b: Matrix<'a, D>,
+    /// α/r or α/√r, as in forward.
+    pub scale: f32,
+    /// N × R.
+    pub db: Option<Gradient<'a, O, G>>,
+    /// 1 × N.
+    pub dbias: Option<Gradient<'a, O, G>>,
+    /// 1 × N, of DoRA's magnitude; asks for a gain.
+    pub dm: Option<MagnitudeGradient<'a, D, F, G>>,
+    /// 1 × N in f32, as in forward.
+    pub gain: Option<Matrix<'a, F>>,
+}
+
+/// Backward of projections that share x: dx = Σ dy W + dh A over all of them in one sum, da = dhᵀ x for the A of all, and for each
+/// db = dyᵀ h and dbias = Σ dy, with dh = scale · dy B; every output is optional. Ranks are as in [`ForwardShared`].
+#[derive(Debug)]
+pub struct BackwardShared<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized, F: ?Sized> {
+    /// ΣR × K, down projections of all.
+    pub a: Matrix<'a, D>,
+    /// M × K, the input of forward; needed for da.
+    pub x: Option<Matrix<'a, D>>,
+    /// M × ΣR, the h that forward wrote; needed for db.
+    pub h: Option<Matrix<'a, D>>,
+    /// M × K.
+    pub dx: Option<MatrixMut<'a, O>>,
+    /// ΣR × K.
+    pub da: Option<Gradient<'a, O, G>>,
+    /// One to [`MAX_PROJECTIONS`](crate::raw::MAX_PROJECTIONS).
+    pub projections: Vec<BackwardProjection<'a, D, O, G, F>>,
+    /// Which outputs add instead of overwriting; of db, dbias and dm, those of all projections.
+    pub accumulate: Accumulate,
+    /// As in forward.
+    pub dropout: Option<Dropout<'a, U>>,
+    /// As in forward.
+    pub routes: Option<Matrix<'a, U>>,
+}
+
+impl<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized, F: ?Sized> From<Backward<'a, D, O, G, U, F>>
+    for BackwardShared<'a, D, O, G, U, F>
+{
+    fn from(op: Backward<'a, D, O, G, U, F>) -> Self {
+        let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, dm, accumulate, variant } = op;
+        let Variant { dropout, routes, gain } = variant;
+        let projections = vec![BackwardProjection { dy, w, b, scale, db, dbias, dm, gain }];
+        Self { a, x, h, dx, da, projections, accumulate, dropout, routes }
+    }
+}
+
 /// The two factors of an adapter, both in the storage type or both in f32.
 #[derive(Debug)]
 pub enum Factors<'a, D: ?Sized, F: ?Sized> {

@@ -3,6 +3,9 @@
 //! With the `cuda` feature the build compares every size, offset and constant with what bindgen reads from the header.
 
 mod bytes;
+mod sm90;
+
+pub use sm90::*;
 
 /// A row-major matrix in device memory.
 #[repr(C)]
@@ -44,39 +47,57 @@ pub struct LoraMagnitude {
     pub dm: u64,
 }
 
+/// A projection of forward. Blocks of columns are numbered over all projections, and so are ranks.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LoraForwardProjection {
+    /// N × K, frozen weight.
+    pub w: LoraMatrix,
+    /// N × R, up projection.
+    pub b: LoraMatrix,
+    /// M × N, output.
+    pub y: LoraMatrix,
+    /// Device address of N elements of the storage type; 0 when absent.
+    pub bias: u64,
+    /// Device address of N elements of f32, DoRA's factors of the columns; 0 when absent.
+    pub gain: u64,
+    /// Output features.
+    pub n: u32,
+    /// Rank: columns `first_rank` to `first_rank` + r of h are its own. 0 for the plain product.
+    pub r: u32,
+    /// Ranks of the projections before.
+    pub first_rank: u32,
+    /// Tiles along N of the projections before.
+    pub first_block: u32,
+    /// Factor of its ranks of h: α/r or α/√r.
+    pub scale: f32,
+    /// Zero: the struct ends at a multiple of 8 bytes.
+    pub padding: u32,
+}
+
 /// The parameter of a forward kernel. Units of work are numbered h first, then y.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LoraForwardParams {
     /// M × K, input.
     pub x: LoraMatrix,
-    /// N × K, frozen weight.
-    pub w: LoraMatrix,
-    /// R × K, down projection.
+    /// R × K, down projections of all projections below each other.
     pub a: LoraMatrix,
-    /// N × R, up projection.
-    pub b: LoraMatrix,
     /// M × R, written by the h units and read by the y units: the caller's, or in the workspace.
     pub h: LoraMatrix,
-    /// M × N, output.
-    pub y: LoraMatrix,
-    /// Device address of N elements of the storage type; 0 when absent.
-    pub bias: u64,
     /// Device address of the synchronisation words ([`SYNC_BYTES`](super::plan::SYNC_BYTES)).
     pub sync: u64,
     /// Tokens.
     pub m: u32,
-    /// Output features.
-    pub n: u32,
     /// Input features.
     pub k: u32,
-    /// Rank; 0 for the plain product.
+    /// Ranks of all projections.
     pub r: u32,
-    /// Factor of h: α/r or α/√r.
-    pub scale: f32,
+    /// Projections that are there, at least 1.
+    pub projection_count: u32,
     /// Tiles along M.
     pub m_blocks: u32,
-    /// Tiles along N.
+    /// Tiles along the N of all projections.
     pub n_blocks: u32,
     /// Units of h: `m_blocks` × narrow tiles along R.
     pub h_units: u32,
@@ -88,29 +109,66 @@ pub struct LoraForwardParams {
     pub flag_shift: u32,
     /// Words from `sync` on that the last CTA clears.
     pub sync_words: u32,
+    /// Zero.
+    pub padding: u32,
     /// Dropout; all zero when there is none.
     pub dropout: LoraDropout,
-    /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent.
+    /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent, and with more than one projection.
     pub routes: u64,
+    /// Those that are there first.
+    pub projections: [LoraForwardProjection; LORA_MAX_PROJECTIONS as usize],
+}
+
+/// A projection of backward. Steps of the reduction of dx over N, narrow tiles of dh along its ranks, and tiles of db are
+/// numbered over all projections.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LoraBackwardProjection {
+    /// M × N, gradient of the output.
+    pub dy: LoraMatrix,
+    /// N × K, frozen weight.
+    pub w: LoraMatrix,
+    /// N × R, up projection.
+    pub b: LoraMatrix,
+    /// N × R, output; absent when not asked for.
+    pub db: LoraMatrix,
+    /// DoRA's gradient of the magnitude.
+    pub magnitude: LoraMagnitude,
+    /// Device address of N elements, output; 0 when not asked for.
+    pub dbias: u64,
     /// Device address of N elements of f32, DoRA's factors of the columns; 0 when absent.
     pub gain: u64,
+    /// Output features.
+    pub n: u32,
+    /// Rank: columns `first_rank` to `first_rank` + r of h and dh are its own. 0 for the plain product.
+    pub r: u32,
+    /// Ranks of the projections before.
+    pub first_rank: u32,
+    /// Tiles along N.
+    pub n_blocks: u32,
+    /// Steps of the reduction of dx over the N of the projections before.
+    pub first_step: u32,
+    /// Narrow tiles of dh in a block of rows, of the projections before.
+    pub first_narrow: u32,
+    /// Tiles of db (with dbias) of the projections before.
+    pub first_db_tile: u32,
+    /// `LORA_DB_F32` and `LORA_DBIAS_F32`, or-ed.
+    pub flags: u32,
+    /// Factor of its ranks of dh: α/r or α/√r.
+    pub scale: f32,
+    /// Zero: the struct ends at a multiple of 8 bytes.
+    pub padding: u32,
 }
 
 /// The parameter of a backward kernel. Units of work are numbered dh, dx, db (with dbias), da.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LoraBackwardParams {
-    /// M × N, gradient of the output.
-    pub dy: LoraMatrix,
-    /// N × K, frozen weight.
-    pub w: LoraMatrix,
-    /// R × K, down projection.
+    /// R × K, down projections of all projections below each other.
     pub a: LoraMatrix,
-    /// N × R, up projection.
-    pub b: LoraMatrix,
     /// M × K, input of forward; read for da only.
     pub x: LoraMatrix,
-    /// M × R, as forward wrote it; dy's matrix, unread as h, when db is not computed.
+    /// M × R, as forward wrote it; a dy, unread as h, when no db is computed.
     pub h: LoraMatrix,
     /// M × R, in the workspace; written by the dh units, read by the dx and da units.
     pub dh: LoraMatrix,
@@ -118,31 +176,25 @@ pub struct LoraBackwardParams {
     pub dx: LoraMatrix,
     /// R × K, output; absent when not asked for.
     pub da: LoraMatrix,
-    /// N × R, output; absent when not asked for.
-    pub db: LoraMatrix,
-    /// Device address of N elements, output; 0 when not asked for.
-    pub dbias: u64,
     /// Device address of f32 partial sums: one block of `partial_stride` per tile and chunk of db, then of da.
     pub partials: u64,
     /// Device address of the synchronisation words ([`SYNC_BYTES`](super::plan::SYNC_BYTES)).
     pub sync: u64,
     /// Tokens.
     pub m: u32,
-    /// Output features.
-    pub n: u32,
     /// Input features.
     pub k: u32,
-    /// Rank; 0 for the plain product.
+    /// Ranks of all projections.
     pub r: u32,
-    /// Factor of dh: α/r or α/√r.
-    pub scale: f32,
+    /// Projections that are there, at least 1.
+    pub projection_count: u32,
+    /// Steps of the reduction of dx over the N of all projections.
+    pub n_steps: u32,
     /// Tiles along M.
     pub m_blocks: u32,
-    /// Tiles along N.
-    pub n_blocks: u32,
     /// Tiles along K.
     pub k_blocks: u32,
-    /// Units of dh: `m_blocks` × narrow tiles along R.
+    /// Units of dh: `m_blocks` × narrow tiles along the ranks of each projection.
     pub dh_units: u32,
     /// First unit past dx: `dh_units` + `m_blocks` × `k_blocks`.
     pub dx_end: u32,
@@ -164,140 +216,16 @@ pub struct LoraBackwardParams {
     pub flag_shift: u32,
     /// Words from `sync` on that the last CTA clears.
     pub sync_words: u32,
-    /// `LORA_ACCUMULATE_*` (which outputs add) and `LORA_*_F32` (which gradients are f32), or-ed.
+    /// `LORA_ACCUMULATE_*` (which outputs add), `LORA_DA_F32` and `LORA_GAINED` (some projection has a gain), or-ed.
     pub flags: u32,
-    /// Dropout; all zero when there is none.
-    pub dropout: LoraDropout,
-    /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent.
-    pub routes: u64,
-    /// Device address of N elements of f32, DoRA's factors of the columns; 0 when absent.
-    pub gain: u64,
-    /// DoRA's gradient of the magnitude.
-    pub magnitude: LoraMagnitude,
-}
-
-/// The parameter of a forward kernel of the Hopper family, after its tensor maps. Tickets hand out bundles of h units
-/// first, then single y units; a unit belongs to a cluster, whose CTAs take neighbouring blocks of rows.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct LoraSm90ForwardParams {
-    /// M × R, as the h units write it: the caller's, or in the workspace.
-    pub h: LoraMatrix,
-    /// Device address of N elements of the storage type; 0 when absent.
-    pub bias: u64,
-    /// Device address of the synchronisation words ([`SYNC_BYTES`](super::plan::SYNC_BYTES)).
-    pub sync: u64,
-    /// Tokens.
-    pub m: u32,
-    /// Output features.
-    pub n: u32,
-    /// Input features.
-    pub k: u32,
-    /// Rank; 0 for the plain product.
-    pub r: u32,
-    /// Factor of h: α/r or α/√r.
-    pub scale: f32,
-    /// Blocks of rows over CTAs per cluster.
-    pub m_groups: u32,
-    /// Blocks of the tile's columns along N.
-    pub n_blocks: u32,
-    /// Narrow tiles along R.
-    pub r_blocks: u32,
-    /// Units of h: `m_groups` × `r_blocks`.
-    pub h_units: u32,
-    /// Tickets of h: ticket t hands out units t, t + `h_tickets` and so on.
-    pub h_tickets: u32,
-    /// All tickets: `h_tickets` + `m_groups` × `n_blocks`.
-    pub tickets: u32,
-    /// Groups of M-blocks that pass over w together, for reuse in L2.
-    pub group_m: u32,
-    /// 2^`flag_shift` M-blocks share one flag.
-    pub flag_shift: u32,
-    /// Words from `sync` on that the last CTA clears.
-    pub sync_words: u32,
-    /// Dropout; all zero when there is none.
-    pub dropout: LoraDropout,
-    /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent.
-    pub routes: u64,
-    /// Device address of N elements of f32, DoRA's factors of the columns; 0 when absent.
-    pub gain: u64,
-}
-
-/// The parameter of a backward kernel of the Hopper family, after its tensor maps. Tickets hand out bundles of dh units,
-/// then dx, db (with dbias) and da units.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct LoraSm90BackwardParams {
-    /// M × R, in the workspace, as the dh units write it.
-    pub dh: LoraMatrix,
-    /// M × K, as it is read to accumulate; absent when not asked for.
-    pub dx: LoraMatrix,
-    /// R × K, output; absent when not asked for.
-    pub da: LoraMatrix,
-    /// N × R, output; absent when not asked for.
-    pub db: LoraMatrix,
-    /// Device address of N elements, output; 0 when not asked for.
-    pub dbias: u64,
-    /// Device address of f32 partial sums: one block of `partial_stride` per slab and chunk of db, then of da.
-    pub partials: u64,
-    /// Device address of the synchronisation words ([`SYNC_BYTES`](super::plan::SYNC_BYTES)).
-    pub sync: u64,
-    /// Tokens.
-    pub m: u32,
-    /// Output features.
-    pub n: u32,
-    /// Input features.
-    pub k: u32,
-    /// Rank; 0 for the plain product.
-    pub r: u32,
-    /// Factor of dh: α/r or α/√r.
-    pub scale: f32,
-    /// Blocks of rows of dy over CTAs per cluster.
-    pub m_groups: u32,
-    /// Blocks of rows of db over CTAs per cluster.
-    pub n_groups: u32,
-    /// Blocks of rows of da transposed over CTAs per cluster.
-    pub k_groups: u32,
-    /// Blocks of the tile's columns of dx.
-    pub k_blocks: u32,
-    /// Narrow tiles along R.
-    pub r_blocks: u32,
-    /// Units of dh: `m_groups` × `r_blocks`.
-    pub dh_units: u32,
-    /// Tickets of dh: ticket t hands out units t, t + `dh_tickets` and so on.
-    pub dh_tickets: u32,
-    /// First ticket past dx: `dh_tickets` + `m_groups` × `k_blocks`.
-    pub dx_end: u32,
-    /// First ticket past db: `dx_end` + tiles of db × `chunks`.
-    pub db_end: u32,
-    /// First ticket past da, the number of tickets: `db_end` + tiles of da × `chunks`.
-    pub tickets: u32,
-    /// Chunks in which db and da reduce over tokens.
-    pub chunks: u32,
-    /// Tokens per chunk, a multiple of the block of rows.
-    pub chunk_rows: u32,
-    /// Distance between two blocks of partial sums, in f32 elements.
-    pub partial_stride: u32,
-    /// First counter of finished chunks (one per slab of db and da), in words from `sync`.
-    pub counters: u32,
-    /// Groups of M-blocks that pass over w together, for reuse in L2.
-    pub group_m: u32,
-    /// 2^`flag_shift` M-blocks share one flag.
-    pub flag_shift: u32,
-    /// Words from `sync` on that the last CTA clears.
-    pub sync_words: u32,
-    /// `LORA_ACCUMULATE_*` (which outputs add) and `LORA_*_F32` (which gradients are f32), or-ed.
-    pub flags: u32,
-    /// Zero: the struct ends at a multiple of 8 bytes.
+    /// Zero.
     pub padding: u32,
     /// Dropout; all zero when there is none.
     pub dropout: LoraDropout,
-    /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent.
+    /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent, and with more than one projection.
     pub routes: u64,
-    /// Device address of N elements of f32, DoRA's factors of the columns; 0 when absent.
-    pub gain: u64,
-    /// DoRA's gradient of the magnitude.
-    pub magnitude: LoraMagnitude,
+    /// Those that are there first.
+    pub projections: [LoraBackwardProjection; LORA_MAX_PROJECTIONS as usize],
 }
 
 /// The parameter of merge: merged = (gain ∘) (w + scale · B A), a tile per CTA, numbered along K first.
@@ -422,24 +350,29 @@ constants! {
     LORA_SM90_STAGES_192 = 4;
     LORA_SM90_STAGES_128 = 6;
     LORA_SM90_TAIL_BYTES = 1024;
+    LORA_MAX_PROJECTIONS = 4;
     LORA_SM90_FORWARD_X = 0;
-    LORA_SM90_FORWARD_W = 1;
-    LORA_SM90_FORWARD_A = 2;
-    LORA_SM90_FORWARD_H = 3;
-    LORA_SM90_FORWARD_B = 4;
-    LORA_SM90_FORWARD_Y = 5;
-    LORA_SM90_FORWARD_MAPS = 6;
+    LORA_SM90_FORWARD_A = 1;
+    LORA_SM90_FORWARD_FIRST = 2;
+    LORA_SM90_FORWARD_W = 0;
+    LORA_SM90_FORWARD_H = 1;
+    LORA_SM90_FORWARD_B = 2;
+    LORA_SM90_FORWARD_Y = 3;
+    LORA_SM90_FORWARD_EACH = 4;
+    LORA_SM90_FORWARD_MAPS = 18;
+    LORA_SM90_BACKWARD_DH = 0;
+    LORA_SM90_BACKWARD_A = 1;
+    LORA_SM90_BACKWARD_DX = 2;
+    LORA_SM90_BACKWARD_H_TOKENS = 3;
+    LORA_SM90_BACKWARD_X_TOKENS = 4;
+    LORA_SM90_BACKWARD_DH_TOKENS = 5;
+    LORA_SM90_BACKWARD_FIRST = 6;
     LORA_SM90_BACKWARD_DY = 0;
     LORA_SM90_BACKWARD_W = 1;
     LORA_SM90_BACKWARD_B = 2;
-    LORA_SM90_BACKWARD_DH = 3;
-    LORA_SM90_BACKWARD_A = 4;
-    LORA_SM90_BACKWARD_DX = 5;
-    LORA_SM90_BACKWARD_DY_TOKENS = 6;
-    LORA_SM90_BACKWARD_H_TOKENS = 7;
-    LORA_SM90_BACKWARD_X_TOKENS = 8;
-    LORA_SM90_BACKWARD_DH_TOKENS = 9;
-    LORA_SM90_BACKWARD_MAPS = 10;
+    LORA_SM90_BACKWARD_DY_TOKENS = 3;
+    LORA_SM90_BACKWARD_EACH = 4;
+    LORA_SM90_BACKWARD_MAPS = 22;
     LORA_MERGE_BLOCK = 64;
     LORA_MERGE_THREADS = 256;
     LORA_ROUND_ROWS = 8;
@@ -460,6 +393,7 @@ constants! {
     LORA_DB_F32 = 32;
     LORA_DBIAS_F32 = 64;
     LORA_ACCUMULATE_DM = 128;
+    LORA_GAINED = 256;
 }
 
 #[cfg(all(feature = "cuda", not(fused_lora_no_kernels)))]
@@ -479,19 +413,25 @@ mod header {
         same_layout!(LoraMatrix: ptr row_stride);
         same_layout!(LoraDropout: seed offset state threshold padding);
         same_layout!(LoraMagnitude: y bias magnitude dm);
-        same_layout!(LoraForwardParams: x w a b h y bias sync m n k r scale m_blocks n_blocks h_units units group_m
-            flag_shift sync_words dropout routes gain);
-        same_layout!(LoraBackwardParams: dy w a b x h dh dx da db dbias partials sync m n k r scale m_blocks n_blocks
-            k_blocks dh_units dx_end db_end units chunks chunk_rows partial_stride counters group_m flag_shift
-            sync_words flags dropout routes gain magnitude);
+        same_layout!(LoraForwardProjection: w b y bias gain n r first_rank first_block scale padding);
+        same_layout!(LoraForwardParams: x a h sync m k r projection_count m_blocks n_blocks h_units units group_m
+            flag_shift sync_words padding dropout routes projections);
+        same_layout!(LoraBackwardProjection: dy w b db magnitude dbias gain n r first_rank n_blocks first_step first_narrow
+            first_db_tile flags scale padding);
+        same_layout!(LoraBackwardParams: a x h dh dx da partials sync m k r projection_count n_steps m_blocks k_blocks
+            dh_units dx_end db_end units chunks chunk_rows partial_stride counters group_m flag_shift sync_words flags
+            padding dropout routes projections);
         same_layout!(LoraMergeParams: w a b merged gain n k r scale k_blocks flags);
         same_layout!(LoraRoundParams: a b rounded_a rounded_b divisor n k r scale a_units k_blocks r_blocks flags);
         same_layout!(LoraGainParams: w a b magnitude earlier norm gain n k r scale flags padding);
-        same_layout!(LoraSm90ForwardParams: h bias sync m n k r scale m_groups n_blocks r_blocks h_units h_tickets
-            tickets group_m flag_shift sync_words dropout routes gain);
-        same_layout!(LoraSm90BackwardParams: dh dx da db dbias partials sync m n k r scale m_groups n_groups k_groups
-            k_blocks r_blocks dh_units dh_tickets dx_end db_end tickets chunks chunk_rows partial_stride counters
-            group_m flag_shift sync_words flags padding dropout routes gain magnitude);
+        same_layout!(LoraSm90ForwardProjection: bias gain n r first_rank first_block scale padding);
+        same_layout!(LoraSm90ForwardParams: h sync m k r projection_count m_groups n_blocks r_blocks h_units h_tickets
+            tickets group_m flag_shift sync_words padding dropout routes projections);
+        same_layout!(LoraSm90BackwardProjection: db magnitude dbias gain n r first_rank n_groups first_narrow first_db_tile flags
+            scale);
+        same_layout!(LoraSm90BackwardParams: dh dx da partials sync m k r most_r projection_count n_steps m_groups
+            k_groups k_blocks dh_blocks dh_units dh_tickets dx_end db_end tickets chunks chunk_rows partial_stride
+            counters group_m flag_shift sync_words flags padding dropout routes projections);
     };
 
     /// A block as `Launch::parameter_bytes` lays it out: maps, fields, and padding to whole 128 bytes.
@@ -519,6 +459,7 @@ pub const MAP_BYTES: usize = 128;
 pub const MAP_ALIGN: usize = 128;
 
 /// The fields of a kernel's parameter.
+#[allow(clippy::large_enum_variant, reason = "there is one in a launch")]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Params {
     /// Of a forward kernel.

@@ -15,8 +15,9 @@ mod portable;
 mod sm90;
 
 pub use crate::params::{
-    LoraBackwardParams, LoraDropout, LoraForwardParams, LoraGainParams, LoraMagnitude, LoraMatrix, LoraMergeParams,
-    LoraRoundParams, LoraSm90BackwardParams, LoraSm90ForwardParams, Params,
+    LoraBackwardParams, LoraBackwardProjection, LoraDropout, LoraForwardParams, LoraForwardProjection, LoraGainParams,
+    LoraMagnitude, LoraMatrix, LoraMergeParams, LoraRoundParams, LoraSm90BackwardParams, LoraSm90BackwardProjection,
+    LoraSm90ForwardParams, LoraSm90ForwardProjection, Params,
 };
 pub use device::{Device, Peak};
 pub use floor::Floor;
@@ -44,6 +45,7 @@ const MAX_COUNTERS: u64 = LORA_SYNC_BYTES as u64 / 4 - LORA_SYNC_FLAGS as u64 - 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
     shape: LoraShape,
+    parts: Vec<Part>,
     dtype: Dtype,
     device: Device,
     options: Options,
@@ -55,6 +57,58 @@ pub struct Plan {
     ranges: Ranges,
     floor: Floor,
     microseconds: Option<f64>,
+}
+
+/// The dimensions of one projection.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Part {
+    n: usize,
+    r: usize,
+    /// Ranks of the projections before.
+    first_rank: usize,
+}
+
+impl Part {
+    /// Of projections with these w and b.
+    fn all(factors: impl Iterator<Item = (raw::Matrix, raw::Matrix)>) -> Vec<Part> {
+        let mut first_rank = 0;
+        let part = |(w, b): (raw::Matrix, raw::Matrix)| {
+            let part = Part { n: w.rows, r: b.cols, first_rank };
+            first_rank += part.r;
+            part
+        };
+        factors.map(part).collect()
+    }
+
+    fn of_forward(op: &raw::ForwardShared) -> Vec<Part> {
+        Part::all(op.projections.iter().map(|projection| (projection.w, projection.b)))
+    }
+
+    fn of_backward(op: &raw::BackwardShared) -> Vec<Part> {
+        Part::all(op.projections.iter().map(|projection| (projection.w, projection.b)))
+    }
+}
+
+/// What the kernels have for each projection, from the first on.
+fn each<P: Default, Q>(all: &[Q], of: impl Fn(usize, &Q) -> P) -> [P; raw::MAX_PROJECTIONS] {
+    std::array::from_fn(|at| all.get(at).map_or_else(P::default, |projection| of(at, projection)))
+}
+
+/// Ranks that a column of y goes through, on average.
+fn mean_rank(parts: &[Part]) -> usize {
+    let columns: usize = parts.iter().map(|part| part.n).sum();
+    parts.iter().map(|part| part.n * part.r).sum::<usize>() / columns.max(1)
+}
+
+/// The sum of counts up to each: where the items of each begin when those of all are numbered in turn, and how many there are.
+fn numbered(counts: impl IntoIterator<Item = u64>) -> (Vec<u64>, u64) {
+    let mut end = 0;
+    let firsts = counts.into_iter().map(|count| {
+        let first = end;
+        end += count;
+        first
+    });
+    (firsts.collect(), end)
 }
 
 /// Part of the data sheet's memory bandwidth that a kernel reaches. Not measured.
@@ -105,7 +159,8 @@ impl Scratch {
     }
 }
 
-/// Bytes of workspace that suffice for every call of up to `m` tokens and a rank of up to `r`, whatever else it asks for. What one
+/// Bytes of workspace that suffice for every call of up to `m` tokens and up to `r` ranks of all its projections, whatever else it
+/// asks for. What one
 /// shape needs is no bound for smaller ones: how many chunks the tokens are cut into does not grow evenly with them.
 #[cfg(feature = "cuda")]
 pub(crate) fn workspace_up_to(m: usize, r: usize, dtype: Dtype, device: &Device, options: &Options) -> u64 {
@@ -146,20 +201,30 @@ fn flags(m_blocks: u64) -> (u32, u64) {
     (shift, m_blocks.div_ceil(1 << shift))
 }
 
-/// `LORA_ACCUMULATE_*` and `LORA_*_F32` of a call.
-fn gradient_flags(op: &raw::Backward) -> u32 {
-    let is_f32 = |argument: Option<raw::Gradient>| argument.is_some_and(|gradient| gradient.f32);
-    let flags = [
+fn or(flags: &[(bool, u32)]) -> u32 {
+    flags.iter().filter(|(set, _)| *set).map(|(_, bit)| bit).sum()
+}
+
+fn is_f32(argument: Option<raw::Gradient>) -> bool {
+    argument.is_some_and(|gradient| gradient.f32)
+}
+
+/// `LORA_ACCUMULATE_*`, `LORA_DA_F32` and `LORA_GAINED` of a call.
+fn gradient_flags(op: &raw::BackwardShared) -> u32 {
+    or(&[
         (op.accumulate.dx, LORA_ACCUMULATE_DX),
         (op.accumulate.da, LORA_ACCUMULATE_DA),
         (op.accumulate.db, LORA_ACCUMULATE_DB),
         (op.accumulate.dbias, LORA_ACCUMULATE_DBIAS),
         (op.accumulate.dm, LORA_ACCUMULATE_DM),
         (is_f32(op.da), LORA_DA_F32),
-        (is_f32(op.db), LORA_DB_F32),
-        (is_f32(op.dbias), LORA_DBIAS_F32),
-    ];
-    flags.iter().filter(|(set, _)| *set).map(|(_, bit)| bit).sum()
+        (op.projections.iter().any(|of| of.gain.is_some()), LORA_GAINED),
+    ])
+}
+
+/// `LORA_DB_F32` and `LORA_DBIAS_F32` of a projection.
+fn projection_flags(of: &raw::BackwardProjection) -> u32 {
+    or(&[(is_f32(of.db), LORA_DB_F32), (is_f32(of.dbias), LORA_DBIAS_F32)])
 }
 
 /// What planning needs before it looks at the shape.
@@ -229,18 +294,36 @@ impl Plan {
     /// # Errors
     /// As [`forward`](Self::forward), and [`Error::PlanOption`] for a choice that cannot be had.
     pub fn forward_with(op: &raw::Forward, device: &Device, options: Options) -> Result<Plan> {
+        Plan::forward_shared_with(&op.into(), device, options)
+    }
+
+    /// Plans y = x Wᵀ + h Bᵀ (+ bias) for projections that share x, after checking the arguments.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), with those of [`raw::ForwardShared::check`].
+    pub fn forward_shared(op: &raw::ForwardShared, device: &Device) -> Result<Plan> {
+        Plan::forward_shared_with(op, device, Options::default())
+    }
+
+    /// [`forward_shared`](Self::forward_shared) with some choices made by the caller.
+    ///
+    /// # Errors
+    /// As [`forward_shared`](Self::forward_shared), and [`Error::PlanOption`] for a choice that cannot be had.
+    pub fn forward_shared_with(op: &raw::ForwardShared, device: &Device, options: Options) -> Result<Plan> {
         let (shape, ranges) = op.judge()?;
+        let parts = Part::of_forward(op);
         check(op.dtype, device, &options)?;
-        let obstacles = sm90::obstacles(device, shape, &op.variant, &sm90::forward_operands(op));
+        let departs = (op.routes.is_some(), op.projections.iter().any(|of| of.gain.is_some()));
+        let obstacles = sm90::obstacles(device, shape.k, &parts, departs, &sm90::forward_operands(op));
         let draft = draft(
             device,
             &options,
             obstacles,
-            || sm90::forward(op, shape, device, &options),
-            || portable::forward(op, shape, device, &options),
+            || sm90::forward(op, shape, &parts, device, &options),
+            || portable::forward(op, shape, &parts, device, &options),
         )?;
         let floor = Floor::forward(op, shape, device.known_peak());
-        Ok(Plan::new(shape, op.dtype, device, options, ranges, floor, draft))
+        Ok(Plan::new(shape, parts, op.dtype, device, options, ranges, floor, draft))
     }
 
     /// Plans the requested outputs of backward after checking the arguments.
@@ -258,22 +341,42 @@ impl Plan {
     /// # Errors
     /// As [`backward`](Self::backward), and [`Error::PlanOption`] for a choice that cannot be had.
     pub fn backward_with(op: &raw::Backward, device: &Device, options: Options) -> Result<Plan> {
+        Plan::backward_shared_with(&op.into(), device, options)
+    }
+
+    /// Plans the requested outputs of backward for projections that share x, after checking the arguments.
+    ///
+    /// # Errors
+    /// As [`backward`](Self::backward), with those of [`raw::BackwardShared::check`].
+    pub fn backward_shared(op: &raw::BackwardShared, device: &Device) -> Result<Plan> {
+        Plan::backward_shared_with(op, device, Options::default())
+    }
+
+    /// [`backward_shared`](Self::backward_shared) with some choices made by the caller.
+    ///
+    /// # Errors
+    /// As [`backward_shared`](Self::backward_shared), and [`Error::PlanOption`] for a choice that cannot be had.
+    pub fn backward_shared_with(op: &raw::BackwardShared, device: &Device, options: Options) -> Result<Plan> {
         let (shape, ranges) = op.judge()?;
+        let parts = Part::of_backward(op);
         check(op.dtype, device, &options)?;
-        let obstacles = sm90::obstacles(device, shape, &op.variant, &sm90::backward_operands(op));
+        let departs = (op.routes.is_some(), op.projections.iter().any(|of| of.gain.is_some()));
+        let obstacles = sm90::obstacles(device, shape.k, &parts, departs, &sm90::backward_operands(op));
         let draft = draft(
             device,
             &options,
             obstacles,
-            || sm90::backward(op, shape, device, &options),
-            || portable::backward(op, shape, device, &options),
+            || sm90::backward(op, shape, &parts, device, &options),
+            || portable::backward(op, shape, &parts, device, &options),
         )?;
         let floor = Floor::backward(op, shape, device.known_peak());
-        Ok(Plan::new(shape, op.dtype, device, options, ranges, floor, draft))
+        Ok(Plan::new(shape, parts, op.dtype, device, options, ranges, floor, draft))
     }
 
+    #[allow(clippy::too_many_arguments)] // the fields, but for the draft's
     fn new(
         shape: LoraShape,
+        parts: Vec<Part>,
         dtype: Dtype,
         device: &Device,
         options: Options,
@@ -286,7 +389,7 @@ impl Plan {
         let memory = floor.memory_microseconds().map_or(0.0, |us| us / OF_BANDWIDTH);
         let microseconds = microseconds.map(|us| us.max(memory));
         let device = device.clone();
-        Plan { shape, dtype, device, options, choice, launch, scratch, notes, ranges, floor, microseconds }
+        Plan { shape, parts, dtype, device, options, choice, launch, scratch, notes, ranges, floor, microseconds }
     }
 
     /// The family that was chosen.
@@ -314,7 +417,7 @@ impl Plan {
         self.scratch.end as usize
     }
 
-    /// Dimensions of the call.
+    /// Dimensions of the call; N and R of all its projections together.
     pub fn shape(&self) -> LoraShape {
         self.shape
     }
@@ -346,38 +449,36 @@ impl Plan {
             return Err(Error::Overlap { output: "workspace", other });
         }
         let mut launch = self.launch.clone();
-        let place = |ptr: &mut u64, offset: Option<u64>| {
-            if let Some(offset) = offset {
-                *ptr = workspace + offset;
-            }
-        };
-        let maps: &[u32] = match &mut launch.params {
+        // What is in the workspace is told from its start so far.
+        let place = |ptr: &mut u64, offset: Option<u64>| *ptr += offset.map_or(0, |offset| workspace + offset);
+        let of_ranks = |at: usize| LORA_SM90_FORWARD_FIRST + at as u32 * LORA_SM90_FORWARD_EACH + LORA_SM90_FORWARD_H;
+        let maps: Vec<u32> = match &mut launch.params {
             Params::Forward(params) => {
                 params.sync = workspace;
                 place(&mut params.h.ptr, self.scratch.h);
-                &[]
+                Vec::new()
             }
             Params::Backward(params) => {
                 params.sync = workspace;
                 place(&mut params.dh.ptr, self.scratch.h);
                 place(&mut params.partials, self.scratch.partials);
-                &[]
+                Vec::new()
             }
             Params::Sm90Forward(params) => {
                 params.sync = workspace;
                 place(&mut params.h.ptr, self.scratch.h);
-                &[LORA_SM90_FORWARD_H]
+                (0..self.parts.len()).map(of_ranks).collect()
             }
             Params::Sm90Backward(params) => {
                 params.sync = workspace;
                 place(&mut params.dh.ptr, self.scratch.h);
                 place(&mut params.partials, self.scratch.partials);
-                &[LORA_SM90_BACKWARD_DH, LORA_SM90_BACKWARD_DH_TOKENS]
+                vec![LORA_SM90_BACKWARD_DH, LORA_SM90_BACKWARD_DH_TOKENS]
             }
             // Launches of these need no workspace, and no plan.
-            Params::Merge(_) | Params::Round(_) | Params::Gain(_) => &[],
+            Params::Merge(_) | Params::Round(_) | Params::Gain(_) => Vec::new(),
         };
-        for &index in maps {
+        for index in maps {
             if let Some(Some(map)) = launch.maps.get_mut(index as usize) {
                 place(&mut map.address, self.scratch.h);
             }

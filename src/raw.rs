@@ -1,7 +1,15 @@
 //! The raw layer: addresses, dimensions, strides and a dtype, for stacks on another cudarc version or none.
 //!
-//! [`Forward::check`] and [`Backward::check`] judge everything that can be judged without the memory itself;
+//! [`Forward::check`] and [`Backward::check`] judge everything that can be judged without the memory itself, as do
+//! [`ForwardShared::check`] and [`BackwardShared::check`] for projections that share x;
 //! the typed layers above build these structs and add what they know about buffer lengths.
+
+mod projections;
+
+pub use projections::{
+    BackwardProjection, BackwardShared, ForwardProjection, ForwardShared, MAX_PROJECTIONS, Projections,
+};
+pub(crate) use projections::{named, share_ranks};
 
 use crate::{Accumulate, Dtype};
 

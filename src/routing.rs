@@ -76,7 +76,7 @@ impl Routing {
                 return Err(Error::TooLarge { what, got: end as u64, limit });
             }
             if !slot.scale.is_finite() {
-                return Err(Error::Scale { got: slot.scale });
+                return Err(Error::Scale { arg: "scale", got: slot.scale });
             }
             routes.push(Route { begin: slot.first_rank, end, scale: slot.scale });
         }
@@ -170,7 +170,7 @@ mod tests {
         assert!(matches!(Routing::new(&[endless], &[None]), Err(Error::TooLarge { got: u64::MAX, .. })));
         assert_eq!(Routing::new(&SLOTS, &[None, Some(3)]), Err(Error::Route { row: 1, got: 3, adapters: 3 }));
         let infinite = Slot { scale: f32::INFINITY, ..SLOTS[0] };
-        assert_eq!(Routing::new(&[infinite], &[None]), Err(Error::Scale { got: f32::INFINITY }));
+        assert_eq!(Routing::new(&[infinite], &[None]), Err(Error::Scale { arg: "scale", got: f32::INFINITY }));
         assert!(matches!(Routing::new(&SLOTS, &[]), Err(Error::ZeroDimension { .. })));
     }
 

@@ -1,10 +1,14 @@
 //! The one place that judges dimensions, strides, alignment and overlap.
 
 use crate::error::{Error, Result};
-use crate::raw::{Backward, Forward, Gain, Gradient, MagnitudeGradient, Matrix, Merge, Round, Seed, Variant};
+use crate::raw::{
+    Backward, BackwardShared, Dropout, Forward, ForwardShared, Gain, Gradient, MagnitudeGradient, Matrix, Merge, Round,
+    Seed, named, share_ranks,
+};
 use crate::{Dtype, MAX_ROUTED_RANK, Routing};
 
-/// The four dimensions of a layer call: x is M × K, w is N × K, a is R × K, b is N × R.
+/// The four dimensions of a layer call: x is M × K, w is N × K, a is R × K, b is N × R. Of projections that share x, N and R are
+/// the sums over all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LoraShape {
     /// Tokens.
@@ -138,7 +142,7 @@ impl Operand {
 /// Checks shared by all operations, after the dimensions agreed.
 fn check_operands(
     shape: LoraShape,
-    scale: f32,
+    scales: &[(&'static str, f32)],
     inputs: &[Operand],
     outputs: &[Operand],
 ) -> Result<(LoraShape, Ranges)> {
@@ -152,8 +156,8 @@ fn check_operands(
             return Err(Error::TooLarge { what, got: got as u64, limit: MAX_DIMENSION as u64 });
         }
     }
-    if !scale.is_finite() {
-        return Err(Error::Scale { got: scale });
+    if let Some(&(arg, got)) = scales.iter().find(|scale| !scale.1.is_finite()) {
+        return Err(Error::Scale { arg, got });
     }
     for operand in inputs.iter().chain(outputs) {
         operand.check_memory()?;
@@ -182,52 +186,90 @@ impl Forward {
     /// [`Error::ZeroDimension`], [`Error::Dimension`], [`Error::TooLarge`], [`Error::Scale`], [`Error::Probability`],
     /// [`Error::Exclusive`], [`Error::Stride`], [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
+        ForwardShared::from(self).check()
+    }
+}
+
+impl ForwardShared {
+    /// Dimensions, strides, addresses, overlap and scales; returns the shape, with the N and the ranks of all projections added up,
+    /// when all are right. Arguments of one of several projections are named with its number.
+    ///
+    /// # Errors
+    /// As [`Forward::check`], and [`Error::RoutedProjections`].
+    pub fn check(&self) -> Result<LoraShape> {
         self.judge().map(|(shape, _)| shape)
     }
 
     pub(crate) fn judge(&self) -> Result<(LoraShape, Ranges)> {
+        let all = &self.projections;
+        let name = |name, at| named(name, at, all.len());
         nonzero("x", &self.x)?;
-        nonzero("w", &self.w)?;
-        let shape = LoraShape { m: self.x.rows, n: self.w.rows, k: self.w.cols, r: self.a.rows };
-        let LoraShape { m, n, k, r } = shape;
+        for (at, projection) in all.iter().enumerate() {
+            nonzero(name("w", at), &projection.w)?;
+        }
+        let (m, k, r) = (self.x.rows, all[0].w.cols, self.a.rows);
+        let columns: Vec<_> = all.iter().map(|projection| projection.w.rows).collect();
+        let n = columns.iter().fold(0_usize, |n, columns| n.saturating_add(*columns));
+        let shape = LoraShape { m, n, k, r };
         let bytes = self.dtype.size();
-        let operand = |arg, matrix: Matrix, rows, cols| {
-            let operand = Operand { arg, matrix, element_bytes: bytes };
-            operand.check_dims(rows, cols).map(|()| operand)
-        };
-        let mut inputs = vec![
-            operand("x", self.x, m, k)?,
-            operand("w", self.w, n, k)?,
-            operand("a", self.a, r, k)?,
-            operand("b", self.b, n, r)?,
-        ];
-        if let Some(bias) = self.bias {
-            inputs.push(operand("bias", bias, 1, n)?);
+        let ranks = share_ranks(r, &all.iter().map(|projection| projection.b.cols).collect::<Vec<_>>());
+        let mut inputs = vec![sized("x", self.x, bytes, m, k)?];
+        for (at, projection) in all.iter().enumerate() {
+            inputs.push(sized(name("w", at), projection.w, bytes, projection.w.rows, k)?);
         }
-        self.variant.operands(shape, self.scale, &mut inputs)?;
-        let mut outputs = vec![operand("y", self.y, m, n)?];
+        inputs.push(sized("a", self.a, bytes, r, k)?);
+        for (at, (projection, ranks)) in all.iter().zip(ranks).enumerate() {
+            inputs.push(sized(name("b", at), projection.b, bytes, projection.w.rows, ranks)?);
+        }
+        for (at, projection) in all.iter().enumerate() {
+            if let Some(bias) = projection.bias {
+                inputs.push(sized(name("bias", at), bias, bytes, 1, projection.w.rows)?);
+            }
+        }
+        let scales: Vec<_> = all.iter().enumerate().map(|(at, of)| (name("scale", at), of.scale)).collect();
+        let gains: Vec<_> = all.iter().map(|projection| projection.gain).collect();
+        let departures = Departures { dropout: self.dropout, routes: self.routes, gains: &gains, scales: &scales };
+        departures.operands(shape, &columns, &mut inputs)?;
+        let mut outputs = Vec::new();
+        for (at, projection) in all.iter().enumerate() {
+            outputs.push(sized(name("y", at), projection.y, bytes, m, projection.w.rows)?);
+        }
         if let Some(h) = self.h {
-            outputs.push(operand("h", h, m, r)?);
+            outputs.push(sized("h", h, bytes, m, r)?);
         }
-        check_operands(shape, self.scale, &inputs, &outputs)
+        check_operands(shape, &scales, &inputs, &outputs)
     }
 }
 
-impl Variant {
-    /// Adds what is read beside the matrices.
-    fn operands(&self, shape: LoraShape, scale: f32, inputs: &mut Vec<Operand>) -> Result<()> {
+/// What departs from the plain formula, and what of each projection it acts on.
+struct Departures<'a> {
+    dropout: Option<Dropout>,
+    routes: Option<Matrix>,
+    gains: &'a [Option<Matrix>],
+    scales: &'a [(&'static str, f32)],
+}
+
+impl Departures<'_> {
+    /// Adds what is read beside the matrices; `columns` are N of each projection.
+    fn operands(&self, shape: LoraShape, columns: &[usize], inputs: &mut Vec<Operand>) -> Result<()> {
+        let count = columns.len();
         if let Some(routes) = self.routes {
+            if count > 1 {
+                return Err(Error::RoutedProjections { got: count });
+            }
             if shape.r > MAX_ROUTED_RANK {
                 let (what, got) = ("R (rows of a) of a batch with routes", shape.r as u64);
                 return Err(Error::TooLarge { what, got, limit: MAX_ROUTED_RANK as u64 });
             }
             inputs.push(sized("routes", routes, 8, 1, Routing::words_for(shape.m))?);
         }
-        if let Some(gain) = self.gain {
-            inputs.push(sized("gain", gain, 4, 1, shape.n)?);
+        for (at, (gain, &n)) in self.gains.iter().zip(columns).enumerate() {
+            let Some(gain) = *gain else { continue };
+            let arg = named("gain", at, count);
+            inputs.push(sized(arg, gain, 4, 1, n)?);
             let rival = [("dropout", self.dropout.is_some()), ("routes", self.routes.is_some())];
             if let Some((other, _)) = rival.into_iter().find(|(_, is_there)| *is_there) {
-                return Err(Error::Exclusive { arg: "gain", other });
+                return Err(Error::Exclusive { arg, other });
             }
         }
         let Some(dropout) = self.dropout else { return Ok(()) };
@@ -235,8 +277,10 @@ impl Variant {
             return Err(Error::Probability { got: dropout.p });
         }
         // What kernels multiply by; a scale that is not finite itself is named further on.
-        if scale.is_finite() && !(scale * self.factor()).is_finite() {
-            return Err(Error::Scale { got: scale * self.factor() });
+        let factor = Dropout::factor(self.dropout);
+        let mut divided = self.scales.iter().filter(|of| of.1.is_finite()).map(|&(arg, scale)| (arg, scale * factor));
+        if let Some((arg, got)) = divided.find(|scale| !scale.1.is_finite()) {
+            return Err(Error::Scale { arg, got });
         }
         if let Seed::Memory(state) = dropout.seed {
             inputs.push(sized("seed", state, 8, 1, 2)?);
@@ -253,59 +297,100 @@ impl Backward {
     /// [`Error::TooLarge`], [`Error::Scale`], [`Error::Probability`], [`Error::Exclusive`], [`Error::Stride`],
     /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
     pub fn check(&self) -> Result<LoraShape> {
+        BackwardShared::from(self).check()
+    }
+}
+
+impl BackwardShared {
+    /// Dimensions, strides, addresses, overlap, scales and presence; returns the shape, with the N and the ranks of all projections
+    /// added up, when all are right. Arguments of one of several projections are named with its number.
+    ///
+    /// # Errors
+    /// As [`Backward::check`], and [`Error::RoutedProjections`].
+    pub fn check(&self) -> Result<LoraShape> {
         self.judge().map(|(shape, _)| shape)
     }
 
-    pub(crate) fn judge(&self) -> Result<(LoraShape, Ranges)> {
-        nonzero("dy", &self.dy)?;
-        nonzero("w", &self.w)?;
-        let shape = LoraShape { m: self.dy.rows, n: self.w.rows, k: self.w.cols, r: self.a.rows };
-        let LoraShape { m, n, k, r } = shape;
-        let wanted = [self.dx.is_some(), self.da.is_some(), self.db.is_some(), self.dbias.is_some(), self.dm.is_some()];
-        if !wanted.contains(&true) {
+    /// What is asked for, and what it needs.
+    fn check_presence(&self) -> Result<()> {
+        let all = &self.projections;
+        let has_own = all.iter().any(|of| of.db.is_some() || of.dbias.is_some() || of.dm.is_some());
+        if self.dx.is_none() && self.da.is_none() && !has_own {
             return Err(Error::NoOutput { expected: "dx, da, db, dbias, dm" });
         }
-        if self.dm.is_some() && self.variant.gain.is_none() {
-            return Err(Error::Missing { arg: "gain", output: "dm" });
+        if let Some(at) = all.iter().position(|of| of.dm.is_some() && of.gain.is_none()) {
+            let name = |arg| named(arg, at, all.len());
+            return Err(Error::Missing { arg: name("gain"), output: name("dm") });
         }
         if self.da.is_some() && self.x.is_none() {
             return Err(Error::Missing { arg: "x", output: "da" });
         }
-        if self.db.is_some() && self.h.is_none() {
-            return Err(Error::Missing { arg: "h", output: "db" });
+        match all.iter().position(|projection| projection.db.is_some()) {
+            Some(at) if self.h.is_none() => Err(Error::Missing { arg: "h", output: named("db", at, all.len()) }),
+            _ => Ok(()),
         }
+    }
+
+    pub(crate) fn judge(&self) -> Result<(LoraShape, Ranges)> {
+        let all = &self.projections;
+        let name = |name, at| named(name, at, all.len());
+        for (at, projection) in all.iter().enumerate() {
+            nonzero(name("dy", at), &projection.dy)?;
+            nonzero(name("w", at), &projection.w)?;
+        }
+        let (m, k, r) = (all[0].dy.rows, all[0].w.cols, self.a.rows);
+        let columns: Vec<_> = all.iter().map(|projection| projection.w.rows).collect();
+        let n = columns.iter().fold(0_usize, |n, columns| n.saturating_add(*columns));
+        let shape = LoraShape { m, n, k, r };
+        self.check_presence()?;
         let bytes = self.dtype.size();
-        let mut inputs = vec![
-            sized("dy", self.dy, bytes, m, n)?,
-            sized("w", self.w, bytes, n, k)?,
-            sized("a", self.a, bytes, r, k)?,
-            sized("b", self.b, bytes, n, r)?,
-        ];
+        let ranks = share_ranks(r, &all.iter().map(|projection| projection.b.cols).collect::<Vec<_>>());
+        let mut inputs = Vec::new();
+        for (at, projection) in all.iter().enumerate() {
+            inputs.push(sized(name("dy", at), projection.dy, bytes, m, projection.w.rows)?);
+            inputs.push(sized(name("w", at), projection.w, bytes, projection.w.rows, k)?);
+        }
+        inputs.push(sized("a", self.a, bytes, r, k)?);
+        for (at, (projection, &ranks)) in all.iter().zip(&ranks).enumerate() {
+            inputs.push(sized(name("b", at), projection.b, bytes, projection.w.rows, ranks)?);
+        }
         if let Some(x) = self.x {
             inputs.push(sized("x", x, bytes, m, k)?);
         }
         if let Some(h) = self.h {
             inputs.push(sized("h", h, bytes, m, r)?);
         }
-        self.variant.operands(shape, self.scale, &mut inputs)?;
+        let scales: Vec<_> = all.iter().enumerate().map(|(at, of)| (name("scale", at), of.scale)).collect();
+        let gains: Vec<_> = all.iter().map(|projection| projection.gain).collect();
+        let departures = Departures { dropout: self.dropout, routes: self.routes, gains: &gains, scales: &scales };
+        departures.operands(shape, &columns, &mut inputs)?;
         let mut outputs = Vec::new();
-        if let Some(MagnitudeGradient { y, bias, magnitude, dm }) = self.dm {
-            inputs.push(sized("y", y, bytes, m, n)?);
+        for (at, projection) in all.iter().enumerate() {
+            let Some(MagnitudeGradient { y, bias, magnitude, dm }) = projection.dm else { continue };
+            inputs.push(sized(name("y", at), y, bytes, m, columns[at])?);
             if let Some(bias) = bias {
-                inputs.push(sized("bias", bias, bytes, 1, n)?);
+                inputs.push(sized(name("bias", at), bias, bytes, 1, columns[at])?);
             }
-            inputs.push(sized("magnitude", magnitude, 4, 1, n)?);
-            outputs.push(sized("dm", dm, 4, 1, n)?);
+            inputs.push(sized(name("magnitude", at), magnitude, 4, 1, columns[at])?);
+            outputs.push(sized(name("dm", at), dm, 4, 1, columns[at])?);
         }
         if let Some(dx) = self.dx {
             outputs.push(sized("dx", dx, bytes, m, k)?);
         }
-        for (arg, gradient, rows, cols) in [("da", self.da, r, k), ("db", self.db, n, r), ("dbias", self.dbias, 1, n)] {
+        let mut gradient = |arg, gradient: Option<Gradient>, rows, cols| -> Result<()> {
             if let Some(Gradient { matrix, f32 }) = gradient {
                 outputs.push(sized(arg, matrix, if f32 { 4 } else { bytes }, rows, cols)?);
             }
+            Ok(())
+        };
+        gradient("da", self.da, r, k)?;
+        for (at, (projection, &ranks)) in all.iter().zip(&ranks).enumerate() {
+            gradient(name("db", at), projection.db, projection.w.rows, ranks)?;
         }
-        check_operands(shape, self.scale, &inputs, &outputs)
+        for (at, projection) in all.iter().enumerate() {
+            gradient(name("dbias", at), projection.dbias, 1, projection.w.rows)?;
+        }
+        check_operands(shape, &scales, &inputs, &outputs)
     }
 }
 
@@ -339,7 +424,7 @@ impl Merge {
             inputs.push(sized("gain", gain, 4, 1, n)?);
         }
         let outputs = [sized("merged", self.merged, storage, n, k)?];
-        check_operands(shape, self.scale, &inputs, &outputs).map(|(shape, _)| shape)
+        check_operands(shape, &[("scale", self.scale)], &inputs, &outputs).map(|(shape, _)| shape)
     }
 }
 
@@ -359,7 +444,7 @@ impl Round {
         }
         let outputs =
             [sized("rounded_a", self.rounded_a, storage, r, k)?, sized("rounded_b", self.rounded_b, storage, n, r)?];
-        check_operands(shape, self.scale, &inputs, &outputs).map(|(shape, _)| shape)
+        check_operands(shape, &[("scale", self.scale)], &inputs, &outputs).map(|(shape, _)| shape)
     }
 }
 
@@ -396,6 +481,6 @@ impl Gain {
                 outputs.push(sized(arg, matrix, 4, 1, n)?);
             }
         }
-        check_operands(shape, self.scale, &inputs, &outputs).map(|(shape, _)| shape)
+        check_operands(shape, &[("scale", self.scale)], &inputs, &outputs).map(|(shape, _)| shape)
     }
 }

@@ -11,9 +11,11 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::sync::Arc;
 
-use common::altered::{self, Edit, Site, Sources};
+use common::HostDropout;
+use common::altered::{self, Site, Sources};
 use common::data::{Placement, Routes, Spec};
-use common::{HostDropout, check};
+use common::emulated::Layers;
+use common::portable_defects::{BACKWARD, DEFECTS, Defect, FORWARD};
 use fused_lora::bf16;
 use fused_lora::emulator::{Emulator, Timing};
 use fused_lora::kernels::Image;
@@ -21,197 +23,12 @@ use fused_lora::plan::{Device, Options, TileSize};
 use ptx_emulator::Module;
 use rayon::prelude::*;
 
-const FORWARD: &str = "portable_forward";
-const BACKWARD: &str = "portable_backward";
-
-/// One edit of a source file of an image.
-struct Defect {
-    what: &'static str,
-    image: &'static str,
-    edit: Edit<'static>,
-}
-
-const fn defect(
-    what: &'static str,
-    image: &'static str,
-    file: &'static str,
-    old: &'static str,
-    new: &'static str,
-) -> Defect {
-    Defect { what, image, edit: Edit { file, old, new } }
-}
-
-const TILE: &str = "portable/tile.cuh";
-const SCHEDULE: &str = "portable/schedule.cuh";
-const EPILOGUE: &str = "portable/epilogue.cuh";
-const ELEMENT: &str = "element.cuh";
-const SYNC: &str = "ptx/sync.cuh";
-const DROPOUT: &str = "dropout.cuh";
-
-const DEFECTS: [Defect; 38] = [
-    defect(
-        "no barrier per step",
-        FORWARD,
-        TILE,
-        "__syncthreads();  // the stage is complete for all, and the one about to be overwritten was read by all",
-        "",
-    ),
-    defect(
-        "copies waited for one step late",
-        FORWARD,
-        TILE,
-        "cp_async_wait<kStages - 2>",
-        "cp_async_wait<kStages - 1>",
-    ),
-    defect(
-        "no barrier after the wait",
-        FORWARD,
-        TILE,
-        "__syncthreads();  // what one thread acquired, all may read",
-        "",
-    ),
-    defect("flag read without acquire", FORWARD, SYNC, "ld.acquire.gpu", "ld.relaxed.gpu"),
-    defect("flag raised without release", FORWARD, SYNC, "red.release.gpu", "red.relaxed.gpu"),
-    defect("flag not waited for", FORWARD, TILE, "< target) __nanosleep", "< target - 1) __nanosleep"),
-    defect(
-        "flag waited for a step late",
-        FORWARD,
-        TILE,
-        "dependency.must_wait(step)",
-        "dependency.must_wait(step - 1)",
-    ),
-    defect("flag waited for without end", FORWARD, TILE, "< target) __nanosleep", "<= target) __nanosleep"),
-    defect(
-        "h published before it is written",
-        FORWARD,
-        SCHEDULE,
-        "publish(uint32_t index) {\n    __syncthreads();",
-        "publish(uint32_t index) {",
-    ),
-    defect("words not cleared", FORWARD, SCHEDULE, "sync_[i] = 0;", "(void)i;"),
-    defect(
-        "one word for tickets and arrivals",
-        BACKWARD,
-        SCHEDULE,
-        "broadcast<kArrival>(before)",
-        "broadcast<kTicket>(before)",
-    ),
-    defect(
-        "partial sums counted before they are written",
-        BACKWARD,
-        "portable/backward.cu",
-        "{ mine[index * Tile::kThreads] = value; });\n  __syncthreads();",
-        "{ mine[index * Tile::kThreads] = value; });",
-    ),
-    defect("rows loaded past the end", FORWARD, TILE, "row + i * kRowStep < row_end ? cols : 0", "cols"),
-    defect("columns loaded past the end", FORWARD, TILE, "min(col_end - col, static_cast<uint32_t>(kChunkElems))", "8"),
-    defect("rows stored past the end", FORWARD, EPILOGUE, "if (row >= rows) continue;\n        float", "float"),
-    defect("columns stored past the end", FORWARD, EPILOGUE, "if (col >= cols) continue;", ""),
-    defect(
-        "tail one step short",
-        FORWARD,
-        TILE,
-        "main.steps + tail.steps;",
-        "main.steps + tail.steps - (tail.steps != 0);",
-    ),
-    defect(
-        "main one step short",
-        FORWARD,
-        TILE,
-        "(a.k_end - k_begin + kBlockK - 1) / kBlockK",
-        "(a.k_end - k_begin) / kBlockK",
-    ),
-    defect(
-        "narrow tiles cut too short",
-        FORWARD,
-        TILE,
-        "warp_col + j * 8 >= active_n",
-        "warp_col + j * 8 + 8 >= active_n",
-    ),
-    defect("bias of the wrong column", FORWARD, EPILOGUE, "widen(bias[col + 1])", "widen(bias[col])"),
-    defect("B read transposed", BACKWARD, TILE, "ptx::ldmatrix_x4_trans(b,", "ptx::ldmatrix_x4(b,"),
-    defect(
-        "partial sums added in order of arrival",
-        BACKWARD,
-        "portable/backward.cu",
-        "for_each_register([&](int index, float& value) { value = first[index * Tile::kThreads]; });\n#pragma unroll 1\n  \
-         for (uint32_t other = 1; other < p.chunks; ++other) {\n    const float* const partial = first + \
-         static_cast<uint64_t>(other) * p.partial_stride;",
-        "#pragma unroll 1\n  for (uint32_t other = 1; other < p.chunks; ++other) {\n    const float* const partial = first \
-         + static_cast<uint64_t>((chunk + other) % p.chunks) * p.partial_stride;",
-    ),
-    defect("last arriver does not acquire", BACKWARD, SYNC, "atom.acq_rel.gpu", "atom.release.gpu"),
-    defect("arrivals do not release", BACKWARD, SYNC, "atom.acq_rel.gpu", "atom.acquire.gpu"),
-    defect(
-        "a chunk's last rows left out",
-        BACKWARD,
-        "portable/backward.cu",
-        "min(token + p.chunk_rows, p.m)",
-        "min(token + p.chunk_rows - 1, p.m)",
-    ),
-    defect(
-        "gradient overwritten, not accumulated",
-        BACKWARD,
-        ELEMENT,
-        "accumulate ? widen(*gmem) + value : value",
-        "value",
-    ),
-    defect(
-        "dropout: words in another order",
-        FORWARD,
-        DROPOUT,
-        "kept(x[i], random.of[i])",
-        "kept(x[i], random.of[i ^ 3])",
-    ),
-    defect("dropout: key not advanced", FORWARD, DROPOUT, "key0 += 0x9e3779b9u;", ""),
-    defect("dropout: offset not read", FORWARD, DROPOUT, "state[1]", "state[0]"),
-    defect(
-        "dropout: of the base product's x",
-        FORWARD,
-        "portable/forward.cu",
-        "Drops::kNone> tile;\n  tile.accumulate(main, tail, m, n, Shape::kBlock, h, {}, smem, InOrder{}, ranks);",
-        "Drops::kA> tile;\n  tile.accumulate(main, tail, m, n, Shape::kBlock, h, p.dropout, smem, InOrder{}, ranks);",
-    ),
-    defect("dropout: halves not swapped", BACKWARD, DROPOUT, "__shfl_xor_sync(0xffffffffu, given, 4)", "given"),
-    defect("dropout: of dy for db", BACKWARD, "portable/backward.cu", "if (!is_da) dropout.threshold = 0;", ""),
-    defect(
-        "dropout: tail begun before dh is there",
-        BACKWARD,
-        "portable/backward.cu",
-        "p.dropout.threshold != 0 ? 0 : main.steps",
-        "main.steps",
-    ),
-    defect("dropout: tail not dropped from", BACKWARD, TILE, "drop_accumulators(Dropout(dropout), m, n);", ""),
-    defect(
-        "routes: units without a step pass no barrier",
-        BACKWARD,
-        "portable/backward.cu",
-        "if (tokens.steps == 0) __syncthreads();",
-        "",
-    ),
-    defect(
-        "routes: ranks of other adapters kept",
-        FORWARD,
-        "routes.cuh",
-        "return kept ? value",
-        "return kept || true ? value",
-    ),
-    defect(
-        "routes: blocks of the row before",
-        FORWARD,
-        "routes.cuh",
-        "mask |= block(at);",
-        "mask |= block(at >= LORA_ROUTE_ROWS ? at - LORA_ROUTE_ROWS : at);",
-    ),
-    defect("dropout: of the base product too", BACKWARD, TILE, "drops ? first_steps : steps", "steps"),
-];
-
 /// Cases that reach every part of a kernel: several CTAs and units, ragged edges, a tail of several steps, one that begins
-/// in the prologue of the ring, reductions in chunks, accumulation, dropout, routes.
-fn specs(image: &str) -> Vec<(Spec, u32)> {
+/// in the prologue of the ring, reductions in chunks, accumulation, dropout, routes, several projections.
+fn specs(image: &str) -> Vec<(Layers, u32)> {
     let base = Spec::new(150, 70, 75, 13);
     let dropout = |in_memory| Some(HostDropout { p: 0.4, seed: [0x0123_4567_89ab_cdef, 1 << 40 | 5], in_memory });
-    let mut specs = vec![
+    let mut specs: Vec<(Spec, u32)> = vec![
         (Spec { placement: Placement::Aligned, keep_h: false, ..base }, 2),
         (Spec { placement: Placement::Aligned, n: 20, k: 20, outputs: [true, true, false, false], ..base }, 4),
         (Spec { placement: Placement::Unaligned, r: 70, ..base }, 8),
@@ -231,12 +48,15 @@ fn specs(image: &str) -> Vec<(Spec, u32)> {
         // More steps over n than the ring has stages.
         specs.push((Spec { placement: Placement::Aligned, n: 300, ..base }, 4));
     }
-    specs
+    let shared = Spec { placement: Placement::Aligned, n: 40, r: 16, ..base };
+    let others = [(70, 0), (33, 72)];
+    let alone = specs.into_iter().map(|(spec, sms)| (Layers::One(spec), sms));
+    alone.chain([(Layers::shared(shared, &others), 4)]).collect()
 }
 
 /// What the suite says of a kernel: `Err` with the first complaint.
 fn verdict(image: &'static str, tile: TileSize, module: &Arc<Module>, seeds: u64) -> Result<(), String> {
-    for (spec, sms) in specs(image) {
+    for (layers, sms) in specs(image) {
         let mut first = None;
         for seed in 1..=seeds {
             let timing = [Timing::Eager, Timing::Lazy, Timing::Mixed][seed as usize % 3];
@@ -246,19 +66,9 @@ fn verdict(image: &'static str, tile: TileSize, module: &Arc<Module>, seeds: u64
                 .with_seed(seed)
                 .with_copies(timing)
                 .with_limit(20_000_000);
-            let bits = if image == FORWARD {
-                let before = spec.forward::<bf16>();
-                let mut after = before.clone();
-                emulator.forward(after.views()).map_err(|error| error.to_string())?;
-                check::judge_forward(&before, &after, spec.values)?;
-                format!("{:?}{:?}", after.y.data, after.h.map(|h| h.data))
-            } else {
-                let before = spec.backward::<bf16>();
-                let mut after = before.clone();
-                emulator.backward(after.views()).map_err(|error| error.to_string())?;
-                check::judge_backward(&before, &after, spec.values)?;
-                format!("{:?}{:?}{:?}{:?}", after.dx.map(|dx| dx.data), after.da, after.db, after.dbias)
-            };
+            let run =
+                if image == FORWARD { layers.forward::<bf16>(&emulator) } else { layers.backward::<bf16>(&emulator) };
+            let bits = run?.0;
             if first.get_or_insert_with(|| bits.clone()) != &bits {
                 return Err(format!("seed {seed} gives other bits than seed 1"));
             }

@@ -26,7 +26,7 @@ use rayon::prelude::*;
 
 /// A case with what is chosen for it: everything runs in clusters of two.
 struct Case {
-    spec: Spec,
+    layers: Layers,
     sms: u32,
     options: Options,
 }
@@ -39,7 +39,8 @@ const SEEDS: u64 = 3;
 fn cases(image: &str, tile: TileSize) -> Vec<Case> {
     let options = Options::default().with_tile(tile).with_cluster(2);
     let spec = |m, n, k, r| Spec { placement: Placement::Aligned, ..Spec::new(m, n, k, r) };
-    let case = |sms, spec| Case { spec, sms, options };
+    let case = |sms, spec: Spec| Case { layers: spec.into(), sms, options };
+    let sharing = |sms, spec, others: &[(usize, usize)]| Case { layers: Layers::shared(spec, others), sms, options };
     let chunks = |chunks, case: Case| Case { options: case.options.with_chunks(chunks), ..case };
     let dropout = |in_memory| Some(HostDropout { p: 0.5, seed: [5, 1 << 33], in_memory });
     let dropping = |in_memory, (m, n, k, r)| {
@@ -58,6 +59,7 @@ fn cases(image: &str, tile: TileSize) -> Vec<Case> {
             dropping(false, (200, 72, 264, 24)),
             dropping(true, (300, 72, 136, 40)),
             dropping(false, (130, 72, 200, 136)),
+            sharing(4, spec(300, 72, 136, 24), &[(136, 0), (264, 104)]),
         ];
     }
     let strided = Spec { accumulate: true, placement: Placement::Strided, ..spec(390, 72, 264, 16) };
@@ -74,6 +76,7 @@ fn cases(image: &str, tile: TileSize) -> Vec<Case> {
         dropping(false, (520, 136, 584, 24)),
         dropping(true, (390, 72, 584, 40)),
         dropping(false, (300, 72, 584, 136)),
+        chunks(2, sharing(4, spec(300, 72, 136, 24), &[(136, 0), (200, 136)])),
     ]
 }
 
@@ -86,19 +89,9 @@ fn run(image: &'static str, module: &Arc<Module>, case: &Case, seed: u64) -> Res
         .with_seed(seed)
         .with_copies([Timing::Eager, Timing::Lazy, Timing::Mixed][seed as usize % 3])
         .with_limit(4_000_000);
-    let (bits, run) = if image == FORWARD {
-        let before = case.spec.forward::<bf16>();
-        let mut after = before.clone();
-        let run = emulator.forward(after.views()).map_err(|error| error.to_string())?;
-        check::judge_forward(&before, &after, case.spec.values)?;
-        (format!("{:?}{:?}", after.y.data, after.h.map(|h| h.data)), run)
-    } else {
-        let before = case.spec.backward::<bf16>();
-        let mut after = before.clone();
-        let run = emulator.backward(after.views()).map_err(|error| error.to_string())?;
-        check::judge_backward(&before, &after, case.spec.values)?;
-        (format!("{:?}{:?}{:?}{:?}", after.dx.map(|dx| dx.data), after.da, after.db, after.dbias), run)
-    };
+    let layers = &case.layers;
+    let run = if image == FORWARD { layers.forward::<bf16>(&emulator) } else { layers.backward::<bf16>(&emulator) };
+    let (bits, run) = run?;
     Ok((bits, run.counters.lines().iter().map(|line| line.ptx_line).collect()))
 }
 

@@ -460,3 +460,20 @@ fn missing_files_are_named() {
         assert_eq!(error.file, Some(pipe.join("adapter_config.json")));
     }
 }
+
+/// What nobody could load does not take the place of what is there.
+#[test]
+fn an_adapter_without_factors_is_not_saved() {
+    let dir = fresh("without_factors");
+    let tensor =
+        |shape: &[usize]| Tensor::from_f32(Dtype::F32, shape, &vec![1.0; shape.iter().product()]).expect("a tensor");
+    let mut adapter = Adapter::new(Config::new(2, 4.0, ["q"]));
+    let empty = adapter.clone();
+    let refused = |adapter: &Adapter| adapter.save(&dir).expect_err("a refusal");
+    assert!(matches!(refused(&empty).kind, ErrorKind::Missing { .. }));
+    assert!(fs::read_dir(&dir).map_or(0, Iterator::count) == 0, "a file was written");
+    adapter.insert("m.q", Factors::new(tensor(&[2, 3]), tensor(&[4, 2]))).expect("factors");
+    adapter.save(&dir).expect("saved");
+    assert!(matches!(refused(&empty).kind, ErrorKind::Missing { .. }));
+    assert_eq!(Adapter::load(&dir).expect("what was there").modules().len(), 1);
+}

@@ -114,6 +114,42 @@ proptest! {
         }
     }
 
+    /// One to four projections that share x, some without ranks, each with outputs of its own.
+    #[test]
+    fn shared_plans_keep_their_promises(
+        m in 1..=9000_usize, k in 1..=5000_usize, parts in prop::collection::vec((1..=5000_usize, 0..=30_usize), 1..=4), dtype in dtypes(),
+        device in devices(), keeps_h: bool, outputs: u32,
+    ) {
+        let parts: Vec<_> = parts.into_iter().map(|(n, r)| (n, r)).collect();
+        let mut forward = ops::forward_shared(dtype, m, k, &parts);
+        forward.h = keeps_h.then(|| raw::Matrix::new(1 << 61, m, forward.a.rows));
+        let mut backward = ops::backward_shared(dtype, m, k, &parts);
+        let wants = |bit: usize| outputs >> bit & 1 != 0;
+        backward.da = backward.da.filter(|_| wants(0));
+        // At least dx is asked for.
+        backward.dx = backward.dx.filter(|_| wants(1) || (2..10).all(|bit| !wants(bit)));
+        for (at, of) in backward.projections.iter_mut().enumerate() {
+            of.db = of.db.filter(|_| wants(2 + at));
+            of.dbias = of.dbias.filter(|_| wants(6 + at));
+        }
+        let is_asked = backward.check().is_ok();
+        match Plan::forward_shared_with(&forward, &device, portable()) {
+            Ok(plan) => {
+                prop_assert_eq!(plan.family(), Family::Portable);
+                legal::forward_shared(&plan, &forward, &device, &portable(), WORKSPACE);
+            }
+            Err(error) => prop_assert!(false, "{}", error),
+        }
+        match Plan::backward_shared_with(&backward, &device, portable()) {
+            Ok(plan) => {
+                prop_assert_eq!(plan.family(), Family::Portable);
+                legal::backward_shared(&plan, &backward, &device, &portable(), WORKSPACE);
+            }
+            Err(Error::NoOutput { .. }) => prop_assert!(!is_asked),
+            Err(error) => prop_assert!(false, "{}", error),
+        }
+    }
+
     /// Tokens far beyond a chunk: several chunks, whatever the device.
     #[test]
     fn long_reductions_are_cut(m in 20_000..2_000_000_usize, n in 1..300_usize, k in 1..300_usize, r in 1..40_usize,
@@ -124,7 +160,7 @@ proptest! {
         let launch = plan.launch(WORKSPACE, plan.workspace_bytes()).expect("a launch");
         let Params::Backward(p) = launch.params else { panic!("{launch:?}") };
         // 600 tiles at most here: only a device with fewer SMs than half the tiles has nothing to gain.
-        let tiles = p.n_blocks + p.k_blocks;
+        let tiles = p.projections[0].n_blocks + p.k_blocks;
         prop_assert!(p.chunks > 1 || 2 * device.sms <= tiles, "{} chunk for {tiles} tiles", p.chunks);
     }
 
@@ -303,4 +339,44 @@ fn explain_names_the_kernel_the_grid_and_every_slow_operand() {
     // Nor is anything said against what the fastest kernels take.
     let shape = LoraShape { m: 4096, n: 2048, k: 2048, r: 16 };
     assert!(!explain(&ops::backward(Dtype::F16, shape)).contains("note"));
+}
+
+/// q, k and v, gate and up: one launch is predicted to take no longer than one for each, in either family, and its floor is lower by
+/// the x that is read once.
+#[test]
+fn sharing_x_is_never_predicted_to_cost() {
+    let layers: [&[(usize, usize)]; 3] = [
+        &[(4096, 16), (1024, 16), (1024, 16)],
+        &[(14336, 64), (14336, 64)],
+        &[(3584, 8), (512, 0), (512, 8), (512, 8)],
+    ];
+    for device in ["h200", "a100", "l4"].map(|name| Device::named(name).expect("it is in the table")) {
+        for (parts, m) in layers.iter().flat_map(|&parts| [64, 2048, 8192].map(|m| (parts, m))) {
+            let k = 4096;
+            let time = |plan: Result<Plan, Error>| plan.expect("a plan").predicted_microseconds().expect("it predicts");
+            let single = |&(n, r): &(usize, usize)| LoraShape { m, n, k, r };
+            let forward = Plan::forward_shared(&ops::forward_shared(Dtype::Bf16, m, k, parts), &device);
+            let backward = Plan::backward_shared(&ops::backward_shared(Dtype::Bf16, m, k, parts), &device);
+            let [forwards, backwards] = [true, false].map(|is_forward| {
+                let of = |shape| match is_forward {
+                    true => time(Plan::forward(&ops::forward(Dtype::Bf16, shape), &device)),
+                    false => time(Plan::backward(&ops::backward(Dtype::Bf16, shape), &device)),
+                };
+                parts.iter().map(single).map(of).sum::<f64>()
+            });
+            let text = forward.as_ref().expect("a plan").explain();
+            assert!(
+                text.contains(&format!("shared     {} projections of one x: N = {}", parts.len(), parts[0].0)),
+                "{text}"
+            );
+            let floor = forward.as_ref().expect("a plan").floor();
+            let alone =
+                |part| Plan::forward(&ops::forward(Dtype::Bf16, single(part)), &device).expect("a plan").floor();
+            let sum = parts.iter().map(alone).fold((0.0, 0.0), |sum, floor| (sum.0 + floor.flops, sum.1 + floor.bytes));
+            assert_eq!((floor.flops, floor.bytes), (sum.0, sum.1 - ((parts.len() - 1) * m * k * 2) as f64));
+            let (forward, backward) = (time(forward), time(backward));
+            assert!(forward <= forwards, "{} M={m} {parts:?}: {forward} for {forwards}", device.name);
+            assert!(backward <= backwards, "{} M={m} {parts:?}: {backward} for {backwards}", device.name);
+        }
+    }
 }

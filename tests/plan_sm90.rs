@@ -100,6 +100,44 @@ proptest! {
         }
     }
 
+    /// One to four projections that share x, some without ranks, each with outputs of its own.
+    #[test]
+    fn shared_plans_keep_their_promises(
+        m in 1..=9000_usize, k in 1..=600_usize, parts in prop::collection::vec((1..=600_usize, 0..=30_usize), 1..=4), dtype in dtypes(),
+        device in devices(), options in choices(), keeps_h: bool, outputs: u32,
+    ) {
+        let parts: Vec<_> = parts.into_iter().map(|(n, r)| (n * 8, r * 8)).collect();
+        let mut forward = ops::forward_shared(dtype, m, k * 8, &parts);
+        forward.h = keeps_h.then(|| raw::Matrix::new(1 << 61, m, forward.a.rows));
+        let mut backward = ops::backward_shared(dtype, m, k * 8, &parts);
+        let wants = |bit: usize| outputs >> bit & 1 != 0;
+        backward.da = backward.da.filter(|_| wants(0));
+        // At least dx is asked for.
+        backward.dx = backward.dx.filter(|_| wants(1) || (2..10).all(|bit| !wants(bit)));
+        for (at, of) in backward.projections.iter_mut().enumerate() {
+            of.db = of.db.filter(|_| wants(2 + at));
+            of.dbias = of.dbias.filter(|_| wants(6 + at));
+        }
+        let is_asked = backward.check().is_ok();
+        match Plan::forward_shared_with(&forward, &device, options) {
+            Ok(plan) => {
+                prop_assert_eq!(plan.family(), Family::Sm90);
+                legal::forward_shared(&plan, &forward, &device, &options, WORKSPACE);
+            }
+            Err(error) if is_impossible(&error, &options, &device) => {}
+            Err(error) => prop_assert!(false, "{}", error),
+        }
+        match Plan::backward_shared_with(&backward, &device, options) {
+            Ok(plan) => {
+                prop_assert_eq!(plan.family(), Family::Sm90);
+                legal::backward_shared(&plan, &backward, &device, &options, WORKSPACE);
+            }
+            Err(Error::NoOutput { .. }) => prop_assert!(!is_asked),
+            Err(error) if is_impossible(&error, &options, &device) => {}
+            Err(error) => prop_assert!(false, "{}", error),
+        }
+    }
+
     /// Left to the planner, wherever the matrices lie: one of the families, and maps that can be encoded.
     #[test]
     fn any_placement_has_a_legal_plan(

@@ -20,6 +20,7 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use arguments::Feature;
 use cublaslt::{CublasLt, Product, places};
 use fused_lora::plan::{Family, TileSize};
 use fused_lora::{Dtype, LoraShape};
@@ -105,7 +106,7 @@ fn row(op: Op, way: Way, r: usize, samples: &[f64]) -> Row {
         way,
         dtype: Dtype::Bf16,
         shape: LoraShape { m: 8192, n: 4096, k: 4096, r },
-        dropout: 0.0,
+        feature: Feature::default(),
         flops: 2.0 * 8192.0 * 4096.0 * 4096.0,
         floor: Some(278.0),
         floor_bytes: 168e6,
@@ -230,7 +231,12 @@ fn the_command_line() {
         (all.dtype, all.ops, all.rounds, all.once, all.unfused, all.hot),
         (Dtype::F16, vec![Op::Backward], 5, true, false, true)
     );
-    assert_eq!(all.dropout, 0.1);
+    assert_eq!(all.feature, Feature { dropout: 0.1, ..Feature::default() });
+    let dora = parse("--dora --projections 2").expect("they are known").expect("not the help").feature;
+    assert_eq!(dora, Feature { dora: true, projections: 2, ..Feature::default() });
+    assert_eq!(dora.without_adapter(), Feature { projections: 2, ..Feature::default() });
+    let many = parse("--adapters 8").expect("it is known").expect("not the help").feature;
+    assert!(many.adapters == 8 && !many.has_rival() && Feature::default().has_rival());
     let options = all.options;
     assert_eq!((options.tile, options.cluster, options.bundle), (Some(TileSize::Sm90N192), Some(1), Some(2)));
     assert_eq!((options.chunks, options.group_m), (Some(3), Some(16)));
@@ -249,6 +255,12 @@ fn the_command_line() {
         ("--m 0", "expected whole numbers"),
         ("--dropout 1", "expected 0 or more and less than 1"),
         ("--dropout NaN", "expected 0 or more and less than 1"),
+        ("--adapters 0", "expected whole numbers"),
+        ("--adapters 2 --dora", "exclude one another"),
+        ("--dropout 0.5 --adapters 3", "exclude one another"),
+        ("--adapters 2 --projections 2", "excludes --projections"),
+        ("--projections 5", "expected 4 at most"),
+        ("--nk 64x64 --projections 3", "N = 64 cannot be cut into 3"),
         ("--op both", "expected forward or backward"),
         ("--tile 64", "expected large, small, 256, 192 or 128"),
         ("--family sm100", "expected portable or sm90"),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use fused_lora::plan::Options;
 use fused_lora::{Dtype, LoraShape, Result};
 
+use crate::tax::arguments::Feature;
 use crate::tax::cublaslt::CublasLt;
 use crate::tax::gpu;
 use crate::tax::report::Op as Product;
@@ -67,7 +68,8 @@ impl Backend for Gpu {
 
     fn prepare(&self, case: &Case) -> Result<Timed, Failure> {
         let LoraShape { r, .. } = case.shape;
-        let (layers, memory) = self.gpu.layers(case.dtype, false, 0.0, LoraShape { r: r.max(1), ..case.shape })?;
+        let (layers, memory) =
+            self.gpu.layers(case.dtype, false, Feature::default(), LoraShape { r: r.max(1), ..case.shape })?;
         let products: &[Product] = match case.op {
             Op::Forward => &[Product::Forward],
             Op::Backward => &[Product::Backward],

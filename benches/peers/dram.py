@@ -18,7 +18,7 @@ from pathlib import Path
 METRICS = {"read": "dram__bytes_read.sum", "written": "dram__bytes_write.sum"}
 # ncu's names, where it was not told --print-units base. Decimal, as it prints them.
 UNITS = {"byte": 1, "Kbyte": 10**3, "Mbyte": 10**6, "Gbyte": 10**9, "Tbyte": 10**12}
-KEPT = ("op", "way", "dtype", "m", "n", "k", "r", "dropout", "floor_bytes", "what")
+KEPT = ("op", "way", "dtype", "m", "n", "k", "r", "dropout", "adapters", "dora", "projections", "floor_bytes", "what")
 
 
 class Unreadable(Exception):

@@ -5,12 +5,14 @@ use std::path::PathBuf;
 
 use fused_lora::Dtype;
 use fused_lora::plan::Options;
+use fused_lora::raw::MAX_PROJECTIONS;
 
 use super::report::Op;
 
 pub const HELP: &str = "\
-Usage: tax [--m M,..] [--nk NxK,..] [--ranks R,..] [--dtype bf16|f16] [--op forward|backward] [--dropout P] [--rounds N]
-           [--quick] [--once] [--no-unfused] [--hot] [--family F] [--tile T] [--cluster C] [--bundle U] [--chunks C] [--group-m G]
+Usage: tax [--m M,..] [--nk NxK,..] [--ranks R,..] [--dtype bf16|f16] [--op forward|backward] [--dropout P | --adapters N | --dora]
+           [--projections P] [--rounds N] [--quick] [--once] [--no-unfused] [--hot]
+           [--family F] [--tile T] [--cluster C] [--bundle U] [--chunks C] [--group-m G]
            [--json FILE] [--label TEXT]
 
 The LoRA tax on GPU 0: what forward and backward (dx, da and db) take beside cuBLASLt's x W^T and dy W alone, and beside the same
@@ -22,6 +24,12 @@ operations as separate products of cuBLASLt.
   --dtype DTYPE  default bf16
   --op OP        only forward or only backward
   --dropout P    on the adapter branch, default 0; separate products, which have none, are left out then
+  --adapters N   a batch that goes through N adapters, each of a rank of the row, in runs of equal length; default 1. Separate
+                 products are left out for more
+  --dora         with a gain, and in backward the gradient of the magnitude; separate products are left out
+  --projections P
+                 the layer's N as P projections that share x, each with its own adapter; default 1. The plain product is that
+                 of all, separate products are left out for more
   --rounds N     samples of each way, default 40
   --quick        the first layer, 10 rounds, a short warm-up: to see that all runs
   --once         launches each operation of this crate once, in the order of the rows, and times nothing: for a profiler,
@@ -37,6 +45,53 @@ operations as separate products of cuBLASLt.
 Exit status: 0 measured, or no GPU (a line says SKIPPED); 1 something failed; 3 wrong usage.
 ";
 
+/// What a call has beside the plain adapter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Feature {
+    /// Part of x's elements that the adapter does not see.
+    pub dropout: f32,
+    /// That the rows of a batch go through.
+    pub adapters: usize,
+    /// A gain, and the gradient of the magnitude.
+    pub dora: bool,
+    /// That share x.
+    pub projections: usize,
+}
+
+impl Default for Feature {
+    fn default() -> Self {
+        Self { dropout: 0.0, adapters: 1, dora: false, projections: 1 }
+    }
+}
+
+impl Feature {
+    /// Of the plain product.
+    pub fn without_adapter(self) -> Self {
+        Self { projections: self.projections, ..Self::default() }
+    }
+
+    /// Whether cuBLASLt's separate products compute the same.
+    pub fn has_rival(&self) -> bool {
+        *self == Self::default()
+    }
+
+    fn check(&self, layers: &[(usize, usize)]) -> Result<(), lexopt::Error> {
+        let asked = [self.dropout > 0.0, self.adapters > 1, self.dora];
+        if asked.iter().filter(|asked| **asked).count() > 1 || (self.adapters > 1 && self.projections > 1) {
+            return Err(
+                "--dropout, --adapters and --dora exclude one another, and --adapters excludes --projections".into()
+            );
+        }
+        if self.projections > MAX_PROJECTIONS {
+            return Err(format!("--projections is {}, expected {MAX_PROJECTIONS} at most", self.projections).into());
+        }
+        match layers.iter().find(|(n, _)| n % self.projections != 0) {
+            Some((n, _)) => Err(format!("N = {n} cannot be cut into {} projections", self.projections).into()),
+            None => Ok(()),
+        }
+    }
+}
+
 /// The command line, understood.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Arguments {
@@ -45,7 +100,7 @@ pub struct Arguments {
     pub ranks: Vec<usize>,
     pub dtype: Dtype,
     pub ops: Vec<Op>,
-    pub dropout: f32,
+    pub feature: Feature,
     pub rounds: usize,
     pub quick: bool,
     pub once: bool,
@@ -64,7 +119,7 @@ impl Default for Arguments {
             ranks: vec![16, 64, 128],
             dtype: Dtype::Bf16,
             ops: vec![Op::Forward, Op::Backward],
-            dropout: 0.0,
+            feature: Feature::default(),
             rounds: 40,
             quick: false,
             once: false,
@@ -101,7 +156,10 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Arg
                     _ => Err("expected forward or backward"),
                 })?;
             }
-            Long("dropout") => parsed.dropout = parser.value()?.parse_with(probability)?,
+            Long("dropout") => parsed.feature.dropout = parser.value()?.parse_with(probability)?,
+            Long("adapters") => parsed.feature.adapters = parser.value()?.parse_with(positive)?,
+            Long("dora") => parsed.feature.dora = true,
+            Long("projections") => parsed.feature.projections = parser.value()?.parse_with(positive)?,
             Long("rounds") => parsed.rounds = parser.value()?.parse_with(positive)?,
             Long("quick") => parsed.quick = true,
             Long("once") => parsed.once = true,
@@ -119,6 +177,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Arg
             other => return Err(other.unexpected()),
         }
     }
+    parsed.feature.check(&parsed.layers)?;
     if parsed.quick {
         parsed.layers.truncate(1);
         parsed.rounds = parsed.rounds.min(10);

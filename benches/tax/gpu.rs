@@ -6,9 +6,9 @@ use std::sync::Arc;
 use cuda::cudarc::driver::sys::{CUdevice_attribute, CUevent_flags};
 use cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError, Profiler};
 use fused_lora::plan::{Options, Plan};
-use fused_lora::{Accumulate, Dtype, Error, LoraShape, bf16, cuda, f16, raw};
+use fused_lora::{Accumulate, Dtype, Error, LoraShape, Routing, Slot, bf16, cuda, f16, raw};
 
-use super::arguments::Arguments;
+use super::arguments::{Arguments, Feature};
 use super::cublaslt::{CublasLt, Product, WORKSPACE_BYTES};
 use super::measure::{Effort, disagreement, interleaved};
 use super::report::{Op, Row, Way};
@@ -46,8 +46,14 @@ pub struct Layer {
     dx: u64,
     da: u64,
     db: u64,
-    /// Probability and seed, for ranks from 1 on.
-    dropout: (f32, u64),
+    /// N elements of f32: DoRA's gain, its magnitude and the gradient of that.
+    gain: u64,
+    magnitude: u64,
+    dm: u64,
+    /// What calls with ranks from 1 on have.
+    feature: Feature,
+    /// Of dropout.
+    seed: u64,
 }
 
 /// Whatever fails in a measurement ends it.
@@ -57,46 +63,82 @@ pub type Failure = Box<dyn std::error::Error>;
 pub type Job<'a> = Box<dyn Fn(&Layer) -> Result<(), Failure> + 'a>;
 
 impl Layer {
-    fn variant(&self, r: usize) -> raw::Variant {
-        let (p, seed) = self.dropout;
-        let dropout = raw::Dropout { p, seed: raw::Seed::Value { seed, offset: 0 } };
-        raw::Variant { dropout: Some(dropout).filter(|_| p > 0.0 && r != 0), ..raw::Variant::default() }
+    fn dropout(&self, r: usize) -> Option<raw::Dropout> {
+        let dropout = raw::Dropout { p: self.feature.dropout, seed: raw::Seed::Value { seed: self.seed, offset: 0 } };
+        Some(dropout).filter(|_| dropout.p > 0.0 && r != 0)
     }
 
-    fn forward(&self, dtype: Dtype, LoraShape { m, n, k, r }: LoraShape) -> raw::Forward {
-        raw::Forward {
-            dtype,
-            x: raw::Matrix::new(self.x, m, k),
-            w: raw::Matrix::new(self.w, n, k),
-            a: raw::Matrix::new(self.a, r, k),
-            b: raw::Matrix::new(self.b, n, r),
+    /// One of the f32 vectors, of one projection.
+    fn vector(&self, r: usize, address: u64, at: usize, n: usize) -> Option<raw::Matrix> {
+        Some(raw::Matrix::new(address + 4 * (at * n) as u64, 1, n)).filter(|_| self.feature.dora && r != 0)
+    }
+
+    /// Of N and ranks in all, those of one projection.
+    fn cut(&self, shape: LoraShape) -> LoraShape {
+        LoraShape { n: shape.n / self.feature.projections, r: shape.r * self.feature.adapters, ..shape }
+    }
+
+    /// `routes`: the table of a batch of several adapters.
+    fn forward(&self, dtype: Dtype, shape: LoraShape, routes: Option<u64>) -> Result<raw::ForwardShared, Error> {
+        let LoraShape { m, n, k, r } = self.cut(shape);
+        let all = self.feature.projections;
+        let projection = |at: usize| raw::ForwardProjection {
+            w: raw::Matrix::new(self.w + 2 * (at * n * k) as u64, n, k),
+            b: raw::Matrix::new(self.b + 2 * (at * n * r) as u64, n, r),
             scale: 2.0,
             bias: None,
-            h: Some(raw::Matrix::new(self.h, m, r)).filter(|_| r != 0),
-            y: raw::Matrix::new(self.y, m, n),
-            variant: self.variant(r),
-        }
+            gain: self.vector(r, self.gain, at, n),
+            y: raw::Matrix { ptr: self.y + 2 * (at * n) as u64, rows: m, cols: n, row_stride: all * n },
+        };
+        Ok(raw::ForwardShared {
+            dtype,
+            x: raw::Matrix::new(self.x, m, k),
+            a: raw::Matrix::new(self.a, all * r, k),
+            h: Some(raw::Matrix::new(self.h, m, all * r)).filter(|_| r != 0),
+            projections: raw::Projections::new(&(0..all).map(projection).collect::<Vec<_>>())?,
+            dropout: self.dropout(r),
+            routes: routes.filter(|_| r != 0).map(|at| raw::Matrix::new(at, 1, Routing::words_for(m))),
+        })
     }
 
-    fn backward(&self, dtype: Dtype, LoraShape { m, n, k, r }: LoraShape) -> raw::Backward {
-        let gradient = |address, rows, cols| raw::Gradient { matrix: raw::Matrix::new(address, rows, cols), f32: true };
-        raw::Backward {
-            dtype,
-            dy: raw::Matrix::new(self.dy, m, n),
-            w: raw::Matrix::new(self.w, n, k),
-            a: raw::Matrix::new(self.a, r, k),
-            b: raw::Matrix::new(self.b, n, r),
+    fn backward(&self, dtype: Dtype, shape: LoraShape, routes: Option<u64>) -> Result<raw::BackwardShared, Error> {
+        let LoraShape { m, n, k, r } = self.cut(shape);
+        let all = self.feature.projections;
+        let gradient = |address, rows, cols| {
+            Some(raw::Gradient { matrix: raw::Matrix::new(address, rows, cols), f32: true }).filter(|_| r != 0)
+        };
+        let columns = |address: u64, at| raw::Matrix {
+            ptr: address + 2 * (at * n) as u64,
+            rows: m,
+            cols: n,
+            row_stride: all * n,
+        };
+        let magnitude = |at: usize| {
+            let (magnitude, dm) = self.vector(r, self.magnitude, at, n).zip(self.vector(r, self.dm, at, n))?;
+            Some(raw::MagnitudeGradient { y: columns(self.y, at), bias: None, magnitude, dm })
+        };
+        let projection = |at: usize| raw::BackwardProjection {
+            dy: columns(self.dy, at),
+            w: raw::Matrix::new(self.w + 2 * (at * n * k) as u64, n, k),
+            b: raw::Matrix::new(self.b + 2 * (at * n * r) as u64, n, r),
             scale: 2.0,
-            x: Some(raw::Matrix::new(self.x, m, k)),
-            h: Some(raw::Matrix::new(self.h, m, r)).filter(|_| r != 0),
-            dx: Some(raw::Matrix::new(self.dx, m, k)),
-            da: Some(gradient(self.da, r, k)).filter(|_| r != 0),
-            db: Some(gradient(self.db, n, r)).filter(|_| r != 0),
+            db: gradient(self.db + 4 * (at * n * r) as u64, n, r),
             dbias: None,
-            dm: None,
+            dm: magnitude(at),
+            gain: self.vector(r, self.gain, at, n),
+        };
+        Ok(raw::BackwardShared {
+            dtype,
+            a: raw::Matrix::new(self.a, all * r, k),
+            x: Some(raw::Matrix::new(self.x, m, k)),
+            h: Some(raw::Matrix::new(self.h, m, all * r)).filter(|_| r != 0),
+            dx: Some(raw::Matrix::new(self.dx, m, k)),
+            da: gradient(self.da, all * r, k),
+            projections: raw::Projections::new(&(0..all).map(projection).collect::<Vec<_>>())?,
             accumulate: Accumulate::default(),
-            variant: self.variant(r),
-        }
+            dropout: self.dropout(r),
+            routes: routes.filter(|_| r != 0).map(|at| raw::Matrix::new(at, 1, Routing::words_for(m))),
+        })
     }
 
     /// The operation as separate products, with where each finds left, right and out. With R = 0 the plain one alone.
@@ -160,10 +202,12 @@ impl Gpu {
         &self,
         dtype: Dtype,
         hot: bool,
-        dropout: f32,
+        feature: Feature,
         shape: LoraShape,
     ) -> fused_lora::Result<(Vec<Layer>, Vec<CudaSlice<u16>>)> {
         let LoraShape { m, n, k, r } = shape;
+        // Ranks of a and h, over all projections, and of b, which has one projection's for each row.
+        let (ranks, own) = (r * feature.adapters * feature.projections, r * feature.adapters);
         let bytes = 2 * (m * k + n * k + m * n);
         let copies = if hot { 1 } else { 2 * self.l2_bytes / bytes + 2 };
         let mut memory = Vec::new();
@@ -172,23 +216,27 @@ impl Gpu {
             memory.push(self.stream.clone_htod(&data).map_err(failed("cuMemAlloc or cuMemcpyHtoD"))?);
             Ok::<u64, Error>(memory.last().map_or(0, |slice| self.address(slice)))
         };
-        let (mut layers, dropout) = (Vec::new(), (dropout, 1));
+        let mut layers = Vec::new();
         for copy in 0..copies as u32 {
             let mut at = |elements, number: u32| allocate(elements, 16 * copy + number);
             layers.push(Layer {
                 x: at(m * k, 1)?,
                 w: at(n * k, 2)?,
-                a: at(r * k, 3)?,
-                b: at(n * r, 4)?,
-                h: at(m * r, 5)?,
-                dh: at(m * r, 6)?,
+                a: at(ranks * k, 3)?,
+                b: at(n * own, 4)?,
+                h: at(m * ranks, 5)?,
+                dh: at(m * ranks, 6)?,
                 y: at(m * n, 7)?,
                 dy: at(m * n, 8)?,
                 dx: at(m * k, 9)?,
                 // f32: two elements of 16 bits each.
-                da: at(2 * r * k, 10)?,
-                db: at(2 * n * r, 11)?,
-                dropout,
+                da: at(2 * ranks * k, 10)?,
+                db: at(2 * n * own, 11)?,
+                gain: at(2 * n, 12)?,
+                magnitude: at(2 * n, 13)?,
+                dm: at(2 * n, 14)?,
+                feature,
+                seed: 1,
             });
         }
         Ok((layers, memory))
@@ -256,23 +304,29 @@ impl Gpu {
         layer: &Layer,
     ) -> Result<(Job<'static>, Plan), Failure> {
         let kernels = self.kernels.with_plan_options(options);
+        let (device, options) = (kernels.device(), kernels.plan_options());
+        let table = self.table(layer.feature, shape)?;
+        let routes = table.as_ref().map(|table| self.address(table));
         let plan = match op {
-            Op::Forward => Plan::forward_with(&layer.forward(dtype, shape), kernels.device(), kernels.plan_options()),
-            Op::Backward => {
-                Plan::backward_with(&layer.backward(dtype, shape), kernels.device(), kernels.plan_options())
-            }
+            Op::Forward => Plan::forward_shared_with(&layer.forward(dtype, shape, routes)?, device, options),
+            Op::Backward => Plan::backward_shared_with(&layer.backward(dtype, shape, routes)?, device, options),
         }?;
         let bytes = plan.workspace_bytes();
         let workspace = self.stream.alloc_zeros::<u8>(bytes).map_err(failed("cuMemAlloc"))?;
         let stream = self.stream.clone();
         let job = move |layer: &Layer| {
             let (address, on) = (workspace.device_ptr(&stream).0, stream.cu_stream().cast::<c_void>());
+            let routes = table.as_ref().map(|table| table.device_ptr(&stream).0);
             // SAFETY: the matrices are those of a `Layer`, allocated with the extents of the shape for as long as anything is
             // measured; the workspace was zeroed when it was allocated, and only these launches, on one stream, use it.
             unsafe {
                 match op {
-                    Op::Forward => kernels.forward_raw(&layer.forward(dtype, shape), address, bytes, on),
-                    Op::Backward => kernels.backward_raw(&layer.backward(dtype, shape), address, bytes, on),
+                    Op::Forward => {
+                        kernels.forward_shared_raw(&layer.forward(dtype, shape, routes)?, address, bytes, on)
+                    }
+                    Op::Backward => {
+                        kernels.backward_shared_raw(&layer.backward(dtype, shape, routes)?, address, bytes, on)
+                    }
                 }
             }?;
             Ok(())
@@ -280,14 +334,25 @@ impl Gpu {
         Ok((Box::new(job), plan))
     }
 
+    /// Runs of equal length through each of several adapters of the shape's rank, in device memory.
+    fn table(&self, feature: Feature, LoraShape { m, r, .. }: LoraShape) -> Result<Option<CudaSlice<u64>>, Failure> {
+        if feature.adapters == 1 || r == 0 {
+            return Ok(None);
+        }
+        let slots: Vec<_> = (0..feature.adapters).map(|at| Slot { first_rank: at * r, ranks: r, scale: 1.0 }).collect();
+        let ids: Vec<_> = (0..m).map(|row| Some(row * feature.adapters / m)).collect();
+        let routing = Routing::new(&slots, &ids)?;
+        Ok(Some(self.stream.clone_htod(routing.words()).map_err(failed("cuMemAlloc or cuMemcpyHtoD"))?))
+    }
+
     /// Launches every operation of this crate once, at one number of tokens and layer, for a profiler: one row per launch, in
     /// their order, without times.
     pub fn once(&self, arguments: &Arguments, (m, n, k): (usize, usize, usize)) -> Result<Vec<Row>, Failure> {
         let shape = |r| LoraShape { m, n, k, r };
         let most = arguments.ranks.iter().copied().max().unwrap_or(0).max(1);
-        let (layers, _memory) = self.layers(arguments.dtype, true, arguments.dropout, shape(most))?;
+        let (layers, _memory) = self.layers(arguments.dtype, true, arguments.feature, shape(most))?;
         let layer = layers.first().ok_or("no copy of the layer")?;
-        if arguments.dropout > 0.0 {
+        if arguments.feature.dropout > 0.0 {
             self.drops(arguments, layer, shape(most))?;
         }
         // What follows is what a profiler that was told to wait for it looks at.
@@ -299,7 +364,7 @@ impl Gpu {
                 let (job, plan) = self.fused(arguments.options, what, layer)?;
                 job(layer)?;
                 self.stream.synchronize().map_err(failed("cuStreamSynchronize"))?;
-                rows.push(row(what, arguments.dropout, &plan)?);
+                rows.push(row(what, arguments.feature, &plan)?);
             }
         }
         Ok(rows)
@@ -315,9 +380,9 @@ impl Gpu {
         let dtype = arguments.dtype;
         let shape = |r| LoraShape { m, n, k, r };
         let most = arguments.ranks.iter().copied().max().unwrap_or(0).max(1);
-        let (layers, _memory) = self.layers(dtype, arguments.hot, arguments.dropout, shape(most))?;
+        let (layers, _memory) = self.layers(dtype, arguments.hot, arguments.feature, shape(most))?;
         let first = layers.first().ok_or("no copy of the layer")?;
-        if arguments.dropout > 0.0 {
+        if arguments.feature.dropout > 0.0 {
             self.drops(arguments, first, shape(most))?;
         }
         let (mut rows, mut jobs) = (Vec::new(), Vec::new());
@@ -325,20 +390,20 @@ impl Gpu {
             for r in [0].into_iter().chain(arguments.ranks.iter().copied()) {
                 let what = (op, dtype, shape(r));
                 let (job, plan) = self.fused(arguments.options, what, first)?;
-                if let Some(rival) = rival.filter(|_| r == 0 || arguments.unfused && arguments.dropout == 0.0) {
+                if let Some(rival) = rival.filter(|_| r == 0 || arguments.unfused && arguments.feature.has_rival()) {
                     let way = if r == 0 { Way::Plain } else { Way::Unfused };
                     rows.push(Row {
                         way,
                         what: format!("cuBLASLt {}", rival.version),
                         predicted: None,
-                        ..row(what, arguments.dropout, &plan)?
+                        ..row(what, arguments.feature, &plan)?
                     });
                     jobs.push(self.with_rival(rival, what, &layers)?);
                     if r == 0 {
                         self.compare(op, [&jobs[jobs.len() - 1], &job], first, shape(r), dtype)?;
                     }
                 }
-                rows.push(row(what, arguments.dropout, &plan)?);
+                rows.push(row(what, arguments.feature, &plan)?);
                 jobs.push(job);
             }
         }
@@ -361,7 +426,7 @@ impl Gpu {
     /// With another seed other elements must be dropped: what is timed as dropout has it.
     fn drops(&self, arguments: &Arguments, layer: &Layer, shape: LoraShape) -> Result<(), Failure> {
         let h = |seed| -> Result<Vec<u16>, Failure> {
-            let layer = Layer { dropout: (arguments.dropout, seed), ..*layer };
+            let layer = Layer { seed, ..*layer };
             let (job, _) = self.fused(arguments.options, (Op::Forward, arguments.dtype, shape), &layer)?;
             job(&layer)?;
             self.stream.synchronize().map_err(failed("cuStreamSynchronize"))?;
@@ -418,15 +483,14 @@ impl Gpu {
 }
 
 /// The row of an operation by this crate, not yet timed.
-fn row((op, dtype, shape): (Op, Dtype, LoraShape), dropout: f32, plan: &Plan) -> Result<Row, Failure> {
+fn row((op, dtype, shape): (Op, Dtype, LoraShape), feature: Feature, plan: &Plan) -> Result<Row, Failure> {
     let floor = plan.floor();
     Ok(Row {
         op,
         way: Way::Fused,
         dtype,
         shape,
-        // As it was asked for: 0.1, not the next f32.
-        dropout: if shape.r == 0 { 0.0 } else { dropout.to_string().parse()? },
+        feature: if shape.r == 0 { feature.without_adapter() } else { feature },
         flops: floor.flops,
         floor: floor.arithmetic_microseconds().zip(floor.memory_microseconds()).map(|(a, b)| a.max(b)),
         floor_bytes: floor.bytes,

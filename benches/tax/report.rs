@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use fused_lora::{Dtype, LoraShape};
 use serde_json::{Value, json};
 
+use super::arguments::Feature;
 use super::measure::{median, spread, tax};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,8 +51,8 @@ pub struct Row {
     pub way: Way,
     pub dtype: Dtype,
     pub shape: LoraShape,
-    /// Part of x's elements that the adapter does not see.
-    pub dropout: f64,
+    /// What the call has beside the plain adapter.
+    pub feature: Feature,
     /// Of the products that the outputs need.
     pub flops: f64,
     /// Microseconds that no kernel can be faster than, by the data sheet where it is known.
@@ -99,7 +100,9 @@ impl Row {
     }
 
     pub fn goal(&self) -> Option<f64> {
-        let goal = GOALS.iter().find(|goal| self.way == Way::Fused && goal.0 == self.shape.r)?;
+        // Many adapters have more ranks than the row says, and projections more than one adapter.
+        let is_aimed_at = self.way == Way::Fused && self.feature.adapters == 1 && self.feature.projections == 1;
+        let goal = GOALS.iter().find(|goal| is_aimed_at && goal.0 == self.shape.r)?;
         Some(if self.op == Op::Forward { goal.1 } else { goal.2 })
     }
 }
@@ -174,7 +177,11 @@ pub fn json(machine: &Machine, rows: &[Row]) -> Value {
                 "n": n,
                 "k": k,
                 "r": r,
-                "dropout": row.dropout,
+                // As it was asked for: 0.1, not the next f32.
+                "dropout": row.feature.dropout.to_string().parse::<f64>().unwrap_or_default(),
+                "adapters": row.feature.adapters,
+                "dora": row.feature.dora,
+                "projections": row.feature.projections,
                 "us": row.microseconds(),
                 "spread": spread(&row.samples),
                 "samples": row.samples.len(),

@@ -1,9 +1,11 @@
-// dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B, in one launch.
+// dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B, in one launch; dx is the sum over up
+// to LORA_MAX_PROJECTIONS dy, w and b.
 //
 // dy [M][N], w [N][K], a [R][K], b [N][R], x and dx [M][K], h and dh [M][R], da [R][K], db [N][R], row-major with any
-// row stride. With a gain, dy is dz = gain ∘ dy for dh, dx and db. Units of work: dh tiles, dx tiles (whose last steps
-// read dh), db and da tiles. The last two reduce over tokens in chunks: each chunk leaves its f32 partial sums, and the
-// CTA that finishes a tile's last chunk adds them in order of chunk, so the bits do not depend on which CTA was last.
+// row stride. With a gain, dy is dz = gain ∘ dy for dh, dx and db. Units of work: dh tiles, dx tiles (over the N of all
+// projections, then the ranks of all in dh), db and da tiles. The last two reduce over tokens in chunks: each chunk
+// leaves its f32 partial sums, and the CTA that finishes a tile's last chunk adds them in order of chunk, so the bits
+// do not depend on which CTA was last.
 #include "epilogue.cuh"
 #include "middle.cuh"
 #include "schedule.cuh"
@@ -16,11 +18,41 @@ __device__ __forceinline__ void backward_dh(const LoraBackwardParams& p, TicketS
                                             uint32_t smem) {
   const uint32_t m_block = unit % p.m_blocks;
   const uint32_t m = m_block * Shape::kBlock;
-  const uint32_t n = unit / p.m_blocks * kNarrowN;
+  const uint32_t narrow = unit / p.m_blocks;
+  const uint32_t at = projection_of(p, narrow, [](const LoraBackwardProjection& of) { return of.first_narrow; });
+  const LoraBackwardProjection& projection = p.projections[at];
+  const uint32_t n = (narrow - projection.first_narrow) * kNarrowN;
+  const uint32_t r = projection.r;
   NarrowTile<T, Shape, Major::kMn, Drops::kNone, true> tile;
-  const OnTheWay way = {{}, reinterpret_cast<const float*>(p.gain)};
-  narrow_tile(tile, segment(operand(p.dy, p.m, p.n), operand(p.b, p.r, p.n), 0), p, p.dh, m, n, way, smem);
+  const OnTheWay way = {{}, reinterpret_cast<const float*>(projection.gain)};
+  const Segment product = segment(operand(projection.dy, p.m, projection.n), operand(projection.b, r, projection.n), 0);
+  narrow_tile(
+      tile, product, p, columns_from(p.dh, projection.first_rank), m, n, r, [&](uint32_t) { return projection.scale; },
+      way, smem);
   schedule.publish(m_block >> p.flag_shift);
+}
+
+// What dx reduces over before the ranks: dy W of one projection after the other.
+struct SumOverProjections {
+  const LoraBackwardParams& p;
+  uint32_t steps;
+
+  // The projection of a step.
+  __device__ __forceinline__ const LoraBackwardProjection& at(uint32_t step) const {
+    return p.projections[projection_of(p, step, [](const LoraBackwardProjection& of) { return of.first_step; })];
+  }
+};
+
+__device__ __forceinline__ Source source_of(const SumOverProjections& main, uint32_t step, const InOrder& start) {
+  const LoraBackwardProjection& of = main.at(step);
+  return {operand(of.dy, main.p.m, of.n), operand(of.w, main.p.k, of.n), start(step - of.first_step)};
+}
+__device__ __forceinline__ bool has_gain(const SumOverProjections& main, const float*) {
+  return (main.p.flags & LORA_GAINED) != 0;
+}
+__device__ __forceinline__ Gained gained(const SumOverProjections& main, const float*, uint32_t step) {
+  const LoraBackwardProjection& of = main.at(step);
+  return {reinterpret_cast<const float*>(of.gain), (step - of.first_step) * kBlockK, of.n};
 }
 
 template <typename T, class Shape>
@@ -28,15 +60,13 @@ __device__ __forceinline__ void backward_dx(const LoraBackwardParams& p, uint32_
   const BlockIndex block = grouped(unit, p.m_blocks, p.k_blocks, p.group_m);
   const uint32_t m = block.row * Shape::kBlock;
   const uint32_t n = block.col * Shape::kBlock;
-  const Segment main = segment(operand(p.dy, p.m, p.n), operand(p.w, p.k, p.n), 0);
-  const RanksRead<Shape, LoraBackwardParams> ranks = {p, m};
+  const RanksRead<Shape, LoraBackwardParams> ranks = {p, m, p.r};
   const Segment tail = segment(operand(p.dh, p.m, p.r), operand(p.a, p.k, p.r), 0, ranks.picks());
-  const uint32_t step = p.dropout.threshold != 0 ? 0 : main.steps;
+  const uint32_t step = p.r == 0 ? kNever : p.dropout.threshold != 0 ? 0 : p.n_steps;
   const MiddleAwaited<LoraBackwardParams> dh = {p, p.dh_units, block.row, step};
   MainTile<T, Shape, Major::kMn, Drops::kTail, true> tile;
-  const OnTheWay way = {p.dropout, reinterpret_cast<const float*>(p.gain)};
-  tile.accumulate(main, tail, m, n, Shape::kBlock, dh, way, smem, InOrder{}, ranks);
-  store_tile(tile, p.dx, m, n, p.m, p.k, 1.0f, nullptr, static_cast<const T*>(nullptr),
+  tile.accumulate(SumOverProjections{p, p.n_steps}, tail, m, n, Shape::kBlock, dh, {p.dropout}, smem, InOrder{}, ranks);
+  store_tile(tile, p.dx, m, n, p.m, p.k, NoScale{}, static_cast<const T*>(nullptr),
              (p.flags & LORA_ACCUMULATE_DX) != 0);
 }
 
@@ -78,7 +108,8 @@ __device__ __forceinline__ bool reduce_chunks(const LoraBackwardParams& p, Ticke
 
 // Stores what a tile of db has of dm: Σ dy ∘ (y − bias), over the magnitude.
 template <class Tile>
-__device__ __forceinline__ void store_magnitude(const Tile& tile, const LoraBackwardParams& p, uint32_t n) {
+__device__ __forceinline__ void store_magnitude(const Tile& tile, const LoraBackwardProjection& of, uint32_t n,
+                                                bool accumulate) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     // Four lanes have the same row.
@@ -86,23 +117,23 @@ __device__ __forceinline__ void store_magnitude(const Tile& tile, const LoraBack
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     const uint32_t row = n + Tile::row_of(tile.thread, 0, half);
-    if (tile.thread % 4 != 0 || row >= p.n) continue;
-    const float magnitude = reinterpret_cast<const float*>(p.magnitude.magnitude)[row];
-    store(reinterpret_cast<float*>(p.magnitude.dm) + row, sum / magnitude, (p.flags & LORA_ACCUMULATE_DM) != 0);
+    if (tile.thread % 4 != 0 || row >= of.n) continue;
+    const float magnitude = reinterpret_cast<const float*>(of.magnitude.magnitude)[row];
+    store(reinterpret_cast<float*>(of.magnitude.dm) + row, sum / magnitude, accumulate);
   }
 }
 
-// One chunk of one tile of wideᵀ · narrow: db = dyᵀ h (with dbias and dm), or daᵀ = xᵀ dh.
+// One chunk of one tile of wideᵀ · narrow: db = dyᵀ h (with dbias and dm) of projection `of`, or daᵀ = xᵀ dh. Of the
+// tiles of both, `first_tile` is the first of this product.
 template <typename T, class Shape>
-__device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, TicketSchedule& schedule, LoraMatrix wide,
-                                                 LoraMatrix narrow, uint32_t unit, uint32_t first_tile,
+__device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, const LoraBackwardProjection& of,
+                                                 TicketSchedule& schedule, LoraMatrix wide, LoraMatrix narrow,
+                                                 uint32_t tile_index, uint32_t chunk, uint32_t first_tile,
                                                  uint32_t wide_blocks, const GradientOut& out,
                                                  const GradientOut& sums_out, bool is_da, uint32_t smem) {
   using Gradient = GradientTile<T, Shape>;
-  const uint32_t tile_index = unit / p.chunks;
-  const uint32_t chunk = unit % p.chunks;
-  const uint32_t m = tile_index % wide_blocks * Shape::kBlock;
-  const uint32_t n = tile_index / wide_blocks * kNarrowN;
+  const uint32_t m = (tile_index - first_tile) % wide_blocks * Shape::kBlock;
+  const uint32_t n = (tile_index - first_tile) / wide_blocks * kNarrowN;
   const uint32_t token = chunk * p.chunk_rows;
   const uint32_t token_end = min(token + p.chunk_rows, p.m);
   const uint32_t active_n = out.ptr != 0 ? out.cols - n : 0;
@@ -112,7 +143,7 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
   }
   Gradient tile;
   tile.wants_sums = sums_out.ptr != 0 && n == 0;
-  tile.wants_products = p.magnitude.dm != 0 && !is_da && n == 0;
+  tile.wants_products = of.magnitude.dm != 0 && !is_da && n == 0;
   // With no gradient wanted (dbias alone) there is no narrow operand: an extent of zero reads nothing.
   // Rows that go through other adapters add nothing, but to dbias.
   const Routes routes(p.routes, p.m);
@@ -121,20 +152,20 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
       routes.is_on() && !tile.wants_sums ? routes.rows_of(token, count, n, kNarrowN) : everything(count);
   const Segment tokens =
       segment(operand(wide, out.rows, token_end), operand(narrow, out.cols, token_end), token, picks);
-  OnTheWay way = {p.dropout, nullptr, p.magnitude};
+  OnTheWay way = {p.dropout, nullptr, of.magnitude};
   if (!is_da) way.dropout.threshold = 0;
   tile.accumulate(tokens, Segment{}, m, n, active_n, {}, way, smem,
                   [&](uint32_t step) { return picks.start(step, kBlockK); });
   // The barrier of a step stands between the ticket of this unit and the next.
   if (tokens.steps == 0) __syncthreads();
-  if (!reduce_chunks(p, schedule, tile, first_tile + tile_index, chunk, active_n)) return;
-  if (tile.wants_products) store_magnitude(tile, p, m);
+  if (!reduce_chunks(p, schedule, tile, tile_index, chunk, active_n)) return;
+  if (tile.wants_products) store_magnitude(tile, of, m, (p.flags & LORA_ACCUMULATE_DM) != 0);
   const uint32_t thread = ptx::thread_index();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const uint32_t row = m + Gradient::row_of(thread, 0, half);
     // A row of db is that of a column of dy.
-    const float gain = p.gain != 0 && !is_da && row < p.n ? reinterpret_cast<const float*>(p.gain)[row] : 1.0f;
+    const float gain = of.gain != 0 && !is_da && row < of.n ? reinterpret_cast<const float*>(of.gain)[row] : 1.0f;
     // Every column of the sums is the same; one lane of four writes, in the first block of ranks.
     if (sums_out.ptr != 0 && n == 0 && thread % 4 == 0) store_gradient<T>(sums_out, row, 0, tile.sums[0][2 * half]);
     if (out.ptr == 0) continue;
@@ -146,6 +177,42 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, Ti
       }
     }
   }
+}
+
+// A unit of db or da: one copy of the loop for both, as only the matrices differ.
+template <typename T, class Shape>
+__device__ __forceinline__ void backward_gradient(const LoraBackwardParams& p, TicketSchedule& schedule, uint32_t unit,
+                                                  uint32_t smem) {
+  const bool is_db = unit < p.db_end;
+  const uint32_t tile = (unit - p.dx_end) / p.chunks;
+  const uint32_t chunk = (unit - p.dx_end) % p.chunks;
+  const uint32_t at =
+      is_db ? projection_of(p, tile, [](const LoraBackwardProjection& of) { return of.first_db_tile; }) : 0;
+  const LoraBackwardProjection& of = p.projections[at];
+  const GradientOut db = {of.db.ptr,
+                          of.db.row_stride,
+                          1,
+                          of.n,
+                          of.db.ptr != 0 ? of.r : 0,
+                          (of.flags & LORA_DB_F32) != 0,
+                          (p.flags & LORA_ACCUMULATE_DB) != 0};
+  const GradientOut da = {
+      p.da.ptr, 1, p.da.row_stride, p.k, p.r, (p.flags & LORA_DA_F32) != 0, (p.flags & LORA_ACCUMULATE_DA) != 0};
+  const GradientOut dbias = {
+      is_db ? of.dbias : 0, 1, 0, of.n, 1, (of.flags & LORA_DBIAS_F32) != 0, (p.flags & LORA_ACCUMULATE_DBIAS) != 0};
+  const LoraMatrix own_h = columns_from(p.h, of.first_rank);
+  const LoraMatrix wide = {is_db ? of.dy.ptr : p.x.ptr, is_db ? of.dy.row_stride : p.x.row_stride};
+  const LoraMatrix narrow = {is_db ? own_h.ptr : p.dh.ptr, is_db ? own_h.row_stride : p.dh.row_stride};
+  const GradientOut out = {is_db ? db.ptr : da.ptr,
+                           is_db ? db.stride_m : da.stride_m,
+                           is_db ? db.stride_n : da.stride_n,
+                           is_db ? db.rows : da.rows,
+                           is_db ? db.cols : da.cols,
+                           is_db ? db.f32 : da.f32,
+                           is_db ? db.accumulate : da.accumulate};
+  backward_adapter<T, Shape>(p, of, schedule, wide, narrow, tile, chunk,
+                             is_db ? of.first_db_tile : (p.db_end - p.dx_end) / p.chunks,
+                             is_db ? of.n_blocks : p.k_blocks, out, dbias, !is_db, smem);
 }
 
 template <typename T, class Shape>
@@ -161,31 +228,7 @@ __device__ __forceinline__ void backward(const LoraBackwardParams& p) {
     } else if (unit < p.dx_end) {
       backward_dx<T, Shape>(p, unit - p.dh_units, smem);
     } else {
-      // One copy of the loop for both gradients: only the matrices differ.
-      const bool is_db = unit < p.db_end;
-      const uint32_t first_tile = is_db ? 0 : (p.db_end - p.dx_end) / p.chunks;
-      const GradientOut db = {p.db.ptr,
-                              p.db.row_stride,
-                              1,
-                              p.n,
-                              p.db.ptr != 0 ? p.r : 0,
-                              (p.flags & LORA_DB_F32) != 0,
-                              (p.flags & LORA_ACCUMULATE_DB) != 0};
-      const GradientOut da = {
-          p.da.ptr, 1, p.da.row_stride, p.k, p.r, (p.flags & LORA_DA_F32) != 0, (p.flags & LORA_ACCUMULATE_DA) != 0};
-      const GradientOut dbias = {
-          is_db ? p.dbias : 0, 1, 0, p.n, 1, (p.flags & LORA_DBIAS_F32) != 0, (p.flags & LORA_ACCUMULATE_DBIAS) != 0};
-      const LoraMatrix wide = {is_db ? p.dy.ptr : p.x.ptr, is_db ? p.dy.row_stride : p.x.row_stride};
-      const LoraMatrix narrow = {is_db ? p.h.ptr : p.dh.ptr, is_db ? p.h.row_stride : p.dh.row_stride};
-      const GradientOut out = {is_db ? db.ptr : da.ptr,
-                               is_db ? db.stride_m : da.stride_m,
-                               is_db ? db.stride_n : da.stride_n,
-                               is_db ? db.rows : da.rows,
-                               is_db ? db.cols : da.cols,
-                               is_db ? db.f32 : da.f32,
-                               is_db ? db.accumulate : da.accumulate};
-      backward_adapter<T, Shape>(p, schedule, wide, narrow, unit - (is_db ? p.dx_end : p.db_end), first_tile,
-                                 is_db ? p.n_blocks : p.k_blocks, out, dbias, !is_db, smem);
+      backward_gradient<T, Shape>(p, schedule, unit, smem);
     }
   }
   schedule.finish(p.sync_words);

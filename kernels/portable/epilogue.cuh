@@ -31,11 +31,23 @@ __device__ __forceinline__ void keep_routed(Tile& tile, const Routes& routes, ui
   }
 }
 
-// Stores a tile of y, h, dh or dx at (m, n): out = scale · acc + bias (+ out), with a gain for each column in place of
-// the scale where there is one.
-template <class Tile, typename T = typename Tile::T>
+// Factors of the columns of a tile: 1, and a gain for each where there is one.
+struct NoScale {
+  __device__ __forceinline__ float operator()(uint32_t) const { return 1.0f; }
+};
+struct ColumnGain {
+  const float* gain;
+  uint32_t cols;
+
+  __device__ __forceinline__ float operator()(uint32_t col) const {
+    return gain != nullptr && col < cols ? gain[col] : 1.0f;
+  }
+};
+
+// Stores a tile of y, h, dh or dx at (m, n): out = scale(column) · acc + bias (+ out).
+template <class Tile, class Scale, typename T = typename Tile::T>
 __device__ __forceinline__ void store_tile(const Tile& tile, const LoraMatrix& out, uint32_t m, uint32_t n,
-                                           uint32_t rows, uint32_t cols, float scale, const float* gain, const T* bias,
+                                           uint32_t rows, uint32_t cols, const Scale& scale, const T* bias,
                                            bool accumulate) {
   const uint32_t thread = ptx::thread_index();
   T* const base = reinterpret_cast<T*>(out.ptr);
@@ -45,8 +57,8 @@ __device__ __forceinline__ void store_tile(const Tile& tile, const LoraMatrix& o
     const uint32_t col = n + Tile::col_of(thread, j);
     if (col >= cols) continue;
     const bool second = col + 1 < cols;
-    const float scale0 = gain != nullptr ? gain[col] : scale;
-    const float scale1 = gain != nullptr && second ? gain[col + 1] : scale;
+    const float scale0 = scale(col);
+    const float scale1 = scale(col + 1);
     const float bias0 = bias != nullptr ? widen(bias[col]) : 0.0f;
     const float bias1 = bias != nullptr && second ? widen(bias[col + 1]) : 0.0f;
 #pragma unroll

@@ -1,7 +1,9 @@
-// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, in one launch; with a gain y = gain ∘ (x Wᵀ + h Bᵀ) (+ bias).
+// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, in one launch, for up to LORA_MAX_PROJECTIONS w, b and y of one x; with a
+// gain y = gain ∘ (x Wᵀ + h Bᵀ) (+ bias).
 //
 // x [M][K], w [N][K], a [R][K], b [N][R], h [M][R], y [M][N], row-major with any row stride, fp16 or bf16, f32
-// accumulation. Units of work: h tiles (block of rows x up to 64 ranks, full K), then y tiles, whose last steps read h.
+// accumulation. Units of work: h tiles (block of rows x up to 64 ranks of all projections, full K), then y tiles, whose
+// last steps read h. A y tile is of one projection; those of all go through grouped rows of x together.
 #include "epilogue.cuh"
 #include "middle.cuh"
 #include "schedule.cuh"
@@ -16,7 +18,8 @@ __device__ __forceinline__ void forward_h(const LoraForwardParams& p, TicketSche
   const uint32_t m = m_block * Shape::kBlock;
   const uint32_t n = unit / p.m_blocks * kNarrowN;
   NarrowTile<T, Shape, Major::kK, Drops::kA, false> tile;
-  narrow_tile(tile, segment(operand(p.x, p.m, p.k), operand(p.a, p.r, p.k), 0), p, p.h, m, n, {p.dropout}, smem);
+  narrow_tile(tile, segment(operand(p.x, p.m, p.k), operand(p.a, p.r, p.k), 0), p, p.h, m, n, p.r,
+              RankScale<LoraForwardParams>{p}, {p.dropout}, smem);
   schedule.publish(m_block >> p.flag_shift);
 }
 
@@ -24,15 +27,19 @@ template <typename T, class Shape>
 __device__ __forceinline__ void forward_y(const LoraForwardParams& p, uint32_t unit, uint32_t smem) {
   const BlockIndex block = grouped(unit, p.m_blocks, p.n_blocks, p.group_m);
   const uint32_t m = block.row * Shape::kBlock;
-  const uint32_t n = block.col * Shape::kBlock;
-  const Segment main = segment(operand(p.x, p.m, p.k), operand(p.w, p.n, p.k), 0);
-  const RanksRead<Shape, LoraForwardParams> ranks = {p, m};
-  const Segment tail = segment(operand(p.h, p.m, p.r), operand(p.b, p.n, p.r), 0, ranks.picks());
-  const MiddleAwaited<LoraForwardParams> h = {p, p.h_units, block.row, main.steps};
+  const uint32_t at = projection_of(p, block.col, [](const LoraForwardProjection& of) { return of.first_block; });
+  const LoraForwardProjection& projection = p.projections[at];
+  const uint32_t n = (block.col - projection.first_block) * Shape::kBlock;
+  const uint32_t r = projection.r;
+  const Segment main = segment(operand(p.x, p.m, p.k), operand(projection.w, projection.n, p.k), 0);
+  const RanksRead<Shape, LoraForwardParams> ranks = {p, m, r};
+  const LoraMatrix own_h = columns_from(p.h, projection.first_rank);
+  const Segment tail = segment(operand(own_h, p.m, r), operand(projection.b, projection.n, r), 0, ranks.picks());
+  const MiddleAwaited<LoraForwardParams> h = {p, p.h_units, block.row, r != 0 ? main.steps : kNever};
   MainTile<T, Shape, Major::kK, Drops::kNone, false> tile;
   tile.accumulate(main, tail, m, n, Shape::kBlock, h, {}, smem, InOrder{}, ranks);
-  store_tile(tile, p.y, m, n, p.m, p.n, 1.0f, reinterpret_cast<const float*>(p.gain),
-             reinterpret_cast<const T*>(p.bias), false);
+  const ColumnGain gain = {reinterpret_cast<const float*>(projection.gain), projection.n};
+  store_tile(tile, projection.y, m, n, p.m, projection.n, gain, reinterpret_cast<const T*>(projection.bias), false);
 }
 
 template <typename T, class Shape>

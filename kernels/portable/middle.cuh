@@ -1,25 +1,34 @@
 // The narrow middle, h or dh: how its tiles are computed, and which of its ranks a main tile reads.
 #pragma once
 
+#include "../projections.cuh"
 #include "epilogue.cuh"
 #include "schedule.cuh"
 #include "tile.cuh"
 
 namespace lora {
 
-// A tile of h or dh at (m, n) into `out`: zeros where the rows do not go through a rank, which nobody computes where
-// none of the tile's rows does.
-template <class Tile, class Params>
+// A tile of h or dh at (m, n) into `out`, which has `r` columns: zeros where the rows do not go through a rank, which
+// nobody computes where none of the tile's rows does.
+template <class Tile, class Params, class Scale>
 __device__ __forceinline__ void narrow_tile(Tile& tile, const Segment& product, const Params& p, const LoraMatrix& out,
-                                            uint32_t m, uint32_t n, const OnTheWay& way, uint32_t smem) {
+                                            uint32_t m, uint32_t n, uint32_t r, const Scale& scale, const OnTheWay& way,
+                                            uint32_t smem) {
   static_assert(kNarrowN == LORA_ROUTE_RANKS && Tile::kBlockM % LORA_ROUTE_ROWS == 0, "a tile is a block of routes");
   const Routes routes(p.routes, p.m);
-  const bool is_wanted = !routes.is_on() || (routes.ranks_of(m, Tile::kBlockM, p.r).mask >> (n / kNarrowN) & 1) != 0;
-  if (is_wanted) tile.accumulate(product, Segment{}, m, n, p.r - n, {}, way, smem);
-  if (routes.is_on()) keep_routed(tile, routes, m, n, p.m, p.scale);
+  const bool is_wanted = !routes.is_on() || (routes.ranks_of(m, Tile::kBlockM, r).mask >> (n / kNarrowN) & 1) != 0;
+  if (is_wanted) tile.accumulate(product, Segment{}, m, n, r - n, {}, way, smem);
   const typename Tile::T* const no_bias = nullptr;
-  store_tile(tile, out, m, n, p.m, p.r, routes.is_on() ? 1.0f : p.scale, nullptr, no_bias, false);
+  if (routes.is_on()) {
+    keep_routed(tile, routes, m, n, p.m, p.projections[0].scale);
+    store_tile(tile, out, m, n, p.m, r, NoScale{}, no_bias, false);
+  } else {
+    store_tile(tile, out, m, n, p.m, r, scale, no_bias, false);
+  }
 }
+
+// A step that no tile has.
+constexpr uint32_t kNever = 0xffffffffu;
 
 // What a main tile of block of rows `row` waits for before step `step`: its rows of the middle, which `units` tiles of
 // it publish. Worked out when it is needed: kept through the loop, it would cost it registers.
@@ -30,7 +39,7 @@ struct MiddleAwaited {
   uint32_t row;
   uint32_t step;
 
-  __device__ __forceinline__ bool must_wait(uint32_t at) const { return p.r != 0 && at == step; }
+  __device__ __forceinline__ bool must_wait(uint32_t at) const { return at == step; }
   __device__ __forceinline__ void wait() const {
     wait_for(depends_on(p.sync, p.flag_shift, p.m_blocks, units / p.m_blocks, row, 1));
   }
@@ -42,10 +51,11 @@ template <class Shape, class Params>
 struct RanksRead {
   const Params& p;
   uint32_t m;
+  uint32_t r;
 
   __device__ __forceinline__ Picks picks() const {
     const Routes routes(p.routes, p.m);
-    return routes.is_on() ? routes.ranks_of(m, Shape::kBlock, p.r) : everything(p.r);
+    return routes.is_on() ? routes.ranks_of(m, Shape::kBlock, r) : everything(r);
   }
   __device__ __forceinline__ uint32_t operator()(uint32_t step) const {
     return p.routes != 0 ? picks().start(step, kBlockK) : step * kBlockK;

@@ -61,12 +61,6 @@ __device__ __forceinline__ Operand operand(const LoraMatrix& matrix, uint32_t mn
   return {reinterpret_cast<const uint16_t*>(matrix.ptr), matrix.row_stride, mn_end, k_end};
 }
 
-// Field by field, so that both operands stay in registers: a choice between two addresses would put them on the stack.
-__device__ __forceinline__ Operand select(bool first, const Operand& a, const Operand& b) {
-  return {first ? a.gmem : b.gmem, first ? a.row_stride : b.row_stride, first ? a.mn_end : b.mn_end,
-          first ? a.k_end : b.k_end};
-}
-
 // A run of the reduction: operands, the first index, and the number of steps of kBlockK.
 struct Segment {
   Operand a;
@@ -88,6 +82,32 @@ __device__ __forceinline__ Segment segment(const Operand& a, const Operand& b, u
 struct InOrder {
   __device__ __forceinline__ uint32_t operator()(uint32_t step) const { return step * kBlockK; }
 };
+
+// What a step reads: operands, and where in the reduction it starts.
+struct Source {
+  Operand a;
+  Operand b;
+  uint32_t k;
+};
+
+// Of step `step` of a segment; what else can be a main run of a reduction has a function of its own.
+template <class Start>
+__device__ __forceinline__ Source source_of(const Segment& segment, uint32_t step, const Start& start) {
+  return {segment.a, segment.b, segment.k_begin + start(step)};
+}
+
+// What multiplies the columns of A: a gain for each of them up to `end`, nothing where that is null.
+struct Gained {
+  const float* gain;
+  uint32_t k;  // first column of the step
+  uint32_t end;
+};
+
+// Whether a main run has a gain, and that of step `step`; as for a source.
+__device__ __forceinline__ bool has_gain(const Segment&, const float* gain) { return gain != nullptr; }
+__device__ __forceinline__ Gained gained(const Segment& segment, const float* gain, uint32_t step) {
+  return {gain, step * kBlockK, segment.a.k_end};
+}
 
 // Flags that must have reached their targets before what they guard may be read.
 struct Dependency {
@@ -258,9 +278,9 @@ struct Tile {
 
   // Accumulates main and then tail for the tile at (m, n), or tail first when it is to be dropped from. Columns from
   // `active_n` on, rounded up to 16, are left out. Leaves no copy in flight: the last step has waited for every group
-  // but the empty ones.
-  template <class Await = Ready, class MainStart = InOrder, class TailStart = InOrder>
-  __device__ __forceinline__ void accumulate(const Segment& main, const Segment& tail, uint32_t m, uint32_t n,
+  // but the empty ones. `Main` is a segment, or has as many steps and what is said of segments above.
+  template <class Main, class Await = Ready, class MainStart = InOrder, class TailStart = InOrder>
+  __device__ __forceinline__ void accumulate(const Main& main, const Segment& tail, uint32_t m, uint32_t n,
                                              uint32_t active_n, const Await& dependency, const OnTheWay& way,
                                              uint32_t smem, const MainStart& main_start = {},
                                              const TailStart& tail_start = {}) {
@@ -274,15 +294,15 @@ struct Tile {
         const bool in_first = step < first_steps;
         const bool in_main = in_first != tail_first;
         const uint32_t within = in_first ? step : step - first_steps;
-        uint32_t k;
+        Source from;
         if (in_main) {
-          k = main.k_begin + main_start(within);
+          from = source_of(main, within, main_start);
         } else {
-          k = tail.k_begin + tail_start(within);
+          from = source_of(tail, within, tail_start);
         }
         const uint32_t stage = smem + step % kStages * kStageBytes;
-        load_operand<kMajorA, kBlockM, kThreads>(thread, stage, select(in_main, main.a, tail.a), m, k);
-        load_operand<kMajorB, kBlockN, kThreads>(thread, stage + kBytesA, select(in_main, main.b, tail.b), n, k);
+        load_operand<kMajorA, kBlockM, kThreads>(thread, stage, from.a, m, from.k);
+        load_operand<kMajorB, kBlockN, kThreads>(thread, stage + kBytesA, from.b, n, from.k);
       }
       ptx::cp_async_commit();  // an empty group past the end keeps the count of groups in step with `step`
     };
@@ -299,21 +319,27 @@ struct Tile {
         ptx::cp_async_wait<kStages - 2>();
         __syncthreads();  // the stage is complete for all, and the one about to be overwritten was read by all
         issue(step + kStages - 1);
-        const uint32_t first_k = kDrops == Drops::kA ? main.k_begin + main_start(step) : step * kBlockK;
         const uint32_t stage = smem + step % kStages * kStageBytes;
-        if (kDrops == Drops::kA && (drops_a.is_on() || (kSums && wants_products))) {
-          multiply_altered(stage, active_n, [&](uint32_t k) {
-            return [&, k](uint32_t(&a)[4], uint32_t row) {
-              if (kSums && wants_products) add_products(a, main.a, way.magnitude, m + row, first_k + k);
-              if (drops_a.is_on()) drop_a(a, drops_a, m + row, first_k + k);
-            };
-          });
-        } else if (kGains && way.gain != nullptr && step < main.steps) {
-          multiply_altered(stage, active_n,
-                           [&](uint32_t k) { return GainedColumns(way.gain, first_k + k, main.a.k_end, thread % 32); });
-        } else {
-          multiply(stage, active_n);
+        if constexpr (kDrops == Drops::kA) {
+          if (drops_a.is_on() || (kSums && wants_products)) {
+            const uint32_t first_k = main.k_begin + main_start(step);
+            multiply_altered(stage, active_n, [&](uint32_t k) {
+              return [&, k](uint32_t(&a)[4], uint32_t row) {
+                if (kSums && wants_products) add_products(a, main.a, way.magnitude, m + row, first_k + k);
+                if (drops_a.is_on()) drop_a(a, drops_a, m + row, first_k + k);
+              };
+            });
+            continue;
+          }
         }
+        if constexpr (kGains) {
+          if (has_gain(main, way.gain) && step < main.steps) {
+            const Gained of = gained(main, way.gain, step);
+            multiply_altered(stage, active_n, [&](uint32_t k) { return GainedColumns(of, k, thread % 32); });
+            continue;
+          }
+        }
+        multiply(stage, active_n);
       }
       if (!drops) break;
       drop_accumulators(Dropout(dropout), m, n);
@@ -344,11 +370,11 @@ struct Tile {
   // Multiplies a fragment of 16 columns, the two pairs of each of a thread's rows, by their gains.
   class GainedColumns {
    public:
-    __device__ __forceinline__ GainedColumns(const float* gain, uint32_t col, uint32_t cols, uint32_t lane) {
+    __device__ __forceinline__ GainedColumns(const Gained& of, uint32_t k, uint32_t lane) {
 #pragma unroll
       for (uint32_t i = 0; i < 4; ++i) {
-        const uint32_t at = col + lane % 4 * 2 + i / 2 * 8 + i % 2;
-        gain_[i] = at < cols ? gain[at] : 0.0f;  // of a column of zeros
+        const uint32_t at = of.k + k + lane % 4 * 2 + i / 2 * 8 + i % 2;
+        gain_[i] = of.gain == nullptr ? 1.0f : at < of.end ? of.gain[at] : 0.0f;  // of a column of zeros
       }
     }
     __device__ __forceinline__ void operator()(uint32_t (&a)[4], uint32_t) const {

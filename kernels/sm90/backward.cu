@@ -1,8 +1,9 @@
-// dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B, in one launch on Hopper.
+// dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B, in one launch on Hopper; dx is the
+// sum over up to LORA_MAX_PROJECTIONS dy, w and b.
 //
 // dy [M][N], w [N][K], a [R][K], b [N][R], x and dx [M][K], h and dh [M][R], da [R][K], db [N][R], row-major. Tickets:
-// bundles of dh units, dx units, whose last steps read dh, then db and da units. These reduce over tokens in chunks:
-// db = dyᵀ h and daᵀ = xᵀ dh, with both operands read as they lie, [token][..].
+// bundles of dh units, dx units (over the N of all projections, then the ranks of all in dh), then db and da units.
+// These reduce over tokens in chunks: db = dyᵀ h and daᵀ = xᵀ dh, with both operands read as they lie, [token][..].
 #include "roles.cuh"
 
 namespace lora::sm90 {
@@ -16,38 +17,47 @@ class Backward : Operation<LoraSm90Backward> {
 
   __device__ __forceinline__ void produce(Producer<Shape>& producer, uint32_t ticket) const {
     if (ticket < p_.dh_tickets) {
-      for_each_narrow(ticket, p_.dh_tickets, p_.dh_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
-        producer.template narrow<Major::kMn>(map(LORA_SM90_BACKWARD_DY), map(LORA_SM90_BACKWARD_B), m, n, width(),
-                                             wanted(m, n, n_steps()));
+      for_each_narrow(ticket, p_.dh_tickets, p_.dh_units, [&](uint32_t m, uint32_t block) LORA_INLINE {
+        const uint32_t at = projection_at(block);
+        const uint32_t n = (block - p_.projections[at].first_narrow) * kNarrowN;
+        producer.template narrow<Major::kMn>(own_map(at, LORA_SM90_BACKWARD_DY), own_map(at, LORA_SM90_BACKWARD_B), m,
+                                             n, width(), wanted(m, n, at));
       });
     } else if (ticket < p_.dx_end) {
       const BlockIndex block = wide_block(ticket - p_.dh_tickets, p_.k_blocks);
       const uint32_t m = row_of(block.row);
       const uint32_t n = block.col * Shape::kBlockN;
-      producer.template wide<Major::kMn>(map(LORA_SM90_BACKWARD_DY), map(LORA_SM90_BACKWARD_W), m, n, everything(p_.n),
-                                         p_.n);
+#pragma unroll 1
+      for (uint32_t at = 0; at < p_.projection_count; ++at) {
+        const uint32_t extent = p_.projections[at].n;
+        producer.template wide<Major::kMn>(own_map(at, LORA_SM90_BACKWARD_DY), own_map(at, LORA_SM90_BACKWARD_W), m, n,
+                                           everything(extent), extent);
+      }
       if (p_.r == 0) return;
-      wait_for_block(flags(), m / kBlockM);
-      producer.template wide<Major::kMn>(map(LORA_SM90_BACKWARD_DH), map(LORA_SM90_BACKWARD_A), m, n, ranks_read(m),
-                                         p_.r);
+      wait_for_block(flags(p_.dh_blocks), m / kBlockM);
+      producer.template wide<Major::kMn>(map(LORA_SM90_BACKWARD_DH), map(LORA_SM90_BACKWARD_A), m, n,
+                                         ranks_read(m, p_.r), p_.r);
     } else {
       const bool is_db = ticket < p_.db_end;
       const GradientUnit unit = gradient_unit(ticket, is_db);
-      if (!is_db) wait_for_blocks(flags(), unit.token / kBlockM, (unit.tokens + kBlockM - 1) / kBlockM);
-      const LoraTensorMap& wide = map(is_db ? LORA_SM90_BACKWARD_DY_TOKENS : LORA_SM90_BACKWARD_X_TOKENS);
+      if (!is_db) wait_for_blocks(flags(p_.dh_blocks), unit.token / kBlockM, (unit.tokens + kBlockM - 1) / kBlockM);
+      const LoraTensorMap& wide =
+          is_db ? own_map(unit.at, LORA_SM90_BACKWARD_DY_TOKENS) : map(LORA_SM90_BACKWARD_X_TOKENS);
       const LoraTensorMap& narrow = map(is_db ? LORA_SM90_BACKWARD_H_TOKENS : LORA_SM90_BACKWARD_DH_TOKENS);
-      const bool product = has_product(is_db);
+      const bool product = has_product(unit, is_db);
+      const uint32_t columns = gradient_width(is_db);
       const Picks picks = reads_all(unit, is_db) ? everything(unit.tokens)
-                                                 : routes().rows_of_alone(unit.token, unit.tokens, unit.n, width());
-      producer.gradient(wide, narrow, unit.m, unit.n, product ? width() : kSumsN, product, unit.token, picks,
-                        picks.steps(kBlockK, unit.tokens));
+                                                 : routes().rows_of_alone(unit.token, unit.tokens, unit.n, columns);
+      const uint32_t first_rank = is_db ? p_.projections[unit.at].first_rank : 0;
+      producer.gradient(wide, narrow, unit.m, first_rank + unit.n, product ? columns : kSumsN, product, unit.token,
+                        picks, picks.steps(kBlockK, unit.tokens));
     }
   }
 
   __device__ __forceinline__ void consume(Consumer<Shape>& consumer, uint32_t ticket) const {
     if (ticket < p_.dh_tickets) {
-      for_each_narrow(ticket, p_.dh_tickets, p_.dh_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
-        for_narrow_width(width(), [&](auto width) LORA_INLINE { dh<decltype(width)::kN>(consumer, m, n); });
+      for_each_narrow(ticket, p_.dh_tickets, p_.dh_units, [&](uint32_t m, uint32_t block) LORA_INLINE {
+        for_narrow_width(width(), [&](auto width) LORA_INLINE { dh<decltype(width)::kN>(consumer, m, block); });
       });
     } else if (ticket < p_.dx_end) {
       dx(consumer, ticket);
@@ -64,8 +74,9 @@ class Backward : Operation<LoraSm90Backward> {
   // Columns of a narrow tile that has no product, only sums: nothing is there, but both roles lay out stages by it.
   static constexpr int kSumsN = 16;
 
-  // One chunk of a tile of db or daᵀ: kBlockM rows from m on, ranks from n on.
+  // One chunk of a tile of db or daᵀ: kBlockM rows from m on, ranks from n on; db is of projection `at`.
   struct GradientUnit {
+    uint32_t at;
     uint32_t m;
     uint32_t n;
     uint32_t slab;  // first of the CTA's slabs among those of db and da
@@ -76,23 +87,44 @@ class Backward : Operation<LoraSm90Backward> {
 
   // Whether every token counts: without routes, and for dbias.
   __device__ __forceinline__ bool reads_all(const GradientUnit& unit, bool is_db) const {
-    return !routes().is_on() || (is_db && p_.dbias != 0 && unit.n == 0);
+    return !routes().is_on() || (is_db && p_.projections[unit.at].dbias != 0 && unit.n == 0);
   }
 
-  __device__ __forceinline__ uint32_t n_steps() const { return (p_.n + kBlockK - 1) / kBlockK; }
+  // The projection that has block `narrow` of the ranks of dh.
+  __device__ __forceinline__ uint32_t projection_at(uint32_t narrow) const {
+    return projection_of(p_, narrow, [](const LoraSm90BackwardProjection& of) { return of.first_narrow; });
+  }
+  __device__ __forceinline__ const LoraTensorMap& own_map(uint32_t projection, uint32_t index) const {
+    return map(LORA_SM90_BACKWARD_FIRST + projection * LORA_SM90_BACKWARD_EACH + index);
+  }
+
+  // Columns of the narrow tiles of dh and db, and of a gradient's.
+  __device__ __forceinline__ uint32_t width() const { return narrow_width(p_.most_r); }
+  __device__ __forceinline__ uint32_t gradient_width(bool is_db) const {
+    return narrow_width(is_db ? p_.most_r : p_.r);
+  }
+
+  // Blocks that a dh unit at (m, n) of a projection reduces over.
+  __device__ __forceinline__ uint32_t wanted(uint32_t m, uint32_t n, uint32_t at) const {
+    return goes_through(m, n, width()) ? (p_.projections[at].n + kBlockK - 1) / kBlockK : 0;
+  }
 
   // Without db its tiles only sum up dbias.
-  __device__ __forceinline__ bool has_product(bool is_db) const { return !is_db || p_.db.ptr != 0; }
+  __device__ __forceinline__ bool has_product(const GradientUnit& unit, bool is_db) const {
+    return !is_db || p_.projections[unit.at].db.ptr != 0;
+  }
 
   __device__ __forceinline__ GradientUnit gradient_unit(uint32_t ticket, bool is_db) const {
-    const uint32_t index = ticket - (is_db ? p_.dx_end : p_.db_end);
+    const uint32_t index = ticket - p_.dx_end;
     const uint32_t tile = index / p_.chunks;
-    const uint32_t groups = is_db ? p_.n_groups : p_.k_groups;
-    const uint32_t tiles_before = is_db ? 0 : (p_.db_end - p_.dx_end) / p_.chunks;
     GradientUnit unit;
-    unit.m = row_of(tile % groups);
-    unit.n = tile / groups * kNarrowN;
-    unit.slab = ((tiles_before + tile) * place_.size + place_.rank) * kSlabs;
+    unit.at =
+        is_db ? projection_of(p_, tile, [](const LoraSm90BackwardProjection& of) { return of.first_db_tile; }) : 0;
+    const uint32_t groups = is_db ? p_.projections[unit.at].n_groups : p_.k_groups;
+    const uint32_t before = is_db ? p_.projections[unit.at].first_db_tile : (p_.db_end - p_.dx_end) / p_.chunks;
+    unit.m = row_of((tile - before) % groups);
+    unit.n = (tile - before) / groups * kNarrowN;
+    unit.slab = (tile * place_.size + place_.rank) * kSlabs;
     unit.chunk = index % p_.chunks;
     unit.token = unit.chunk * p_.chunk_rows;
     unit.tokens = min(p_.chunk_rows, p_.m - unit.token);
@@ -100,26 +132,31 @@ class Backward : Operation<LoraSm90Backward> {
   }
 
   template <int kN>
-  __device__ __forceinline__ void dh(Consumer<Shape>& consumer, uint32_t m, uint32_t n) const {
+  __device__ __forceinline__ void dh(Consumer<Shape>& consumer, uint32_t m, uint32_t block) const {
+    const uint32_t at = projection_at(block);
+    const LoraSm90BackwardProjection& projection = p_.projections[at];
+    const uint32_t n = (block - projection.first_narrow) * kNarrowN;
     float acc[kN / 2];
     float no_sums[4];
-    consumer.template narrow<Narrow<kN, 0, 1, true, false>>(acc, no_sums, wanted(m, n, n_steps()));
-    store_narrow<Shape, kN>(acc, p_.dh, m + consumer.slab() * kSlabM, n, p_.m, p_.r, p_.scale, routes());
+    consumer.template narrow<Narrow<kN, 0, 1, true, false>>(acc, no_sums, wanted(m, n, at));
+    store_narrow<Shape, kN>(
+        acc, columns_from(p_.dh, projection.first_rank), m + consumer.slab() * kSlabM, n, p_.m, projection.r,
+        [&](uint32_t) { return projection.scale; }, routes());
     publish_narrow(consumer, m);
   }
 
   __device__ __forceinline__ void dx(Consumer<Shape>& consumer, uint32_t ticket) const {
     const BlockIndex block = wide_block(ticket - p_.dh_tickets, p_.k_blocks);
-    const uint32_t tail = ranks_read(row_of(block.row)).steps(16, p_.r);
+    const uint32_t tail = ranks_read(row_of(block.row), p_.r).steps(16, p_.r);
     float acc[Shape::kBlockN / 2];
     const uint32_t m = row_of(block.row) + consumer.slab() * kSlabM;
     const uint32_t k = block.col * Shape::kBlockN;
     if (drops() && tail != 0) {
       const Dropout dropout = this->template dropout<Shape>();
-      consumer.wide_kept(acc, n_steps(), tail,
+      consumer.wide_kept(acc, p_.n_steps, tail,
                          [&](KeptBits<Shape::kBlockN>& kept, uint32_t i) LORA_INLINE { kept.draw(dropout, m, k, i); });
     } else {
-      consumer.template wide<1>(acc, n_steps() + tail / 4, tail % 4);
+      consumer.template wide<1>(acc, p_.n_steps + tail / 4, tail % 4);
     }
     const bool accumulate = (p_.flags & LORA_ACCUMULATE_DX) != 0;
     store_wide<Shape>(consumer, acc, map(LORA_SM90_BACKWARD_DX), m, k, p_.m, p_.k,
@@ -138,29 +175,31 @@ class Backward : Operation<LoraSm90Backward> {
   }
 
   __device__ __forceinline__ void gradient(Consumer<Shape>& consumer, const GradientUnit& unit, bool is_db) const {
-    const bool product = has_product(is_db);
-    const bool with_sums = is_db && p_.dbias != 0 && unit.n == 0;
+    const LoraSm90BackwardProjection& projection = p_.projections[unit.at];
+    const bool product = has_product(unit, is_db);
+    const bool with_sums = is_db && projection.dbias != 0 && unit.n == 0;
+    const uint32_t columns = gradient_width(is_db);
     const uint32_t slab = p_.chunks == 1 ? blockIdx.x * kSlabs + consumer.slab() : unit.slab + consumer.slab();
     float* const mine = partial(slab, unit.chunk);
     const Picks picks =
-        reads_all(unit, is_db) ? everything(unit.tokens) : routes().rows_of(unit.token, unit.tokens, unit.n, width());
+        reads_all(unit, is_db) ? everything(unit.tokens) : routes().rows_of(unit.token, unit.tokens, unit.n, columns);
     if (!product) {
       multiply<Narrow<kSumsN, 1, 1, false, true>>(consumer, unit, picks, mine, false);
     } else if (with_sums) {
-      for_narrow_width(width(), [&](auto width) LORA_INLINE {
+      for_narrow_width(columns, [&](auto width) LORA_INLINE {
         multiply<Narrow<decltype(width)::kN, 1, 1, true, true>>(consumer, unit, picks, mine, false);
       });
     } else {
-      for_narrow_width(width(), [&](auto width) LORA_INLINE {
+      for_narrow_width(columns, [&](auto width) LORA_INLINE {
         multiply<Narrow<decltype(width)::kN, 1, 1, true, false>>(consumer, unit, picks, mine, !is_db && drops());
       });
     }
     if (p_.chunks > 1 && !arrive_last(consumer, place_, p_.sync, p_.counters + slab, p_.chunks)) return;
     const float* const first = partial(slab, 0);
-    const uint32_t registers = (product ? width() : kSumsN) / 2;
+    const uint32_t registers = (product ? columns : kSumsN) / 2;
     const uint32_t m = unit.m + consumer.slab() * kSlabM;
     if (product) {
-      const GradientOut out = gradient_out(is_db);
+      const GradientOut out = gradient_out(projection, is_db);
 #pragma unroll 1
       for (uint32_t i = 0; i < registers; i += kAtOnce) {
         float sum[kAtOnce];
@@ -176,8 +215,13 @@ class Backward : Operation<LoraSm90Backward> {
     if (with_sums) {
       float sum[2];
       sum_partials(sum, first, p_.partial_stride, p_.chunks, registers, registers + 2);
-      const GradientOut dbias = {
-          p_.dbias, 1, 0, p_.n, 1, (p_.flags & LORA_DBIAS_F32) != 0, (p_.flags & LORA_ACCUMULATE_DBIAS) != 0};
+      const GradientOut dbias = {projection.dbias,
+                                 1,
+                                 0,
+                                 projection.n,
+                                 1,
+                                 (projection.flags & LORA_DBIAS_F32) != 0,
+                                 (p_.flags & LORA_ACCUMULATE_DBIAS) != 0};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         // Every column of the sums is the same; one lane of four writes.
@@ -207,14 +251,14 @@ class Backward : Operation<LoraSm90Backward> {
     store_partial<Kind>(partial, acc, sums);
   }
 
-  __device__ __forceinline__ GradientOut gradient_out(bool is_db) const {
+  __device__ __forceinline__ GradientOut gradient_out(const LoraSm90BackwardProjection& projection, bool is_db) const {
     // Field by field: a choice between two structs would put them on the stack.
-    return {is_db ? p_.db.ptr : p_.da.ptr,
-            is_db ? p_.db.row_stride : 1,
+    return {is_db ? projection.db.ptr : p_.da.ptr,
+            is_db ? projection.db.row_stride : 1,
             is_db ? 1 : p_.da.row_stride,
-            is_db ? p_.n : p_.k,
-            p_.r,
-            (p_.flags & (is_db ? LORA_DB_F32 : LORA_DA_F32)) != 0,
+            is_db ? projection.n : p_.k,
+            is_db ? projection.r : p_.r,
+            is_db ? (projection.flags & LORA_DB_F32) != 0 : (p_.flags & LORA_DA_F32) != 0,
             (p_.flags & (is_db ? LORA_ACCUMULATE_DB : LORA_ACCUMULATE_DA)) != 0};
   }
 };

@@ -46,10 +46,10 @@ __device__ __forceinline__ void store_wide(Consumer<Shape>& consumer, const floa
   }
 }
 
-// A slab of h or dh: out = scale · acc, and of that what its rows keep, from registers.
-template <class Shape, int kN>
+// A slab of h or dh: out = scale(rank) · acc, and of that what its rows keep, from registers.
+template <class Shape, int kN, class Scale>
 __device__ __forceinline__ void store_narrow(const float (&acc)[kN / 2], const LoraMatrix& out, uint32_t m, uint32_t n,
-                                             uint32_t rows, uint32_t cols, float scale, const Routes& routes) {
+                                             uint32_t rows, uint32_t cols, const Scale& scale, const Routes& routes) {
   using T = typename Shape::T;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -61,8 +61,10 @@ __device__ __forceinline__ void store_narrow(const float (&acc)[kN / 2], const L
     for (int j = 0; j < kN / 8; ++j) {
       const uint32_t col = n + Consumer<Shape>::col_of(j);
       if (col >= cols) continue;  // R is a multiple of 8: pairs are whole, and rows of 16 bytes aligned
-      float low = acc[4 * j + 2 * half] * scale;
-      float high = acc[4 * j + 2 * half + 1] * scale;
+      // R of each projection is a multiple of 8, so that a pair has one scale.
+      const float factor = scale(col);
+      float low = acc[4 * j + 2 * half] * factor;
+      float high = acc[4 * j + 2 * half + 1] * factor;
       if (routes.is_on()) {
         low = route.keep(low, col);
         high = route.keep(high, col + 1);

@@ -1,7 +1,9 @@
-// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, in one launch on Hopper.
+// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, in one launch on Hopper, for up to LORA_MAX_PROJECTIONS w, b and y of one
+// x.
 //
 // x [M][K], w [N][K], a [R][K], b [N][R], h [M][R], y [M][N], row-major, fp16 or bf16, f32 accumulation. Tickets:
-// bundles of h units (128 rows x up to 128 ranks per CTA, full K), then y units, whose last steps read h.
+// bundles of h units (128 rows x up to 128 ranks of all projections per CTA, full K), then y units, whose last steps
+// read h. A y unit is of one projection; those of all go through grouped rows of x together.
 #include "roles.cuh"
 
 namespace lora::sm90 {
@@ -15,43 +17,66 @@ class Forward : Operation<LoraSm90Forward> {
 
   __device__ __forceinline__ void produce(Producer<Shape>& producer, uint32_t ticket) const {
     if (ticket < p_.h_tickets) {
-      for_each_narrow(ticket, p_.h_tickets, p_.h_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
+      for_each_narrow(ticket, p_.h_tickets, p_.h_units, [&](uint32_t m, uint32_t block) LORA_INLINE {
+        const uint32_t n = block * kNarrowN;
         producer.template narrow<Major::kK>(map(LORA_SM90_FORWARD_X), map(LORA_SM90_FORWARD_A), m, n, width(),
                                             wanted(m, n, k_steps()));
       });
       return;
     }
     const BlockIndex block = wide_block(ticket - p_.h_tickets, p_.n_blocks);
+    const uint32_t at = projection_at(block.col);
     const uint32_t m = row_of(block.row);
-    const uint32_t n = block.col * Shape::kBlockN;
-    producer.template wide<Major::kK>(map(LORA_SM90_FORWARD_X), map(LORA_SM90_FORWARD_W), m, n, everything(p_.k), p_.k);
-    if (p_.r == 0) return;
-    wait_for_block(flags(), m / kBlockM);
-    producer.template wide<Major::kK>(map(LORA_SM90_FORWARD_H), map(LORA_SM90_FORWARD_B), m, n, ranks_read(m), p_.r);
+    const uint32_t n = (block.col - p_.projections[at].first_block) * Shape::kBlockN;
+    const uint32_t r = p_.projections[at].r;
+    producer.template wide<Major::kK>(map(LORA_SM90_FORWARD_X), own_map(at, LORA_SM90_FORWARD_W), m, n,
+                                      everything(p_.k), p_.k);
+    if (r == 0) return;
+    wait_for_block(flags(p_.r_blocks), m / kBlockM);
+    producer.template wide<Major::kK>(own_map(at, LORA_SM90_FORWARD_H), own_map(at, LORA_SM90_FORWARD_B), m, n,
+                                      ranks_read(m, r), r);
   }
 
   __device__ __forceinline__ void consume(Consumer<Shape>& consumer, uint32_t ticket) const {
     if (ticket < p_.h_tickets) {
-      for_each_narrow(ticket, p_.h_tickets, p_.h_units, [&](uint32_t m, uint32_t n) LORA_INLINE {
-        for_narrow_width(width(), [&](auto width) LORA_INLINE { h<decltype(width)::kN>(consumer, m, n); });
+      for_each_narrow(ticket, p_.h_tickets, p_.h_units, [&](uint32_t m, uint32_t block) LORA_INLINE {
+        for_narrow_width(width(),
+                         [&](auto width) LORA_INLINE { h<decltype(width)::kN>(consumer, m, block * kNarrowN); });
       });
       return;
     }
     const BlockIndex block = wide_block(ticket - p_.h_tickets, p_.n_blocks);
+    const uint32_t at = projection_at(block.col);
+    const LoraSm90ForwardProjection& projection = p_.projections[at];
     const uint32_t m = row_of(block.row) + consumer.slab() * kSlabM;
-    const uint32_t n = block.col * Shape::kBlockN;
+    const uint32_t n = (block.col - projection.first_block) * Shape::kBlockN;
     float acc[Shape::kBlockN / 2];
-    const uint32_t tail = ranks_read(row_of(block.row)).steps(16, p_.r);
+    const uint32_t tail = ranks_read(row_of(block.row), projection.r).steps(16, projection.r);
     consumer.template wide<0>(acc, k_steps() + tail / 4, tail % 4);
-    const T* const bias = reinterpret_cast<const T*>(p_.bias);
-    store_wide<Shape>(consumer, acc, map(LORA_SM90_FORWARD_Y), m, n, p_.m, p_.n,
+    const T* const bias = reinterpret_cast<const T*>(projection.bias);
+    const uint32_t columns = projection.n;
+    store_wide<Shape>(consumer, acc, own_map(at, LORA_SM90_FORWARD_Y), m, n, p_.m, columns,
                       [&](float low, float high, uint32_t, uint32_t col) {
-                        if (bias == nullptr || col >= p_.n) return make_float2(low, high);
+                        if (bias == nullptr || col >= columns) return make_float2(low, high);
                         return make_float2(low + widen(bias[col]), high + widen(bias[col + 1]));
                       });
   }
 
  private:
+  // The projection that has block `column` of columns.
+  __device__ __forceinline__ uint32_t projection_at(uint32_t column) const {
+    return projection_of(p_, column, [](const LoraSm90ForwardProjection& of) { return of.first_block; });
+  }
+  __device__ __forceinline__ const LoraTensorMap& own_map(uint32_t projection, uint32_t index) const {
+    return map(LORA_SM90_FORWARD_FIRST + projection * LORA_SM90_FORWARD_EACH + index);
+  }
+
+  __device__ __forceinline__ uint32_t width() const { return narrow_width(p_.r); }
+  // Of the `blocks` that an h unit at (m, n) reduces over.
+  __device__ __forceinline__ uint32_t wanted(uint32_t m, uint32_t n, uint32_t blocks) const {
+    return goes_through(m, n, width()) ? blocks : 0;
+  }
+
   __device__ __forceinline__ uint32_t k_steps() const { return (p_.k + kBlockK - 1) / kBlockK; }
 
   template <int kN>
@@ -68,7 +93,8 @@ class Forward : Operation<LoraSm90Forward> {
     } else {
       consumer.template narrow<Kind>(acc, no_sums, wanted(m, n, k_steps()));
     }
-    store_narrow<Shape, kN>(acc, p_.h, m + consumer.slab() * kSlabM, n, p_.m, p_.r, p_.scale, routes());
+    store_narrow<Shape, kN>(acc, p_.h, m + consumer.slab() * kSlabM, n, p_.m, p_.r,
+                            RankScale<LoraSm90ForwardParams>{p_}, routes());
     publish_narrow(consumer, m);
   }
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../blocks.cuh"
+#include "../projections.cuh"
 #include "epilogue.cuh"
 #include "producer.cuh"
 
@@ -46,7 +47,6 @@ class Operation {
       : p_(launch.params), place_(place), maps_(launch.maps) {}
 
   __device__ __forceinline__ const LoraTensorMap& map(uint32_t index) const { return maps_[index]; }
-  __device__ __forceinline__ uint32_t width() const { return narrow_width(p_.r); }
 
   __device__ __forceinline__ bool drops() const { return p_.dropout.threshold != 0; }
   template <class Shape>
@@ -61,20 +61,19 @@ class Operation {
 
   __device__ __forceinline__ Routes routes() const { return Routes(p_.routes, p_.m); }
 
-  // The ranks that main tiles of rows from m on read. All CTAs of a cluster take the same steps, so they read what any
-  // of them needs.
-  __device__ __forceinline__ Picks ranks_read(uint32_t m) const {
-    if (!routes().is_on()) return everything(p_.r);
+  // Of `r` ranks those that main tiles of rows from m on read. All CTAs of a cluster take the same steps, so they read
+  // what any of them needs.
+  __device__ __forceinline__ Picks ranks_read(uint32_t m, uint32_t r) const {
+    if (!routes().is_on()) return everything(r);
     const uint32_t rows = place_.size * kBlockM;
-    return routes().ranks_of(m / rows * rows, rows, p_.r);
+    return routes().ranks_of(m / rows * rows, rows, r);
   }
 
-  // Of the `blocks` that a narrow unit at (m, n) reduces over: none, where no row of the cluster goes through its
-  // ranks.
-  __device__ __forceinline__ uint32_t wanted(uint32_t m, uint32_t n, uint32_t blocks) const {
-    if (!routes().is_on()) return blocks;
-    const uint64_t ranks = (1u << (width() + LORA_ROUTE_RANKS - 1) / LORA_ROUTE_RANKS) - 1;
-    return (ranks_read(m).mask >> n / LORA_ROUTE_RANKS & ranks) != 0 ? blocks : 0;
+  // Whether any row of the cluster goes through the ranks of a narrow unit at (m, n), `width` of them.
+  __device__ __forceinline__ bool goes_through(uint32_t m, uint32_t n, uint32_t width) const {
+    if (!routes().is_on()) return true;
+    const uint64_t ranks = (1u << (width + LORA_ROUTE_RANKS - 1) / LORA_ROUTE_RANKS) - 1;
+    return (ranks_read(m, p_.r).mask >> n / LORA_ROUTE_RANKS & ranks) != 0;
   }
 
   // Main tile `index`: `columns` blocks side by side.
@@ -82,20 +81,20 @@ class Operation {
     return grouped(index, p_.m_groups, columns, p_.group_m);
   }
 
-  // Calls `visit` with the first row and rank of each of the narrow units of a ticket. Not neighbours: what the first
-  // main tiles read is the first unit of somebody's ticket.
+  // Calls `visit` with the first row and the block of ranks of each of the narrow units of a ticket. Not neighbours:
+  // what the first main tiles read is the first unit of somebody's ticket.
   template <class Visit>
   __device__ __forceinline__ void for_each_narrow(uint32_t ticket, uint32_t tickets, uint32_t units,
                                                   const Visit& visit) const {
 #pragma unroll 1
     for (uint32_t unit = ticket; unit < units; unit += tickets) {
-      visit(row_of(unit % p_.m_groups), unit / p_.m_groups * kNarrowN);
+      visit(row_of(unit % p_.m_groups), unit / p_.m_groups);
     }
   }
 
-  // For the producer, before it reads h or dh.
-  __device__ __forceinline__ Flags flags() const {
-    return {p_.sync, p_.flag_shift, p_.m_groups * place_.size, kSlabs * p_.r_blocks};
+  // For the producer, before it reads h or dh, of which a block of rows has `narrow` tiles.
+  __device__ __forceinline__ Flags flags(uint32_t narrow) const {
+    return {p_.sync, p_.flag_shift, p_.m_groups * place_.size, kSlabs * narrow};
   }
 
   // A consumer, when it has stored its slab of h or dh.

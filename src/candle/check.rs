@@ -16,6 +16,8 @@ pub(super) fn base(w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
         _ => return Err(dtype("w", w, "f16 or bf16, what GPUs compute in".to_owned())),
     }
     nonzero("w", &w.dims()[..1], w.dims()[1])?;
+    at_most("N (rows of w)", w.dims()[..1].iter())?;
+    at_most("K (columns of w)", w.dims()[1..].iter())?;
     let Some(bias) = bias else { return Ok(()) };
     vector("bias", w, bias)
 }
@@ -33,9 +35,7 @@ pub(super) fn adapter(w: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
         rank(arg, tensor, 2)?;
         as_weight_or_f32(arg, tensor, w)?;
     }
-    if a.dims()[0] == 0 {
-        return Err(Error::ZeroDimension { arg: "a", axis: "rows" });
-    }
+    ranks(a.dims()[0])?;
     dimension("a", "columns", a.dims()[1], w.dims()[1])?;
     dimension("b", "rows", b.dims()[0], w.dims()[0])?;
     dimension("b", "columns", b.dims()[1], a.dims()[0])
@@ -49,6 +49,7 @@ pub(super) fn input(w: &Tensor, x: &Tensor) -> Result<()> {
     as_weight("x", x, w)?;
     let (tokens, features) = x.dims().split_at(x.rank() - 1);
     nonzero("x", tokens, features[0])?;
+    at_most("M (rows of x)", tokens.iter())?;
     dimension("x", "columns", features[0], w.dims()[1])
 }
 
@@ -94,13 +95,18 @@ fn dimension(arg: &'static str, axis: &'static str, got: usize, expected: usize)
     if got == expected { Ok(()) } else { Err(Error::Dimension { arg, axis, got, expected }) }
 }
 
+/// The product of `dims`, before anything is copied for it.
+fn at_most<'a>(what: &'static str, mut dims: impl Iterator<Item = &'a usize>) -> Result<()> {
+    match dims.try_fold(1usize, |product, &dim| product.checked_mul(dim)).map_or(u64::MAX, |product| product as u64) {
+        got if got > MAX_DIMENSION as u64 => Err(Error::TooLarge { what, got, limit: MAX_DIMENSION as u64 }),
+        _ => Ok(()),
+    }
+}
+
 /// At least 1, and no more than the kernels take.
 pub(super) fn ranks(r: usize) -> Result<()> {
-    match r {
-        0 => Err(Error::ZeroDimension { arg: "a", axis: "rows" }),
-        1..=MAX_DIMENSION => Ok(()),
-        _ => Err(Error::TooLarge { what: "R (rows of a)", got: r as u64, limit: MAX_DIMENSION as u64 }),
-    }
+    nonzero("a", &[r], 1)?;
+    at_most("R (rows of a)", [r].iter())
 }
 
 /// N, of the weight's type or f32, and no dropout beside it.
@@ -119,5 +125,5 @@ pub(super) fn probability(got: f32) -> Result<()> {
 /// Finite in f32, which the products take it in.
 pub(super) fn scale(scale: f64) -> Result<()> {
     let got = scale as f32;
-    if got.is_finite() { Ok(()) } else { Err(Error::Scale { got }) }
+    if got.is_finite() { Ok(()) } else { Err(Error::Scale { arg: "scale", got }) }
 }

@@ -73,8 +73,8 @@ pub struct Training<'a> {
 ///
 /// # Errors
 /// [`Tracked`](crate::Error::Tracked) for a `w` that gradients are asked of; [`Rank`](crate::Error::Rank),
-/// [`ArgumentDtype`](crate::Error::ArgumentDtype), and what [`raw::Forward::check`](crate::raw::Forward::check) finds:
-/// [`cause`](super::cause) has them back from candle's error. candle's own
+/// [`ArgumentDtype`](crate::Error::ArgumentDtype), [`OutOfMemory`](crate::Error::OutOfMemory), and what
+/// [`raw::Forward::check`](crate::raw::Forward::check) finds: [`cause`](super::cause) has them back from candle's error. candle's own
 /// [`DeviceMismatchBinaryOp`](CandleError::DeviceMismatchBinaryOp) for tensors on several devices.
 pub fn lora(x: &Tensor, w: &Tensor, a: &Tensor, b: &Tensor, scale: f64, bias: Option<&Tensor>) -> Result<Tensor> {
     lora_train(x, w, a, b, scale, bias, Training::default())

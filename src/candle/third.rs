@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::view::{addressable, view};
+use super::view::{addressable, check_room, view};
 
 /// What the third input can hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +41,10 @@ impl Third {
                 let first = several[0].1.dtype();
                 let same = several.iter().all(|(_, tensor)| tensor.dtype() == first);
                 let dtype = if same { first } else { DType::F32 };
-                let flat = several.iter().map(|(_, tensor)| tensor.to_dtype(dtype)?.flatten_all());
+                let flat = several.iter().map(|(_, tensor)| {
+                    check_room(tensor, dtype)?;
+                    tensor.to_dtype(dtype)?.flatten_all()
+                });
                 Tensor::cat(&flat.collect::<Result<Vec<_>>>()?, 0)?
             }
         };
@@ -77,6 +80,7 @@ impl Third {
 /// What the kernels read in place of `tensor`, where it lies or is stored as they cannot read it.
 pub(super) fn stand_in(tensor: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
     if tensor.dtype() != dtype {
+        check_room(tensor, dtype)?;
         return Ok(Some(tensor.detach().to_dtype(dtype)?.contiguous()?));
     }
     if view(tensor.layout()).is_some() { Ok(None) } else { addressable(tensor).map(Some) }

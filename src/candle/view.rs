@@ -1,6 +1,9 @@
 //! From candle's layouts to matrices that the kernels address.
 
-use candle_core::{Layout, Result, Tensor};
+use candle_core::{DType, Layout, Result, Tensor};
+
+use super::wrap;
+use crate::error::Error;
 
 /// A matrix inside a storage; an activation of more dimensions is the matrix of all its tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +41,23 @@ pub(super) fn view(layout: &Layout) -> Option<View> {
 /// `tensor` outside the graph, copied only where the kernels cannot address it as it lies.
 pub(super) fn addressable(tensor: &Tensor) -> Result<Tensor> {
     let tensor = tensor.detach();
-    if view(tensor.layout()).is_some() { Ok(tensor) } else { tensor.contiguous() }
+    if view(tensor.layout()).is_some() {
+        return Ok(tensor);
+    }
+    check_room(&tensor, tensor.dtype())?;
+    tensor.contiguous()
+}
+
+/// Whether a copy in `dtype` finds room on the host, where candle ends the process when it does not: a tensor that was broadcast can be
+/// larger than memory.
+pub(super) fn check_room(tensor: &Tensor, dtype: DType) -> Result<()> {
+    let elements = tensor.dims().iter().try_fold(1usize, |elements, &dim| elements.checked_mul(dim));
+    let bytes = elements.and_then(|elements| elements.checked_mul(dtype.size_in_bytes()));
+    let fits = |bytes: &usize| !tensor.device().is_cpu() || Vec::<u8>::new().try_reserve_exact(*bytes).is_ok();
+    match bytes.filter(fits) {
+        Some(_) => Ok(()),
+        None => Err(wrap(Error::OutOfMemory { bytes: bytes.unwrap_or(usize::MAX) })),
+    }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaContext, CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 
 use super::driver::failed;
-use super::{Backward, Forward, Gain, Merge, Round, Variant};
+use super::{BackwardShared, ForwardShared, Gain, Merge, Round};
 use crate::error::{Error, Result};
 use crate::shape::check_length;
 use crate::{Dropout, Element, Factors, Gradient, MagnitudeGradient, Matrix, MatrixMut, Seed, raw};
@@ -34,41 +34,62 @@ pub(super) fn check_context(arg: &'static str, got: &CudaContext, expected: &Cud
 impl<'s> Access<'s> {
     pub(super) fn new(context: &'s CudaContext, stream: &'s CudaStream) -> Result<Self> {
         check_context("stream", stream.context(), context)?;
-        Ok(Self { context, stream, guards: Vec::with_capacity(10), lengths: Ok(()) })
+        Ok(Self { context, stream, guards: Vec::with_capacity(32), lengths: Ok(()) })
     }
 
-    pub(super) fn forward<T: Element>(&mut self, op: &'s mut Forward<'_, T>) -> Result<raw::Forward> {
-        Ok(raw::Forward {
+    pub(super) fn forward<T: Element>(&mut self, op: &'s mut ForwardShared<'_, T>) -> Result<raw::ForwardShared> {
+        let (x, a) = (self.read("x", op.x)?, self.read("a", op.a)?);
+        let count = op.projections.len();
+        let mut projections = Vec::with_capacity(count);
+        for (at, of) in op.projections.iter_mut().enumerate() {
+            let name = |arg| raw::named(arg, at, count);
+            projections.push(raw::ForwardProjection {
+                w: self.read(name("w"), of.w)?,
+                b: self.read(name("b"), of.b)?,
+                scale: of.scale,
+                bias: of.bias.map(|bias| self.read(name("bias"), bias)).transpose()?,
+                gain: of.gain.map(|gain| self.read(name("gain"), gain)).transpose()?,
+                y: self.write(name("y"), &mut of.y)?,
+            });
+        }
+        Ok(raw::ForwardShared {
             dtype: T::DTYPE,
-            x: self.read("x", op.x)?,
-            w: self.read("w", op.w)?,
-            a: self.read("a", op.a)?,
-            b: self.read("b", op.b)?,
-            scale: op.scale,
-            bias: op.bias.map(|bias| self.read("bias", bias)).transpose()?,
+            x,
+            a,
             h: op.h.as_mut().map(|h| self.write("h", h)).transpose()?,
-            y: self.write("y", &mut op.y)?,
-            variant: self.variant(&op.variant)?,
+            projections: raw::Projections::new(&projections)?,
+            dropout: self.dropout(&op.dropout)?,
+            routes: op.routes.map(|routes| self.read("routes", routes)).transpose()?,
         })
     }
 
-    pub(super) fn backward<T: Element>(&mut self, op: &'s mut Backward<'_, T>) -> Result<raw::Backward> {
-        Ok(raw::Backward {
+    pub(super) fn backward<T: Element>(&mut self, op: &'s mut BackwardShared<'_, T>) -> Result<raw::BackwardShared> {
+        let count = op.projections.len();
+        let mut projections = Vec::with_capacity(count);
+        for (at, of) in op.projections.iter_mut().enumerate() {
+            let name = |arg| raw::named(arg, at, count);
+            projections.push(raw::BackwardProjection {
+                dy: self.read(name("dy"), of.dy)?,
+                w: self.read(name("w"), of.w)?,
+                b: self.read(name("b"), of.b)?,
+                scale: of.scale,
+                db: of.db.as_mut().map(|db| self.gradient(name("db"), db)).transpose()?,
+                dbias: of.dbias.as_mut().map(|dbias| self.gradient(name("dbias"), dbias)).transpose()?,
+                dm: of.dm.as_mut().map(|dm| self.magnitude(name, dm)).transpose()?,
+                gain: of.gain.map(|gain| self.read(name("gain"), gain)).transpose()?,
+            });
+        }
+        Ok(raw::BackwardShared {
             dtype: T::DTYPE,
-            dy: self.read("dy", op.dy)?,
-            w: self.read("w", op.w)?,
             a: self.read("a", op.a)?,
-            b: self.read("b", op.b)?,
-            scale: op.scale,
             x: op.x.map(|x| self.read("x", x)).transpose()?,
             h: op.h.map(|h| self.read("h", h)).transpose()?,
             dx: op.dx.as_mut().map(|dx| self.write("dx", dx)).transpose()?,
             da: op.da.as_mut().map(|da| self.gradient("da", da)).transpose()?,
-            db: op.db.as_mut().map(|db| self.gradient("db", db)).transpose()?,
-            dbias: op.dbias.as_mut().map(|dbias| self.gradient("dbias", dbias)).transpose()?,
-            dm: op.dm.as_mut().map(|dm| self.magnitude(dm)).transpose()?,
+            projections: raw::Projections::new(&projections)?,
             accumulate: op.accumulate,
-            variant: self.variant(&op.variant)?,
+            dropout: self.dropout(&op.dropout)?,
+            routes: op.routes.map(|routes| self.read("routes", routes)).transpose()?,
         })
     }
 
@@ -100,28 +121,25 @@ impl<'s> Access<'s> {
         })
     }
 
-    fn variant(&mut self, variant: &Variant<'s>) -> Result<raw::Variant> {
-        let routes = variant.routes.map(|routes| self.read("routes", routes)).transpose()?;
-        let gain = variant.gain.map(|gain| self.read("gain", gain)).transpose()?;
-        let Some(Dropout { p, seed }) = variant.dropout else {
-            return Ok(raw::Variant { dropout: None, routes, gain });
-        };
+    fn dropout(&mut self, dropout: &Option<Dropout<'s, dyn DevicePtr<u64> + 's>>) -> Result<Option<raw::Dropout>> {
+        let Some(Dropout { p, seed }) = *dropout else { return Ok(None) };
         let seed = match seed {
             Seed::Value { seed, offset } => raw::Seed::Value { seed, offset },
             Seed::Memory(state) => raw::Seed::Memory(self.read("seed", state)?),
         };
-        Ok(raw::Variant { dropout: Some(raw::Dropout { p, seed }), routes, gain })
+        Ok(Some(raw::Dropout { p, seed }))
     }
 
     fn magnitude<T>(
         &mut self,
+        name: impl Fn(&'static str) -> &'static str,
         from: &'s mut MagnitudeGradient<'_, dyn DevicePtr<T> + '_, dyn DevicePtr<f32> + '_, dyn DevicePtrMut<f32> + '_>,
     ) -> Result<raw::MagnitudeGradient> {
         Ok(raw::MagnitudeGradient {
-            y: self.read("y", from.y)?,
-            bias: from.bias.map(|bias| self.read("bias", bias)).transpose()?,
-            magnitude: self.read("magnitude", from.magnitude)?,
-            dm: self.write("dm", &mut from.dm)?,
+            y: self.read(name("y"), from.y)?,
+            bias: from.bias.map(|bias| self.read(name("bias"), bias)).transpose()?,
+            magnitude: self.read(name("magnitude"), from.magnitude)?,
+            dm: self.write(name("dm"), &mut from.dm)?,
         })
     }
 

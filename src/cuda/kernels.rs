@@ -10,7 +10,7 @@ use super::access::{Access, check_context};
 use super::driver::failed;
 use super::launch::launch;
 use super::module::{self, Module};
-use super::{Backward, Forward, Gain, Merge, Round, Workspace, driver, size};
+use super::{Backward, BackwardShared, Forward, ForwardShared, Gain, Merge, Round, Workspace, driver, lent, size};
 use crate::error::Result;
 use crate::plan::{Device, Launch, Options, Plan};
 use crate::{Dtype, Element, LoraShape, raw};
@@ -113,15 +113,29 @@ impl Kernels {
         size::up_to(dtype, shape, self.device(), self.options)
     }
 
+    /// Bytes of workspace that suffice for [`forward_shared`](Self::forward_shared) and
+    /// [`backward_shared`](Self::backward_shared) of up to `m` tokens and `r` ranks of all projections together.
+    pub fn shared_workspace_bytes(&self, dtype: Dtype, m: usize, r: usize) -> usize {
+        size::shared(dtype, m, r, self.device(), self.options)
+    }
+
     /// What [`forward`](Self::forward) would do: [`Plan::explain`] says it in words, and [`Plan::workspace_bytes`] is
     /// exactly what it needs. Nothing is launched.
     ///
     /// # Errors
     /// As [`forward`](Self::forward), less what concerns the workspace.
     pub fn plan_forward<T: Element>(&self, stream: &CudaStream, op: &mut Forward<'_, T>) -> Result<Plan> {
+        self.plan_forward_shared(stream, &mut lent::forward(op))
+    }
+
+    /// What [`forward_shared`](Self::forward_shared) would do, as [`plan_forward`](Self::plan_forward).
+    ///
+    /// # Errors
+    /// As [`forward_shared`](Self::forward_shared), less what concerns the workspace.
+    pub fn plan_forward_shared<T: Element>(&self, stream: &CudaStream, op: &mut ForwardShared<'_, T>) -> Result<Plan> {
         let mut access = Access::new(self.context(), stream)?;
         let op = access.forward(op)?;
-        access.judge(Plan::forward_with(&op, self.device(), self.options))
+        access.judge(Plan::forward_shared_with(&op, self.device(), self.options))
     }
 
     /// What [`backward`](Self::backward) would do, as [`plan_forward`](Self::plan_forward).
@@ -129,9 +143,21 @@ impl Kernels {
     /// # Errors
     /// As [`backward`](Self::backward), less what concerns the workspace.
     pub fn plan_backward<T: Element>(&self, stream: &CudaStream, op: &mut Backward<'_, T>) -> Result<Plan> {
+        self.plan_backward_shared(stream, &mut lent::backward(op))
+    }
+
+    /// What [`backward_shared`](Self::backward_shared) would do, as [`plan_forward`](Self::plan_forward).
+    ///
+    /// # Errors
+    /// As [`backward_shared`](Self::backward_shared), less what concerns the workspace.
+    pub fn plan_backward_shared<T: Element>(
+        &self,
+        stream: &CudaStream,
+        op: &mut BackwardShared<'_, T>,
+    ) -> Result<Plan> {
         let mut access = Access::new(self.context(), stream)?;
         let op = access.backward(op)?;
-        access.judge(Plan::backward_with(&op, self.device(), self.options))
+        access.judge(Plan::backward_shared_with(&op, self.device(), self.options))
     }
 
     /// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ: one launch on `stream`.
@@ -148,20 +174,34 @@ impl Kernels {
         op: Forward<'_, T>,
         workspace: &mut Workspace,
     ) -> Result<()> {
+        self.forward_in(stream, op.into(), workspace, Room::Given)
+    }
+
+    /// For each projection y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, all of one x: one launch on `stream`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), with what [`Plan::forward_shared_with`] finds, and
+    /// [`Error::Projections`](crate::Error::Projections).
+    pub fn forward_shared<T: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
+        op: ForwardShared<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
         self.forward_in(stream, op, workspace, Room::Given)
     }
 
     pub(super) fn forward_in<T: Element>(
         &self,
         stream: &Arc<CudaStream>,
-        mut op: Forward<'_, T>,
+        mut op: ForwardShared<'_, T>,
         workspace: &mut Workspace,
         room: Room,
     ) -> Result<()> {
         check_context("workspace", workspace.context(), self.context())?;
         let mut access = Access::new(self.context(), stream)?;
         let op = access.forward(&mut op)?;
-        let plan = access.judge(Plan::forward_with(&op, self.device(), self.options))?;
+        let plan = access.judge(Plan::forward_shared_with(&op, self.device(), self.options))?;
         self.run(&plan, stream, &access, workspace, room)
     }
 
@@ -176,20 +216,34 @@ impl Kernels {
         op: Backward<'_, T>,
         workspace: &mut Workspace,
     ) -> Result<()> {
+        self.backward_in(stream, op.into(), workspace, Room::Given)
+    }
+
+    /// dx = Σ dy W + dh A over all projections, da = dhᵀ x, and for each db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B: one
+    /// launch on `stream` for the outputs that are present.
+    ///
+    /// # Errors
+    /// As [`forward_shared`](Self::forward_shared), with what [`Plan::backward_shared_with`] finds.
+    pub fn backward_shared<T: Element>(
+        &self,
+        stream: &Arc<CudaStream>,
+        op: BackwardShared<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
         self.backward_in(stream, op, workspace, Room::Given)
     }
 
     pub(super) fn backward_in<T: Element>(
         &self,
         stream: &Arc<CudaStream>,
-        mut op: Backward<'_, T>,
+        mut op: BackwardShared<'_, T>,
         workspace: &mut Workspace,
         room: Room,
     ) -> Result<()> {
         check_context("workspace", workspace.context(), self.context())?;
         let mut access = Access::new(self.context(), stream)?;
         let op = access.backward(&mut op)?;
-        let plan = access.judge(Plan::backward_with(&op, self.device(), self.options))?;
+        let plan = access.judge(Plan::backward_shared_with(&op, self.device(), self.options))?;
         self.run(&plan, stream, &access, workspace, room)
     }
 
@@ -281,7 +335,26 @@ impl Kernels {
         workspace_bytes: usize,
         stream: *mut c_void,
     ) -> Result<()> {
-        let launch = Plan::forward_with(op, self.device(), self.options)?.launch(workspace, workspace_bytes)?;
+        // SAFETY: what that asks of its caller is what this function asks of its own.
+        unsafe { self.forward_shared_raw(&op.into(), workspace, workspace_bytes, stream) }
+    }
+
+    /// [`forward_shared`](Self::forward_shared) over addresses, as [`forward_raw`](Self::forward_raw). Here the y of several
+    /// projections may be columns of one matrix.
+    ///
+    /// # Errors
+    /// What [`Plan::forward_shared_with`] and [`Plan::launch`] find; [`Error::Driver`](crate::Error::Driver).
+    ///
+    /// # Safety
+    /// As [`forward_raw`](Self::forward_raw).
+    pub unsafe fn forward_shared_raw(
+        &self,
+        op: &raw::ForwardShared,
+        workspace: u64,
+        workspace_bytes: usize,
+        stream: *mut c_void,
+    ) -> Result<()> {
+        let launch = Plan::forward_shared_with(op, self.device(), self.options)?.launch(workspace, workspace_bytes)?;
         // SAFETY: what `launch` relies on is what this function asks of its caller.
         unsafe { self.launch(&launch, stream.cast()) }
     }
@@ -300,7 +373,25 @@ impl Kernels {
         workspace_bytes: usize,
         stream: *mut c_void,
     ) -> Result<()> {
-        let launch = Plan::backward_with(op, self.device(), self.options)?.launch(workspace, workspace_bytes)?;
+        // SAFETY: what that asks of its caller is what this function asks of its own.
+        unsafe { self.backward_shared_raw(&op.into(), workspace, workspace_bytes, stream) }
+    }
+
+    /// [`backward_shared`](Self::backward_shared) over addresses, as [`forward_raw`](Self::forward_raw).
+    ///
+    /// # Errors
+    /// What [`Plan::backward_shared_with`] and [`Plan::launch`] find; [`Error::Driver`](crate::Error::Driver).
+    ///
+    /// # Safety
+    /// As [`backward_raw`](Self::backward_raw).
+    pub unsafe fn backward_shared_raw(
+        &self,
+        op: &raw::BackwardShared,
+        workspace: u64,
+        workspace_bytes: usize,
+        stream: *mut c_void,
+    ) -> Result<()> {
+        let launch = Plan::backward_shared_with(op, self.device(), self.options)?.launch(workspace, workspace_bytes)?;
         // SAFETY: what `launch` relies on is what this function asks of its caller.
         unsafe { self.launch(&launch, stream.cast()) }
     }

@@ -70,6 +70,7 @@ mod access;
 mod driver;
 mod kernels;
 mod launch;
+mod lent;
 mod module;
 mod queue;
 mod size;
@@ -95,6 +96,34 @@ pub type Forward<'a, T> = crate::Forward<
 >;
 /// [`crate::Backward`] over device memory; gradients are of `T` or of f32.
 pub type Backward<'a, T> = crate::Backward<
+    'a,
+    dyn DevicePtr<T> + 'a,
+    dyn DevicePtrMut<T> + 'a,
+    dyn DevicePtrMut<f32> + 'a,
+    dyn DevicePtr<u64> + 'a,
+    dyn DevicePtr<f32> + 'a,
+>;
+/// [`crate::ForwardProjection`] over device memory.
+pub type ForwardProjection<'a, T> =
+    crate::ForwardProjection<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtr<f32> + 'a>;
+/// [`crate::ForwardShared`] over device memory.
+pub type ForwardShared<'a, T> = crate::ForwardShared<
+    'a,
+    dyn DevicePtr<T> + 'a,
+    dyn DevicePtrMut<T> + 'a,
+    dyn DevicePtr<u64> + 'a,
+    dyn DevicePtr<f32> + 'a,
+>;
+/// [`crate::BackwardProjection`] over device memory; gradients are of `T` or of f32.
+pub type BackwardProjection<'a, T> = crate::BackwardProjection<
+    'a,
+    dyn DevicePtr<T> + 'a,
+    dyn DevicePtrMut<T> + 'a,
+    dyn DevicePtrMut<f32> + 'a,
+    dyn DevicePtr<f32> + 'a,
+>;
+/// [`crate::BackwardShared`] over device memory; gradients are of `T` or of f32.
+pub type BackwardShared<'a, T> = crate::BackwardShared<
     'a,
     dyn DevicePtr<T> + 'a,
     dyn DevicePtrMut<T> + 'a,

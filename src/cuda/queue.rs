@@ -239,7 +239,7 @@ impl Backend for Queue {
             y: matrix_mut(y),
             variant: variant(given),
         };
-        self.kernels.forward_in(&self.stream, op, &mut self.workspace(), Room::Grows)
+        self.kernels.forward_in(&self.stream, op.into(), &mut self.workspace(), Room::Grows)
     }
 
     fn backward<T: Element>(
@@ -268,7 +268,7 @@ impl Backend for Queue {
             accumulate,
             variant: variant(given),
         };
-        self.kernels.backward_in(&self.stream, op, &mut self.workspace(), Room::Grows)
+        self.kernels.backward_in(&self.stream, op.into(), &mut self.workspace(), Room::Grows)
     }
 
     fn merge<T: Element>(&self, op: Merge<'_, Self::Read<T>, Self::Write<T>, Self::Read<f32>>) -> Result<()> {

@@ -127,8 +127,12 @@ pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device, options:
 /// What suffices for forward and backward of `shape`, and of every shape with fewer tokens or a lower rank.
 pub(super) fn up_to(dtype: Dtype, shape: LoraShape, device: &Device, options: Options) -> Result<usize> {
     let exactly = forward(dtype, shape, device, options)?.max(backward(dtype, shape, device, options)?);
-    let bound = workspace_up_to(shape.m, shape.r, dtype, device, &options);
-    Ok(exactly.max(usize::try_from(bound).unwrap_or(usize::MAX)))
+    Ok(exactly.max(shared(dtype, shape.m, shape.r, device, options)))
+}
+
+/// What suffices for projections that share x, of up to `m` tokens and `r` ranks of all together.
+pub(super) fn shared(dtype: Dtype, m: usize, r: usize, device: &Device, options: Options) -> usize {
+    usize::try_from(workspace_up_to(m, r, dtype, device, &options)).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]

@@ -142,7 +142,7 @@ impl<B: Backend, T: Element> Adapter<B, T> {
         if scale.is_finite() {
             Ok(Self { rank, scale, buffers })
         } else {
-            Err(Rejected { error: Error::Scale { got: scale }, value: buffers })
+            Err(Rejected { error: Error::Scale { arg: "scale", got: scale }, value: buffers })
         }
     }
 

@@ -129,14 +129,16 @@ impl Adapter {
             check_factors(&adapter.config, &module, targeted, &factors)?;
             adapter.modules.insert(module, (targeted, factors));
         }
-        match adapter.modules.is_empty() {
-            true => Err(ErrorKind::Missing {
-                tensor: Key::name("…", Part::A),
-                because: "an adapter has factors for at least one module".into(),
-            }
-            .into()),
-            false => Ok(adapter),
+        adapter.check_modules()?;
+        Ok(adapter)
+    }
+
+    fn check_modules(&self) -> Result<()> {
+        if !self.modules.is_empty() {
+            return Ok(());
         }
+        let because = "an adapter has factors for at least one module".into();
+        Err(ErrorKind::Missing { tensor: Key::name("…", Part::A), because }.into())
     }
 
     /// The configuration.
@@ -259,8 +261,9 @@ impl Adapter {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Io`] with the file.
+    /// [`ErrorKind::Io`] with the file; [`ErrorKind::Missing`] for an adapter without factors, which nobody could load.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<()> {
+        self.check_modules()?;
         let dir = dir.as_ref();
         let config = self.portable_config()?.to_json();
         let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::calibration::SM90;
-use super::{Choice, Params, Plan, SYNC_BYTES};
+use super::{Choice, Params, Part, Plan, SYNC_BYTES};
 use crate::params::{LORA_BLOCK_K, LORA_SM90_BLOCK_K, LORA_SM90_BLOCK_M, LoraDropout};
 use crate::{LoraShape, raw};
 
@@ -25,6 +25,18 @@ pub(super) fn slow_operands(notes: &mut Vec<String>, operands: &[(&str, Option<r
     }
 }
 
+/// The same of the ranks of projections after the first, which start inside the rows of h.
+pub(super) fn slow_ranks(notes: &mut Vec<String>, h: Option<raw::Matrix>, parts: &[Part]) {
+    for (at, part) in parts.iter().enumerate() {
+        let (first, is_read) = (part.first_rank, h.is_some() && part.r != 0);
+        if is_read && !first.is_multiple_of(8) {
+            notes.push(format!(
+                "h of projection {at} is read element by element: its ranks start at {first}, not a multiple of 8 (16 bytes)"
+            ));
+        }
+    }
+}
+
 /// Writes lines; writing to a `String` cannot fail.
 macro_rules! line {
     ($out:expr, $($arguments:tt)*) => {{ let _ = writeln!($out, $($arguments)*); }};
@@ -38,6 +50,12 @@ impl Plan {
         let is_forward = matches!(self.launch.params, Params::Forward(_) | Params::Sm90Forward(_));
         let operation = if is_forward { "forward" } else { "backward" };
         line!(out, "{operation} {:?}, M={m} N={n} K={k} R={r}, on {}", self.dtype, self.device.name);
+        if let parts @ [_, _, ..] = &self.parts[..] {
+            let list =
+                |of: fn(&Part) -> usize| parts.iter().map(|part| of(part).to_string()).collect::<Vec<_>>().join(", ");
+            let (count, n, r) = (parts.len(), list(|part| part.n), list(|part| part.r));
+            line!(out, "  shared     {count} projections of one x: N = {n}; R = {r}");
+        }
         match &self.choice {
             Choice::Portable(tile) => self.explain_portable(&mut out, tile),
             Choice::Sm90(choice) => self.explain_sm90(&mut out, choice),

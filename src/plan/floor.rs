@@ -15,11 +15,6 @@ pub struct Floor {
     pub peak: Option<Peak>,
 }
 
-/// Ranks that are counted: with routes none, as a row may go through no adapter.
-fn through_any(variant: &raw::Variant, rank: f64) -> f64 {
-    if variant.routes.is_some() { 0.0 } else { rank }
-}
-
 impl Floor {
     /// Microseconds of the arithmetic at the peak rate.
     pub fn arithmetic_microseconds(&self) -> Option<f64> {
@@ -31,52 +26,52 @@ impl Floor {
         self.peak.map(|peak| self.bytes / (f64::from(peak.gigabytes_per_second) * 1e3))
     }
 
-    pub(super) fn forward(op: &raw::Forward, shape: LoraShape, peak: Option<Peak>) -> Floor {
-        let [m, n, k, rank] = [shape.m, shape.n, shape.k, shape.r].map(|extent| extent as f64);
-        let r = through_any(&op.variant, rank);
-        let elements = m * k + n * k + r * k + n * r + m * n;
+    pub(super) fn forward(op: &raw::ForwardShared, shape: LoraShape, peak: Option<Peak>) -> Floor {
+        let [m, k, rank] = [shape.m, shape.k, shape.r].map(|extent| extent as f64);
+        // With routes no ranks are counted: a row may go through no adapter.
+        let counted = |rank: f64| if op.routes.is_some() { 0.0 } else { rank };
+        let size = op.dtype.size() as f64;
         let kept = if op.h.is_some() { m * rank } else { 0.0 };
-        let bias = if op.bias.is_some() { n } else { 0.0 };
-        let gain = if op.variant.gain.is_some() { 4.0 * n } else { 0.0 };
-        Floor {
-            flops: 2.0 * m * (n * k + r * (k + n)),
-            bytes: (elements + kept + bias) * op.dtype.size() as f64 + gain,
-            peak,
+        let mut floor =
+            Floor { flops: 2.0 * m * counted(rank) * k, bytes: (m * k + counted(rank) * k + kept) * size, peak };
+        for of in op.projections.iter() {
+            let (n, r) = (of.w.rows as f64, counted(of.b.cols as f64));
+            let bias = if of.bias.is_some() { n } else { 0.0 };
+            floor.flops += 2.0 * m * (n * k + n * r);
+            floor.bytes += (n * k + n * r + m * n + bias) * size + if of.gain.is_some() { 4.0 * n } else { 0.0 };
         }
+        floor
     }
 
-    pub(super) fn backward(op: &raw::Backward, shape: LoraShape, peak: Option<Peak>) -> Floor {
-        let [m, n, k, rank] = [shape.m, shape.n, shape.k, shape.r].map(|extent| extent as f64);
-        let r = through_any(&op.variant, rank);
-        let (dx, da, db) = (op.dx.is_some(), op.da.is_some(), op.db.is_some());
+    pub(super) fn backward(op: &raw::BackwardShared, shape: LoraShape, peak: Option<Peak>) -> Floor {
+        let [m, k, rank] = [shape.m, shape.k, shape.r].map(|extent| extent as f64);
+        let counted = |rank: f64| if op.routes.is_some() { 0.0 } else { rank };
+        let (dx, da) = (op.dx.is_some(), op.da.is_some());
         let when = |condition: bool, amount: f64| if condition { amount } else { 0.0 };
         let size = op.dtype.size() as f64;
         let gradient = |gradient: Option<raw::Gradient>, accumulates: bool, elements: f64| {
             let each = gradient.map_or(0.0, |gradient| if gradient.f32 { 4.0 } else { size });
             elements * each * if accumulates { 2.0 } else { 1.0 }
         };
-        let macs =
-            when(dx, m * n * k + m * r * k) + when(dx || da, m * n * r) + when(da, m * r * k) + when(db, m * n * r);
-        let dm = op.dm.map_or(0.0, |dm| {
-            let bias = if dm.bias.is_some() { size } else { 0.0 };
-            n * (bias + 4.0 + if op.accumulate.dm { 8.0 } else { 4.0 })
-        });
-        let dora = dm + when(op.variant.gain.is_some(), 4.0 * n);
-        let read = m * n
-            + when(dx, n * k + r * k)
-            + when(dx || da, n * r)
-            + when(da, m * k)
-            + when(db, m * r)
-            + when(op.dm.is_some(), m * n)
-            + when(dx, m * k * if op.accumulate.dx { 2.0 } else { 1.0 });
-        Floor {
-            flops: 2.0 * macs,
-            bytes: read * size
-                + gradient(op.da, op.accumulate.da, rank * k)
-                + gradient(op.db, op.accumulate.db, n * rank)
-                + gradient(op.dbias, op.accumulate.dbias, n)
-                + dora,
-            peak,
+        let r = counted(rank);
+        let mut macs = when(dx, m * r * k) + when(da, m * r * k);
+        let mut read = when(dx, r * k) + when(da, m * k) + when(dx, m * k * if op.accumulate.dx { 2.0 } else { 1.0 });
+        let mut others = gradient(op.da, op.accumulate.da, rank * k);
+        for of in op.projections.iter() {
+            let (n, rank) = (of.w.rows as f64, of.b.cols as f64);
+            let r = counted(rank);
+            let db = of.db.is_some();
+            macs += when(dx, m * n * k) + when(dx || da, m * n * r) + when(db, m * n * r);
+            let reads_dy = dx || da || db || of.dbias.is_some() || of.dm.is_some();
+            read += when(reads_dy, m * n) + when(dx, n * k) + when(dx || da, n * r);
+            read += when(db, m * r) + when(of.dm.is_some(), m * n);
+            others += gradient(of.db, op.accumulate.db, n * rank) + gradient(of.dbias, op.accumulate.dbias, n);
+            others += of.dm.map_or(0.0, |dm| {
+                let bias = if dm.bias.is_some() { size } else { 0.0 };
+                n * (bias + 4.0 + if op.accumulate.dm { 8.0 } else { 4.0 })
+            });
+            others += when(of.gain.is_some(), 4.0 * n);
         }
+        Floor { flops: 2.0 * macs, bytes: read * size + others, peak }
     }
 }

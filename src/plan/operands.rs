@@ -9,36 +9,73 @@ pub(super) struct Wanted {
     pub dh: bool,
     pub dx: bool,
     pub da: bool,
-    pub db: bool,
-    pub dbias: bool,
-    pub dm: bool,
+    pub own: raw::Projections<Own>,
 }
 
-impl Wanted {
-    pub(super) fn of(op: &raw::Backward) -> Wanted {
-        let has_adapter = op.a.rows != 0;
-        let (dx, da, db) = (op.dx.is_some(), op.da.is_some() && has_adapter, op.db.is_some() && has_adapter);
-        Wanted { dh: has_adapter && (dx || da), dx, da, db, dbias: op.dbias.is_some(), dm: op.dm.is_some() }
+/// What it computes of one projection alone.
+#[derive(Clone, Copy)]
+pub(super) struct Own {
+    pub db: bool,
+    /// dbias or dm: they ride on the db tiles of the first block of ranks, which therefore exist even without db.
+    pub sums: bool,
+}
+
+impl Own {
+    /// Blocks of ranks with tiles of db, of `r_blocks`.
+    pub(super) fn blocks(self, r_blocks: u64) -> u64 {
+        if self.db { r_blocks } else { u64::from(self.sums) }
     }
 }
 
+impl Wanted {
+    pub(super) fn of(op: &raw::BackwardShared) -> Wanted {
+        let has_adapter = op.a.rows != 0;
+        let (dx, da) = (op.dx.is_some(), op.da.is_some() && has_adapter);
+        let own = op
+            .projections
+            .map(|of| Own { db: of.db.is_some() && of.b.cols != 0, sums: of.dbias.is_some() || of.dm.is_some() });
+        Wanted { dh: has_adapter && (dx || da), dx, da, own }
+    }
+
+    pub(super) fn any_db(&self) -> bool {
+        self.own.iter().any(|own| own.db)
+    }
+}
+
+/// Matrices with their names.
+pub(super) type Named = Vec<(&'static str, Option<raw::Matrix>)>;
+
+/// One matrix of each projection.
+fn each<P>(all: &[P], name: &'static str, matrix: impl Fn(&P) -> Option<raw::Matrix>) -> Named {
+    all.iter().enumerate().map(|(at, of)| (raw::named(name, at, all.len()), matrix(of))).collect()
+}
+
 /// What forward reads; h too, which it writes before.
-pub(super) fn read_by_forward(op: &raw::Forward) -> [(&'static str, Option<raw::Matrix>); 5] {
-    let [x, w, a, b] = [op.x, op.w, op.a, op.b].map(Some);
-    [("x", x), ("w", w), ("a", a), ("b", b), ("h", op.h)]
+pub(super) fn read_by_forward(op: &raw::ForwardShared) -> Named {
+    let all = &op.projections;
+    let (w, b) = (each(all, "w", |of| Some(of.w)), each(all, "b", |of| Some(of.b)));
+    [("x", Some(op.x))].into_iter().chain(w).chain([("a", Some(op.a))]).chain(b).chain([("h", op.h)]).collect()
+}
+
+/// What forward writes beside h.
+pub(super) fn written_by_forward(op: &raw::ForwardShared) -> Named {
+    each(&op.projections, "y", |of| Some(of.y))
 }
 
 /// What backward reads for the outputs that are asked for.
-pub(super) fn read_by_backward(op: &raw::Backward) -> [(&'static str, Option<raw::Matrix>); 6] {
+pub(super) fn read_by_backward(op: &raw::BackwardShared) -> Named {
     let wanted = Wanted::of(op);
-    [
-        ("dy", Some(op.dy)),
-        ("w", op.dx.map(|_| op.w)),
-        ("a", op.dx.map(|_| op.a)),
-        ("b", Some(op.b).filter(|_| wanted.dh)),
-        ("x", op.x.filter(|_| wanted.da)),
-        ("h", op.h.filter(|_| wanted.db)),
-    ]
+    let all = &op.projections;
+    let dy = each(all, "dy", |of| Some(of.dy));
+    let w = each(all, "w", |of| op.dx.map(|_| of.w));
+    let b = each(all, "b", |of| Some(of.b).filter(|_| wanted.dh));
+    let (a, x, h) = (op.dx.map(|_| op.a), op.x.filter(|_| wanted.da), op.h.filter(|_| wanted.any_db()));
+    dy.into_iter().chain(w).chain([("a", a)]).chain(b).chain([("x", x), ("h", h)]).collect()
+}
+
+/// The columns of h or dh that are the ranks of one projection.
+pub(super) fn ranks_of(middle: raw::Matrix, part: &super::Part) -> raw::Matrix {
+    raw::Matrix { ptr: middle.ptr + 2 * part.first_rank as u64, cols: part.r, ..middle }
 }
 
 /// A matrix as kernels take it.

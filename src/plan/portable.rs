@@ -6,11 +6,13 @@ pub(super) use tile::Tile;
 
 use super::operands::{Wanted, gradient, magnitude, matrix, optional, read_by_backward, read_by_forward};
 use super::{
-    Choice, Device, Draft, MAX_COUNTERS, Options, Scratch, blocks, check_units, explain, flags, gradient_flags,
+    Choice, Device, Draft, MAX_COUNTERS, Options, Part, Scratch, blocks, check_units, each, explain, flags,
+    gradient_flags, mean_rank, numbered, projection_flags,
 };
 use crate::error::Result;
 use crate::params::*;
 use crate::{Dtype, LoraShape, raw};
+use tile::Product;
 
 /// f32 partial sums of da and db may take this much of the workspace.
 const MAX_PARTIAL_BYTES: u64 = 16 << 20;
@@ -18,31 +20,35 @@ const MAX_PARTIAL_BYTES: u64 = 16 << 20;
 const MIN_CHUNK_ROWS: u64 = 512;
 
 /// Plans forward.
-pub(super) fn forward(op: &raw::Forward, shape: LoraShape, device: &Device, options: &Options) -> Result<Draft> {
-    let LoraShape { m, n, k, r } = shape;
-    let products = [(m, n, k + r)];
+pub(super) fn forward(
+    op: &raw::ForwardShared,
+    shape: LoraShape,
+    parts: &[Part],
+    device: &Device,
+    options: &Options,
+) -> Result<Draft> {
+    let LoraShape { m, k, r, .. } = shape;
+    let columns = parts.iter().map(|part| part.n).collect();
+    let products = [Product { rows: m, columns, depth: k + mean_rank(parts) }];
     let tile = Tile::choose(device, options.tile, &products);
-    let (m_blocks, n_blocks) = (blocks(m, tile.block), blocks(n, tile.block));
+    let m_blocks = blocks(m, tile.block);
+    let (first_blocks, n_blocks) = numbered(parts.iter().map(|part| blocks(part.n, tile.block)));
     let h_units = m_blocks * blocks(r, LORA_NARROW_N);
     let units = check_units(h_units + m_blocks * n_blocks)?;
     let (flag_shift, flag_count) = flags(m_blocks);
 
     let mut scratch = Scratch::new();
     let h = op.h.or_else(|| (r != 0).then(|| scratch.reserve_middle(m, r, op.dtype)));
+    let factor = raw::Dropout::factor(op.dropout);
     let params = LoraForwardParams {
         x: matrix(op.x),
-        w: matrix(op.w),
         a: matrix(op.a),
-        b: matrix(op.b),
         h: optional(h),
-        y: matrix(op.y),
-        bias: op.bias.map_or(0, |bias| bias.ptr),
         sync: 0,
         m: m as u32,
-        n: n as u32,
         k: k as u32,
         r: r as u32,
-        scale: op.scale * op.variant.factor(),
+        projection_count: parts.len() as u32,
         m_blocks: m_blocks as u32,
         n_blocks: n_blocks as u32,
         h_units: h_units as u32,
@@ -50,12 +56,26 @@ pub(super) fn forward(op: &raw::Forward, shape: LoraShape, device: &Device, opti
         group_m: options.group_m(m_blocks),
         flag_shift,
         sync_words: LORA_SYNC_FLAGS + flag_count as u32,
-        dropout: op.variant.dropout(),
-        routes: op.variant.routes.map_or(0, |routes| routes.ptr),
-        gain: op.variant.gain.map_or(0, |gain| gain.ptr),
+        padding: 0,
+        dropout: raw::Dropout::params(op.dropout),
+        routes: op.routes.map_or(0, |routes| routes.ptr),
+        projections: each(&op.projections, |at, of| LoraForwardProjection {
+            w: matrix(of.w),
+            b: matrix(of.b),
+            y: matrix(of.y),
+            bias: of.bias.map_or(0, |bias| bias.ptr),
+            gain: of.gain.map_or(0, |gain| gain.ptr),
+            n: parts[at].n as u32,
+            r: parts[at].r as u32,
+            first_rank: parts[at].first_rank as u32,
+            first_block: first_blocks[at] as u32,
+            scale: of.scale * factor,
+            padding: 0,
+        }),
     };
     let mut notes = Vec::new();
     explain::slow_operands(&mut notes, &read_by_forward(op));
+    explain::slow_ranks(&mut notes, h, parts);
     let kernel = match (op.dtype, tile.is_large()) {
         (Dtype::Bf16, true) => "lora_forward_bf16_large",
         (Dtype::Bf16, false) => "lora_forward_bf16_small",
@@ -67,57 +87,97 @@ pub(super) fn forward(op: &raw::Forward, shape: LoraShape, device: &Device, opti
     Ok(Draft { choice: Choice::Portable(tile), launch, scratch, notes, microseconds })
 }
 
-/// Plans backward.
-pub(super) fn backward(op: &raw::Backward, shape: LoraShape, device: &Device, options: &Options) -> Result<Draft> {
+/// The products that take most of the time of backward.
+fn main_products(wanted: &Wanted, shape: LoraShape, parts: &[Part]) -> Vec<Product> {
     let LoraShape { m, n, k, r } = shape;
+    if wanted.dx {
+        return vec![Product { rows: m, columns: vec![k], depth: n + r }];
+    }
+    let dh = parts.iter().map(|part| Product { rows: m, columns: vec![part.r.max(1)], depth: part.n });
+    let db = parts.iter().map(|part| Product { rows: part.n, columns: vec![part.r.max(1)], depth: m });
+    dh.chain(db).collect()
+}
+
+/// Tiles of backward.
+struct Tiles {
+    m_blocks: u64,
+    k_blocks: u64,
+    /// Tiles along N of each projection.
+    n_blocks: Vec<u64>,
+    /// First narrow tile of each projection, and narrow tiles of a block of rows.
+    narrow: (Vec<u64>, u64),
+    /// First step of dx of each projection, and steps.
+    steps: (Vec<u64>, u64),
+    /// First tile of db of each projection, and tiles.
+    db: (Vec<u64>, u64),
+    da: u64,
+}
+
+impl Tiles {
+    fn of(wanted: &Wanted, shape: LoraShape, parts: &[Part], tile: &Tile) -> Tiles {
+        let n_blocks: Vec<u64> = parts.iter().map(|part| blocks(part.n, tile.block)).collect();
+        let r_blocks = |part: &Part| blocks(part.r, LORA_NARROW_N);
+        let k_blocks = blocks(shape.k, tile.block);
+        let db = parts.iter().zip(wanted.own.iter()).zip(&n_blocks);
+        Tiles {
+            m_blocks: blocks(shape.m, tile.block),
+            k_blocks,
+            narrow: numbered(parts.iter().map(r_blocks)),
+            steps: numbered(parts.iter().map(|part| blocks(part.n, LORA_BLOCK_K))),
+            db: numbered(db.map(|((part, own), n_blocks)| n_blocks * own.blocks(r_blocks(part)))),
+            da: if wanted.da { k_blocks * blocks(shape.r, LORA_NARROW_N) } else { 0 },
+            n_blocks,
+        }
+    }
+}
+
+/// Plans backward.
+pub(super) fn backward(
+    op: &raw::BackwardShared,
+    shape: LoraShape,
+    parts: &[Part],
+    device: &Device,
+    options: &Options,
+) -> Result<Draft> {
+    let LoraShape { m, k, r, .. } = shape;
     let wanted = Wanted::of(op);
-    let main = if wanted.dx { vec![(m, k, n + r)] } else { vec![(m, r.max(1), n), (n, r.max(1), m)] };
+    let main = main_products(&wanted, shape, parts);
     let tile = Tile::choose(device, options.tile, &main);
     let microseconds = tile.microseconds(device, op.dtype, &main);
 
-    let r_blocks = blocks(r, LORA_NARROW_N);
-    let (m_blocks, n_blocks, k_blocks) = (blocks(m, tile.block), blocks(n, tile.block), blocks(k, tile.block));
-    let dh_units = if wanted.dh { m_blocks * r_blocks } else { 0 };
-    let dx_units = if wanted.dx { m_blocks * k_blocks } else { 0 };
-    // dbias and dm ride on the db tiles of the first block of ranks, which therefore exist even without db.
-    let db_tiles = n_blocks * if wanted.db { r_blocks } else { u64::from(wanted.dbias || wanted.dm) };
-    let da_tiles = if wanted.da { k_blocks * r_blocks } else { 0 };
-    let (flag_shift, flag_count) = flags(m_blocks);
-    let chunks = Chunks::choose(device, &tile, m, r, db_tiles + da_tiles);
-    let dx_end = dh_units + dx_units;
-    let db_end = dx_end + db_tiles * chunks.count;
-    let units = check_units(db_end + da_tiles * chunks.count)?;
+    let tiles = Tiles::of(&wanted, shape, parts, &tile);
+    let gradient_tiles = tiles.db.1 + tiles.da;
+    let dh_units = if wanted.dh { tiles.m_blocks * tiles.narrow.1 } else { 0 };
+    let (flag_shift, flag_count) = flags(tiles.m_blocks);
+    let chunks = Chunks::choose(device, &tile, m, r, gradient_tiles);
+    let dx_end = dh_units + if wanted.dx { tiles.m_blocks * tiles.k_blocks } else { 0 };
+    let db_end = dx_end + tiles.db.1 * chunks.count;
+    let units = check_units(db_end + tiles.da * chunks.count)?;
 
     let mut scratch = Scratch::new();
     let dh = wanted.dh.then(|| scratch.reserve_middle(m, r, op.dtype));
     if chunks.count > 1 {
-        scratch.partials = Some(scratch.reserve(chunks.bytes(db_tiles + da_tiles)));
+        scratch.partials = Some(scratch.reserve(chunks.bytes(gradient_tiles)));
     }
     let counters = LORA_SYNC_FLAGS + flag_count as u32;
-    let counter_words = if chunks.count > 1 { (db_tiles + da_tiles) as u32 } else { 0 };
+    let counter_words = if chunks.count > 1 { gradient_tiles as u32 } else { 0 };
     let params = LoraBackwardParams {
-        dy: matrix(op.dy),
-        w: matrix(op.w),
         a: matrix(op.a),
-        b: matrix(op.b),
         x: optional(op.x),
         // Of db's narrow operand nothing is read when dbias alone is wanted; it is still an address.
-        h: if wanted.db { optional(op.h) } else { matrix(op.dy) },
+        h: if wanted.any_db() { optional(op.h) } else { matrix(op.projections[0].dy) },
         dh: optional(dh),
         dx: optional(op.dx),
         da: gradient(wanted.da, op.da),
-        db: gradient(wanted.db, op.db),
-        dbias: op.dbias.map_or(0, |dbias| dbias.matrix.ptr),
         partials: 0,
         sync: 0,
         m: m as u32,
-        n: n as u32,
         k: k as u32,
         r: r as u32,
-        scale: op.scale * op.variant.factor(),
-        m_blocks: m_blocks as u32,
-        n_blocks: n_blocks as u32,
-        k_blocks: k_blocks as u32,
+        projection_count: parts.len() as u32,
+        n_steps: tiles.steps.1 as u32,
+        m_blocks: tiles.m_blocks as u32,
+        k_blocks: tiles.k_blocks as u32,
         dh_units: dh_units as u32,
         dx_end: dx_end as u32,
         db_end: db_end as u32,
@@ -126,17 +186,18 @@ pub(super) fn backward(op: &raw::Backward, shape: LoraShape, device: &Device, op
         chunk_rows: chunks.rows as u32,
         partial_stride: chunks.partial_stride as u32,
         counters,
-        group_m: options.group_m(m_blocks),
+        group_m: options.group_m(tiles.m_blocks),
         flag_shift,
         sync_words: counters + counter_words,
         flags: gradient_flags(op),
-        dropout: op.variant.dropout(),
-        routes: op.variant.routes.map_or(0, |routes| routes.ptr),
-        gain: op.variant.gain.map_or(0, |gain| gain.ptr),
-        magnitude: magnitude(op.dm),
+        padding: 0,
+        dropout: raw::Dropout::params(op.dropout),
+        routes: op.routes.map_or(0, |routes| routes.ptr),
+        projections: projections(op, parts, &wanted, &tiles),
     };
     let mut notes = Vec::new();
     explain::slow_operands(&mut notes, &read_by_backward(op));
+    explain::slow_ranks(&mut notes, op.h.filter(|_| wanted.any_db()), parts);
     let kernel = match (op.dtype, tile.is_large()) {
         (Dtype::Bf16, true) => "lora_backward_bf16_large",
         (Dtype::Bf16, false) => "lora_backward_bf16_small",
@@ -145,6 +206,34 @@ pub(super) fn backward(op: &raw::Backward, shape: LoraShape, device: &Device, op
     };
     let launch = tile.launch("portable_backward", kernel, units, device, Params::Backward(params));
     Ok(Draft { choice: Choice::Portable(tile), launch, scratch, notes, microseconds })
+}
+
+fn projections(
+    op: &raw::BackwardShared,
+    parts: &[Part],
+    wanted: &Wanted,
+    tiles: &Tiles,
+) -> [LoraBackwardProjection; raw::MAX_PROJECTIONS] {
+    let factor = raw::Dropout::factor(op.dropout);
+    each(&op.projections, |at, of| LoraBackwardProjection {
+        dy: matrix(of.dy),
+        w: matrix(of.w),
+        b: matrix(of.b),
+        db: gradient(wanted.own[at].db, of.db),
+        magnitude: magnitude(of.dm),
+        dbias: of.dbias.map_or(0, |dbias| dbias.matrix.ptr),
+        gain: of.gain.map_or(0, |gain| gain.ptr),
+        n: parts[at].n as u32,
+        r: parts[at].r as u32,
+        first_rank: parts[at].first_rank as u32,
+        n_blocks: tiles.n_blocks[at] as u32,
+        first_step: tiles.steps.0[at] as u32,
+        first_narrow: tiles.narrow.0[at] as u32,
+        first_db_tile: tiles.db.0[at] as u32,
+        flags: projection_flags(of),
+        scale: of.scale * factor,
+        padding: 0,
+    })
 }
 
 /// How the tokens are cut for the reductions of da and db.

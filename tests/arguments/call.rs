@@ -10,7 +10,7 @@ use super::common::{Host, HostBackward, HostDropout, HostForward, HostGradient, 
 use super::table::{Fault, Op, Row, SHAPE, rows};
 
 /// An operation over addresses.
-#[allow(clippy::large_enum_variant, reason = "one lives at a time")]
+#[allow(clippy::large_enum_variant, reason = "there is one at a time")]
 pub enum OnAddresses {
     Forward(raw::Forward),
     Backward(raw::Backward),
@@ -184,8 +184,8 @@ fn of_dora(op: Op) -> raw::Variant {
 }
 
 /// An operation over host buffers.
-#[allow(clippy::large_enum_variant, reason = "one lives at a time")]
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one at a time")]
 pub enum OnBuffers<T> {
     Forward(HostForward<T>),
     Backward(HostBackward<T>),

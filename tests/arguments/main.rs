@@ -5,6 +5,7 @@ mod call;
 mod common;
 mod hostile;
 mod matrix;
+mod shared;
 mod table;
 
 use common::raw as ops;

@@ -249,7 +249,7 @@ pub fn rows(op: Op, wide: bool, place: impl Fn(&str) -> Option<(usize, usize, us
         }
     }
     for got in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-        add("", Fault::Scale(got), Error::Scale { got });
+        add("", Fault::Scale(got), Error::Scale { arg: "scale", got });
     }
     if matches!(op, Op::Forward | Op::Backward) {
         for got in [f32::NAN, f32::INFINITY, -1e-9, 1.0f32.next_up()] {

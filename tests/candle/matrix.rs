@@ -173,7 +173,7 @@ fn numbers() {
         (1e39, f32::INFINITY),
         (f64::MIN, f32::NEG_INFINITY),
     ] {
-        Call { scale, ..legal.clone() }.is_refused(&format!("a scale of {scale}"), &Error::Scale { got });
+        Call { scale, ..legal.clone() }.is_refused(&format!("a scale of {scale}"), &Error::Scale { arg: "scale", got });
     }
     let training =
         |p| Training { dropout: Some(Dropout { p, seed: 1, offset: 2 }), recompute: true, ..Training::default() };
@@ -187,7 +187,7 @@ fn numbers() {
     call.is_refused("both", &Error::Exclusive { arg: "magnitude", other: "dropout" });
     // Finite, until dropout divides it by 1 − p.
     let call = Call { training: training(0.9), scale: 3e38, ..legal };
-    call.is_refused("a scale that overflows", &Error::Scale { got: f32::INFINITY });
+    call.is_refused("a scale that overflows", &Error::Scale { arg: "scale", got: f32::INFINITY });
 }
 
 #[test]
@@ -278,7 +278,7 @@ fn tensors_that_no_layer_takes() {
         let call = move |layer: &mut LoraLinear| {
             layer.add_tensors("new", tensor(&[3, 6], DType::F32), tensor(&[5, 3], DType::F32), scale)
         };
-        rows.push(row("a scale", call, Error::Scale { got }));
+        rows.push(row("a scale", call, Error::Scale { arg: "scale", got }));
     }
     for (arg, set) in VECTORS {
         for (vector, error) in [
@@ -319,9 +319,9 @@ fn configurations_that_no_layer_takes() {
         (0, 1.0, Error::ZeroDimension { arg: "a", axis: "rows" }),
         (usize::MAX, 1.0, too_large(usize::MAX as u64)),
         (MAX_DIMENSION + 1, 1.0, too_large(MAX_DIMENSION as u64 + 1)),
-        (2, f64::NAN, Error::Scale { got: f32::NAN }),
-        (2, f64::INFINITY, Error::Scale { got: f32::INFINITY }),
-        (2, -1e39, Error::Scale { got: f32::NEG_INFINITY }),
+        (2, f64::NAN, Error::Scale { arg: "scale", got: f32::NAN }),
+        (2, f64::INFINITY, Error::Scale { arg: "scale", got: f32::INFINITY }),
+        (2, -1e39, Error::Scale { arg: "scale", got: f32::NEG_INFINITY }),
     ] {
         for rslora in [false, true] {
             let vars = VarMap::new();
@@ -344,6 +344,40 @@ fn configurations_that_no_layer_takes() {
     let taken = Error::AdapterName { got: "one".into(), expected: "one that the layer does not have".into() };
     refuses(&mut layer(true), vec![row("add", |layer| layer.add("one", config, vb()), taken)]);
     assert!(vars.all_vars().is_empty());
+}
+
+/// Views of one element that say they are larger than any memory, refused before anything is copied for them.
+#[test]
+fn broadcasts_that_nothing_holds() {
+    let of = |dims: &[usize], dtype| tensor(&[1, 1], dtype).broadcast_as(dims).expect("a view");
+    let f32 = |dims: &[usize]| of(dims, DType::F32);
+    let too_large = |what, got| Error::TooLarge { what, got, limit: MAX_DIMENSION as u64 };
+    let (wide, past) = (1usize << 20, MAX_DIMENSION + 1);
+    let bytes = MAX_DIMENSION * wide * 4;
+    let bf16 = |dims: &[usize]| of(dims, DType::BF16);
+    let cases = [
+        ([f32(&[past, 6]), f32(&[5, 6]), f32(&[3, 6]), f32(&[5, 3])], too_large("M (rows of x)", past as u64)),
+        ([f32(&[past, past, past, 6]), f32(&[5, 6]), f32(&[3, 6]), f32(&[5, 3])], too_large("M (rows of x)", u64::MAX)),
+        ([f32(&[2, 6]), f32(&[past, 6]), f32(&[3, 6]), f32(&[past, 3])], too_large("N (rows of w)", past as u64)),
+        ([f32(&[2, past]), f32(&[5, past]), f32(&[3, past]), f32(&[5, 3])], too_large("K (columns of w)", past as u64)),
+        ([f32(&[2, 6]), f32(&[5, 6]), f32(&[past, 6]), f32(&[5, past])], too_large("R (rows of a)", past as u64)),
+        ([f32(&[MAX_DIMENSION, wide]), f32(&[1, wide]), f32(&[1, wide]), f32(&[1, 1])], Error::OutOfMemory { bytes }),
+        (
+            [f32(&[1, wide]), f32(&[MAX_DIMENSION, wide]), f32(&[1, wide]), f32(&[MAX_DIMENSION, 1])],
+            Error::OutOfMemory { bytes },
+        ),
+        // Rounded to the type of w.
+        (
+            [bf16(&[1, wide]), bf16(&[1, wide]), f32(&[MAX_DIMENSION, wide]), f32(&[1, MAX_DIMENSION])],
+            Error::OutOfMemory { bytes: bytes / 2 },
+        ),
+    ];
+    for ([x, w, a, b], error) in cases {
+        let got = lora(&x, &w, &a, &b, 1.0, None).map(drop).expect_err("a refusal");
+        assert_eq!(cause(&got), Some(&error), "{:?} {:?} {:?} {:?}", x.dims(), w.dims(), a.dims(), b.dims());
+    }
+    let frozen = LoraLinear::frozen(f32(&[MAX_DIMENSION, wide]), None).map(drop).expect_err("a refusal");
+    assert_eq!(cause(&frozen), Some(&Error::OutOfMemory { bytes }));
 }
 
 fn state(operation: &'static str, got: &str, expected: &'static str) -> Error {

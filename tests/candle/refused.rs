@@ -118,7 +118,7 @@ fn shapes() {
 fn a_cause_is_found_under_what_candle_puts_around_it() {
     use candle_core::Context;
     let error = || Arguments::apply(|it| it.scale = f64::INFINITY).expect_err("refused");
-    let scale = Error::Scale { got: f32::INFINITY };
+    let scale = Error::Scale { arg: "scale", got: f32::INFINITY };
     assert_eq!(cause(&error().context("in layer 3")), Some(&scale));
     assert_eq!(cause(&error().with_path("model.safetensors").context("loading")), Some(&scale));
     let wrapped: Result<Tensor> = Err(error()).context("in layer 3");

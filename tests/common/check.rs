@@ -4,7 +4,7 @@ use fused_lora::reference::{self, Expected, Inputs, Mat};
 use fused_lora::{Dtype, Element};
 
 use super::data::{Spec, Values};
-use super::{Backend, Host, HostBackward, HostForward, HostGradient, HostMagnitude};
+use super::{Backend, Host, HostBackward, HostForward, HostGradient, HostMagnitude, is_same};
 
 /// Forward of `spec` in `T`: within tolerance (or exact), nothing touched around the outputs.
 pub fn forward<T: Element>(backend: &impl Backend, spec: &Spec) {
@@ -30,7 +30,7 @@ pub fn backward<T: Element>(backend: &impl Backend, spec: &Spec) {
 
 #[track_caller]
 #[allow(clippy::panic)] // how a test fails
-fn fail(context: &str, complaint: &str) -> ! {
+pub fn fail(context: &str, complaint: &str) -> ! {
     panic!("{context}\n{complaint}")
 }
 
@@ -71,23 +71,9 @@ pub fn judge_backward<T: Element>(
     after: &HostBackward<T>,
     values: Values,
 ) -> Result<(), String> {
-    let HostBackward { dy, w, a, b, scale, x, h, accumulate, dropout, routes, gain, .. } = before;
-    let (m, n, k, r) = (dy.rows, w.rows, w.cols, a.rows);
-    let optional =
-        |host: &Option<Host<T>>, cols| host.as_ref().map_or_else(|| Mat::from_fn(m, cols, |_, _| 0.0), Host::to_mat);
-    let inputs = Inputs {
-        x: optional(x, k),
-        w: w.to_mat(),
-        a: a.to_mat(),
-        b: b.to_mat(),
-        bias: None,
-        dy: dy.to_mat(),
-        scale: f64::from(*scale),
-        keep: dropout.map(|dropout| dropout.keep(m, k)),
-        gate: routes.as_ref().map(|words| reference::gate(words, m, r)),
-        gain: gain.as_ref().map(Host::to_mat),
-    };
-    let h = optional(h, r);
+    let (inputs, h) = backward_inputs(before);
+    let (dy, accumulate) = (&before.dy, before.accumulate);
+    let (m, n, r) = (dy.rows, before.w.rows, before.a.rows);
     let truth = reference::backward(&inputs, &h);
     let naive = reference::naive_backward::<T>(&inputs, &h);
     let magnitude = reference::backward(&inputs.magnitudes(), &h.map(f64::abs));
@@ -137,6 +123,56 @@ fn expected_dm<T: Element>(dy: &Host<T>, of: &HostMagnitude<T>) -> Expected {
     expected::<T, f32>(truth, naive, size, y.rows + 2)
 }
 
+/// What backward reads, for the oracle, and h.
+fn backward_inputs<T: Element>(op: &HostBackward<T>) -> (Inputs, Mat) {
+    let HostBackward { dy, w, a, b, scale, x, h, dropout, routes, gain, .. } = op;
+    let (m, k, r) = (dy.rows, w.cols, a.rows);
+    let optional =
+        |host: &Option<Host<T>>, cols| host.as_ref().map_or_else(|| Mat::from_fn(m, cols, |_, _| 0.0), Host::to_mat);
+    let inputs = Inputs {
+        x: optional(x, k),
+        w: w.to_mat(),
+        a: a.to_mat(),
+        b: b.to_mat(),
+        bias: None,
+        dy: dy.to_mat(),
+        scale: f64::from(*scale),
+        keep: dropout.map(|dropout| dropout.keep(m, k)),
+        gate: routes.as_ref().map(|words| reference::gate(words, m, r)),
+        gain: gain.as_ref().map(Host::to_mat),
+    };
+    (inputs, optional(h, r))
+}
+
+/// dx of projections that share x, whose single layers are `all`: the sum of theirs. The naive composition adds them up in the
+/// storage type, one after the other, as automatic differentiation does.
+pub fn judge_sum<T: Element>(
+    all: &[HostBackward<T>],
+    before: &Host<T>,
+    after: &Host<T>,
+    values: Values,
+) -> Result<(), String> {
+    let mut sum: Option<[Mat; 3]> = None;
+    let mut depth = 0;
+    for op in all {
+        let (inputs, h) = backward_inputs(op);
+        let truth = reference::backward(&inputs, &h).dx;
+        let naive = reference::naive_backward::<T>(&inputs, &h).dx;
+        let magnitude = reference::backward(&inputs.magnitudes(), &h.map(f64::abs)).dx;
+        depth += 2 * op.w.rows + op.a.rows + 2;
+        sum = Some(match sum {
+            None => [truth, naive, magnitude],
+            Some([truths, naives, magnitudes]) => {
+                [truths.plus(&truth), naives.plus(&naive).map(|v| T::from_f64(v).to_f64()), magnitudes.plus(&magnitude)]
+            }
+        });
+    }
+    let [truth, naive, magnitude] = sum.ok_or("no projection")?;
+    let accumulated = all[0].accumulate.dx;
+    let expected = expected::<T, T>(truth, naive, magnitude, depth);
+    Judge { name: "dx", before, after, accumulated, values }.judge(expected)
+}
+
 fn expected<T: Element, O: Element>(truth: Mat, naive: Mat, magnitude: Mat, depth: usize) -> Expected {
     Expected { truth, naive, magnitude, depth, storage: T::DTYPE, output: O::DTYPE }
 }
@@ -152,7 +188,7 @@ struct Judge<'a, O> {
 impl<O: Element> Judge<'_, O> {
     fn judge(&self, mut expected: Expected) -> Result<(), String> {
         let Self { name, before, after, accumulated, values } = *self;
-        let same = |at: usize| after.data[at].to_f32().to_bits() == before.data[at].to_f32().to_bits();
+        let same = |at: usize| is_same(after.data[at], before.data[at]);
         if let Some(at) = (0..after.data.len()).find(|&at| !after.is_element(at) && !same(at)) {
             return Err(format!("{name}: position {at} outside the matrix was written ({:?})", after.data[at]));
         }

@@ -159,6 +159,14 @@ impl Spec {
         Self { values: Values::Integers, scale: 2.0, ..self }
     }
 
+    /// A matrix as they lie here, every element and everything around it `around`.
+    pub fn place<T: Element>(&self, rows: usize, cols: usize, around: T) -> Host<T> {
+        let (offset, row_stride) = self.placement.offset_and_stride(cols);
+        let end = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + cols };
+        let tail = if self.placement == Placement::Contiguous { 0 } else { 9 };
+        Host { rows, cols, offset, row_stride, data: vec![around; offset + end + tail] }
+    }
+
     /// The inputs of forward, with h and y poisoned.
     pub fn forward<T: Element>(&self) -> HostForward<T> {
         let Self { m, n, k, r, .. } = *self;
@@ -225,13 +233,6 @@ struct Fill<'a> {
 }
 
 impl Fill<'_> {
-    fn place<T: Element>(&self, rows: usize, cols: usize, around: T) -> Host<T> {
-        let (offset, row_stride) = self.spec.placement.offset_and_stride(cols);
-        let end = if rows == 0 || cols == 0 { 0 } else { (rows - 1) * row_stride + cols };
-        let tail = if self.spec.placement == Placement::Contiguous { 0 } else { 9 };
-        Host { rows, cols, offset, row_stride, data: vec![around; offset + end + tail] }
-    }
-
     fn values<T: Element>(&mut self, mut host: Host<T>, size: f64, limit: i64) -> Host<T> {
         for row in 0..host.rows {
             for col in 0..host.cols {
@@ -247,7 +248,7 @@ impl Fill<'_> {
 
     /// NaN around the matrix: a read outside it shows in the result.
     fn input<T: Element>(&mut self, rows: usize, cols: usize, size: f64, limit: i64) -> Host<T> {
-        let host = self.place(rows, cols, T::from_f32(f32::NAN));
+        let host = self.spec.place(rows, cols, T::from_f32(f32::NAN));
         self.values(host, size, limit)
     }
 
@@ -279,7 +280,7 @@ impl Fill<'_> {
 
     /// A number no result has, everywhere: what is not written shows, and so does a write outside.
     fn output<T: Element>(&mut self, rows: usize, cols: usize) -> Host<T> {
-        let host = self.place(rows, cols, T::from_f32(POISON));
+        let host = self.spec.place(rows, cols, T::from_f32(POISON));
         if self.spec.accumulate { self.values(host, 1.0, 9) } else { host }
     }
 

@@ -1,10 +1,78 @@
 //! The kernels' PTX on the emulator.
 
-use fused_lora::emulator::Emulator;
+use fused_lora::emulator::{Emulator, Run};
 use fused_lora::plan::{Device, Options, TileSize};
 use fused_lora::{Element, Result};
 
-use super::{Backend, HostBackward, HostForward};
+use super::data::Spec;
+use super::shared::{self, SharedBackward, SharedForward, SharedSpec};
+use super::{Backend, HostBackward, HostForward, check};
+
+/// One layer, or projections that share x.
+#[derive(Clone, Debug)]
+pub enum Layers {
+    One(Spec),
+    Shared(SharedSpec),
+}
+
+impl From<Spec> for Layers {
+    fn from(spec: Spec) -> Self {
+        Self::One(spec)
+    }
+}
+
+impl Layers {
+    /// Of a spec, which is that of the first, with more projections of these N and R.
+    pub fn shared(base: Spec, others: &[(usize, usize)]) -> Self {
+        let parts = [(base.n, base.r)].into_iter().chain(others.iter().copied()).collect();
+        Self::Shared(SharedSpec { base, parts })
+    }
+
+    /// Every bit that forward leaves in its outputs, and what it did; `Err` with the first complaint.
+    pub fn forward<T: Element>(&self, emulator: &Emulator) -> Result<(String, Run), String> {
+        let said = |error: fused_lora::Error| error.to_string();
+        match self {
+            Self::One(spec) => {
+                let before = spec.forward::<T>();
+                let mut after = before.clone();
+                let run = emulator.forward(after.views()).map_err(said)?;
+                check::judge_forward(&before, &after, spec.values)?;
+                Ok((format!("{:?}{:?}", after.y.data, after.h.map(|h| h.data)), run))
+            }
+            Self::Shared(spec) => {
+                let before = spec.forward::<T>();
+                let mut after = before.clone();
+                let run = emulator.forward_shared(after.views()).map_err(said)?;
+                shared::judge_forward(&before, &after, spec.base.values)?;
+                let y: Vec<_> = after.own.iter().map(|op| &op.y.data).collect();
+                Ok((format!("{y:?}{:?}", after.h.map(|h| h.data)), run))
+            }
+        }
+    }
+
+    /// The same of backward.
+    pub fn backward<T: Element>(&self, emulator: &Emulator) -> Result<(String, Run), String> {
+        let said = |error: fused_lora::Error| error.to_string();
+        match self {
+            Self::One(spec) => {
+                let before = spec.backward::<T>();
+                let mut after = before.clone();
+                let run = emulator.backward(after.views()).map_err(said)?;
+                check::judge_backward(&before, &after, spec.values)?;
+                let HostBackward { dx, da, db, dbias, .. } = after;
+                Ok((format!("{:?}{da:?}{db:?}{dbias:?}", dx.map(|dx| dx.data)), run))
+            }
+            Self::Shared(spec) => {
+                let before = spec.backward::<T>();
+                let mut after = before.clone();
+                let run = emulator.backward_shared(after.views()).map_err(said)?;
+                shared::judge_backward(&before, &after, spec.base.values)?;
+                let own: Vec<_> = after.own.iter().map(|op| (&op.db, &op.dbias)).collect();
+                Ok((format!("{:?}{:?}{own:?}", after.dx.map(|dx| dx.data), after.da), run))
+            }
+        }
+    }
+}
 
 /// A simulated GPU as a backend.
 pub struct Emulated(pub Emulator);
@@ -37,5 +105,13 @@ impl Backend for Emulated {
 
     fn backward<T: Element>(&self, op: &mut HostBackward<T>) -> Result<()> {
         self.0.backward(op.views()).map(drop)
+    }
+
+    fn forward_shared<T: Element>(&self, op: &mut SharedForward<T>) -> Result<()> {
+        self.0.forward_shared(op.views()).map(drop)
+    }
+
+    fn backward_shared<T: Element>(&self, op: &mut SharedBackward<T>) -> Result<()> {
+        self.0.backward_shared(op.views()).map(drop)
     }
 }

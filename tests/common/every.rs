@@ -8,6 +8,7 @@ use super::emulated::Emulated;
 use super::gpu::{self, Gpu};
 #[cfg(feature = "cuda")]
 use super::hopper;
+use super::shared::{SharedBackward, SharedForward};
 use super::{Backend, Cpu, HostBackward, HostForward};
 
 /// One of the backends.
@@ -47,6 +48,26 @@ impl Backend for Any {
             Self::Emulated(emulated) => emulated.backward(op),
             #[cfg(feature = "cuda")]
             Self::Gpu(gpu) => gpu.backward(op),
+        }
+    }
+
+    fn forward_shared<T: Element>(&self, op: &mut SharedForward<T>) -> Result<()> {
+        match self {
+            Self::Cpu => Cpu.forward_shared(op),
+            #[cfg(all(feature = "emulator", feature = "cuda"))]
+            Self::Emulated(emulated) => emulated.forward_shared(op),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(gpu) => gpu.forward_shared(op),
+        }
+    }
+
+    fn backward_shared<T: Element>(&self, op: &mut SharedBackward<T>) -> Result<()> {
+        match self {
+            Self::Cpu => Cpu.backward_shared(op),
+            #[cfg(all(feature = "emulator", feature = "cuda"))]
+            Self::Emulated(emulated) => emulated.backward_shared(op),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(gpu) => gpu.backward_shared(op),
         }
     }
 }

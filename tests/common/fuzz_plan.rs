@@ -9,10 +9,13 @@ use fused_lora::{Accumulate, Dtype, Error, LoraShape, MAX_DIMENSION, Routing, ra
 
 use super::legal;
 
-/// Bytes that a problem reads at most; those that lack are zero.
-pub const BYTES: usize = 1024;
+#[path = "fuzz_plan/shared.rs"]
+mod shared;
 
-/// What became of a problem's four operations.
+/// Bytes that a problem reads at most; those that lack are zero.
+pub const BYTES: usize = 2048;
+
+/// What became of a problem's operations.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Outcome {
     pub portable: usize,
@@ -24,7 +27,7 @@ pub struct Outcome {
     pub misplaced: usize,
 }
 
-/// Plans the forward, the backward, the merge and the round that `bytes` describe.
+/// Plans the operations that `bytes` describe.
 pub fn run(bytes: &[u8]) -> Outcome {
     let mut outcome = Outcome::default();
     solve(&mut Unstructured::new(bytes), &mut outcome).expect("bytes that lack are zero");
@@ -57,7 +60,8 @@ fn solve(u: &mut Unstructured<'_>, outcome: &mut Outcome) -> Result<()> {
         let judge = |at| legal::backward(&plan, &op, &device, &options, at);
         call.place(u, &plan, &arguments, judge, outcome)?;
     }
-    factors(u, &mut place, dtype, shape, outcome)
+    factors(u, &mut place, dtype, shape, outcome)?;
+    shared::solve(u, &mut place, dtype, &call, outcome)
 }
 
 /// Launches for an adapter's factors: nothing is chosen.
@@ -116,7 +120,7 @@ fn refused(error: &Error, of_arguments: Option<Error>, dtype: Dtype, has_options
     }
 }
 
-/// What the four operations are planned for.
+/// What the operations are planned for.
 struct Call<'a> {
     device: &'a Device,
     options: &'a Options,

@@ -7,6 +7,7 @@ use fused_lora::cuda::{self, Kernels, Workspace};
 use fused_lora::{Dropout, Element, Error, Gradient, LoraShape, MagnitudeGradient, Matrix, MatrixMut, Result, Seed};
 
 use super::data::POISON;
+use super::shared::{SharedBackward, SharedForward};
 use super::{Backend, Host, HostBackward, HostDropout, HostForward, HostGradient, skipped};
 
 /// The kernels on GPU 0. Without a GPU the test is over: it says `SKIPPED: no GPU` on a line of its own, or fails when
@@ -370,6 +371,60 @@ impl Backend for Gpu {
         workspace.reserve(&self.stream, plan.workspace_bytes())?;
         self.kernels.backward(&self.stream, device.op(), &mut workspace)?;
         self.download_backward(&device, op);
+        Ok(())
+    }
+
+    fn forward_shared<T: Element>(&self, op: &mut SharedForward<T>) -> Result<()> {
+        let mut own: Vec<_> = op.own.iter().map(|op| self.upload_forward(op)).collect();
+        let (x, a, host) = (self.upload(&op.own[0].x), self.upload(&op.a), &op.own[0]);
+        let mut h = op.h.as_ref().map(|h| self.upload(h));
+        let state = self.upload_seed(host.dropout);
+        let projections = own.iter_mut().map(DeviceForward::op);
+        let projections = projections.map(|cuda::Forward { w, b, scale, bias, y, variant, .. }| {
+            cuda::ForwardProjection { w, b, scale, bias, gain: variant.gain, y }
+        });
+        let shared = cuda::ForwardShared {
+            x: view(&x, &host.x),
+            a: view(&a, &op.a),
+            h: h.as_mut().zip(op.h.as_ref()).map(|(h, host)| view_mut(h, host)),
+            projections: projections.collect(),
+            dropout: variant(host.dropout, &state, (&None, &None), (&None, &None)).dropout,
+            routes: None,
+        };
+        let mut workspace = self.workspace.lock().expect("no other test has failed here");
+        let (m, r) = (host.x.rows, op.a.rows);
+        workspace.reserve(&self.stream, self.kernels.shared_workspace_bytes(T::DTYPE, m, r))?;
+        self.kernels.forward_shared(&self.stream, shared, &mut workspace)?;
+        own.iter().zip(&mut op.own).for_each(|(device, op)| self.download(&device.y, &mut op.y));
+        if let (Some(device), Some(h)) = (&h, &mut op.h) {
+            self.download(device, h);
+        }
+        Ok(())
+    }
+
+    fn backward_shared<T: Element>(&self, op: &mut SharedBackward<T>) -> Result<()> {
+        let host = &op.own[0];
+        let mut whole = HostBackward { h: op.h.clone(), dx: op.dx.clone(), da: op.da.clone(), ..host.clone() };
+        whole.a = op.a.clone();
+        let mut own: Vec<_> = op.own.iter().map(|op| self.upload_backward(op)).collect();
+        let mut device = self.upload_backward(&whole);
+        let projections = own.iter_mut().map(DeviceBackward::op);
+        let projections = projections.map(|cuda::Backward { dy, w, b, scale, db, dbias, dm, variant, .. }| {
+            cuda::BackwardProjection { dy, w, b, scale, db, dbias, dm, gain: variant.gain }
+        });
+        let projections = projections.collect();
+        let cuda::Backward { a, x, h, dx, da, accumulate, variant, .. } = device.op();
+        let dropout = variant.dropout;
+        let shared = cuda::BackwardShared { a, x, h, dx, da, projections, accumulate, dropout, routes: None };
+        let mut workspace = self.workspace.lock().expect("no other test has failed here");
+        let (m, r) = (host.dy.rows, op.a.rows);
+        workspace.reserve(&self.stream, self.kernels.shared_workspace_bytes(T::DTYPE, m, r))?;
+        self.kernels.backward_shared(&self.stream, shared, &mut workspace)?;
+        self.download_backward(&device, &mut whole);
+        (op.dx, op.da) = (whole.dx, whole.da);
+        for (device, op) in own.iter().zip(&mut op.own) {
+            self.download_backward(device, op);
+        }
         Ok(())
     }
 }

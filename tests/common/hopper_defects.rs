@@ -36,6 +36,7 @@ const CONSUMER: &str = "sm90/consumer.cuh";
 const DROP: &str = "sm90/drop.cuh";
 const EPILOGUE: &str = "sm90/epilogue.cuh";
 const ROLES: &str = "sm90/roles.cuh";
+const PROJECTIONS: &str = "projections.cuh";
 const FORWARD_CU: &str = "sm90/forward.cu";
 const BACKWARD_CU: &str = "sm90/backward.cu";
 
@@ -128,7 +129,7 @@ pub const DEFECTS: &[Defect] = defects! {
     FORWARD Sm90N128 "a flag waited for without end":
         (SCHEDULE "< flags.target(flag)) __nanosleep" => "<= flags.target(flag)) __nanosleep");
     FORWARD Sm90N128 "another block's flag":
-        (FORWARD_CU "wait_for_block(flags(), m / kBlockM);" => "wait_for_block(flags(), (m / kBlockM) ^ 1);");
+        (FORWARD_CU "wait_for_block(flags(p_.r_blocks), m / kBlockM);" => "wait_for_block(flags(p_.r_blocks), (m / kBlockM) ^ 1);");
     FORWARD Sm90N128 "copies of h not fenced":
         (SCHEDULE "__nanosleep(64);\n  ptx::fence_async_global();" => "__nanosleep(64);");
     FORWARD Sm90N128 "h published before it is written":
@@ -158,7 +159,7 @@ pub const DEFECTS: &[Defect] = defects! {
     FORWARD Sm90N128 "bias of the wrong column":
         (FORWARD_CU "widen(bias[col + 1])" => "widen(bias[col])");
     FORWARD Sm90N128 "bias past the end":
-        (FORWARD_CU "bias == nullptr || col >= p_.n" => "bias == nullptr");
+        (FORWARD_CU "bias == nullptr || col >= columns" => "bias == nullptr");
     // Operands of the products.
     FORWARD Sm90N128 "stride and leading dimension swapped, K-major":
         (CONSUMER "kSlabBytes, 8 * kRowBytes" => "8 * kRowBytes, kSlabBytes");
@@ -180,14 +181,14 @@ pub const DEFECTS: &[Defect] = defects! {
         (FORWARD_CU "k_steps() + tail / 4, tail % 4" => "k_steps() + tail / 4, 0");
     FORWARD Sm90N128 "the last step that reads h left out":
         (FORWARD_CU "k_steps() + tail / 4, tail % 4" => "k_steps() + tail / 4, 0")
-        (FORWARD_CU "ranks_read(m), p_.r);" => "ranks_read(m), p_.r / kBlockK * kBlockK);");
+        (FORWARD_CU "ranks_read(m, r), r);" => "ranks_read(m, r), r / kBlockK * kBlockK);");
     FORWARD Sm90N128 "the last ranks left out":
-        (FORWARD_CU ".steps(16, p_.r);" => ".steps(16, p_.r / 16 * 16);");
+        (FORWARD_CU ".steps(16, projection.r);" => ".steps(16, projection.r / 16 * 16);");
     FORWARD Sm90N128 "a step of k left out":
         (FORWARD_CU "(p_.k + kBlockK - 1) / kBlockK" => "p_.k / kBlockK");
     // h as it is stored.
     FORWARD Sm90N128 "h not scaled":
-        (EPILOGUE "acc[4 * j + 2 * half] * scale" => "acc[4 * j + 2 * half]");
+        (EPILOGUE "acc[4 * j + 2 * half] * factor" => "acc[4 * j + 2 * half]");
     FORWARD Sm90N128 "ranks past the end stored":
         (EPILOGUE "if (col >= cols) continue;" => "");
     FORWARD Sm90N128 "rows past the end stored":
@@ -200,7 +201,7 @@ pub const DEFECTS: &[Defect] = defects! {
     BACKWARD Sm90N128 "dbias written by all lanes":
         (BACKWARD_CU "if (threadIdx.x % 4 == 0) store_gradient" => "store_gradient");
     BACKWARD Sm90N128 "dbias in every block of ranks":
-        (BACKWARD_CU "with_sums = is_db && p_.dbias != 0 && unit.n == 0" => "with_sums = is_db && p_.dbias != 0");
+        (BACKWARD_CU "with_sums = is_db && projection.dbias != 0 && unit.n == 0" => "with_sums = is_db && projection.dbias != 0");
     BACKWARD Sm90N128 "partial sums counted before they are written":
         (EPILOGUE "  consumer.barrier();  // and all have read the slot of the time before\n" => "");
     BACKWARD Sm90N128 "the count read before it is there":
@@ -233,7 +234,7 @@ pub const DEFECTS: &[Defect] = defects! {
     BACKWARD Sm90N128 "copies of a chunk of dh not fenced":
         (SCHEDULE "ptx::fence_acquire();\n  ptx::fence_async_global();" => "ptx::fence_acquire();");
     BACKWARD Sm90N192 "stages of sums laid out otherwise by the producer":
-        (BACKWARD_CU "product ? width() : kSumsN, product," => "width(), product,");
+        (BACKWARD_CU "product ? columns : kSumsN, product," => "columns, product,");
     BACKWARD Sm90N128 "dx overwritten, not accumulated":
         (BACKWARD_CU "widen(old[0]) + low" => "low");
     BACKWARD Sm90N128 "gradients overwritten, not accumulated":
@@ -273,7 +274,7 @@ pub const DEFECTS: &[Defect] = defects! {
         (RING "dropout.offset : state[1]" => "dropout.offset : dropout.offset");
     // Dropout, of the tail of dx.
     BACKWARD Sm90N128 "dx before dh":
-        (BACKWARD_CU "wait_for_block(flags(), m / kBlockM);" => "");
+        (BACKWARD_CU "wait_for_block(flags(p_.dh_blocks), m / kBlockM);" => "");
     BACKWARD Sm90N128 "what is dropped of dx added too":
         (CONSUMER "if (kept.keeps(part, i)) acc" => "acc");
     BACKWARD Sm90N128 "columns without a draw in short tiles":
@@ -291,6 +292,25 @@ pub const DEFECTS: &[Defect] = defects! {
     BACKWARD Sm90N128 "a stage of the tail let go before its last part":
         (CONSUMER "    held_ = ring_.empty();\n    let_go();" => "")
         (CONSUMER "    const uint32_t stage = begin();\n#pragma unroll\n" => "    const uint32_t stage = begin();\n    held_ = ring_.empty();\n    let_go();\n#pragma unroll\n");
+    // Projections that share x.
+    FORWARD Sm90N128 "the projection before":
+        (PROJECTIONS "index < first(" => "index <= first(");
+    FORWARD Sm90N128 "the first scale for all":
+        (PROJECTIONS "      scale = p.projections[at].scale;\n" => "");
+    FORWARD Sm90N128 "ranks of h of the first projection":
+        (FORWARD_CU "own_map(at, LORA_SM90_FORWARD_H)" => "own_map(0, LORA_SM90_FORWARD_H)");
+    FORWARD Sm90N128 "y where the first projection's is":
+        (FORWARD_CU "own_map(at, LORA_SM90_FORWARD_Y)" => "own_map(0, LORA_SM90_FORWARD_Y)");
+    BACKWARD Sm90N128 "ranks of dh from the first on":
+        (BACKWARD_CU "columns_from(p_.dh, projection.first_rank)" => "columns_from(p_.dh, 0)");
+    BACKWARD Sm90N128 "db of the first ranks":
+        (BACKWARD_CU "first_rank + unit.n," => "unit.n,");
+    BACKWARD Sm90N128 "dx of another w":
+        (BACKWARD_CU "own_map(at, LORA_SM90_BACKWARD_W)" => "own_map(0, LORA_SM90_BACKWARD_W)");
+    BACKWARD Sm90N128 "dx waits for dh of all blocks of ranks but one":
+        (BACKWARD_CU "wait_for_block(flags(p_.dh_blocks)" => "wait_for_block(flags(p_.dh_blocks - 1)");
+    BACKWARD Sm90N128 "da waits for dh of all blocks of ranks but one":
+        (BACKWARD_CU "wait_for_blocks(flags(p_.dh_blocks)" => "wait_for_blocks(flags(p_.dh_blocks - 1)");
     // Instructions that have a stronger relative.
     FORWARD Sm90N128 "the cluster does not release at the end":
         (MBARRIER "barrier.cluster.arrive.release.aligned" => "barrier.cluster.arrive.relaxed.aligned");

@@ -26,11 +26,17 @@ pub mod layers;
 pub mod legal;
 #[cfg(feature = "peft")]
 pub mod peft;
+#[cfg(feature = "cuda")]
+pub mod portable_defects;
 pub mod raw;
+pub mod shared;
 
 use std::io::Write;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
+
+use shared::{SharedBackward, SharedForward};
 
 use fused_lora::{
     Accumulate, Dropout, Element, Gradient, MagnitudeGradient, Matrix, MatrixMut, Result, Seed, Variant, cpu,
@@ -106,6 +112,34 @@ impl<T: Element> Host<T> {
         }
     }
 
+    /// A copy of some rows, contiguous.
+    pub fn rows(&self, rows: Range<usize>) -> Self {
+        self.part(rows, 0..self.cols)
+    }
+
+    /// A copy of some columns, contiguous.
+    pub fn columns(&self, columns: Range<usize>) -> Self {
+        self.part(0..self.rows, columns)
+    }
+
+    fn part(&self, rows: Range<usize>, columns: Range<usize>) -> Self {
+        let (row_stride, from) = (columns.len(), columns.clone());
+        let data = rows.clone().flat_map(|row| from.clone().map(move |col| self.data[self.index(row, col)])).collect();
+        Self { rows: rows.len(), cols: columns.len(), offset: 0, row_stride, data }
+    }
+
+    /// The same in another type.
+    pub fn to<O: Element>(&self) -> Host<O> {
+        let Self { rows, cols, offset, row_stride, .. } = *self;
+        Host {
+            rows,
+            cols,
+            offset,
+            row_stride,
+            data: self.data.iter().map(|value| O::from_f32(value.to_f32())).collect(),
+        }
+    }
+
     /// Whether `data[at]` belongs to the matrix (and not to what surrounds it).
     pub fn is_element(&self, at: usize) -> bool {
         let from = at.wrapping_sub(self.offset);
@@ -117,6 +151,11 @@ impl<T: Element> Host<T> {
     }
 }
 
+/// The same bits, also of NaN.
+pub fn is_same<T: Element>(one: T, other: T) -> bool {
+    one.to_f32().to_bits() == other.to_f32().to_bits()
+}
+
 /// da, db or dbias in host memory.
 #[derive(Clone, Debug, PartialEq)]
 pub enum HostGradient<T> {
@@ -125,6 +164,21 @@ pub enum HostGradient<T> {
 }
 
 impl<T: Element> HostGradient<T> {
+    pub fn to_f32(&self) -> Host<f32> {
+        match self {
+            Self::Storage(host) => host.to(),
+            Self::F32(host) => host.clone(),
+        }
+    }
+
+    /// A copy of some rows, contiguous.
+    pub fn rows(&self, rows: Range<usize>) -> Self {
+        match self {
+            Self::Storage(host) => Self::Storage(host.rows(rows)),
+            Self::F32(host) => Self::F32(host.rows(rows)),
+        }
+    }
+
     fn view_mut(&mut self) -> Gradient<'_, [T], [f32]> {
         match self {
             Self::Storage(host) => Gradient::Storage(host.view_mut()),
@@ -271,6 +325,8 @@ pub trait Backend {
     fn name(&self) -> String;
     fn forward<T: Element>(&self, op: &mut HostForward<T>) -> Result<()>;
     fn backward<T: Element>(&self, op: &mut HostBackward<T>) -> Result<()>;
+    fn forward_shared<T: Element>(&self, op: &mut SharedForward<T>) -> Result<()>;
+    fn backward_shared<T: Element>(&self, op: &mut SharedBackward<T>) -> Result<()>;
 }
 
 /// The CPU backend.
@@ -287,5 +343,13 @@ impl Backend for Cpu {
 
     fn backward<T: Element>(&self, op: &mut HostBackward<T>) -> Result<()> {
         cpu::backward(op.views())
+    }
+
+    fn forward_shared<T: Element>(&self, op: &mut SharedForward<T>) -> Result<()> {
+        cpu::forward_shared(op.views())
+    }
+
+    fn backward_shared<T: Element>(&self, op: &mut SharedBackward<T>) -> Result<()> {
+        cpu::backward_shared(op.views())
     }
 }

@@ -67,6 +67,50 @@ pub fn backward(dtype: Dtype, LoraShape { m, n, k, r }: LoraShape) -> raw::Backw
     op
 }
 
+/// Of projections with these N and R everything present but h, which goes into the workspace.
+pub fn forward_shared(dtype: Dtype, m: usize, k: usize, parts: &[(usize, usize)]) -> raw::ForwardShared {
+    let mut at = Addresses::new();
+    let mut matrix = |rows, cols| at.matrix(rows, cols, dtype.size());
+    let r = parts.iter().map(|part| part.1).sum();
+    let (x, a) = (matrix(m, k), matrix(r, k));
+    let projection = |&(n, r): &(usize, usize)| raw::ForwardProjection {
+        w: matrix(n, k),
+        b: matrix(n, r),
+        scale: 2.0,
+        bias: Some(matrix(1, n)),
+        gain: None,
+        y: matrix(m, n),
+    };
+    let projections: Vec<_> = parts.iter().map(projection).collect();
+    let projections = raw::Projections::new(&projections).expect("one to four");
+    raw::ForwardShared { dtype, x, a, h: None, projections, dropout: None, routes: None }
+}
+
+/// Of projections with these N and R every input and every output, the gradients of the adapters in f32.
+pub fn backward_shared(dtype: Dtype, m: usize, k: usize, parts: &[(usize, usize)]) -> raw::BackwardShared {
+    let mut at = Addresses::new();
+    let bytes = dtype.size();
+    let r = parts.iter().map(|part| part.1).sum();
+    let a = at.matrix(r, k, bytes);
+    let [x, h, dx] = [(m, k), (m, r), (m, k)].map(|(rows, cols)| Some(at.matrix(rows, cols, bytes)));
+    let gradient = |at: &mut Addresses, rows, cols| Some(raw::Gradient { matrix: at.matrix(rows, cols, 4), f32: true });
+    let da = gradient(&mut at, r, k);
+    let projection = |&(n, r): &(usize, usize)| raw::BackwardProjection {
+        dy: at.matrix(m, n, bytes),
+        w: at.matrix(n, k, bytes),
+        b: at.matrix(n, r, bytes),
+        scale: 2.0,
+        db: gradient(&mut at, n, r),
+        dbias: gradient(&mut at, 1, n),
+        dm: None,
+        gain: None,
+    };
+    let projections: Vec<_> = parts.iter().map(projection).collect();
+    let projections = raw::Projections::new(&projections).expect("one to four");
+    let accumulate = Accumulate::default();
+    raw::BackwardShared { dtype, a, x, h, dx, da, projections, accumulate, dropout: None, routes: None }
+}
+
 /// With W elsewhere, and factors in f32 or the storage type.
 pub fn merge(dtype: Dtype, LoraShape { n, k, r, .. }: LoraShape, f32_factors: bool) -> raw::Merge {
     let mut at = Addresses::new();

@@ -1,9 +1,9 @@
 //! The error matrix on the CUDA backend: each entry gives its error, launches nothing and writes nothing.
 
 use fused_lora::cuda::{Kernels, Queue, Workspace, cudarc::driver::CudaContext};
-use fused_lora::linear::Backend as _;
-use fused_lora::plan::Plan;
-use fused_lora::{Dtype, Element, Error, bf16, f16};
+use fused_lora::linear::{Backend as _, LoraLinear};
+use fused_lora::plan::{Options, Plan};
+use fused_lora::{Dtype, Element, Error, LoraShape, MAX_DIMENSION, Matrix, bf16, f16};
 
 use super::call::{OnAddresses, OnBuffers, same, table};
 use super::common::Host;
@@ -143,8 +143,6 @@ fn nothing_is_copied_where_there_is_nothing() {
     let words = queue.upload_words(&[]).expect("words");
     let elements = queue.upload::<f16>(&[]).expect("elements");
     queue.overwrite::<f16>(&[], Queue::write(&mut buffer)).expect("nothing to do");
-    let none = gpu.stream.null::<f16>().expect("a buffer of none");
-    assert_eq!(queue.download::<f16>(&none), Ok(Vec::new()));
     assert!(!stub.calls().iter().any(|call| call.starts_with("cuMemcpy")), "{:?}", stub.calls());
     // What is there is something to be passed on nevertheless.
     let lengths = (Queue::len(&elements), words.len());
@@ -153,4 +151,47 @@ fn nothing_is_copied_where_there_is_nothing() {
     let two = queue.upload_words(&[1, 2]).expect("words");
     assert!(stub.calls().iter().any(|call| call.starts_with("cuMemcpyHtoD")), "{:?}", stub.calls());
     assert_eq!(two.len(), 2);
+}
+
+/// Sizes, ordinals and options that no GPU has, through a queue and a layer on it.
+#[test]
+fn what_no_gpu_has_is_refused() {
+    let Some(stub) = Stub::new("what_no_gpu_has_is_refused", 90) else { return };
+    let gpu = gpu(stub.kernels(0));
+    let kernels = &gpu.kernels;
+    let layer = |kernels: &Kernels| {
+        let queue = Queue::new(kernels, &gpu.stream).expect("a queue");
+        LoraLinear::upload(queue, &[f16::ONE; 64], None, 8, 8).expect("a layer")
+    };
+    let here = layer(kernels);
+    let bank = here.bank(&[]).expect("a bank of none");
+    let x = here.backend().upload(&[f16::ONE; 16]).expect("an upload");
+    stub.clear();
+    let none = Error::ZeroDimension { arg: "x", axis: "rows" };
+    let too_large = |what, got, limit| Error::TooLarge { what, got, limit };
+    let m = |tokens| too_large("M (rows of x)", tokens, MAX_DIMENSION as u64);
+    let all = too_large("the size of all matrices", u64::MAX, i64::MAX as u64);
+    for (tokens, error) in [(0, none.clone()), (1 << 31, m(1 << 31)), (1 << 40, m(1 << 40)), (usize::MAX, all.clone())]
+    {
+        assert_eq!(here.reserve(tokens), Err(error.clone()));
+        assert_eq!(here.reserve_routed(tokens, &bank), Err(error));
+    }
+    let bytes = |dtype, m| kernels.workspace_bytes(dtype, LoraShape { m, n: 1, k: 1, r: 1 });
+    assert_eq!((bytes(Dtype::F16, 0), bytes(Dtype::F16, usize::MAX)), (Err(none), Err(all)));
+    let dtype = Error::Dtype { got: Dtype::F32, backend: "the CUDA kernels", expected: "F16, Bf16" };
+    assert_eq!(bytes(Dtype::F32, 1), Err(dtype.clone()));
+    let f32 = LoraLinear::upload(here.backend().clone(), &[1.0f32; 4], None, 2, 2);
+    assert_eq!(f32.map(drop), Err(dtype));
+    for ordinal in [2, usize::MAX] {
+        let error = too_large("the device ordinal", ordinal as u64, 1);
+        assert_eq!(Kernels::on_device(ordinal).map(drop), Err(error));
+    }
+    let endless = Workspace::new(&gpu.stream, usize::MAX).map(drop);
+    assert_eq!(endless, Err(Error::OutOfMemory { bytes: usize::MAX }));
+    let odd = layer(&kernels.with_plan_options(Options::default().with_chunks(0)));
+    let option = Err(Error::PlanOption { option: "chunks", got: "0".into(), expected: "at least 1".into() });
+    assert_eq!((odd.reserve(3), odd.forward(Matrix::new(Queue::read(&x), 2, 8)).map(drop)), (option.clone(), option));
+    assert_eq!((stub.launched(), stub.misuse()), (0, 0));
+    assert_eq!(here.forward(Matrix::new(Queue::read(&x), 2, 8)).map(drop), Ok(()), "nothing of it stayed");
+    assert_eq!(stub.launched(), 1);
 }

@@ -14,7 +14,7 @@ fn scales_follow_from_alpha_and_rank() {
     assert_eq!(Scaling::RsLora { alpha: 4.0 }.scale(2), (4.0 / 2f64.sqrt()) as f32);
     assert_eq!((Scaling::Fixed(0.1).scale(9), Scaling::Lora { alpha: 3.0 }.scale(0)), (0.1, 1.0));
     let refused = Adapter::<Cpu, bf16>::upload(&Cpu, 2, Scaling::Fixed(f64::MAX), &[], &[]).map(drop);
-    assert_eq!(refused, Err(Error::Scale { got: f32::INFINITY }));
+    assert_eq!(refused, Err(Error::Scale { arg: "scale", got: f32::INFINITY }));
 }
 
 /// A swap, and what stays of an adapter that is taken out and put back.

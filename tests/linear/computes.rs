@@ -1,8 +1,8 @@
 //! Layers against the oracle and against what PEFT recorded, merge and rounding bit by bit.
 
 use fused_lora::cpu::Cpu;
-use fused_lora::linear::{Backend, LoraLinear};
-use fused_lora::{Dtype, Element, Error, bf16, f16};
+use fused_lora::linear::Backend;
+use fused_lora::{Element, bf16, f16};
 
 use crate::common::golden::{self, Golden};
 use crate::common::layers;
@@ -97,7 +97,9 @@ const GOLDEN: [&str; 6] = ["plain", "plain_3d_nobias", "rslora", "odd_sizes", "d
 mod emulated {
     use super::*;
     use fused_lora::emulator::Emulator;
+    use fused_lora::linear::LoraLinear;
     use fused_lora::plan::Device;
+    use fused_lora::{Dtype, Error};
 
     /// With bf16 tensor instructions (80) and without (75).
     fn emulator(arch: u32) -> Emulator {

@@ -150,13 +150,16 @@ fn scales_that_are_not_finite() {
         let (a, b) = (vec![bf16::ONE; 8], vec![bf16::ONE; 6]);
         let buffers = || Buffers::<Cpu, bf16>::Storage { a: a.clone(), b: b.clone(), b_bias: None, magnitude: None };
         let rejected = Adapter::new(2, scaling, buffers()).expect_err("a refusal");
-        assert_eq!(rejected.error, Error::Scale { got }, "{scaling:?}");
+        assert_eq!(rejected.error, Error::Scale { arg: "scale", got }, "{scaling:?}");
         assert!(matches!(rejected.value, Buffers::Storage { a, .. } if a.len() == 8), "it came back");
-        assert_eq!(Adapter::<Cpu, bf16>::upload_f32(&Cpu, 2, scaling, &[], &[]).map(drop), Err(Error::Scale { got }));
+        assert_eq!(
+            Adapter::<Cpu, bf16>::upload_f32(&Cpu, 2, scaling, &[], &[]).map(drop),
+            Err(Error::Scale { arg: "scale", got })
+        );
     }
     for scaling in [Scaling::Fixed(f64::NAN), Scaling::Lora { alpha: f64::NAN }, Scaling::RsLora { alpha: f64::NAN }] {
         let refused = Adapter::<Cpu, bf16>::upload(&Cpu, 2, scaling, &[], &[]).map(drop);
-        assert!(matches!(refused, Err(Error::Scale { got }) if got.is_nan()), "{scaling:?}");
+        assert!(matches!(refused, Err(Error::Scale { arg: "scale", got }) if got.is_nan()), "{scaling:?}");
     }
 }
 

@@ -6,6 +6,20 @@ use crate::params::*;
 use crate::plan::calibration::PORTABLE;
 use crate::plan::{Device, Launch, MAX_CTAS, TileSize, blocks};
 
+/// A product that is computed tile by tile: rows, the columns of each projection, and depth.
+pub(in crate::plan) struct Product {
+    pub rows: usize,
+    pub columns: Vec<usize>,
+    pub depth: usize,
+}
+
+impl Product {
+    fn tiles(&self, block: u32) -> u64 {
+        let columns: u64 = self.columns.iter().map(|&columns| blocks(columns, block)).sum();
+        blocks(self.rows, block).saturating_mul(columns)
+    }
+}
+
 /// One of the tile shapes compiled into the portable family.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(in crate::plan) struct Tile {
@@ -75,26 +89,18 @@ impl Tile {
         (device.shared_per_sm / (self.shared_bytes() + SHARED_OVERHEAD)).clamp(1, by_registers)
     }
 
-    /// Relative time of products (rows, columns, depth): whole waves of tiles, each as long as its area and depth.
-    fn time(&self, device: &Device, products: &[(usize, usize, usize)]) -> f64 {
+    /// Relative time of products: whole waves of tiles, each as long as its area and depth.
+    fn time(&self, device: &Device, products: &[Product]) -> f64 {
         let slots = u64::from(device.sms * self.ctas_per_sm(device));
         let per_wave = f64::from(self.block) * f64::from(self.block) * f64::from(self.ctas_per_sm(device)) / self.rate;
         products
             .iter()
-            .map(|&(rows, cols, depth)| {
-                let tiles = blocks(rows, self.block).saturating_mul(blocks(cols, self.block));
-                tiles.div_ceil(slots) as f64 * per_wave * depth as f64
-            })
+            .map(|product| product.tiles(self.block).div_ceil(slots) as f64 * per_wave * product.depth as f64)
             .sum()
     }
 
     /// Predicted time, to weigh the families where there are two; `None` where nothing is known that it could be reckoned from.
-    pub(in crate::plan) fn microseconds(
-        &self,
-        device: &Device,
-        dtype: Dtype,
-        products: &[(usize, usize, usize)],
-    ) -> Option<f64> {
+    pub(in crate::plan) fn microseconds(&self, device: &Device, dtype: Dtype, products: &[Product]) -> Option<f64> {
         let (sms, most) = (u64::from(device.sms), u64::from(self.ctas_per_sm(device)));
         let of_sm = match (device.arch, dtype) {
             (90, _) => PORTABLE.hopper_sm_flops_per_us,
@@ -104,11 +110,10 @@ impl Tile {
             _ => PORTABLE.of_peak * f64::from(device.known_peak()?.teraflops) * 1e6 / sms as f64,
         };
         let flops_per_us = of_sm * self.rate;
-        let time = |&(rows, cols, depth): &(usize, usize, usize)| {
-            let tiles = blocks(rows, self.block).saturating_mul(blocks(cols, self.block));
+        let time = |product: &Product| {
             // Of the SM with the most tiles: whole waves, and one that may not fill it.
-            let per_sm = tiles.div_ceil(sms);
-            let flops = 2.0 * f64::from(self.block) * f64::from(self.block) * depth as f64;
+            let per_sm = product.tiles(self.block).div_ceil(sms);
+            let flops = 2.0 * f64::from(self.block) * f64::from(self.block) * product.depth as f64;
             let shared = per_sm.min(most) as f64 / most as f64;
             per_sm as f64 * flops / (flops_per_us * shared.max(PORTABLE.alone))
         };
@@ -116,7 +121,7 @@ impl Tile {
     }
 
     /// The tile shape asked for, or the one with the shortest predicted time; the large one when they tie.
-    pub(in crate::plan) fn choose(device: &Device, size: Option<TileSize>, products: &[(usize, usize, usize)]) -> Tile {
+    pub(in crate::plan) fn choose(device: &Device, size: Option<TileSize>, products: &[Product]) -> Tile {
         match size {
             Some(TileSize::Large) => LARGE,
             Some(TileSize::Small) => SMALL,

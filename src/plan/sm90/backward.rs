@@ -8,34 +8,37 @@ use super::{Choice, Tile, candidates, check_tickets, ctas, groups, narrow_column
 use crate::error::Result;
 use crate::params::*;
 use crate::plan::operands::{Wanted, gradient, magnitude, optional, read_by_backward};
-use crate::plan::{Device, Draft, Options, Scratch, TensorMap, blocks, flags, gradient_flags};
+use crate::plan::{
+    Device, Draft, Options, Part, Scratch, TensorMap, blocks, each, flags, gradient_flags, numbered, projection_flags,
+};
 use crate::{Dtype, LoraShape, raw};
 
 /// The matrices that go through tensor maps.
-pub(in crate::plan) fn operands(op: &raw::Backward) -> Vec<(&'static str, Option<raw::Matrix>)> {
+pub(in crate::plan) fn operands(op: &raw::BackwardShared) -> Vec<(&'static str, Option<raw::Matrix>)> {
     read_by_backward(op).into_iter().chain([("dx", op.dx)]).collect()
 }
 
 /// Plans a call that nothing stands against.
 pub(in crate::plan) fn backward(
-    op: &raw::Backward,
+    op: &raw::BackwardShared,
     shape: LoraShape,
+    parts: &[Part],
     device: &Device,
     options: &Options,
 ) -> Result<Draft> {
-    let LoraShape { m, n, k, r } = shape;
+    let LoraShape { m, k, r, .. } = shape;
     let wanted = Wanted::of(op);
+    let dropout = raw::Dropout::params(op.dropout);
     let Setup { tile, cluster, bundle, chunks, clocks } =
-        choose(wanted, shape, op.variant.dropout().threshold != 0, device, options)?;
-    let counts = Counts::of(wanted, shape, &tile, cluster);
-    let Counts { m_groups, n_groups, k_groups, k_blocks, r_blocks, dh_units, db_tiles, da_tiles } = counts;
+        choose(wanted, shape, parts, dropout.threshold != 0, device, options)?;
+    let counts = Counts::of(wanted, shape, parts, &tile, cluster);
     let slabs = counts.slabs(cluster);
-    let dh_tickets = dh_units.div_ceil(bundle);
+    let dh_tickets = counts.dh_units.div_ceil(bundle);
     let dx_end = dh_tickets + counts.dx_tiles(wanted);
-    let db_end = dx_end + db_tiles * chunks.count;
-    let tickets = check_tickets(db_end + da_tiles * chunks.count)?;
+    let db_end = dx_end + counts.db.1 * chunks.count;
+    let tickets = check_tickets(db_end + counts.da_tiles * chunks.count)?;
     let ctas = ctas(tickets, cluster, device);
-    let (flag_shift, flag_count) = flags(m_groups * u64::from(cluster));
+    let (flag_shift, flag_count) = flags(counts.m_groups * u64::from(cluster));
 
     let mut scratch = Scratch::new();
     let dh = wanted.dh.then(|| scratch.reserve_middle(m, r, op.dtype));
@@ -47,21 +50,19 @@ pub(in crate::plan) fn backward(
         dh: optional(dh),
         dx: optional(op.dx),
         da: gradient(wanted.da, op.da),
-        db: gradient(wanted.db, op.db),
-        dbias: op.dbias.map_or(0, |dbias| dbias.matrix.ptr),
         partials: 0,
         sync: 0,
         m: m as u32,
-        n: n as u32,
         k: k as u32,
         r: r as u32,
-        scale: op.scale * op.variant.factor(),
-        m_groups: m_groups as u32,
-        n_groups: n_groups as u32,
-        k_groups: k_groups as u32,
-        k_blocks: k_blocks as u32,
-        r_blocks: r_blocks as u32,
-        dh_units: dh_units as u32,
+        most_r: most_rank(parts) as u32,
+        projection_count: parts.len() as u32,
+        n_steps: parts.iter().map(|part| blocks(part.n, LORA_SM90_BLOCK_K)).sum::<u64>() as u32,
+        m_groups: counts.m_groups as u32,
+        k_groups: counts.k_groups as u32,
+        k_blocks: counts.k_blocks as u32,
+        dh_blocks: counts.narrow.1 as u32,
+        dh_units: counts.dh_units as u32,
         dh_tickets: dh_tickets as u32,
         dx_end: dx_end as u32,
         db_end: db_end as u32,
@@ -70,51 +71,94 @@ pub(in crate::plan) fn backward(
         chunk_rows: chunks.rows as u32,
         partial_stride: chunks::partial_stride(r) as u32,
         counters,
-        group_m: options.group_m(m_groups),
+        group_m: options.group_m(counts.m_groups),
         flag_shift,
         sync_words: counters + if chunks.count > 1 { slabs as u32 } else { 0 },
         flags: gradient_flags(op),
         padding: 0,
-        dropout: op.variant.dropout(),
-        routes: op.variant.routes.map_or(0, |routes| routes.ptr),
-        gain: op.variant.gain.map_or(0, |gain| gain.ptr),
-        magnitude: magnitude(op.dm),
+        dropout,
+        routes: op.routes.map_or(0, |routes| routes.ptr),
+        projections: projections(op, parts, wanted, &counts),
     };
-    let maps = maps(op, dh, wanted);
+    let maps = maps(op, parts, dh, wanted);
     let is_bf16 = op.dtype == Dtype::Bf16;
     let launch = tile.launch(cluster, tickets, device, maps, Params::Sm90Backward(params), is_bf16);
     let choice = crate::plan::Choice::Sm90(Choice { tile, cluster });
     Ok(Draft { choice, launch, scratch, notes: Vec::new(), microseconds: Some(microseconds(clocks)) })
 }
 
+fn projections(
+    op: &raw::BackwardShared,
+    parts: &[Part],
+    wanted: Wanted,
+    counts: &Counts,
+) -> [LoraSm90BackwardProjection; raw::MAX_PROJECTIONS] {
+    let factor = raw::Dropout::factor(op.dropout);
+    each(&op.projections, |at, of| LoraSm90BackwardProjection {
+        db: gradient(wanted.own[at].db, of.db),
+        magnitude: magnitude(of.dm),
+        dbias: of.dbias.map_or(0, |dbias| dbias.matrix.ptr),
+        gain: of.gain.map_or(0, |gain| gain.ptr),
+        n: parts[at].n as u32,
+        r: parts[at].r as u32,
+        first_rank: parts[at].first_rank as u32,
+        n_groups: counts.n_groups[at] as u32,
+        first_narrow: counts.narrow.0[at] as u32,
+        first_db_tile: counts.db.0[at] as u32,
+        flags: projection_flags(of),
+        scale: of.scale * factor,
+    })
+}
+
+/// The largest rank of a projection: narrow tiles of dh and db are as wide.
+fn most_rank(parts: &[Part]) -> usize {
+    parts.iter().map(|part| part.r).max().unwrap_or(0)
+}
+
+/// What a unit of dh reduces over, on average.
+fn mean_depth(parts: &[Part]) -> usize {
+    let units = |part: &Part| blocks(part.r, LORA_SM90_NARROW_N) as usize;
+    let count: usize = parts.iter().map(units).sum();
+    parts.iter().map(|part| part.n * units(part)).sum::<usize>().checked_div(count).unwrap_or(0)
+}
+
+/// What dx reduces over: whole steps of each projection.
+fn main_depth(parts: &[Part]) -> usize {
+    parts.iter().map(|part| part.n.next_multiple_of(LORA_SM90_BLOCK_K as usize)).sum()
+}
+
 /// Units and tiles of a call, for one tile shape and cluster size.
-#[derive(Clone, Copy)]
 struct Counts {
     m_groups: u64,
-    n_groups: u64,
     k_groups: u64,
     k_blocks: u64,
-    r_blocks: u64,
+    /// Of each projection.
+    n_groups: Vec<u64>,
+    /// First narrow tile of dh of each projection, and narrow tiles of a group.
+    narrow: (Vec<u64>, u64),
     dh_units: u64,
-    db_tiles: u64,
+    /// First tile of db of each projection, and tiles.
+    db: (Vec<u64>, u64),
     da_tiles: u64,
 }
 
 impl Counts {
-    fn of(wanted: Wanted, shape: LoraShape, tile: &Tile, cluster: u32) -> Counts {
-        let LoraShape { m, n, k, r } = shape;
-        let r_blocks = blocks(r, LORA_SM90_NARROW_N);
-        let [m_groups, n_groups, k_groups] = [m, n, k].map(|extent| groups(extent, cluster));
+    fn of(wanted: Wanted, shape: LoraShape, parts: &[Part], tile: &Tile, cluster: u32) -> Counts {
+        let LoraShape { m, k, r, .. } = shape;
+        let r_blocks = |part: &Part| blocks(part.r, LORA_SM90_NARROW_N);
+        let [m_groups, k_groups] = [m, k].map(|extent| groups(extent, cluster));
+        let n_groups: Vec<u64> = parts.iter().map(|part| groups(part.n, cluster)).collect();
+        let narrow = numbered(parts.iter().map(r_blocks));
+        let db = parts.iter().zip(wanted.own.iter()).zip(&n_groups);
         Counts {
             m_groups,
-            n_groups,
             k_groups,
             k_blocks: blocks(k, tile.columns),
-            r_blocks,
-            dh_units: if wanted.dh { m_groups * r_blocks } else { 0 },
-            // dbias and dm ride on the db tiles of the first block of ranks, which therefore exist even without db.
-            db_tiles: n_groups * if wanted.db { r_blocks } else { u64::from(wanted.dbias || wanted.dm) },
-            da_tiles: if wanted.da { k_groups * r_blocks } else { 0 },
+            dh_units: if wanted.dh { m_groups * narrow.1 } else { 0 },
+            narrow,
+            db: numbered(db.map(|((part, own), n_groups)| n_groups * own.blocks(r_blocks(part)))),
+            da_tiles: if wanted.da { k_groups * blocks(r, LORA_SM90_NARROW_N) } else { 0 },
+            n_groups,
         }
     }
 
@@ -124,7 +168,7 @@ impl Counts {
 
     /// Of all tiles of db and da.
     fn slabs(&self, cluster: u32) -> u64 {
-        (self.db_tiles + self.da_tiles) * u64::from(cluster * LORA_SM90_SLABS)
+        (self.db.1 + self.da_tiles) * u64::from(cluster * LORA_SM90_SLABS)
     }
 }
 
@@ -139,7 +183,14 @@ struct Setup {
 }
 
 /// The way with the shortest predicted time among those that the options leave.
-fn choose(wanted: Wanted, shape: LoraShape, drops: bool, device: &Device, options: &Options) -> Result<Setup> {
+fn choose(
+    wanted: Wanted,
+    shape: LoraShape,
+    parts: &[Part],
+    drops: bool,
+    device: &Device,
+    options: &Options,
+) -> Result<Setup> {
     let mut candidates = candidates(options, device, shape.m)?;
     if !wanted.dx {
         // No main tile: the shapes differ in nothing.
@@ -149,7 +200,7 @@ fn choose(wanted: Wanted, shape: LoraShape, drops: bool, device: &Device, option
     shortest(
         options,
         candidates,
-        |tile, cluster| choose_for(wanted, shape, drops, device, options, tile, cluster),
+        |tile, cluster| choose_for(wanted, shape, parts, drops, device, options, (tile, cluster)),
         |setup| setup.clocks,
     )
 }
@@ -158,30 +209,30 @@ fn choose(wanted: Wanted, shape: LoraShape, drops: bool, device: &Device, option
 fn choose_for(
     wanted: Wanted,
     shape: LoraShape,
+    parts: &[Part],
     drops: bool,
     device: &Device,
     options: &Options,
-    tile: Tile,
-    cluster: u32,
+    (tile, cluster): (Tile, u32),
 ) -> Result<Setup> {
-    let LoraShape { m, n, r, .. } = shape;
-    let counts = Counts::of(wanted, shape, &tile, cluster);
+    let LoraShape { m, r, .. } = shape;
+    let counts = Counts::of(wanted, shape, parts, &tile, cluster);
     let dx_tiles = counts.dx_tiles(wanted);
-    let gradient_tiles = counts.db_tiles + counts.da_tiles;
+    let gradient_tiles = counts.db.1 + counts.da_tiles;
     // Chunks are counted further down; they do not make fewer clusters.
     let tickets = check_tickets(counts.dh_units + dx_tiles + gradient_tiles)?;
     let clusters = ctas(tickets, cluster, device) / cluster;
     let cuts = Chunks::candidates(options, (m, r), gradient_tiles, cluster, device.sms / cluster);
     let main = |machine: &Machine| {
-        let plain = machine.main(&tile, n, r);
+        let plain = machine.main(&tile, main_depth(parts), r);
         if drops { plain.dropping(&tile, r) } else { plain }
     };
     let middle = |machine: &Machine| Middle {
         groups: counts.m_groups,
         columns: dx_tiles / counts.m_groups,
         units: counts.dh_units,
-        depth: n,
-        rank: r,
+        depth: mean_depth(parts),
+        rank: most_rank(parts),
         drops: false,
         main: main(machine),
         group_m: options.group_m(counts.m_groups),
@@ -204,13 +255,13 @@ fn choose_for(
             let machine = Machine::new(device, cluster, clusters);
             let Ran { mut timeline, ready, stall } = middle(&machine).run(&machine, bundle);
             let left = 4.0 * (u64::from(LORA_SM90_SLABS) * chunks::partial_stride(r)) as f64;
-            let unit =
-                |drops| machine.gradient(chunks.rows.min(m as u64), r, gradient_tiles * chunks.count, left, drops);
-            timeline.draw(counts.db_tiles * chunks.count, unit(false));
+            let tokens = chunks.rows.min(m as u64);
+            let unit = |rank, drops| machine.gradient(tokens, rank, gradient_tiles * chunks.count, left, drops);
+            timeline.draw(counts.db.1 * chunks.count, unit(most_rank(parts), false));
             if counts.da_tiles > 0 {
                 timeline.wait(ready);
             }
-            timeline.draw(counts.da_tiles * chunks.count, unit(drops));
+            timeline.draw(counts.da_tiles * chunks.count, unit(r, drops));
             let clocks = timeline.end() + stall;
             if clocks < best.clocks {
                 best = Setup { tile, cluster, bundle, chunks, clocks };
@@ -221,27 +272,35 @@ fn choose_for(
     if best.clocks.is_finite() { Ok(best) } else { refused.map(|_| best) }
 }
 
-fn maps(op: &raw::Backward, dh: Option<raw::Matrix>, wanted: Wanted) -> Vec<Option<TensorMap>> {
+fn maps(op: &raw::BackwardShared, parts: &[Part], dh: Option<raw::Matrix>, wanted: Wanted) -> Vec<Option<TensorMap>> {
     let maps = Maps { dtype: op.dtype };
     let rows = [LORA_SM90_BLOCK_K, LORA_SM90_BLOCK_M];
     // A matrix that is read across its rows: blocks of 64 columns.
     let across = [LORA_SM90_SLAB_M, LORA_SM90_BLOCK_K];
-    let narrow = [narrow_columns(op.a.rows).min(LORA_SM90_BLOCK_K), LORA_SM90_BLOCK_K];
+    let narrow = |rank| [narrow_columns(rank).min(LORA_SM90_BLOCK_K), LORA_SM90_BLOCK_K];
+    let (own, of_da) = (narrow(most_rank(parts)), narrow(op.a.rows));
     let when = |condition: bool, matrix: raw::Matrix| Some(matrix).filter(|_| condition);
     let mut all = vec![None; LORA_SM90_BACKWARD_MAPS as usize];
     for (index, map) in [
-        (LORA_SM90_BACKWARD_DY, maps.read(when(wanted.dh || wanted.dx, op.dy), rows)),
-        (LORA_SM90_BACKWARD_W, maps.read(when(wanted.dx, op.w), across)),
-        (LORA_SM90_BACKWARD_B, maps.read(when(wanted.dh, op.b), narrow)),
         (LORA_SM90_BACKWARD_DH, maps.read(dh.filter(|_| wanted.dx), rows)),
         (LORA_SM90_BACKWARD_A, maps.read(when(wanted.dx, op.a), across)),
         (LORA_SM90_BACKWARD_DX, maps.written(op.dx)),
-        (LORA_SM90_BACKWARD_DY_TOKENS, maps.read(when(wanted.db || wanted.dbias, op.dy), across)),
-        (LORA_SM90_BACKWARD_H_TOKENS, maps.read(op.h.filter(|_| wanted.db), narrow)),
+        (LORA_SM90_BACKWARD_H_TOKENS, maps.read(op.h.filter(|_| wanted.any_db()), own)),
         (LORA_SM90_BACKWARD_X_TOKENS, maps.read(op.x.filter(|_| wanted.da), across)),
-        (LORA_SM90_BACKWARD_DH_TOKENS, maps.read(dh.filter(|_| wanted.da), narrow)),
+        (LORA_SM90_BACKWARD_DH_TOKENS, maps.read(dh.filter(|_| wanted.da), of_da)),
     ] {
         all[index as usize] = map;
+    }
+    let firsts = (LORA_SM90_BACKWARD_FIRST..).step_by(LORA_SM90_BACKWARD_EACH as usize);
+    for ((of, own_outputs), first) in op.projections.iter().zip(wanted.own.iter()).zip(firsts) {
+        for (index, map) in [
+            (LORA_SM90_BACKWARD_DY, maps.read(when(wanted.dh || wanted.dx, of.dy), rows)),
+            (LORA_SM90_BACKWARD_W, maps.read(when(wanted.dx, of.w), across)),
+            (LORA_SM90_BACKWARD_B, maps.read(when(wanted.dh, of.b), own)),
+            (LORA_SM90_BACKWARD_DY_TOKENS, maps.read(when(own_outputs.db || own_outputs.sums, of.dy), across)),
+        ] {
+            all[(first + index) as usize] = map;
+        }
     }
     all
 }

@@ -6,27 +6,29 @@ use super::model::{Machine, microseconds};
 use super::{Choice, Tile, candidates, check_tickets, ctas, groups, narrow_columns, shortest};
 use crate::error::Result;
 use crate::params::*;
-use crate::plan::operands::{optional, read_by_forward};
-use crate::plan::{Device, Draft, Options, Scratch, blocks, flags};
+use crate::plan::operands::{optional, ranks_of, read_by_forward, written_by_forward};
+use crate::plan::{Device, Draft, Options, Part, Scratch, blocks, each, flags, mean_rank, numbered};
 use crate::{Dtype, LoraShape, raw};
 
 /// The matrices that go through tensor maps.
-pub(in crate::plan) fn operands(op: &raw::Forward) -> Vec<(&'static str, Option<raw::Matrix>)> {
-    read_by_forward(op).into_iter().chain([("y", Some(op.y))]).collect()
+pub(in crate::plan) fn operands(op: &raw::ForwardShared) -> Vec<(&'static str, Option<raw::Matrix>)> {
+    read_by_forward(op).into_iter().chain(written_by_forward(op)).collect()
 }
 
 /// Plans a call that nothing stands against.
 pub(in crate::plan) fn forward(
-    op: &raw::Forward,
+    op: &raw::ForwardShared,
     shape: LoraShape,
+    parts: &[Part],
     device: &Device,
     options: &Options,
 ) -> Result<Draft> {
-    let LoraShape { m, n, k, r } = shape;
-    let Setup { tile, cluster, bundle, clocks } = choose(shape, op.variant.dropout().threshold != 0, device, options)?;
+    let LoraShape { m, k, r, .. } = shape;
+    let dropout = raw::Dropout::params(op.dropout);
+    let Setup { tile, cluster, bundle, clocks } = choose(shape, parts, dropout.threshold != 0, device, options)?;
     let m_groups = groups(m, cluster);
     let r_blocks = blocks(r, LORA_SM90_NARROW_N);
-    let n_blocks = blocks(n, tile.columns);
+    let (first_blocks, n_blocks) = numbered(parts.iter().map(|part| blocks(part.n, tile.columns)));
     let h_units = m_groups * r_blocks;
     let h_tickets = h_units.div_ceil(bundle);
     let tickets = check_tickets(h_tickets + m_groups * n_blocks)?;
@@ -34,15 +36,14 @@ pub(in crate::plan) fn forward(
 
     let mut scratch = Scratch::new();
     let h = op.h.filter(|_| r != 0).or_else(|| (r != 0).then(|| scratch.reserve_middle(m, r, op.dtype)));
+    let factor = raw::Dropout::factor(op.dropout);
     let params = LoraSm90ForwardParams {
         h: optional(h),
-        bias: op.bias.map_or(0, |bias| bias.ptr),
         sync: 0,
         m: m as u32,
-        n: n as u32,
         k: k as u32,
         r: r as u32,
-        scale: op.scale * op.variant.factor(),
+        projection_count: parts.len() as u32,
         m_groups: m_groups as u32,
         n_blocks: n_blocks as u32,
         r_blocks: r_blocks as u32,
@@ -52,11 +53,21 @@ pub(in crate::plan) fn forward(
         group_m: options.group_m(m_groups),
         flag_shift,
         sync_words: LORA_SYNC_FLAGS + flag_count as u32,
-        dropout: op.variant.dropout(),
-        routes: op.variant.routes.map_or(0, |routes| routes.ptr),
-        gain: op.variant.gain.map_or(0, |gain| gain.ptr),
+        padding: 0,
+        dropout,
+        routes: op.routes.map_or(0, |routes| routes.ptr),
+        projections: each(&op.projections, |at, of| LoraSm90ForwardProjection {
+            bias: of.bias.map_or(0, |bias| bias.ptr),
+            gain: of.gain.map_or(0, |gain| gain.ptr),
+            n: parts[at].n as u32,
+            r: parts[at].r as u32,
+            first_rank: parts[at].first_rank as u32,
+            first_block: first_blocks[at] as u32,
+            scale: of.scale * factor,
+            padding: 0,
+        }),
     };
-    let maps = maps(op, h, &tile);
+    let maps = maps(op, parts, h, &tile);
     let is_bf16 = op.dtype == Dtype::Bf16;
     let launch = tile.launch(cluster, tickets, device, maps, Params::Sm90Forward(params), is_bf16);
     let choice = crate::plan::Choice::Sm90(Choice { tile, cluster });
@@ -73,12 +84,12 @@ struct Setup {
 }
 
 /// The way with the shortest predicted time among those that the options leave.
-fn choose(shape: LoraShape, drops: bool, device: &Device, options: &Options) -> Result<Setup> {
+fn choose(shape: LoraShape, parts: &[Part], drops: bool, device: &Device, options: &Options) -> Result<Setup> {
     let candidates = candidates(options, device, shape.m)?;
     shortest(
         options,
         candidates,
-        |tile, cluster| choose_for(shape, drops, device, options, tile, cluster),
+        |tile, cluster| choose_for(shape, parts, drops, device, options, tile, cluster),
         |setup| setup.clocks,
     )
 }
@@ -86,20 +97,21 @@ fn choose(shape: LoraShape, drops: bool, device: &Device, options: &Options) -> 
 /// The bundle for one tile shape and cluster size.
 fn choose_for(
     shape: LoraShape,
+    parts: &[Part],
     drops: bool,
     device: &Device,
     options: &Options,
     tile: Tile,
     cluster: u32,
 ) -> Result<Setup> {
-    let LoraShape { m, n, k, r } = shape;
-    let (m_groups, n_blocks) = (groups(m, cluster), blocks(n, tile.columns));
+    let LoraShape { m, k, r, .. } = shape;
+    let (m_groups, n_blocks) = (groups(m, cluster), parts.iter().map(|part| blocks(part.n, tile.columns)).sum::<u64>());
     let group_m = options.group_m(m_groups);
     let units = m_groups * blocks(r, LORA_SM90_NARROW_N);
     let most = ctas(check_tickets(units + m_groups * n_blocks)?, cluster, device) / cluster;
     let setup = |bundle: u64, clusters: u32| {
         let machine = Machine::new(device, cluster, clusters);
-        let main = machine.main(&tile, k, r);
+        let main = machine.main(&tile, k, mean_rank(parts));
         let middle = Middle { groups: m_groups, columns: n_blocks, units, depth: k, rank: r, drops, main, group_m };
         (middle, machine, Setup { tile, cluster, bundle, clocks: f64::INFINITY })
     };
@@ -116,22 +128,30 @@ fn choose_for(
     Ok(best)
 }
 
-fn maps(op: &raw::Forward, h: Option<raw::Matrix>, tile: &Tile) -> Vec<Option<crate::plan::TensorMap>> {
+fn maps(
+    op: &raw::ForwardShared,
+    parts: &[Part],
+    h: Option<raw::Matrix>,
+    tile: &Tile,
+) -> Vec<Option<crate::plan::TensorMap>> {
     let maps = Maps { dtype: op.dtype };
     let rows = [LORA_SM90_BLOCK_K, LORA_SM90_BLOCK_M];
     // Each CTA of a pair fetches a half for both.
     let columns = [LORA_SM90_BLOCK_K, tile.columns / 2];
     let narrow = [LORA_SM90_BLOCK_K, narrow_columns(op.a.rows)];
     let mut all = vec![None; LORA_SM90_FORWARD_MAPS as usize];
-    for (index, map) in [
-        (LORA_SM90_FORWARD_X, maps.read(Some(op.x), rows)),
-        (LORA_SM90_FORWARD_W, maps.read(Some(op.w), columns)),
-        (LORA_SM90_FORWARD_A, maps.read(Some(op.a), narrow)),
-        (LORA_SM90_FORWARD_H, maps.read(h, rows)),
-        (LORA_SM90_FORWARD_B, maps.read(Some(op.b), columns)),
-        (LORA_SM90_FORWARD_Y, maps.written(Some(op.y))),
-    ] {
-        all[index as usize] = map;
+    all[LORA_SM90_FORWARD_X as usize] = maps.read(Some(op.x), rows);
+    all[LORA_SM90_FORWARD_A as usize] = maps.read(Some(op.a), narrow);
+    let firsts = (LORA_SM90_FORWARD_FIRST..).step_by(LORA_SM90_FORWARD_EACH as usize);
+    for ((of, part), first) in op.projections.iter().zip(parts).zip(firsts) {
+        for (index, map) in [
+            (LORA_SM90_FORWARD_W, maps.read(Some(of.w), columns)),
+            (LORA_SM90_FORWARD_H, maps.read(h.map(|h| ranks_of(h, part)), rows)),
+            (LORA_SM90_FORWARD_B, maps.read(Some(of.b), columns)),
+            (LORA_SM90_FORWARD_Y, maps.written(Some(of.y))),
+        ] {
+            all[(first + index) as usize] = map;
+        }
     }
     all
 }

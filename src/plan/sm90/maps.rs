@@ -2,8 +2,8 @@
 
 use super::{ARCH, TILES};
 use crate::params::*;
-use crate::plan::{Device, Swizzle, TensorMap};
-use crate::{Dtype, LoraShape, MAX_ROUTED_RANK, raw};
+use crate::plan::{Device, Part, Swizzle, TensorMap};
+use crate::{Dtype, MAX_ROUTED_RANK, raw};
 
 /// Largest rank of an adapter; of many in one batch each block of rows reads those that it goes through.
 const MAX_RANK: usize = 256;
@@ -15,11 +15,12 @@ const ALIGN_ELEMENTS: usize = 8;
 const MAX_ROW_BYTES: u64 = 1 << 40;
 
 /// What keeps the family from running a call, in words; nothing when it can. `operands` are the matrices that the call
-/// copies through tensor maps.
+/// copies through tensor maps; what departs from the plain formula are routes, and a gain.
 pub(in crate::plan) fn obstacles(
     device: &Device,
-    shape: LoraShape,
-    variant: &raw::Variant,
+    k: usize,
+    parts: &[Part],
+    (is_routed, is_gained): (bool, bool),
     operands: &[(&'static str, Option<raw::Matrix>)],
 ) -> Vec<String> {
     let mut found = Vec::new();
@@ -32,17 +33,19 @@ pub(in crate::plan) fn obstacles(
         let has = device.shared_per_block;
         found.push(format!("a CTA may have {has} bytes of shared memory, its kernels take up to {needed}"));
     }
-    let LoraShape { n, k, r, .. } = shape;
-    for (name, value) in [("N", n), ("K", k), ("R", r)] {
-        if !value.is_multiple_of(ALIGN_ELEMENTS) {
-            found.push(format!("{name} is {value}, not a multiple of {ALIGN_ELEMENTS}"));
+    let most = if is_routed { MAX_ROUTED_RANK } else { MAX_RANK };
+    for (at, part) in parts.iter().enumerate() {
+        let of = if parts.len() == 1 { String::new() } else { format!(" of projection {at}") };
+        for (name, value) in [("N", part.n), ("K", k), ("R", part.r)] {
+            if !value.is_multiple_of(ALIGN_ELEMENTS) {
+                found.push(format!("{name}{of} is {value}, not a multiple of {ALIGN_ELEMENTS}"));
+            }
+        }
+        if part.r > most {
+            found.push(format!("R{of} is {}, more than {most}", part.r));
         }
     }
-    let most = if variant.routes.is_some() { MAX_ROUTED_RANK } else { MAX_RANK };
-    if r > most {
-        found.push(format!("R is {r}, more than {most}"));
-    }
-    if variant.gain.is_some() {
+    if is_gained {
         found.push("a gain (DoRA) is not built yet".to_owned());
     }
     for (name, matrix) in operands {

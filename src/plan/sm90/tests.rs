@@ -88,7 +88,7 @@ fn tickets(plan: &Plan) -> (Tickets, Tile, Machine, MainTile) {
             units: p.dh_units,
             tickets: p.dh_tickets,
             group_m: p.group_m,
-            depth: p.n,
+            depth: p.projections[0].n,
             rank: p.r,
             drops: [false, p.dropout.threshold != 0],
         },

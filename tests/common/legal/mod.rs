@@ -32,7 +32,13 @@ struct Planned<'a> {
 
 /// The plan of a forward, launched with its workspace at `workspace`.
 pub fn forward(plan: &Plan, op: &raw::Forward, device: &Device, options: &Options, workspace: u64) {
-    let shape = LoraShape { m: op.x.rows, n: op.w.rows, k: op.w.cols, r: op.a.rows };
+    forward_shared(plan, &op.into(), device, options, workspace);
+}
+
+/// The same for projections that share x.
+pub fn forward_shared(plan: &Plan, op: &raw::ForwardShared, device: &Device, options: &Options, workspace: u64) {
+    let n = op.projections.iter().map(|of| of.w.rows).sum();
+    let shape = LoraShape { m: op.x.rows, n, k: op.a.cols, r: op.a.rows };
     let planned = Planned::new(plan, shape, device, options, workspace);
     match plan.family() {
         Family::Portable => portable::forward(&planned, op, shape),
@@ -42,7 +48,13 @@ pub fn forward(plan: &Plan, op: &raw::Forward, device: &Device, options: &Option
 
 /// The plan of a backward, launched with its workspace at `workspace`.
 pub fn backward(plan: &Plan, op: &raw::Backward, device: &Device, options: &Options, workspace: u64) {
-    let shape = LoraShape { m: op.dy.rows, n: op.w.rows, k: op.w.cols, r: op.a.rows };
+    backward_shared(plan, &op.into(), device, options, workspace);
+}
+
+/// The same for projections that share x.
+pub fn backward_shared(plan: &Plan, op: &raw::BackwardShared, device: &Device, options: &Options, workspace: u64) {
+    let n = op.projections.iter().map(|of| of.w.rows).sum();
+    let shape = LoraShape { m: op.projections[0].dy.rows, n, k: op.a.cols, r: op.a.rows };
     let planned = Planned::new(plan, shape, device, options, workspace);
     match plan.family() {
         Family::Portable => portable::backward(&planned, op, shape),
@@ -186,19 +198,54 @@ fn check_dimensions(got: [u32; 4], LoraShape { m, n, k, r }: LoraShape) {
     assert_eq!(got.map(|dimension| dimension as usize), [m, n, k, r]);
 }
 
-/// The scale, with the dropout and the routes that a kernel has: p counts in 2^-16.
-fn check_variant(got: (f32, LoraDropout, u64), scale: f32, variant: &raw::Variant) {
-    let dropped = variant.dropout.map_or(0.0, |dropout| (f64::from(dropout.p) * 65536.0).round());
-    let factor = if dropped == 65536.0 { 0.0 } else { 65536.0 / (65536.0 - dropped) };
-    let expected = match variant.dropout.filter(|_| dropped != 0.0).map(|dropout| dropout.seed) {
+/// The dropout and the routes that a kernel has.
+fn check_variant((dropout, routes): (LoraDropout, u64), expected: Option<raw::Dropout>, table: Option<raw::Matrix>) {
+    let dropped = dropped(expected);
+    let seed = match expected.filter(|_| dropped != 0.0).map(|dropout| dropout.seed) {
         None => (0, 0, 0),
         Some(raw::Seed::Value { seed, offset }) => (seed, offset, 0),
         Some(raw::Seed::Memory(state)) => (0, 0, state.ptr),
     };
-    let (got_scale, dropout, routes) = got;
-    assert_eq!((dropout.seed, dropout.offset, dropout.state), expected);
-    assert_eq!((got_scale, f64::from(dropout.threshold)), (scale * factor as f32, dropped));
-    assert_eq!(routes, variant.routes.map_or(0, |routes| routes.ptr));
+    assert_eq!((dropout.seed, dropout.offset, dropout.state), seed);
+    assert_eq!(f64::from(dropout.threshold), dropped);
+    assert_eq!(routes, table.map_or(0, |routes| routes.ptr));
+}
+
+/// p, counted in 2^-16.
+fn dropped(dropout: Option<raw::Dropout>) -> f64 {
+    dropout.map_or(0.0, |dropout| (f64::from(dropout.p) * 65536.0).round())
+}
+
+/// The factor that a kernel has for a scale.
+fn scaled(scale: f32, dropout: Option<raw::Dropout>) -> f32 {
+    let dropped = dropped(dropout);
+    scale * if dropped == 65536.0 { 0.0 } else { (65536.0 / (65536.0 - dropped)) as f32 }
+}
+
+/// Where the items of each begin when those of all are numbered, and how many there are.
+fn numbered(counts: impl Iterator<Item = u128>) -> (Vec<u128>, u128) {
+    let mut end = 0;
+    let mut firsts = Vec::new();
+    for count in counts {
+        firsts.push(end);
+        end += count;
+    }
+    (firsts, end)
+}
+
+/// Tiles of db along the ranks of a projection: those of the first block are there for dbias and dm alone.
+fn db_blocks(of: &raw::BackwardProjection, narrow: usize) -> u128 {
+    let sums = of.dbias.is_some() || of.dm.is_some();
+    if of.db.is_some() && of.b.cols > 0 { of.b.cols.div_ceil(narrow) as u128 } else { sums.into() }
+}
+
+/// The ranks of a projection in h or dh.
+fn ranks_of(middle: raw::Matrix, first: usize, r: usize) -> raw::Matrix {
+    raw::Matrix { ptr: middle.ptr + 2 * first as u64, cols: r, ..middle }
+}
+
+fn address(vector: Option<raw::Matrix>) -> u64 {
+    vector.map_or(0, |vector| vector.ptr)
 }
 
 /// The address that the kernel has for a gradient.

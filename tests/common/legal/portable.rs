@@ -3,7 +3,10 @@
 use fused_lora::plan::{LoraBackwardParams, LoraForwardParams, Params};
 use fused_lora::{Dtype, LoraShape, raw};
 
-use super::{Planned, Region, assert_covers, check_dimensions, check_flags, check_tickets, check_variant, pointer};
+use super::{
+    Planned, Region, address, assert_covers, check_flags, check_tickets, check_variant, db_blocks, numbered, pointer,
+    scaled,
+};
 
 /// Columns of h, dh, da and db that one tile computes: LORA_NARROW_N.
 const NARROW: usize = 64;
@@ -44,17 +47,25 @@ fn backward_params(params: &Params) -> LoraBackwardParams {
     }
 }
 
-pub(super) fn forward(planned: &Planned<'_>, op: &raw::Forward, shape: LoraShape) {
+pub(super) fn forward(planned: &Planned<'_>, op: &raw::ForwardShared, shape: LoraShape) {
     let block = check_launch(planned, op.dtype, "forward");
     let p = forward_params(&planned.launch.params);
-    let LoraShape { m, n, r, .. } = shape;
-    check_dimensions([p.m, p.n, p.k, p.r], shape);
-    assert_eq!((p.x.ptr, p.w.ptr, p.a.ptr, p.b.ptr, p.y.ptr), (op.x.ptr, op.w.ptr, op.a.ptr, op.b.ptr, op.y.ptr));
-    assert_eq!((p.sync, p.bias), (planned.workspace, op.bias.map_or(0, |bias| bias.ptr)));
-    check_variant((p.scale, p.dropout, p.routes), op.scale, &op.variant);
+    let LoraShape { m, k, r, .. } = shape;
+    assert_eq!([p.m, p.k, p.r, p.projection_count].map(|count| count as usize), [m, k, r, op.projections.len()]);
+    assert_eq!((p.x.ptr, p.a.ptr, p.sync), (op.x.ptr, op.a.ptr, planned.workspace));
+    check_variant((p.dropout, p.routes), op.dropout, op.routes);
     assert_covers("M", p.m_blocks, block, m);
-    assert_covers("N", p.n_blocks, block, n);
-    let [m_blocks, n_blocks] = [p.m_blocks, p.n_blocks].map(u128::from);
+    let (first_ranks, ranks) = numbered(op.projections.iter().map(|of| of.b.cols as u128));
+    let (first_blocks, n_blocks) = numbered(op.projections.iter().map(|of| of.w.rows.div_ceil(block as usize) as u128));
+    assert_eq!((ranks, n_blocks), (r as u128, p.n_blocks.into()));
+    for (at, (of, got)) in op.projections.iter().zip(p.projections).enumerate() {
+        assert_eq!((got.w.ptr, got.b.ptr, got.y.ptr), (of.w.ptr, of.b.ptr, of.y.ptr));
+        assert_eq!((got.bias, got.gain), (address(of.bias), address(of.gain)));
+        assert_eq!((got.n as usize, got.r as usize), (of.w.rows, of.b.cols));
+        assert_eq!([got.first_rank, got.first_block].map(u128::from), [first_ranks[at], first_blocks[at]]);
+        assert_eq!(got.scale, scaled(of.scale, op.dropout));
+    }
+    let m_blocks = u128::from(p.m_blocks);
     let h_units = m_blocks * r.div_ceil(NARROW) as u128;
     assert_eq!(u128::from(p.h_units), h_units);
     check_tickets(p.units, h_units + m_blocks * n_blocks, &planned.launch);
@@ -87,23 +98,22 @@ fn check_chunks(planned: &Planned<'_>, p: &LoraBackwardParams, block: u32, tiles
     Some(Region { start: p.partials.into(), bytes: 4 * u128::from(p.partial_stride) * chunks * tiles })
 }
 
-pub(super) fn backward(planned: &Planned<'_>, op: &raw::Backward, shape: LoraShape) {
+pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: LoraShape) {
     let block = check_launch(planned, op.dtype, "backward");
     let p = backward_params(&planned.launch.params);
-    let LoraShape { m, n, k, r } = shape;
-    check_dimensions([p.m, p.n, p.k, p.r], shape);
+    let LoraShape { m, k, r, .. } = shape;
+    assert_eq!([p.m, p.k, p.r, p.projection_count].map(|count| count as usize), [m, k, r, op.projections.len()]);
     assert_eq!(p.sync, planned.workspace);
-    check_variant((p.scale, p.dropout, p.routes), op.scale, &op.variant);
-    for (what, blocks, extent) in [("M", p.m_blocks, m), ("N", p.n_blocks, n), ("K", p.k_blocks, k)] {
+    check_variant((p.dropout, p.routes), op.dropout, op.routes);
+    for (what, blocks, extent) in [("M", p.m_blocks, m), ("K", p.k_blocks, k)] {
         assert_covers(what, blocks, block, extent);
     }
-    let [m_blocks, n_blocks, k_blocks, chunks] = [p.m_blocks, p.n_blocks, p.k_blocks, p.chunks].map(u128::from);
-    let r_blocks = r.div_ceil(NARROW) as u128;
-    let (wants_da, wants_db) = (op.da.is_some() && r > 0, op.db.is_some() && r > 0);
+    let [m_blocks, k_blocks, chunks] = [p.m_blocks, p.k_blocks, p.chunks].map(u128::from);
+    let wants_da = op.da.is_some() && r > 0;
     let wants_dh = r > 0 && (op.dx.is_some() || wants_da);
-    let db_tiles = n_blocks * if wants_db { r_blocks } else { op.dbias.is_some().into() };
-    let da_tiles = if wants_da { k_blocks * r_blocks } else { 0 };
-    let mut end = if wants_dh { m_blocks * r_blocks } else { 0 };
+    let (narrow, db_tiles) = check_projections(op, &p, block);
+    let da_tiles = if wants_da { k_blocks * r.div_ceil(NARROW) as u128 } else { 0 };
+    let mut end = if wants_dh { m_blocks * narrow } else { 0 };
     assert_eq!(u128::from(p.dh_units), end);
     end += if op.dx.is_some() { m_blocks * k_blocks } else { 0 };
     assert_eq!(u128::from(p.dx_end), end);
@@ -120,6 +130,28 @@ pub(super) fn backward(planned: &Planned<'_>, op: &raw::Backward, shape: LoraSha
     let sums = check_chunks(planned, &p, block, db_tiles + da_tiles);
     let dh = wants_dh.then(|| Region::of(planned.scratch(p.dh, shape)));
     planned.check_regions(dh.into_iter().chain(sums));
-    assert_eq!((p.da.ptr, p.db.ptr), (pointer(wants_da, op.da), pointer(wants_db, op.db)));
-    assert_eq!((p.dx.ptr, p.dbias), (op.dx.map_or(0, |dx| dx.ptr), pointer(true, op.dbias)));
+    assert_eq!((p.da.ptr, p.dx.ptr), (pointer(wants_da, op.da), address(op.dx)));
+}
+
+/// What the kernel has for each projection; the narrow tiles of dh in a block of rows, and the tiles of db.
+fn check_projections(op: &raw::BackwardShared, p: &LoraBackwardParams, block: u32) -> (u128, u128) {
+    /// Steps of the reduction: LORA_BLOCK_K.
+    const STEP: usize = 32;
+    let all = op.projections.iter();
+    let n_blocks = |of: &raw::BackwardProjection| of.w.rows.div_ceil(block as usize) as u128;
+    let (first_ranks, ranks) = numbered(all.clone().map(|of| of.b.cols as u128));
+    let (first_steps, steps) = numbered(all.clone().map(|of| of.w.rows.div_ceil(STEP) as u128));
+    let (first_narrow, narrow) = numbered(all.clone().map(|of| of.b.cols.div_ceil(NARROW) as u128));
+    let (first_tiles, tiles) = numbered(all.clone().map(|of| n_blocks(of) * db_blocks(of, NARROW)));
+    assert_eq!((ranks, steps), (p.r.into(), p.n_steps.into()));
+    for (at, (of, got)) in all.zip(p.projections).enumerate() {
+        let db = pointer(of.b.cols > 0, of.db);
+        assert_eq!((got.dy.ptr, got.w.ptr, got.b.ptr, got.db.ptr), (of.dy.ptr, of.w.ptr, of.b.ptr, db));
+        assert_eq!((got.dbias, got.gain), (pointer(true, of.dbias), address(of.gain)));
+        assert_eq!((got.n as usize, got.r as usize), (of.w.rows, of.b.cols));
+        let firsts = [got.first_rank, got.first_step, got.first_narrow, got.first_db_tile].map(u128::from);
+        assert_eq!(firsts, [first_ranks[at], first_steps[at], first_narrow[at], first_tiles[at]]);
+        assert_eq!((u128::from(got.n_blocks), got.scale), (n_blocks(of), scaled(of.scale, op.dropout)));
+    }
+    (narrow, tiles)
 }

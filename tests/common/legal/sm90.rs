@@ -3,7 +3,10 @@
 use fused_lora::plan::{LoraSm90BackwardParams, LoraSm90ForwardParams, Params, Swizzle, TileSize};
 use fused_lora::{Dtype, LoraShape, raw};
 
-use super::{Planned, Region, assert_covers, check_dimensions, check_flags, check_tickets, check_variant, pointer};
+use super::{
+    Planned, Region, address, assert_covers, check_flags, check_tickets, check_variant, db_blocks, numbered, pointer,
+    ranks_of, scaled,
+};
 
 /// Rows of a block.
 const BLOCK: u32 = 128;
@@ -67,7 +70,7 @@ fn check_launch(planned: &Planned<'_>, dtype: Dtype, operation: &str) -> u32 {
     let stages = if columns == 128 { 6 } else { 4 };
     assert_eq!(launch.shared_bytes, stages * 128 * (128 + columns) + 4 * 8192 + 1024);
     let bytes = launch.parameter_bytes(super::encode).expect("legal maps").len();
-    assert_eq!(bytes, if operation == "forward" { 896 } else { 1536 }, "the size of the struct");
+    assert_eq!(bytes, if operation == "forward" { 2688 } else { 3456 }, "the size of the struct");
     columns
 }
 
@@ -79,18 +82,21 @@ fn check_bundles(planned: &Planned<'_>, units: u32, tickets: u32) {
     }
 }
 
-pub(super) fn forward(planned: &Planned<'_>, op: &raw::Forward, shape: LoraShape) {
+pub(super) fn forward(planned: &Planned<'_>, op: &raw::ForwardShared, shape: LoraShape) {
     let columns = check_launch(planned, op.dtype, "forward");
     let p = forward_params(&planned.launch.params);
-    let LoraShape { m, n, r, .. } = shape;
+    let LoraShape { m, k, r, .. } = shape;
     let cluster = planned.launch.cluster[0];
-    check_dimensions([p.m, p.n, p.k, p.r], shape);
-    assert_eq!((p.sync, p.bias), (planned.workspace, op.bias.map_or(0, |bias| bias.ptr)));
-    check_variant((p.scale, p.dropout, p.routes), op.scale, &op.variant);
+    assert_eq!([p.m, p.k, p.r, p.projection_count].map(|count| count as usize), [m, k, r, op.projections.len()]);
+    assert_eq!(p.sync, planned.workspace);
+    check_variant((p.dropout, p.routes), op.dropout, op.routes);
     assert_covers("M", p.m_groups, BLOCK * cluster, m);
-    assert_covers("N", p.n_blocks, columns, n);
     assert_eq!(p.r_blocks as usize, r.div_ceil(NARROW));
-    let [m_groups, n_blocks, r_blocks] = [p.m_groups, p.n_blocks, p.r_blocks].map(u128::from);
+    let (first_ranks, ranks) = numbered(op.projections.iter().map(|of| of.b.cols as u128));
+    let (first_blocks, n_blocks) =
+        numbered(op.projections.iter().map(|of| of.w.rows.div_ceil(columns as usize) as u128));
+    assert_eq!((ranks, n_blocks), (r as u128, p.n_blocks.into()));
+    let [m_groups, r_blocks] = [p.m_groups, p.r_blocks].map(u128::from);
     assert_eq!(u128::from(p.h_units), m_groups * r_blocks);
     check_bundles(planned, p.h_units, p.h_tickets);
     planned.check_order(p.group_m, p.m_groups, p.n_blocks);
@@ -100,13 +106,20 @@ pub(super) fn forward(planned: &Planned<'_>, op: &raw::Forward, shape: LoraShape
     let h = op.h.filter(|_| r != 0).or_else(|| (r != 0).then(|| planned.scratch(p.h, shape)));
     assert_eq!(p.h.ptr, h.map_or(0, |h| h.ptr));
     planned.check_regions(h.filter(|_| op.h.is_none()).map(Region::of));
-    assert_eq!(planned.launch.maps.len(), 6);
+    assert_eq!(planned.launch.maps.len(), 2 + 4 * 4);
     check_map(planned, 0, Some(op.x), [64, 128]);
-    check_map(planned, 1, Some(op.w), [64, columns / 2]);
-    check_map(planned, 2, Some(op.a), [64, narrow_columns(r)]);
-    check_map(planned, 3, h, [64, 128]);
-    check_map(planned, 4, Some(op.b), [64, columns / 2]);
-    check_map(planned, 5, Some(op.y), [64, 64]);
+    check_map(planned, 1, Some(op.a), [64, narrow_columns(r)]);
+    for (at, (of, got)) in op.projections.iter().zip(p.projections).enumerate() {
+        assert_eq!((got.bias, got.gain), (address(of.bias), address(of.gain)));
+        assert_eq!((got.n as usize, got.r as usize), (of.w.rows, of.b.cols));
+        assert_eq!([got.first_rank, got.first_block].map(u128::from), [first_ranks[at], first_blocks[at]]);
+        assert_eq!(got.scale, scaled(of.scale, op.dropout));
+        let (first, own_h) = (2 + 4 * at, h.map(|h| ranks_of(h, got.first_rank as usize, of.b.cols)));
+        check_map(planned, first, Some(of.w), [64, columns / 2]);
+        check_map(planned, first + 1, own_h, [64, 128]);
+        check_map(planned, first + 2, Some(of.b), [64, columns / 2]);
+        check_map(planned, first + 3, Some(of.y), [64, 64]);
+    }
 }
 
 /// The tickets of db and da, their counters and sums; the region of the sums.
@@ -136,48 +149,71 @@ fn check_gradients(planned: &Planned<'_>, p: &LoraSm90BackwardParams, tiles: [u1
     (slabs > 0).then_some(Region { start: p.partials.into(), bytes })
 }
 
-pub(super) fn backward(planned: &Planned<'_>, op: &raw::Backward, shape: LoraShape) {
+pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: LoraShape) {
     let columns = check_launch(planned, op.dtype, "backward");
     let p = backward_params(&planned.launch.params);
-    let LoraShape { m, n, k, r } = shape;
+    let LoraShape { m, k, r, .. } = shape;
     let cluster = planned.launch.cluster[0];
-    check_dimensions([p.m, p.n, p.k, p.r], shape);
+    assert_eq!([p.m, p.k, p.r, p.projection_count].map(|count| count as usize), [m, k, r, op.projections.len()]);
     assert_eq!(p.sync, planned.workspace);
-    check_variant((p.scale, p.dropout, p.routes), op.scale, &op.variant);
-    for (what, groups, extent) in [("M", p.m_groups, m), ("N", p.n_groups, n), ("K", p.k_groups, k)] {
+    check_variant((p.dropout, p.routes), op.dropout, op.routes);
+    for (what, groups, extent) in [("M", p.m_groups, m), ("K", p.k_groups, k)] {
         assert_covers(what, groups, BLOCK * cluster, extent);
     }
     assert_covers("K", p.k_blocks, columns, k);
-    assert_eq!(p.r_blocks as usize, r.div_ceil(NARROW));
-    let [m_groups, n_groups, k_groups] = [p.m_groups, p.n_groups, p.k_groups].map(u128::from);
-    let [k_blocks, r_blocks] = [p.k_blocks, p.r_blocks].map(u128::from);
-    let (wants_dx, wants_da, wants_db) = (op.dx.is_some(), op.da.is_some() && r > 0, op.db.is_some() && r > 0);
+    let [m_groups, k_groups, k_blocks] = [p.m_groups, p.k_groups, p.k_blocks].map(u128::from);
+    let (wants_dx, wants_da) = (op.dx.is_some(), op.da.is_some() && r > 0);
     let wants_dh = r > 0 && (wants_dx || wants_da);
-    assert_eq!(u128::from(p.dh_units), if wants_dh { m_groups * r_blocks } else { 0 });
+    let (narrow, db_tiles) = check_projections(op, &p, cluster);
+    assert_eq!(u128::from(p.dh_units), if wants_dh { m_groups * narrow } else { 0 });
     check_bundles(planned, p.dh_units, p.dh_tickets);
     planned.check_order(p.group_m, p.m_groups, if wants_dx { p.k_blocks } else { 1 });
     let dx_tiles = if wants_dx { m_groups * k_blocks } else { 0 };
     assert_eq!(u128::from(p.dx_end), u128::from(p.dh_tickets) + dx_tiles);
-    let db_tiles = n_groups * if wants_db { r_blocks } else { op.dbias.is_some().into() };
-    let da_tiles = if wants_da { k_groups * r_blocks } else { 0 };
+    let da_tiles = if wants_da { k_groups * r.div_ceil(NARROW) as u128 } else { 0 };
     let sums = check_gradients(planned, &p, [db_tiles, da_tiles]);
     check_flags(m_groups * u128::from(cluster), p.flag_shift, p.counters, p.sync_words);
 
     let dh = wants_dh.then(|| planned.scratch(p.dh, shape));
     planned.check_regions(dh.map(Region::of).into_iter().chain(sums));
-    assert_eq!((p.da.ptr, p.db.ptr), (pointer(wants_da, op.da), pointer(wants_db, op.db)));
-    assert_eq!((p.dx.ptr, p.dbias), (op.dx.map_or(0, |dx| dx.ptr), pointer(true, op.dbias)));
-    let narrow = [narrow_columns(r).min(64), 64];
+    assert_eq!((p.da.ptr, p.dx.ptr), (pointer(wants_da, op.da), address(op.dx)));
+    let (own, of_da) = ([narrow_columns(p.most_r as usize).min(64), 64], [narrow_columns(r).min(64), 64]);
     let when = |condition: bool, matrix: raw::Matrix| condition.then_some(matrix);
-    assert_eq!(planned.launch.maps.len(), 10);
-    check_map(planned, 0, when(wants_dh || wants_dx, op.dy), [64, 128]);
-    check_map(planned, 1, when(wants_dx, op.w), [64, 64]);
-    check_map(planned, 2, when(wants_dh, op.b), narrow);
-    check_map(planned, 3, dh.filter(|_| wants_dx), [64, 128]);
-    check_map(planned, 4, when(wants_dx, op.a), [64, 64]);
-    check_map(planned, 5, op.dx, [64, 64]);
-    check_map(planned, 6, when(wants_db || op.dbias.is_some(), op.dy), [64, 64]);
-    check_map(planned, 7, op.h.filter(|_| wants_db), narrow);
-    check_map(planned, 8, op.x.filter(|_| wants_da), [64, 64]);
-    check_map(planned, 9, dh.filter(|_| wants_da), narrow);
+    assert_eq!(planned.launch.maps.len(), 6 + 4 * 4);
+    check_map(planned, 0, dh.filter(|_| wants_dx), [64, 128]);
+    check_map(planned, 1, when(wants_dx, op.a), [64, 64]);
+    check_map(planned, 2, op.dx, [64, 64]);
+    let wants_db = |of: &raw::BackwardProjection| of.db.is_some() && of.b.cols > 0;
+    check_map(planned, 3, op.h.filter(|_| op.projections.iter().any(wants_db)), own);
+    check_map(planned, 4, op.x.filter(|_| wants_da), [64, 64]);
+    check_map(planned, 5, dh.filter(|_| wants_da), of_da);
+    for (at, of) in op.projections.iter().enumerate() {
+        let first = 6 + 4 * at;
+        let has_tiles = wants_db(of) || of.dbias.is_some() || of.dm.is_some();
+        check_map(planned, first, when(wants_dh || wants_dx, of.dy), [64, 128]);
+        check_map(planned, first + 1, when(wants_dx, of.w), [64, 64]);
+        check_map(planned, first + 2, when(wants_dh, of.b), own);
+        check_map(planned, first + 3, when(has_tiles, of.dy), [64, 64]);
+    }
+}
+
+/// What the kernel has for each projection; the narrow tiles of dh in a block of rows, and the tiles of db.
+fn check_projections(op: &raw::BackwardShared, p: &LoraSm90BackwardParams, cluster: u32) -> (u128, u128) {
+    let all = op.projections.iter();
+    let n_groups = |of: &raw::BackwardProjection| of.w.rows.div_ceil((BLOCK * cluster) as usize) as u128;
+    let (first_ranks, ranks) = numbered(all.clone().map(|of| of.b.cols as u128));
+    let (first_narrow, narrow) = numbered(all.clone().map(|of| of.b.cols.div_ceil(NARROW) as u128));
+    let (first_tiles, tiles) = numbered(all.clone().map(|of| n_groups(of) * db_blocks(of, NARROW)));
+    let steps: u128 = all.clone().map(|of| of.w.rows.div_ceil(64) as u128).sum();
+    let most = all.clone().map(|of| of.b.cols).max().unwrap_or(0);
+    assert_eq!((ranks, steps, narrow), (p.r.into(), p.n_steps.into(), p.dh_blocks.into()));
+    assert_eq!(p.most_r as usize, most);
+    for (at, (of, got)) in all.zip(p.projections).enumerate() {
+        assert_eq!((got.db.ptr, got.dbias), (pointer(of.b.cols > 0, of.db), pointer(true, of.dbias)));
+        assert_eq!((got.n as usize, got.r as usize), (of.w.rows, of.b.cols));
+        let firsts = [got.first_rank, got.first_narrow, got.first_db_tile].map(u128::from);
+        assert_eq!(firsts, [first_ranks[at], first_narrow[at], first_tiles[at]]);
+        assert_eq!((u128::from(got.n_groups), got.scale), (n_groups(of), scaled(of.scale, op.dropout)));
+    }
+    (narrow, tiles)
 }
