@@ -421,9 +421,6 @@ mod header {
         same_layout!(LoraBackwardParams: a x h dh dx da partials sync m k r projection_count n_steps m_blocks k_blocks
             dh_units dx_end db_end units chunks chunk_rows partial_stride counters group_m flag_shift sync_words flags
             padding dropout routes projections);
-        same_layout!(LoraMergeParams: w a b merged gain n k r scale k_blocks flags);
-        same_layout!(LoraRoundParams: a b rounded_a rounded_b divisor n k r scale a_units k_blocks r_blocks flags);
-        same_layout!(LoraGainParams: w a b magnitude earlier norm gain n k r scale flags padding);
         same_layout!(LoraSm90ForwardProjection: bias gain n r first_rank first_block scale padding);
         same_layout!(LoraSm90ForwardParams: h sync m k r projection_count m_groups n_blocks r_blocks h_units h_tickets
             tickets group_m flag_shift sync_words padding dropout routes projections);
@@ -432,6 +429,9 @@ mod header {
         same_layout!(LoraSm90BackwardParams: dh dx da partials sync m k r most_r projection_count n_steps m_groups
             k_groups k_blocks dh_blocks dh_units dh_tickets dx_end db_end tickets chunks chunk_rows partial_stride
             counters group_m flag_shift sync_words flags padding dropout routes projections);
+        same_layout!(LoraMergeParams: w a b merged gain n k r scale k_blocks flags);
+        same_layout!(LoraRoundParams: a b rounded_a rounded_b divisor n k r scale a_units k_blocks r_blocks flags);
+        same_layout!(LoraGainParams: w a b magnitude earlier norm gain n k r scale flags padding);
     };
 
     /// A block as `Launch::parameter_bytes` lays it out: maps, fields, and padding to whole 128 bytes.

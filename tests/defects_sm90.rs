@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex};
 
 use common::HostDropout;
 use common::altered::{self, Edit, Site};
-use common::check;
 use common::data::{Placement, Spec};
+use common::emulated::Layers;
 use common::hopper_defects::{BACKWARD, BY_CHANCE, DEFECTS, Defect, FORWARD};
 use fused_lora::bf16;
 use fused_lora::emulator::{Checks, Emulator, Timing};
