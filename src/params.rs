@@ -460,6 +460,7 @@ pub const MAP_BYTES: usize = 128;
 pub const MAP_ALIGN: usize = 128;
 
 /// The fields of a kernel's parameter.
+#[allow(clippy::large_enum_variant, reason = "there is one in a launch")]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Params {
     /// Of a forward kernel.
