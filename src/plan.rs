@@ -313,7 +313,7 @@ impl Plan {
         let (shape, ranges) = op.judge()?;
         let parts = Part::of_forward(op);
         check(op.dtype, device, &options)?;
-        let departs = (op.routes.is_some(), op.projections.iter().any(|of| of.gain.is_some()));
+        let departs = (op.routes.is_some(), &*operands::gains(&op.projections, |of| of.gain));
         let obstacles = sm90::obstacles(device, shape.k, &parts, departs, &sm90::forward_operands(op));
         let draft = draft(
             device,
@@ -360,7 +360,7 @@ impl Plan {
         let (shape, ranges) = op.judge()?;
         let parts = Part::of_backward(op);
         check(op.dtype, device, &options)?;
-        let departs = (op.routes.is_some(), op.projections.iter().any(|of| of.gain.is_some()));
+        let departs = (op.routes.is_some(), &*operands::gains(&op.projections, |of| of.gain));
         let obstacles = sm90::obstacles(device, shape.k, &parts, departs, &sm90::backward_operands(op));
         let draft = draft(
             device,

@@ -205,8 +205,10 @@ mod tests {
                 };
                 let plan = Plan::backward(&op, &device).expect("a plan");
                 assert!(plan.workspace_bytes() <= backward_bound, "{}", plan.explain());
-                let gain = Some(at(12, 1, n));
-                let (y, magnitude, dm) = (at(6, m, n), at(13, 1, n), at(14, 1, n));
+                // Vectors of f32 lie at multiples of their element.
+                let vector = |index: u64| raw::Matrix::new((index << 40) + case % 2 * 4, 1, n);
+                let gain = Some(vector(12));
+                let (y, magnitude, dm) = (at(6, m, n), vector(13), vector(14));
                 let dm = Some(raw::MagnitudeGradient { y, bias: None, magnitude, dm });
                 let op = raw::Backward { dm, variant: raw::Variant { gain, ..raw::Variant::default() }, ..op };
                 let plan = Plan::backward(&op, &device).expect("a plan");

@@ -29,6 +29,7 @@ pub mod peft;
 #[cfg(feature = "cuda")]
 pub mod portable_defects;
 pub mod raw;
+pub mod row_factors;
 pub mod shared;
 
 use std::io::Write;

@@ -15,12 +15,12 @@ const ALIGN_ELEMENTS: usize = 8;
 const MAX_ROW_BYTES: u64 = 1 << 40;
 
 /// What keeps the family from running a call, in words; nothing when it can. `operands` are the matrices that the call
-/// copies through tensor maps; what departs from the plain formula are routes, and a gain.
+/// copies through tensor maps; what departs from the plain formula are routes, and gains.
 pub(in crate::plan) fn obstacles(
     device: &Device,
     k: usize,
     parts: &[Part],
-    (is_routed, is_gained): (bool, bool),
+    (is_routed, gains): (bool, &[(&'static str, Option<raw::Matrix>)]),
     operands: &[(&'static str, Option<raw::Matrix>)],
 ) -> Vec<String> {
     let mut found = Vec::new();
@@ -45,8 +45,10 @@ pub(in crate::plan) fn obstacles(
             found.push(format!("R{of} is {}, more than {most}", part.r));
         }
     }
-    if is_gained {
-        found.push("a gain (DoRA) is not built yet".to_owned());
+    for (arg, gain) in gains.iter().filter_map(|(arg, gain)| Some((arg, (*gain)?))) {
+        if !gain.ptr.is_multiple_of(ALIGN) {
+            found.push(format!("the address of {arg} is {:#x}, not a multiple of {ALIGN} bytes", gain.ptr));
+        }
     }
     for (name, matrix) in operands {
         let Some(matrix) = matrix.filter(|matrix| matrix.rows != 0 && matrix.cols != 0) else { continue };
