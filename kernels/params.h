@@ -304,8 +304,9 @@ typedef struct LoraTensorMap {
 #define LORA_SM90_BACKWARD_W 1         /* 64 x 64 */
 #define LORA_SM90_BACKWARD_B 2         /* RB x 64 */
 #define LORA_SM90_BACKWARD_DY_TOKENS 3 /* 64 x 64 */
-#define LORA_SM90_BACKWARD_EACH 4
-#define LORA_SM90_BACKWARD_MAPS 22
+#define LORA_SM90_BACKWARD_Y_TOKENS 4  /* 64 x 64: of the gradient of the magnitude */
+#define LORA_SM90_BACKWARD_EACH 5
+#define LORA_SM90_BACKWARD_MAPS 26
 
 /* As LoraForwardProjection. */
 typedef struct LoraSm90ForwardProjection {

@@ -144,7 +144,9 @@ pub enum Error {
         got: usize,
     },
     /// f32 factors over a 16-bit layer, which one projection alone may have.
-    #[error("`a` and `b` are f32 with {got} projections that share x, expected the storage type, or one projection alone")]
+    #[error(
+        "`a` and `b` are f32 with {got} projections that share x, expected the storage type, or one projection alone"
+    )]
     SplitProjections {
         /// How many were passed.
         got: usize,

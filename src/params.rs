@@ -401,8 +401,9 @@ constants! {
     LORA_SM90_BACKWARD_W = 1;
     LORA_SM90_BACKWARD_B = 2;
     LORA_SM90_BACKWARD_DY_TOKENS = 3;
-    LORA_SM90_BACKWARD_EACH = 4;
-    LORA_SM90_BACKWARD_MAPS = 22;
+    LORA_SM90_BACKWARD_Y_TOKENS = 4;
+    LORA_SM90_BACKWARD_EACH = 5;
+    LORA_SM90_BACKWARD_MAPS = 26;
     LORA_MERGE_BLOCK = 64;
     LORA_MERGE_THREADS = 256;
     LORA_ROUND_ROWS = 8;
@@ -492,6 +493,7 @@ pub const MAP_BYTES: usize = 128;
 pub const MAP_ALIGN: usize = 128;
 
 /// The fields of a kernel's parameter.
+#[allow(clippy::large_enum_variant, reason = "there is one in a launch")]
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[allow(clippy::large_enum_variant, reason = "one for each launch, copied to it once")]
 pub enum Params {

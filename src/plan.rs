@@ -331,7 +331,7 @@ impl Plan {
         let (shape, ranges) = op.judge()?;
         let parts = Part::of_forward(op);
         check(op.dtype, device, &options)?;
-        let departs = (op.routes.is_some(), op.projections.iter().any(|of| of.gain.is_some()), op.is_split());
+        let departs = (op.routes.is_some(), &*operands::gains(&op.projections, |of| of.gain), op.is_split());
         let obstacles = sm90::obstacles(device, shape.k, &parts, departs, &sm90::forward_operands(op));
         let draft = draft(
             device,
@@ -378,7 +378,7 @@ impl Plan {
         let (shape, ranges) = op.judge()?;
         let parts = Part::of_backward(op);
         check(op.dtype, device, &options)?;
-        let departs = (op.routes.is_some(), op.projections.iter().any(|of| of.gain.is_some()), op.is_split());
+        let departs = (op.routes.is_some(), &*operands::gains(&op.projections, |of| of.gain), op.is_split());
         let obstacles = sm90::obstacles(device, shape.k, &parts, departs, &sm90::backward_operands(op));
         let draft = draft(
             device,

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use common::altered::{self, Edit};
 use common::data::{Placement, Rng, Spec};
-use common::layers;
+use common::{layers, row_factors};
 use fused_lora::emulator::Emulator;
 use fused_lora::kernels::Image;
 use fused_lora::plan::Device;
@@ -20,7 +20,7 @@ const IMAGE: &str = "portable_adapter";
 const SOURCE: &str = "portable/adapter.cu";
 
 /// What is wrong, and the edits that make it so.
-const DEFECTS: [(&str, Edit<'static>); 10] = [
+const DEFECTS: [(&str, Edit<'static>); 15] = [
     edit(
         "product and sum rounded at once",
         "__fadd_rn(sums[i][e], product)",
@@ -32,13 +32,18 @@ const DEFECTS: [(&str, Edit<'static>); 10] = [
         "widen(round_to<T>(p.scale * sums[e]))",
     ),
     edit("too many ranks in the last step", "min(p.r - r, kMergeRanks)", "kMergeRanks"),
-    edit("columns stored past the end", "if (col + e < p.k) merged", "merged"),
+    edit("columns stored past the end", "if (col + e >= p.k) continue;", ""),
     edit("rows stored past the end", "if (n + first_row + i < p.n) store_merged", "store_merged"),
-    edit("rows of b loaded past the end", "n + row < p.n ?", "true ?"),
+    edit("rows of b loaded past the end", "[b_rank] = n + row < p.n ?", "[b_rank] = true ?"),
     edit("stride of w taken for that of merged", "row * p.merged.row_stride", "row * p.w.row_stride"),
     edit("factors always read in the storage type", "return f32 ?", "return false ?"),
-    edit("A multiplied by the scale as well", "p.r, p.k, 1.0f, blockIdx.x", "p.r, p.k, p.scale, blockIdx.x"),
+    edit("A multiplied by the scale as well", "p.r, p.k, 1.0f, 0, blockIdx.x", "p.r, p.k, p.scale, 0, blockIdx.x"),
     edit("columns of a factor rounded past the end", "min(cols - first, kRoundCols)", "kRoundCols"),
+    edit("the gain of the first row for all", "(p.gain)[row] : 1.0f", "(p.gain)[0] : 1.0f"),
+    edit("the gain left out", "round_to<T>(__fmul_rn(gain, sum))", "round_to<T>(sum)"),
+    edit("the gain times each part", "__fmul_rn(gain, sum)", "__fmaf_rn(gain, widen(w[e]), gain * p.scale * sums[e])"),
+    edit("the divisor left out", "divisors != 0 ? __fdiv_rn(product, divisor) : product", "product"),
+    edit("the divisor as a reciprocal", "__fdiv_rn(product, divisor)", "product * __frcp_rn(divisor)"),
 ];
 
 const fn edit(what: &'static str, old: &'static str, new: &'static str) -> (&'static str, Edit<'static>) {
@@ -64,6 +69,9 @@ fn all<T: Element>(emulator: &Emulator) {
         layers::merges::<_, T>(emulator, &spec, true);
     }
     round_all::<T>(emulator);
+    // As many elements as it takes for the last bit of an f32 to decide a rounding.
+    let many = Spec { placement: Placement::Strided, ..Spec::new(2, 2500, 70, 33) };
+    row_factors::rows_times_and_over::<_, T>(emulator, &many);
 }
 
 /// Whether the checks accept the kernels of a module; a refusal is a panic with the complaint.

@@ -47,8 +47,10 @@ fn cases(image: &str, tile: TileSize) -> Vec<Case> {
         let spec = Spec { dropout: dropout(in_memory), outputs: [true, true, in_memory, false], ..spec(m, n, k, r) };
         chunks(if in_memory { 1 } else { 3 }, case(2, spec))
     };
+    let gained = |spec: Spec| Spec { dora: true, ..spec };
     if image == FORWARD {
         return vec![
+            case(4, gained(spec(200, 136, 72, 24))),
             case(4, spec(300, 200, 136, 24)),
             case(2, Spec { keep_h: false, ..spec(200, 456, 456, 72) }),
             case(4, Spec { placement: Placement::Strided, ..spec(300, 72, 72, 136) }),
@@ -72,6 +74,12 @@ fn cases(image: &str, tile: TileSize) -> Vec<Case> {
         chunks(2, case(4, Spec { accumulate: true, ..spec(260, 136, 72, 136) })),
         chunks(3, case(2, spec(300, 136, 264, 40))),
         chunks(3, case(2, Spec { outputs: [true, false, false, true], ..spec(300, 520, 72, 24) })),
+        chunks(3, case(4, gained(spec(300, 200, 136, 72)))),
+        chunks(1, case(2, gained(Spec { accumulate: true, ..spec(70, 520, 72, 136) }))),
+        chunks(2, case(2, gained(Spec { outputs: [false; 4], ..spec(520, 264, 72, 16) }))),
+        chunks(1, case(2, gained(Spec { outputs: [true, true, true, false], ..spec(400, 328, 136, 16) }))),
+        chunks(2, case(2, gained(Spec { bias: false, ..spec(300, 136, 72, 24) }))),
+        chunks(2, case(2, gained(Spec { bias: false, ..spec(300, 136, 72, 40) }))),
         dropping(true, (300, 904, 584, 16)),
         dropping(false, (520, 136, 584, 24)),
         dropping(true, (390, 72, 584, 40)),

@@ -7,6 +7,7 @@ mod common;
 use common::data::{Placement, Rng, Spec};
 use common::golden::{self, Golden};
 use common::layers::{self, Device, assert_same, bits, compact, download};
+use common::row_factors::rows_times_and_over;
 use common::{Host, HostBackward, HostForward, HostMagnitude, check};
 use fused_lora::cpu::Cpu;
 use fused_lora::linear::{Adapter, Backend, BuffersMut, Gradients, LoraLinear, Magnitude, Scaling, Training};
@@ -408,8 +409,19 @@ fn what_is_not_computed_is_refused_by_name() {
     assert_eq!(dx_alone, Ok(()), "nothing else reads the bias");
 }
 
+/// The bits that every backend gives.
+fn row_factors<B: Backend, T: Element>(backend: &B) {
+    for placement in Placement::ALL {
+        rows_times_and_over::<B, T>(backend, &Spec { placement, ..Spec::new(2, 70, 129, 13) });
+        rows_times_and_over::<B, T>(backend, &Spec { placement, ..Spec::new(2, 3, 65, 40) });
+    }
+}
+
 #[test]
 fn the_cpu_computes_it() {
+    row_factors::<_, f32>(&Cpu);
+    row_factors::<_, bf16>(&Cpu);
+    row_factors::<_, f16>(&Cpu);
     computes::<_, f32>(&Cpu);
     computes::<_, bf16>(&Cpu);
     computes::<_, f16>(&Cpu);
@@ -449,6 +461,8 @@ mod emulated {
 
     #[test]
     fn the_kernels_compute_it() {
+        row_factors::<_, bf16>(&emulator(80));
+        row_factors::<_, f16>(&emulator(75));
         computes::<_, bf16>(&emulator(80));
         computes::<_, f16>(&emulator(90));
         merges::<_, bf16>(&emulator(80));

@@ -114,7 +114,8 @@ fn special_values<T: Element>(backend: &impl Backend) {
             }
             let before = op.clone();
             backend.forward(&mut op).expect("forward");
-            full::judge_forward(&before, &op).unwrap_or_else(|complaint| unreachable!("{value} at {place}: {complaint}"));
+            full::judge_forward(&before, &op)
+                .unwrap_or_else(|complaint| unreachable!("{value} at {place}: {complaint}"));
             let mut op = spec.backward_of::<T, f32>();
             match place {
                 0 => op.dy.set(3 + turn, 5, value),
@@ -123,7 +124,8 @@ fn special_values<T: Element>(backend: &impl Backend) {
             }
             let before = op.clone();
             backend.backward(&mut op).expect("backward");
-            full::judge_backward(&before, &op).unwrap_or_else(|complaint| unreachable!("{value} at {place}: {complaint}"));
+            full::judge_backward(&before, &op)
+                .unwrap_or_else(|complaint| unreachable!("{value} at {place}: {complaint}"));
         }
     }
 }
@@ -212,7 +214,15 @@ fn the_tax_is_two_points_more_at_most() {
     let device = Device::named("A100").expect("it is in the table");
     // q, k, v, o, gate, up, down of the models with 8 and with 70 billion parameters.
     let blocks = [(4096, 1024, 14336), (8192, 1024, 28672)].map(|(hidden, kv, inner)| {
-        [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), (inner, hidden), (inner, hidden), (hidden, inner)]
+        [
+            (hidden, hidden),
+            (kv, hidden),
+            (kv, hidden),
+            (hidden, hidden),
+            (inner, hidden),
+            (inner, hidden),
+            (hidden, inner),
+        ]
     });
     let predicted = |plan: Result<Plan, Error>| plan.expect("a plan").predicted_microseconds().expect("a prediction");
     for (block, r) in blocks.iter().flat_map(|block| [8, 16, 32].map(|r| (block, r))) {
@@ -266,7 +276,8 @@ fn what_is_refused() {
     assert_eq!(raw::Forward { f32_factors: true, ..ops::forward(Dtype::F16, none) }.check(), Ok(none));
     assert_eq!(raw::Forward { f32_factors: true, ..ops::forward(Dtype::F32, shape) }.check(), Ok(shape));
     let most = (fused_lora::MAX_DIMENSION / 3 / 8 * 8) as u64;
-    let large = raw::Forward { f32_factors: true, ..ops::forward(Dtype::F16, LoraShape { r: most as usize + 8, ..shape }) };
+    let large =
+        raw::Forward { f32_factors: true, ..ops::forward(Dtype::F16, LoraShape { r: most as usize + 8, ..shape }) };
     let error = Error::TooLarge { what: "R (rows of a) of f32 factors", got: most + 8, limit: most };
     assert_eq!(large.check(), Err(error));
 }

@@ -6,7 +6,7 @@ mod declare;
 mod lex;
 mod location;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::report::ParseError;
 use lex::{Token, error, literal, tokens};
@@ -29,6 +29,24 @@ pub(crate) enum Operand {
     Not(String),
     /// `a|b`: a value with a predicate.
     Pair(String, String),
+}
+
+impl Operand {
+    /// Adds the names in it.
+    fn names<'a>(&'a self, names: &mut HashSet<&'a str>) {
+        match self {
+            Operand::Literal(_) | Operand::Address { base: None, .. } => {}
+            Operand::Name(name) | Operand::Not(name) | Operand::Address { base: Some(name), .. } => {
+                names.insert(name);
+            }
+            Operand::Pair(a, b) => names.extend([a.as_str(), b]),
+            Operand::Vector(items) => items.iter().for_each(|item| item.names(names)),
+            Operand::Tensor { base, coords, .. } => {
+                names.insert(base);
+                coords.iter().for_each(|item| item.names(names));
+            }
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -78,7 +96,8 @@ pub(crate) struct Relocation {
     pub addend: i64,
 }
 
-/// A `.entry` or `.func` with its body; register names are unique within it (inner scopes are renamed).
+/// A `.entry` or `.func` with its body; register names are unique within it (inner scopes are renamed), and only those are kept
+/// that a statement names: of the ranges that nvcc declares it may use a twentieth.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Function {
     pub name: String,
@@ -143,8 +162,8 @@ struct Scope {
 const MOST_SCOPES: usize = 64;
 /// Deepest nesting of operands: `{a, b}` is 2.
 const MOST_OPERANDS: usize = 4;
-/// Most registers of one function.
-const MOST_REGISTERS: usize = u16::MAX as usize;
+/// Most registers that a function may declare; what it may use is less.
+const MOST_REGISTERS: usize = 1 << 18;
 
 struct Parser {
     tokens: Vec<Token>,

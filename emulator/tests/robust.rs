@@ -226,6 +226,18 @@ fn nothing_takes_memory_or_time_without_bound() {
     }
 }
 
+/// nvcc declares ranges of registers of which it uses a few.
+#[test]
+fn registers_that_nothing_names_do_not_count() {
+    let kernel =
+        |body: &str| format!(".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k()\n{{\n{body}\n}}");
+    let few = kernel(".reg .f32 %f<200000>; mov.f32 %f199999, 0f3f800000; ret;");
+    assert!(Module::parse(&few).is_ok());
+    let all: String = (0..70_000).map(|i| format!("mov.f32 %f{i}, 0f3f800000;")).collect();
+    let error = Module::parse(&kernel(&format!(".reg .f32 %f<200000>; {all} ret;"))).expect_err("too many are used");
+    assert!(error.to_string().contains("more than 65535 registers"), "{error}");
+}
+
 /// Each operand at its extremes.
 #[test]
 fn extreme_operands_do_not_panic() {

@@ -1,5 +1,5 @@
-// dx = dy W + dh A, da = dhᵀ x, db = dyᵀ h, dbias = Σ dy, with dh = scale · dy B, in one launch on Hopper; dx is the
-// sum over up to LORA_MAX_PROJECTIONS dy, w and b.
+// dx = dz W + dh A, da = dhᵀ x, db = dzᵀ h, dbias = Σ dy, with dh = scale · dz B and dz = gain ∘ dy, in one launch on
+// Hopper, and dm = Σ dy (y - bias) / magnitude; dx is the sum over up to LORA_MAX_PROJECTIONS dy, w and b.
 //
 // dy [M][N], w [N][K], a [R][K], b [N][R], x and dx [M][K], h and dh [M][R], da [R][K], db [N][R], row-major. Tickets:
 // bundles of dh units, dx units (over the N of all projections, then the ranks of all in dh), then db and da units.
@@ -50,7 +50,8 @@ class Backward : Operation<LoraSm90Backward> {
                                                  : routes().rows_of_alone(unit.token, unit.tokens, unit.n, columns);
       const uint32_t first_rank = is_db ? p_.projections[unit.at].first_rank : 0;
       producer.gradient(wide, narrow, unit.m, first_rank + unit.n, product ? columns : kSumsN, product, unit.token,
-                        picks, picks.steps(kBlockK, unit.tokens));
+                        picks, picks.steps(kBlockK, unit.tokens),
+                        with_dm(unit, is_db) ? &own_map(unit.at, LORA_SM90_BACKWARD_Y_TOKENS) : nullptr);
     }
   }
 
@@ -109,7 +110,12 @@ class Backward : Operation<LoraSm90Backward> {
     return goes_through(m, n, width()) ? (p_.projections[at].n + kBlockK - 1) / kBlockK : 0;
   }
 
-  // Without db its tiles only sum up dbias.
+  // Whether the tile sums up dy (y - bias) too.
+  __device__ __forceinline__ bool with_dm(const GradientUnit& unit, bool is_db) const {
+    return is_db && p_.projections[unit.at].magnitude.dm != 0 && unit.n == 0;
+  }
+
+  // Without db its tiles only sum up dbias and dm.
   __device__ __forceinline__ bool has_product(const GradientUnit& unit, bool is_db) const {
     return !is_db || p_.projections[unit.at].db.ptr != 0;
   }
@@ -131,6 +137,19 @@ class Backward : Operation<LoraSm90Backward> {
     return unit;
   }
 
+  // Makes a slab of dy one of dz, of columns from 64 i on.
+  __device__ __forceinline__ void gain_dy(const LoraSm90BackwardProjection& of, uint32_t slab, uint32_t i) const {
+    gain_slab<T>(reinterpret_cast<const float*>(of.gain), slab, i * kBlockK, of.n);
+  }
+
+  // The same at step `i` of dx, which goes through one projection after the other. One may have no gain.
+  __device__ __forceinline__ void gain_dy_of_all(uint32_t slab, uint32_t i) const {
+    uint32_t at = 0;
+#pragma unroll 1
+    for (uint32_t steps; i >= (steps = (p_.projections[at].n + kBlockK - 1) / kBlockK); ++at) i -= steps;
+    if (p_.projections[at].gain != 0) gain_dy(p_.projections[at], slab, i);
+  }
+
   template <int kN>
   __device__ __forceinline__ void dh(Consumer<Shape>& consumer, uint32_t m, uint32_t block) const {
     const uint32_t at = projection_at(block);
@@ -138,7 +157,13 @@ class Backward : Operation<LoraSm90Backward> {
     const uint32_t n = (block - projection.first_narrow) * kNarrowN;
     float acc[kN / 2];
     float no_sums[4];
-    consumer.template narrow<Narrow<kN, 0, 1, true, false>>(acc, no_sums, wanted(m, n, at));
+    using Kind = Narrow<kN, 0, 1, true, false>;
+    if (projection.gain != 0) {
+      consumer.template narrow_altered<Kind>(acc, wanted(m, n, at), [&](uint32_t slab, uint32_t i)
+                                                                        LORA_INLINE { gain_dy(projection, slab, i); });
+    } else {
+      consumer.template narrow<Kind>(acc, no_sums, wanted(m, n, at));
+    }
     store_narrow<Shape, kN>(
         acc, columns_from(p_.dh, projection.first_rank), m + consumer.slab() * kSlabM, n, p_.m, projection.r,
         [&](uint32_t) { return projection.scale; }, routes());
@@ -156,7 +181,8 @@ class Backward : Operation<LoraSm90Backward> {
       consumer.wide_kept(acc, p_.n_steps, tail,
                          [&](KeptBits<Shape::kBlockN>& kept, uint32_t i) LORA_INLINE { kept.draw(dropout, m, k, i); });
     } else {
-      consumer.template wide<1>(acc, p_.n_steps + tail / 4, tail % 4);
+      consumer.wide_altered(acc, (p_.flags & LORA_GAINED) != 0 ? p_.n_steps : 0, p_.n_steps + tail / 4, tail % 4,
+                            [&](uint32_t slab, uint32_t i) LORA_INLINE { gain_dy_of_all(slab, i); });
     }
     const bool accumulate = (p_.flags & LORA_ACCUMULATE_DX) != 0;
     store_wide<Shape>(consumer, acc, map(LORA_SM90_BACKWARD_DX), m, k, p_.m, p_.k,
@@ -174,10 +200,14 @@ class Backward : Operation<LoraSm90Backward> {
            (static_cast<uint64_t>(slab) * p_.chunks + chunk) * p_.partial_stride;
   }
 
+  // Of that the last 256 words, which no other gradient reaches: here threads read what others of the warpgroup left.
+  __device__ __forceinline__ uint32_t magnitude_offset() const { return p_.partial_stride - kWarpgroup / 32 * kSlabM; }
+
   __device__ __forceinline__ void gradient(Consumer<Shape>& consumer, const GradientUnit& unit, bool is_db) const {
     const LoraSm90BackwardProjection& projection = p_.projections[unit.at];
     const bool product = has_product(unit, is_db);
-    const bool with_sums = is_db && projection.dbias != 0 && unit.n == 0;
+    const bool magnitude = with_dm(unit, is_db);
+    const bool with_sums = magnitude || (is_db && projection.dbias != 0 && unit.n == 0);
     const uint32_t columns = gradient_width(is_db);
     const uint32_t slab = p_.chunks == 1 ? blockIdx.x * kSlabs + consumer.slab() : unit.slab + consumer.slab();
     float* const mine = partial(slab, unit.chunk);
@@ -195,11 +225,18 @@ class Backward : Operation<LoraSm90Backward> {
       });
     }
     if (p_.chunks > 1 && !arrive_last(consumer, place_, p_.sync, p_.counters + slab, p_.chunks)) return;
+    if (p_.chunks == 1 && magnitude) consumer.barrier();  // one thread reads what others have left
     const float* const first = partial(slab, 0);
     const uint32_t registers = (product ? columns : kSumsN) / 2;
     const uint32_t m = unit.m + consumer.slab() * kSlabM;
     if (product) {
       const GradientOut out = gradient_out(projection, is_db);
+      const float* const gain = is_db ? reinterpret_cast<const float*>(projection.gain) : nullptr;
+      const auto factor = [&](int half) {
+        const uint32_t row = m + Consumer<Shape>::row_of(half);
+        return gain != nullptr && row < projection.n ? gain[row] : 1.0f;
+      };
+      const float factors[2] = {factor(0), factor(1)};
 #pragma unroll 1
       for (uint32_t i = 0; i < registers; i += kAtOnce) {
         float sum[kAtOnce];
@@ -208,11 +245,13 @@ class Backward : Operation<LoraSm90Backward> {
         for (uint32_t j = 0; j < kAtOnce; ++j) {  // register 4 f + 2 half + e of fragment f
           if (i + j >= registers) continue;
           const uint32_t col = unit.n + Consumer<Shape>::col_of((i + j) / 4) + j % 2;
-          store_gradient<T>(out, m + Consumer<Shape>::row_of(j / 2 % 2), col, sum[j]);
+          const int half = j / 2 % 2;
+          store_gradient<T>(out, m + Consumer<Shape>::row_of(half), col, sum[j] * factors[half]);
         }
       }
     }
-    if (with_sums) {
+    if (magnitude) dm(projection, first + magnitude_offset(), m);
+    if (with_sums && projection.dbias != 0) {
       float sum[2];
       sum_partials(sum, first, p_.partial_stride, p_.chunks, registers, registers + 2);
       const GradientOut dbias = {projection.dbias,
@@ -231,6 +270,16 @@ class Backward : Operation<LoraSm90Backward> {
     }
   }
 
+  // The gradient of the magnitude, of a slab of columns of y from n on, from what the chunks have left.
+  __device__ __forceinline__ void dm(const LoraSm90BackwardProjection& of, const float* partial, uint32_t n) const {
+    const uint32_t column = threadIdx.x % kWarpgroup;
+    if (column >= kSlabM || n + column >= of.n) return;
+    const float sum = MagnitudeSums<T>::sum(partial, p_.partial_stride, p_.chunks, column);
+    const float magnitude = reinterpret_cast<const float*>(of.magnitude.magnitude)[n + column];
+    store(reinterpret_cast<float*>(of.magnitude.dm) + n + column, sum / magnitude,
+          (p_.flags & LORA_ACCUMULATE_DM) != 0);
+  }
+
   template <class Kind>
   __device__ __forceinline__ void multiply(Consumer<Shape>& consumer, const GradientUnit& unit, const Picks& picks,
                                            float* partial, bool drops) const {
@@ -245,6 +294,20 @@ class Backward : Operation<LoraSm90Backward> {
         const auto drop = [&](uint32_t slab, uint32_t block)
                               LORA_INLINE { drop_slab(dropout, slab, unit.token + picks.start(block, kBlockK), col); };
         consumer.template narrow_altered<Kind>(acc, blocks, drop);
+      }
+    }
+    if constexpr (Kind::kSums) {
+      if (with_dm(unit, true)) {
+        const LoraSm90BackwardProjection& of = p_.projections[unit.at];
+        MagnitudeSums<T> magnitude(of.magnitude, unit.m + consumer.slab() * kSlabM, of.n);
+        // With a gain there are no routes, so every block takes part.
+        const auto visit = [&](uint32_t dy, uint32_t y, uint32_t block)
+                               LORA_INLINE { magnitude.add(dy, y, unit.tokens - block * kBlockK); };
+        consumer.template narrow_beside<Kind>(acc, sums, blocks, visit);
+        consumer.barrier();  // what the tile before left in the same place was read
+        magnitude.store(partial + magnitude_offset());
+        store_partial<Kind>(partial, acc, sums);
+        return;
       }
     }
     if (!drops) consumer.template narrow<Kind>(acc, sums, blocks);

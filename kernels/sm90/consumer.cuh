@@ -4,6 +4,7 @@
 #include "../ptx/warpgroup.cuh"
 #include "../ptx/wgmma.cuh"
 #include "drop.cuh"
+#include "gain.cuh"
 #include "schedule.cuh"
 
 namespace lora::sm90 {
@@ -74,13 +75,22 @@ class Consumer {
   template <int kMnMajorB>
   __device__ __forceinline__ void wide(float (&acc)[kWideN / 2], uint32_t steps, uint32_t rest) {
     wide_step<kMnMajorB, 4, true>(acc);
+    wide_from<kMnMajorB>(acc, 1, steps, rest);
+  }
+
+  // The same for dx, where the first `altered` steps are altered, each while the products of the one before run;
+  // `alter` as for a narrow tile.
+  template <class Alter>
+  __device__ __forceinline__ void wide_altered(float (&acc)[kWideN / 2], uint32_t altered, uint32_t steps,
+                                               uint32_t rest, const Alter& alter) {
+    if (altered == 0) {
+      wide_step<1, 4, true>(acc);
+    } else {
+      wide_altered_step<true>(acc, 0, alter);
 #pragma unroll 1
-    for (uint32_t i = 1; i < steps; ++i) wide_step<kMnMajorB, 4, false>(acc);
-    if (rest == 1) wide_step<kMnMajorB, 1, false>(acc);
-    if (rest == 2) wide_step<kMnMajorB, 2, false>(acc);
-    if (rest == 3) wide_step<kMnMajorB, 3, false>(acc);
-    drain();
-    ptx::pin(acc);
+      for (uint32_t i = 1; i < altered; ++i) wide_altered_step<false>(acc, i, alter);
+    }
+    wide_from<1>(acc, max(altered, 1), steps, rest);
   }
 
   // A narrow tile over `blocks` blocks of 64; in `sums` the sums of A's rows.
@@ -153,22 +163,81 @@ class Consumer {
       // Products read what any thread wrote, and copies overwrite it later.
       ptx::fence_async_shared();
       barrier();
-      if (kPerStage > 1 && count < kPerStage) {
-        narrow_products<Kind, 1, false>(acc, no_sums, stage);
-      } else {
-        narrow_products<Kind, kPerStage, false>(acc, no_sums, stage);
-      }
+      narrow_counted<Kind>(acc, no_sums, stage, count);
     }
     drain();
     ptx::pin(acc);
   }
 
+  // A narrow tile with sums whose stages come in pairs: operands, and then 128 columns that lie as A does.
+  // `visit(slab, beside, i)` is called for this warpgroup's slabs of both in block i, while they are multiplied.
+  template <class Kind, class Visit>
+  __device__ __forceinline__ void narrow_beside(float (&acc)[Kind::kN / 2], float (&sums)[4], uint32_t blocks,
+                                                const Visit& visit) {
+    constexpr uint32_t kPerStage = narrow_blocks<Shape>(Kind::kN);
+    static_assert(kPerStage * kBytesA <= Shape::kStageBytes, "a stage holds what is beside A");
+    const uint32_t slab = slab_ * kSlabBytes;
+#pragma unroll
+    for (float& value : acc) value = 0.0f;
+#pragma unroll
+    for (float& value : sums) value = 0.0f;
+#pragma unroll 1
+    for (uint32_t done = 0; done < blocks; done += kPerStage) {
+      const uint32_t count = min(kPerStage, blocks - done);
+      const uint32_t stage = begin();
+      held_ = ring_.empty();
+      ring_.advance();
+      const uint32_t beside = begin();
+#pragma unroll 1
+      for (uint32_t i = 0; i < count; ++i) {
+        const uint32_t block = stage + i * (kBytesA + Kind::kN * kRowBytes);
+        ptx::wgmma_fence();
+        narrow_block<Kind, false>(acc, sums, block);
+        ptx::wgmma_commit();
+        visit(block + slab, beside + i * kBytesA + slab, done + i);
+      }
+      __syncwarp();  // every lane has read before one says so
+      drain();
+      held_ = ring_.empty();
+      let_go();
+      ring_.advance();
+    }
+    if (Kind::kProduct) ptx::pin(acc);
+    ptx::pin(sums);
+  }
+
  private:
   template <int kMnMajorB, uint32_t kCount, bool kFirst>
   __device__ __forceinline__ void wide_step(float (&acc)[kWideN / 2]) {
+    wide_products<kMnMajorB, kCount, kFirst>(acc, begin());
+  }
+
+  template <bool kFirst, class Alter>
+  __device__ __forceinline__ void wide_altered_step(float (&acc)[kWideN / 2], uint32_t i, const Alter& alter) {
+    const uint32_t stage = begin();
+    alter(stage + slab_ * kSlabBytes, i);
+    // As in a narrow tile.
+    ptx::fence_async_shared();
+    barrier();
+    wide_products<1, 4, kFirst>(acc, stage);
+  }
+
+  // A main tile from step `first` on.
+  template <int kMnMajorB>
+  __device__ __forceinline__ void wide_from(float (&acc)[kWideN / 2], uint32_t first, uint32_t steps, uint32_t rest) {
+#pragma unroll 1
+    for (uint32_t i = first; i < steps; ++i) wide_step<kMnMajorB, 4, false>(acc);
+    if (rest == 1) wide_step<kMnMajorB, 1, false>(acc);
+    if (rest == 2) wide_step<kMnMajorB, 2, false>(acc);
+    if (rest == 3) wide_step<kMnMajorB, 3, false>(acc);
+    drain();
+    ptx::pin(acc);
+  }
+
+  template <int kMnMajorB, uint32_t kCount, bool kFirst>
+  __device__ __forceinline__ void wide_products(float (&acc)[kWideN / 2], uint32_t stage) {
     using Mma = ptx::Wgmma<T, kWideN, 0, kMnMajorB>;
     constexpr uint32_t kStepB = kMnMajorB ? kStepMn<64> : kStepK;
-    const uint32_t stage = begin();
     const uint64_t a = k_major(stage + slab_ * kSlabBytes);
     const uint64_t b = kMnMajorB ? mn_major<64>(stage + kBytesA) : k_major(stage + kBytesA);
     ptx::wgmma_fence();
@@ -225,6 +294,18 @@ class Consumer {
   template <class Kind, uint32_t kCount, bool kFirst>
   __device__ __forceinline__ void narrow_step(float (&acc)[Kind::kN / 2], float (&sums)[4]) {
     narrow_products<Kind, kCount, kFirst>(acc, sums, begin());
+  }
+
+  // The products of the `count` blocks of a stage, added to what there is.
+  template <class Kind>
+  __device__ __forceinline__ void narrow_counted(float (&acc)[Kind::kN / 2], float (&sums)[4], uint32_t stage,
+                                                 uint32_t count) {
+    constexpr uint32_t kPerStage = narrow_blocks<Shape>(Kind::kN);
+    if (kPerStage > 1 && count < kPerStage) {
+      narrow_products<Kind, 1, false>(acc, sums, stage);
+    } else {
+      narrow_products<Kind, kPerStage, false>(acc, sums, stage);
+    }
   }
 
   template <class Kind, uint32_t kCount, bool kFirst>

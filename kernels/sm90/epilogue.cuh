@@ -7,6 +7,23 @@
 
 namespace lora::sm90 {
 
+// Multiplies the columns of a slab of y, from n on, by the gain.
+template <class Shape>
+__device__ __forceinline__ void gain_columns(float (&acc)[Shape::kBlockN / 2], const float* gain, uint32_t n,
+                                             uint32_t cols) {
+#pragma unroll
+  for (uint32_t j = 0; j < Shape::kBlockN / 8; ++j) {
+    const uint32_t col = n + Consumer<Shape>::col_of(j);
+    if (col >= cols) return;
+    const float2 factors = *reinterpret_cast<const float2*>(gain + col);
+#pragma unroll
+    for (uint32_t half = 0; half < 2; ++half) {
+      acc[4 * j + 2 * half] *= factors.x;
+      acc[4 * j + 2 * half + 1] *= factors.y;
+    }
+  }
+}
+
 // A slab of y or dx at (m, n), through boxes of 64 columns in shared memory. The stores are left in flight: they
 // overlap with the next tile, and a box is written again only when its store has read it.
 template <class Shape, class Adjust>

@@ -1,5 +1,5 @@
-// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ, in one launch on Hopper, for up to LORA_MAX_PROJECTIONS w, b and y of one
-// x.
+// y = gain ∘ (x Wᵀ + h Bᵀ) (+ bias), h = scale · x Aᵀ, in one launch on Hopper, for up to LORA_MAX_PROJECTIONS w, b and
+// y of one x.
 //
 // x [M][K], w [N][K], a [R][K], b [N][R], h [M][R], y [M][N], row-major, fp16 or bf16, f32 accumulation. Tickets:
 // bundles of h units (128 rows x up to 128 ranks of all projections per CTA, full K), then y units, whose last steps
@@ -53,8 +53,9 @@ class Forward : Operation<LoraSm90Forward> {
     float acc[Shape::kBlockN / 2];
     const uint32_t tail = ranks_read(row_of(block.row), projection.r).steps(16, projection.r);
     consumer.template wide<0>(acc, k_steps() + tail / 4, tail % 4);
-    const T* const bias = reinterpret_cast<const T*>(projection.bias);
     const uint32_t columns = projection.n;
+    if (projection.gain != 0) gain_columns<Shape>(acc, reinterpret_cast<const float*>(projection.gain), n, columns);
+    const T* const bias = reinterpret_cast<const T*>(projection.bias);
     store_wide<Shape>(consumer, acc, own_map(at, LORA_SM90_FORWARD_Y), m, n, p_.m, columns,
                       [&](float low, float high, uint32_t, uint32_t col) {
                         if (bias == nullptr || col >= columns) return make_float2(low, high);

@@ -53,24 +53,31 @@ class Producer {
             load_columns(smem + kBytesA, b, n, width, k);
           }
         },
-        width, everything(0));
+        width, everything(0), [](uint32_t, uint32_t) {});
   }
 
   // A tile of db or daᵀ: kBlockM columns of `a` from m on, `width` columns of `b` from n on (room for them
-  // without `with_b`), over `blocks` blocks of 64 tokens, of those that take part from `token` on.
+  // without `with_b`), over `blocks` blocks of 64 tokens, of those that take part from `token` on. `beside`, unless
+  // null: the same columns and tokens of it follow, in a stage of their own.
   __device__ __forceinline__ void gradient(const LoraTensorMap& a, const LoraTensorMap& b, uint32_t m, uint32_t n,
                                            uint32_t width, bool with_b, uint32_t token, const Picks& picks,
-                                           uint32_t blocks) {
+                                           uint32_t blocks, const LoraTensorMap* beside) {
     for_each_block(
         blocks, kBytesA + (with_b ? width * kRowBytes : 0),
         [&](uint32_t smem, uint32_t start) {
           const uint32_t k = token + start;
-          for (uint32_t slab = 0; slab < kSlabs; ++slab) {
-            ptx::load_box(smem + slab * kSlabBytes, a, ring_.full(), m + slab * kSlabM, k);
-          }
+          load_columns(smem, a, m, kBlockM, k);
           if (with_b) load_columns(smem + kBytesA, b, n, width, k);
         },
-        width, picks);
+        width, picks,
+        [&](uint32_t done, uint32_t count) {
+          if (beside == nullptr) return;
+          const uint32_t stage = begin(count * kBytesA);
+          for (uint32_t i = 0; i < count; ++i) {
+            load_columns(stage + i * kBytesA, *beside, m, kBlockM, token + picks.start(done + i, kBlockK));
+          }
+          ring_.advance();
+        });
   }
 
  private:
@@ -97,9 +104,10 @@ class Producer {
     }
   }
 
-  template <class Load>
+  // A stage for every few blocks: `load` copies one, `then` does what follows a stage.
+  template <class Load, class Then>
   __device__ __forceinline__ void for_each_block(uint32_t blocks, uint32_t block_bytes, const Load& load,
-                                                 uint32_t width, const Picks& picks) {
+                                                 uint32_t width, const Picks& picks, const Then& then) {
     const uint32_t per_stage = narrow_blocks<Shape>(width);
 #pragma unroll 1
     for (uint32_t done = 0; done < blocks; done += per_stage) {
@@ -109,6 +117,7 @@ class Producer {
         load(stage + i * (kBytesA + width * kRowBytes), picks.start(done + i, kBlockK));
       }
       ring_.advance();
+      then(done, count);
     }
   }
 

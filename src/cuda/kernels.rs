@@ -124,7 +124,11 @@ impl Kernels {
     ///
     /// # Errors
     /// As [`forward`](Self::forward), less what concerns the workspace.
-    pub fn plan_forward<T: Element, A: Element>(&self, stream: &CudaStream, op: &mut Forward<'_, T, A>) -> Result<Plan> {
+    pub fn plan_forward<T: Element, A: Element>(
+        &self,
+        stream: &CudaStream,
+        op: &mut Forward<'_, T, A>,
+    ) -> Result<Plan> {
         self.plan_forward_shared(stream, &mut lent::forward(op))
     }
 
@@ -132,7 +136,11 @@ impl Kernels {
     ///
     /// # Errors
     /// As [`forward_shared`](Self::forward_shared), less what concerns the workspace.
-    pub fn plan_forward_shared<T: Element, A: Element>(&self, stream: &CudaStream, op: &mut ForwardShared<'_, T, A>) -> Result<Plan> {
+    pub fn plan_forward_shared<T: Element, A: Element>(
+        &self,
+        stream: &CudaStream,
+        op: &mut ForwardShared<'_, T, A>,
+    ) -> Result<Plan> {
         let mut access = Access::new(self.context(), stream)?;
         let op = access.forward(op)?;
         access.judge(Plan::forward_shared_with(&op, self.device(), self.options))
@@ -142,7 +150,11 @@ impl Kernels {
     ///
     /// # Errors
     /// As [`backward`](Self::backward), less what concerns the workspace.
-    pub fn plan_backward<T: Element, A: Element>(&self, stream: &CudaStream, op: &mut Backward<'_, T, A>) -> Result<Plan> {
+    pub fn plan_backward<T: Element, A: Element>(
+        &self,
+        stream: &CudaStream,
+        op: &mut Backward<'_, T, A>,
+    ) -> Result<Plan> {
         self.plan_backward_shared(stream, &mut lent::backward(op))
     }
 

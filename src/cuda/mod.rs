@@ -106,8 +106,13 @@ pub type Backward<'a, T, A = T> = crate::Backward<
     dyn DevicePtr<A> + 'a,
 >;
 /// [`crate::ForwardProjection`] over device memory.
-pub type ForwardProjection<'a, T, A = T> =
-    crate::ForwardProjection<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtr<f32> + 'a, dyn DevicePtr<A> + 'a>;
+pub type ForwardProjection<'a, T, A = T> = crate::ForwardProjection<
+    'a,
+    dyn DevicePtr<T> + 'a,
+    dyn DevicePtrMut<T> + 'a,
+    dyn DevicePtr<f32> + 'a,
+    dyn DevicePtr<A> + 'a,
+>;
 /// [`crate::ForwardShared`] over device memory.
 pub type ForwardShared<'a, T, A = T> = crate::ForwardShared<
     'a,

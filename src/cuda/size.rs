@@ -235,8 +235,10 @@ mod tests {
                     let plan = Plan::backward(&op, &device).expect("a plan");
                     assert!(plan.workspace_bytes() <= backward_bound, "{}", plan.explain());
                 }
-                let gain = Some(wide(12, 1, n));
-                let (y, magnitude, dm) = (at(6, m, n), wide(13, 1, n), wide(14, 1, n));
+                // Vectors of f32 lie at multiples of their element.
+                let vector = |index: u64| raw::Matrix::new((index << 40) + case % 2 * 4, 1, n);
+                let gain = Some(vector(12));
+                let (y, magnitude, dm) = (at(6, m, n), vector(13), vector(14));
                 let dm = Some(raw::MagnitudeGradient { y, bias: None, magnitude, dm });
                 let op = raw::Backward { dm, variant: raw::Variant { gain, ..raw::Variant::default() }, ..op };
                 let plan = Plan::backward(&op, &device).expect("a plan");
@@ -304,13 +306,26 @@ mod tests {
                     let (forwards, backwards): (Vec<_>, Vec<_>) = parts.iter().map(own).unzip();
                     let (dtype, dropout, routes) = (Dtype::F16, None, None);
                     let projections = raw::Projections::new(&forwards).expect("one to four");
-                    let op = raw::ForwardShared { dtype, x, f32_factors: false, a, h: None, projections, dropout, routes };
+                    let op =
+                        raw::ForwardShared { dtype, x, f32_factors: false, a, h: None, projections, dropout, routes };
                     let plan = Plan::forward_shared(&op, &device).expect("a plan");
                     assert!(plan.workspace_bytes() <= reserved, "{}", plan.explain());
                     let projections = raw::Projections::new(&backwards).expect("one to four");
                     let (dx, da) = (wants(0).then(|| matrix(m, k)), gradient(wants(1), matrix(r, k)));
                     let (x, h, accumulate) = (Some(x), Some(h), Accumulate::default());
-                    let op = raw::BackwardShared { dtype, f32_factors: false, a, x, h, dx, da, projections, accumulate, dropout, routes };
+                    let op = raw::BackwardShared {
+                        dtype,
+                        f32_factors: false,
+                        a,
+                        x,
+                        h,
+                        dx,
+                        da,
+                        projections,
+                        accumulate,
+                        dropout,
+                        routes,
+                    };
                     if outputs != 0 {
                         let plan = Plan::backward_shared(&op, &device).expect("a plan");
                         assert!(plan.workspace_bytes() <= reserved, "{}", plan.explain());

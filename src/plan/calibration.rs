@@ -69,6 +69,10 @@ pub(super) struct Sm90 {
     /// Clocks per column that it adds to a step of dx that reads dh: two instructions for each of 32 registers of 64 columns,
     /// again twice, and about as long until products are done. Reckoned, not measured.
     pub drop_column: f64,
+    /// Clocks of shared memory that a gain takes of a step of 64 that reads dy, beside what the products read: the 16 KiB of dy
+    /// are read and written, 128 bytes per clock. Its instructions, some 100 of each of the two warps of a scheduler, are fewer.
+    /// Reckoned, not measured.
+    pub gain: f64,
     /// Microseconds of a launch before the first and after the last step. Not measured.
     pub launch: f64,
 }
@@ -91,5 +95,6 @@ pub(super) const SM90: Sm90 = Sm90 {
     unit: 2000.0,
     drop: 600.0,
     drop_column: 4.0,
+    gain: 256.0,
     launch: 4.0,
 };

@@ -85,6 +85,9 @@ impl Plan {
                 "  routes     each row of x through its own ranks; the predicted time counts all ranks for all rows, the floor none"
             );
         }
+        if self.is_gained() {
+            line!(out, "  gain       of the columns of y (DoRA); {}", self.cost_of_gain());
+        }
         line!(
             out,
             "  workspace  {} bytes: {SYNC_BYTES} of synchronisation words, {} of scratch",
@@ -128,6 +131,25 @@ impl Plan {
             Params::Sm90Forward(p) => p.dropout,
             Params::Sm90Backward(p) => p.dropout,
             Params::Merge(_) | Params::Round(_) | Params::Gain(_) => LoraDropout::default(),
+        }
+    }
+
+    fn is_gained(&self) -> bool {
+        match &self.launch.params {
+            Params::Forward(p) => p.projections.iter().any(|of| of.gain != 0),
+            Params::Backward(p) => p.projections.iter().any(|of| of.gain != 0),
+            Params::Sm90Forward(p) => p.projections.iter().any(|of| of.gain != 0),
+            Params::Sm90Backward(p) => p.projections.iter().any(|of| of.gain != 0),
+            Params::Merge(_) | Params::Round(_) | Params::Gain(_) => false,
+        }
+    }
+
+    fn cost_of_gain(&self) -> String {
+        match &self.launch.params {
+            Params::Sm90Backward(_) => {
+                format!("reckoned, not measured: {} clocks of shared memory a step that reads dy by rows", SM90.gain)
+            }
+            _ => "no predicted time counts it".to_owned(),
         }
     }
 

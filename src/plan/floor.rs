@@ -42,7 +42,8 @@ impl Floor {
             let (n, r) = (of.w.rows as f64, counted(of.b.cols as f64));
             let bias = if of.bias.is_some() { n } else { 0.0 };
             floor.flops += 2.0 * m * (n * k + n * r);
-            floor.bytes += (n * k + m * n + bias) * size + n * r * factor + if of.gain.is_some() { 4.0 * n } else { 0.0 };
+            floor.bytes +=
+                (n * k + m * n + bias) * size + n * r * factor + if of.gain.is_some() { 4.0 * n } else { 0.0 };
         }
         floor
     }
@@ -60,8 +61,7 @@ impl Floor {
         let r = counted(rank);
         let mut macs = when(dx, m * r * k) + when(da, m * r * k);
         let factor = if op.is_split() { 4.0 } else { size };
-        let mut read = when(da, m * k)
-            + when(dx, m * k * if op.accumulate.dx { 2.0 } else { 1.0 });
+        let mut read = when(da, m * k) + when(dx, m * k * if op.accumulate.dx { 2.0 } else { 1.0 });
         let mut others = gradient(op.da, op.accumulate.da, rank * k) + when(dx, r * k * factor);
         for of in op.projections.iter() {
             let (n, rank) = (of.w.rows as f64, of.b.cols as f64);

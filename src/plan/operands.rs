@@ -18,6 +18,7 @@ pub(super) struct Own {
     pub db: bool,
     /// dbias or dm: they ride on the db tiles of the first block of ranks, which therefore exist even without db.
     pub sums: bool,
+    pub dm: bool,
 }
 
 impl Own {
@@ -31,10 +32,16 @@ impl Wanted {
     pub(super) fn of(op: &raw::BackwardShared) -> Wanted {
         let has_adapter = op.a.rows != 0;
         let (dx, da) = (op.dx.is_some(), op.da.is_some() && has_adapter);
-        let own = op
-            .projections
-            .map(|of| Own { db: of.db.is_some() && of.b.cols != 0, sums: of.dbias.is_some() || of.dm.is_some() });
+        let own = op.projections.map(|of| Own {
+            db: of.db.is_some() && of.b.cols != 0,
+            sums: of.dbias.is_some() || of.dm.is_some(),
+            dm: of.dm.is_some(),
+        });
         Wanted { dh: has_adapter && (dx || da), dx, da, own }
+    }
+
+    pub(super) fn any_dm(&self) -> bool {
+        self.own.iter().any(|own| own.dm)
     }
 
     pub(super) fn any_db(&self) -> bool {
@@ -72,8 +79,19 @@ pub(super) fn read_by_backward(op: &raw::BackwardShared) -> Named {
     let w = each(all, "w", |of| op.dx.map(|_| of.w));
     let whole = !op.is_split();
     let b = each(all, "b", |of| Some(of.b).filter(|_| wanted.dh && whole));
-    let (a, x, h) = (op.dx.map(|_| op.a).filter(|_| whole), op.x.filter(|_| wanted.da), op.h.filter(|_| wanted.any_db()));
+    let (a, x, h) =
+        (op.dx.map(|_| op.a).filter(|_| whole), op.x.filter(|_| wanted.da), op.h.filter(|_| wanted.any_db()));
     dy.into_iter().chain(w).chain([("a", a)]).chain(b).chain([("x", x), ("h", h)]).collect()
+}
+
+/// The y that DoRA's gradients of the magnitude are computed from.
+pub(super) fn results_of_dora(op: &raw::BackwardShared) -> Named {
+    each(&op.projections, "y", |of| of.dm.map(|dm| dm.y))
+}
+
+/// DoRA's gains of a call.
+pub(super) fn gains<P>(all: &[P], gain: impl Fn(&P) -> Option<raw::Matrix>) -> Named {
+    each(all, "gain", gain)
 }
 
 /// The columns of h or dh that are the ranks of one projection.

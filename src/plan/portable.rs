@@ -166,8 +166,8 @@ pub(super) fn backward(
 
     let mut scratch = Scratch::new();
     // Of halves dx reads triples; of pairs there is a place of their own.
-    let dh = (wanted.dh && (wanted.dx || !op.is_split()))
-        .then(|| scratch.reserve_middle(m, ranks.triples(r), op.dtype));
+    let dh =
+        (wanted.dh && (wanted.dx || !op.is_split())).then(|| scratch.reserve_middle(m, ranks.triples(r), op.dtype));
     if chunks.count > 1 {
         scratch.partials = Some(scratch.reserve(chunks.bytes(gradient_tiles)));
     }

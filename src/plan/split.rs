@@ -137,11 +137,7 @@ pub(super) fn backward(
 #[cfg(feature = "cuda")]
 pub(super) fn reserve_most(scratch: &mut Scratch, shape: LoraShape) {
     let LoraShape { m, n, k, r } = shape;
-    for (rows, cols) in [
-        (split_ranks(r), k),
-        (n, split_ranks(r)),
-        (m, split_columns(r)),
-    ] {
+    for (rows, cols) in [(split_ranks(r), k), (n, split_ranks(r)), (m, split_columns(r))] {
         reserve(scratch, rows, cols);
     }
 }

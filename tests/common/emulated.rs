@@ -67,8 +67,9 @@ impl Layers {
                 let mut after = before.clone();
                 let run = emulator.backward(after.views()).map_err(said)?;
                 check::judge_backward(&before, &after, spec.values)?;
-                let HostBackward { dx, da, db, dbias, .. } = after;
-                Ok((format!("{:?}{da:?}{db:?}{dbias:?}", dx.map(|dx| dx.data)), run))
+                let HostBackward { dx, da, db, dbias, magnitude, .. } = after;
+                let dm = magnitude.map(|magnitude| magnitude.dm.data);
+                Ok((format!("{:?}{da:?}{db:?}{dbias:?}{dm:?}", dx.map(|dx| dx.data)), run))
             }
             Self::Split(spec) => {
                 let before = spec.backward_of::<T, f32>();

@@ -172,7 +172,8 @@ pub fn judge_forward<T: Element>(before: &HostForward<T, f32>, after: &HostForwa
     let (truth_h, truth_y) = reference::forward(&inputs);
     let magnitudes = inputs.magnitudes();
     let (size_h, size_y) = reference::forward(&magnitudes);
-    let most = magnitudes.keep.as_ref().map_or(1.0, |keep| keep.data.iter().fold(0.0f64, |most, &factor| most.max(factor)));
+    let most =
+        magnitudes.keep.as_ref().map_or(1.0, |keep| keep.data.iter().fold(0.0f64, |most, &factor| most.max(factor)));
     let (relative, absolute) = of_middle(halves, &magnitudes.x, magnitudes.scale * most, k);
     if let (Some(before), Some(after)) = (h, &after.h) {
         let bound = Mat::from_fn(m, r, |i, j| relative * size_h.at(i, j) + absolute[i]);
@@ -217,8 +218,10 @@ fn backward_bounds<T: Element>(op: &HostBackward<T, f32>) -> Result<([Bound; 4],
     let halves = Halves::of(T::DTYPE);
     let (truth, magnitudes) = (reference::backward(&inputs, &h), inputs.magnitudes());
     let size = reference::backward(&magnitudes, &h.map(f64::abs));
-    let most = magnitudes.keep.as_ref().map_or(1.0, |keep| keep.data.iter().fold(0.0f64, |most, &factor| most.max(factor)));
-    let gained = |i: usize, j: usize| magnitudes.gain.as_ref().map_or(1.0, |gain| gain.at(0, j)) * magnitudes.dy.at(i, j);
+    let most =
+        magnitudes.keep.as_ref().map_or(1.0, |keep| keep.data.iter().fold(0.0f64, |most, &factor| most.max(factor)));
+    let gained =
+        |i: usize, j: usize| magnitudes.gain.as_ref().map_or(1.0, |gain| gain.at(0, j)) * magnitudes.dy.at(i, j);
     let dz = Mat::from_fn(m, n, gained);
     // With a gain dz is rounded to the storage type.
     let of_dz = if gain.is_some() { halves.roundoff } else { 0.0 };

@@ -181,7 +181,11 @@ impl Gpu {
     }
 
     /// Writes the outputs back into `op`, whole.
-    pub fn download_backward<T: Element, A: Element>(&self, device: &DeviceBackward<T, A>, op: &mut HostBackward<T, A>) {
+    pub fn download_backward<T: Element, A: Element>(
+        &self,
+        device: &DeviceBackward<T, A>,
+        op: &mut HostBackward<T, A>,
+    ) {
         if let (Some(device), Some(dx)) = (&device.dx, &mut op.dx) {
             self.download(device, dx);
         }

@@ -34,6 +34,7 @@ const SCHEDULE: &str = "sm90/schedule.cuh";
 const PRODUCER: &str = "sm90/producer.cuh";
 const CONSUMER: &str = "sm90/consumer.cuh";
 const DROP: &str = "sm90/drop.cuh";
+const GAIN: &str = "sm90/gain.cuh";
 const EPILOGUE: &str = "sm90/epilogue.cuh";
 const ROLES: &str = "sm90/roles.cuh";
 const PROJECTIONS: &str = "projections.cuh";
@@ -201,7 +202,7 @@ pub const DEFECTS: &[Defect] = defects! {
     BACKWARD Sm90N128 "dbias written by all lanes":
         (BACKWARD_CU "if (threadIdx.x % 4 == 0) store_gradient" => "store_gradient");
     BACKWARD Sm90N128 "dbias in every block of ranks":
-        (BACKWARD_CU "with_sums = is_db && projection.dbias != 0 && unit.n == 0" => "with_sums = is_db && projection.dbias != 0");
+        (BACKWARD_CU "magnitude || (is_db && projection.dbias != 0 && unit.n == 0)" => "magnitude || (is_db && projection.dbias != 0)");
     BACKWARD Sm90N128 "partial sums counted before they are written":
         (EPILOGUE "  consumer.barrier();  // and all have read the slot of the time before\n" => "");
     BACKWARD Sm90N128 "the count read before it is there":
@@ -311,6 +312,45 @@ pub const DEFECTS: &[Defect] = defects! {
         (BACKWARD_CU "wait_for_block(flags(p_.dh_blocks)" => "wait_for_block(flags(p_.dh_blocks - 1)");
     BACKWARD Sm90N128 "da waits for dh of all blocks of ranks but one":
         (BACKWARD_CU "wait_for_blocks(flags(p_.dh_blocks)" => "wait_for_blocks(flags(p_.dh_blocks - 1)");
+    // DoRA.
+    FORWARD Sm90N128 "the gain of the wrong column":
+        (EPILOGUE "half + 1] *= factors.y" => "half + 1] *= factors.x");
+    FORWARD Sm90N128 "the gain past the end":
+        (EPILOGUE "    if (col >= cols) return;\n" => "");
+    BACKWARD Sm90N128 "products of dy without a fence after the gain":
+        (CONSUMER "    ptx::fence_async_shared();\n    barrier();" => "    barrier();");
+    BACKWARD Sm90N128 "products of dy before all has its gain":
+        (CONSUMER "    ptx::fence_async_shared();\n    barrier();" => "    ptx::fence_async_shared();");
+    BACKWARD Sm90N128 "dy waited for by nobody before its gain":
+        (CONSUMER "const uint32_t stage = begin();\n    alter" => "const uint32_t stage = ring_.data();\n    alter");
+    BACKWARD Sm90N128 "the gain for the other slab":
+        (CONSUMER "alter(stage + slab_ * kSlabBytes, i);" => "alter(stage + (slab_ ^ 1) * kSlabBytes, i);");
+    BACKWARD Sm90N192 "the gain for dh in the tail too":
+        (BACKWARD_CU "!= 0 ? p_.n_steps : 0," => "!= 0 ? p_.n_steps + tail / 4 : 0,");
+    BACKWARD Sm90N128 "the gain without the swizzle":
+        (GAIN "((col / 8) ^ row % 8) * 16" => "(col / 8) * 16");
+    BACKWARD Sm90N128 "the gain past the end, backward":
+        (GAIN "  if (col >= cols) return;\n" => "");
+    BACKWARD Sm90N128 "db without its gain":
+        (BACKWARD_CU "row < projection.n ? gain[row] : 1.0f" => "1.0f");
+    BACKWARD Sm90N128 "y waited for by nobody":
+        (CONSUMER "const uint32_t beside = begin();" => "const uint32_t beside = ring_.data();");
+    BACKWARD Sm90N128 "dy and y let go before every lane has read them":
+        (CONSUMER "      __syncwarp();  // every lane has read before one says so\n" => "");
+    BACKWARD Sm90N128 "the stage of dy let go before its products are done":
+        (CONSUMER "      drain();\n      held_ = ring_.empty();" => "      let_go();\n      held_ = ring_.empty();");
+    BACKWARD Sm90N192 "y of the first block for both":
+        (CONSUMER "beside + i * kBytesA + slab" => "beside + slab");
+    BACKWARD Sm90N128 "the stage of y not expected by the consumers":
+        (BACKWARD_CU "if (with_dm(unit, true)) {" => "if (with_dm(unit, true) && unit.tokens > kBlockK) {");
+    BACKWARD Sm90N128 "dm in every block of ranks":
+        (BACKWARD_CU ".magnitude.dm != 0 && unit.n == 0" => ".magnitude.dm != 0");
+    BACKWARD Sm90N128 "the sums of dm read before they are there":
+        (BACKWARD_CU "    if (p_.chunks == 1 && magnitude) consumer.barrier();  // one thread reads what others have left\n" => "");
+    BACKWARD Sm90N128 "the sums of dm left where they are still read":
+        (BACKWARD_CU "        consumer.barrier();  // what the tile before left in the same place was read\n" => "");
+    BACKWARD Sm90N128 "dm without the last warp":
+        (GAIN "warp < kWarpgroup / 32; ++warp" => "warp < kWarpgroup / 32 - 1; ++warp");
     // Instructions that have a stronger relative.
     FORWARD Sm90N128 "the cluster does not release at the end":
         (MBARRIER "barrier.cluster.arrive.release.aligned" => "barrier.cluster.arrive.relaxed.aligned");

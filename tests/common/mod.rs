@@ -13,9 +13,9 @@ pub mod data;
 pub mod emulated;
 pub mod every;
 pub mod factors;
+pub mod full;
 #[cfg(feature = "peft")]
 pub mod fuzz_peft;
-pub mod full;
 pub mod fuzz_plan;
 pub mod golden;
 #[cfg(feature = "cuda")]
@@ -30,6 +30,7 @@ pub mod peft;
 #[cfg(feature = "cuda")]
 pub mod portable_defects;
 pub mod raw;
+pub mod row_factors;
 pub mod shared;
 
 use std::io::Write;

@@ -123,7 +123,19 @@ pub fn backward_shared(dtype: Dtype, m: usize, k: usize, parts: &[(usize, usize)
     let projections: Vec<_> = parts.iter().map(projection).collect();
     let projections = raw::Projections::new(&projections).expect("one to four");
     let accumulate = Accumulate::default();
-    raw::BackwardShared { dtype, f32_factors: false, a, x, h, dx, da, projections, accumulate, dropout: None, routes: None }
+    raw::BackwardShared {
+        dtype,
+        f32_factors: false,
+        a,
+        x,
+        h,
+        dx,
+        da,
+        projections,
+        accumulate,
+        dropout: None,
+        routes: None,
+    }
 }
 
 /// With W elsewhere, and factors in f32 or the storage type.

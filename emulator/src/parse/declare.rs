@@ -1,5 +1,7 @@
 //! Declarations: functions with their parameters, variables with what they hold at first.
 
+use std::collections::HashSet;
+
 use super::lex::{error, literal};
 use super::{Function, Global, Param, Parser, Relocation, Scope, Variable};
 use crate::report::ParseError;
@@ -286,6 +288,12 @@ impl Parser {
             while !scopes.is_empty() {
                 self.body_item(&mut function, &mut scopes)?;
             }
+            let mut named = HashSet::new();
+            for statement in &function.body {
+                named.extend(statement.guard.iter().map(|(name, _)| name.as_str()));
+                statement.operands.iter().for_each(|operand| operand.names(&mut named));
+            }
+            function.registers.retain(|name, _| named.contains(name.as_str()));
         }
         // A definition takes the place of its declaration.
         if let Some(at) = self.source.functions.iter().position(|other| other.name == function.name) {

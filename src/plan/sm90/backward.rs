@@ -3,11 +3,11 @@
 use super::chunks::{self, Chunks};
 use super::maps::Maps;
 use super::middle::{Middle, Ran};
-use super::model::{Machine, microseconds};
+use super::model::{Alters, Machine, microseconds};
 use super::{Choice, Tile, candidates, check_tickets, ctas, groups, narrow_columns, shortest};
 use crate::error::Result;
 use crate::params::*;
-use crate::plan::operands::{Wanted, gradient, magnitude, optional, read_by_backward};
+use crate::plan::operands::{Wanted, gradient, magnitude, optional, read_by_backward, results_of_dora};
 use crate::plan::{
     Device, Draft, Options, Part, Scratch, TensorMap, blocks, each, flags, gradient_flags, numbered, projection_flags,
 };
@@ -15,7 +15,7 @@ use crate::{Dtype, LoraShape, raw};
 
 /// The matrices that go through tensor maps.
 pub(in crate::plan) fn operands(op: &raw::BackwardShared) -> Vec<(&'static str, Option<raw::Matrix>)> {
-    read_by_backward(op).into_iter().chain([("dx", op.dx)]).collect()
+    read_by_backward(op).into_iter().chain(results_of_dora(op)).chain([("dx", op.dx)]).collect()
 }
 
 /// Plans a call that nothing stands against.
@@ -29,8 +29,8 @@ pub(in crate::plan) fn backward(
     let LoraShape { m, k, r, .. } = shape;
     let wanted = Wanted::of(op);
     let dropout = raw::Dropout::params(op.dropout);
-    let Setup { tile, cluster, bundle, chunks, clocks } =
-        choose(wanted, shape, parts, dropout.threshold != 0, device, options)?;
+    let alters = Alters::of(&dropout, op.projections.iter().any(|of| of.gain.is_some()));
+    let Setup { tile, cluster, bundle, chunks, clocks } = choose(wanted, shape, parts, alters, device, options)?;
     let counts = Counts::of(wanted, shape, parts, &tile, cluster);
     let slabs = counts.slabs(cluster);
     let dh_tickets = counts.dh_units.div_ceil(bundle);
@@ -42,8 +42,9 @@ pub(in crate::plan) fn backward(
 
     let mut scratch = Scratch::new();
     let dh = wanted.dh.then(|| scratch.reserve_middle(m, r, op.dtype));
+    let partial_stride = chunks::partial_stride(r, wanted.any_dm());
     if slabs > 0 {
-        scratch.partials = Some(scratch.reserve(chunks::partial_bytes(chunks, r, slabs, ctas)));
+        scratch.partials = Some(scratch.reserve(chunks::partial_bytes(chunks, partial_stride, slabs, ctas)));
     }
     let counters = LORA_SYNC_FLAGS + flag_count as u32;
     let params = LoraSm90BackwardParams {
@@ -69,7 +70,7 @@ pub(in crate::plan) fn backward(
         tickets,
         chunks: chunks.count as u32,
         chunk_rows: chunks.rows as u32,
-        partial_stride: chunks::partial_stride(r) as u32,
+        partial_stride: partial_stride as u32,
         counters,
         group_m: options.group_m(counts.m_groups),
         flag_shift,
@@ -167,6 +168,11 @@ impl Counts {
         if wanted.dx { self.m_groups * self.k_blocks } else { 0 }
     }
 
+    /// Tiles of db that sum up the gradient of a magnitude, too.
+    fn with_dm(&self, wanted: Wanted) -> u64 {
+        self.n_groups.iter().zip(wanted.own.iter()).filter(|(_, own)| own.dm).map(|(n_groups, _)| n_groups).sum()
+    }
+
     /// Of all tiles of db and da.
     fn slabs(&self, cluster: u32) -> u64 {
         (self.db.1 + self.da_tiles) * u64::from(cluster * LORA_SM90_SLABS)
@@ -188,7 +194,7 @@ fn choose(
     wanted: Wanted,
     shape: LoraShape,
     parts: &[Part],
-    drops: bool,
+    alters: Alters,
     device: &Device,
     options: &Options,
 ) -> Result<Setup> {
@@ -201,7 +207,7 @@ fn choose(
     shortest(
         options,
         candidates,
-        |tile, cluster| choose_for(wanted, shape, parts, drops, device, options, (tile, cluster)),
+        |tile, cluster| choose_for(wanted, shape, parts, alters, device, options, (tile, cluster)),
         |setup| setup.clocks,
     )
 }
@@ -211,7 +217,7 @@ fn choose_for(
     wanted: Wanted,
     shape: LoraShape,
     parts: &[Part],
-    drops: bool,
+    alters: Alters,
     device: &Device,
     options: &Options,
     (tile, cluster): (Tile, u32),
@@ -223,19 +229,16 @@ fn choose_for(
     // Chunks are counted further down; they do not make fewer clusters.
     let tickets = check_tickets(counts.dh_units + dx_tiles + gradient_tiles)?;
     let clusters = ctas(tickets, cluster, device) / cluster;
-    let cuts = Chunks::candidates(options, (m, r), gradient_tiles, cluster, device.sms / cluster);
-    let main = |machine: &Machine| {
-        let plain = machine.main(&tile, main_depth(parts), r);
-        if drops { plain.dropping(&tile, r) } else { plain }
-    };
+    let partial_stride = chunks::partial_stride(r, wanted.any_dm());
+    let cuts = Chunks::candidates(options, (m, partial_stride), gradient_tiles, cluster, device.sms / cluster);
     let middle = |machine: &Machine| Middle {
         groups: counts.m_groups,
         columns: dx_tiles / counts.m_groups,
         units: counts.dh_units,
         depth: mean_depth(parts),
         rank: most_rank(parts),
-        drops: false,
-        main: main(machine),
+        alters: alters.of_dy(),
+        main: machine.main(&tile, main_depth(parts), r).altered(alters, &tile, main_depth(parts), r),
         group_m: options.group_m(counts.m_groups),
     };
     let whole = Chunks::cut(m, 1);
@@ -255,14 +258,16 @@ fn choose_for(
             let clusters = ctas(tickets, cluster, device) / cluster;
             let machine = Machine::new(device, cluster, clusters);
             let Ran { mut timeline, ready, stall } = middle(&machine).run(&machine, bundle);
-            let left = 4.0 * (u64::from(LORA_SM90_SLABS) * chunks::partial_stride(r)) as f64;
-            let tokens = chunks.rows.min(m as u64);
-            let unit = |rank, drops| machine.gradient(tokens, rank, gradient_tiles * chunks.count, left, drops);
-            timeline.draw(counts.db.1 * chunks.count, unit(most_rank(parts), false));
+            let left = 4.0 * (u64::from(LORA_SM90_SLABS) * partial_stride) as f64;
+            let (tokens, tickets) = (chunks.rows.min(m as u64), gradient_tiles * chunks.count);
+            let unit = |rank, alters, beside| machine.gradient(tokens, rank, tickets, left, alters, beside);
+            let with_dm = counts.with_dm(wanted);
+            timeline.draw(with_dm * chunks.count, unit(most_rank(parts), Alters::Nothing, true));
+            timeline.draw((counts.db.1 - with_dm) * chunks.count, unit(most_rank(parts), Alters::Nothing, false));
             if counts.da_tiles > 0 {
                 timeline.wait(ready);
             }
-            timeline.draw(counts.da_tiles * chunks.count, unit(r, drops));
+            timeline.draw(counts.da_tiles * chunks.count, unit(r, alters.of_x(), false));
             let clocks = timeline.end() + stall;
             if clocks < best.clocks {
                 best = Setup { tile, cluster, bundle, chunks, clocks };
@@ -299,6 +304,7 @@ fn maps(op: &raw::BackwardShared, parts: &[Part], dh: Option<raw::Matrix>, wante
             (LORA_SM90_BACKWARD_W, maps.read(when(wanted.dx, of.w), across)),
             (LORA_SM90_BACKWARD_B, maps.read(when(wanted.dh, of.b), own)),
             (LORA_SM90_BACKWARD_DY_TOKENS, maps.read(when(own_outputs.db || own_outputs.sums, of.dy), across)),
+            (LORA_SM90_BACKWARD_Y_TOKENS, maps.read(of.dm.map(|dm| dm.y), across)),
         ] {
             all[(first + index) as usize] = map;
         }

@@ -27,7 +27,7 @@ impl Chunks {
     /// The cuts to choose from, the whole first: those that the options, the memory for partial sums and the counters leave.
     pub(super) fn candidates(
         options: &Options,
-        (m, r): (usize, usize),
+        (m, partial_stride): (usize, u64),
         tiles: u64,
         cluster: u32,
         clusters: u32,
@@ -37,7 +37,7 @@ impl Chunks {
         if tiles == 0 || slabs > MAX_COUNTERS {
             return found;
         }
-        let affordable = MAX_PARTIAL_BYTES / (4 * partial_stride(r) * slabs);
+        let affordable = MAX_PARTIAL_BYTES / (4 * partial_stride * slabs);
         if let Some(decided) = options.chunks {
             return vec![Chunks::cut(m, u64::from(decided).min(affordable))];
         }
@@ -55,17 +55,17 @@ impl Chunks {
     }
 }
 
-/// f32 elements that a warpgroup leaves: one per thread and accumulator register of half a narrow tile's columns, and two
-/// column sums.
-pub(super) fn partial_stride(r: usize) -> u64 {
-    128 * (u64::from(narrow_columns(r)) / 2 + 2)
+/// f32 elements that a warpgroup leaves: one per thread and accumulator register of half a narrow tile's columns, two column sums,
+/// and with `dm`, DoRA's gradient of the magnitude, 64 more of each of the four warps.
+pub(super) fn partial_stride(r: usize, dm: bool) -> u64 {
+    128 * (u64::from(narrow_columns(r)) / 2 + if dm { 4 } else { 2 })
 }
 
 /// Bytes for the partial sums of a launch. A slab that is not cut into chunks needs nobody else's sums: its warpgroup uses a
 /// place of its own.
-pub(super) fn partial_bytes(chunks: Chunks, r: usize, slabs: u64, ctas: u32) -> u64 {
+pub(super) fn partial_bytes(chunks: Chunks, partial_stride: u64, slabs: u64, ctas: u32) -> u64 {
     let places = if chunks.count > 1 { slabs * chunks.count } else { u64::from(ctas * LORA_SM90_SLABS) };
-    if slabs == 0 { 0 } else { 4 * partial_stride(r) * places }
+    if slabs == 0 { 0 } else { 4 * partial_stride * places }
 }
 
 /// Most bytes of partial sums of any call of up to `m` tokens and a rank of up to `r`, where the planner cuts the tokens.
@@ -74,5 +74,5 @@ pub(in crate::plan) fn most_partial_bytes(device: &crate::plan::Device, options:
     // At most a CTA per SM: `ctas`.
     let places = u64::from(device.sms.clamp(1, super::MAX_SMS) * LORA_SM90_SLABS);
     let is_cut = options.chunks.is_some() || m as u64 / MIN_CHUNK_ROWS > 1;
-    (4 * partial_stride(r) * places).max(if is_cut { MAX_PARTIAL_BYTES } else { 0 })
+    (4 * partial_stride(r, true) * places).max(if is_cut { MAX_PARTIAL_BYTES } else { 0 })
 }

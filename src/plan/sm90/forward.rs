@@ -2,7 +2,7 @@
 
 use super::maps::Maps;
 use super::middle::Middle;
-use super::model::{Machine, microseconds};
+use super::model::{Alters, Machine, microseconds};
 use super::{Choice, Tile, candidates, check_tickets, ctas, groups, narrow_columns, shortest};
 use crate::error::Result;
 use crate::params::*;
@@ -25,7 +25,8 @@ pub(in crate::plan) fn forward(
 ) -> Result<Draft> {
     let LoraShape { m, k, r, .. } = shape;
     let dropout = raw::Dropout::params(op.dropout);
-    let Setup { tile, cluster, bundle, clocks } = choose(shape, parts, dropout.threshold != 0, device, options)?;
+    let alters = Alters::of(&dropout, op.projections.iter().any(|of| of.gain.is_some()));
+    let Setup { tile, cluster, bundle, clocks } = choose(shape, parts, alters, device, options)?;
     let m_groups = groups(m, cluster);
     let r_blocks = blocks(r, LORA_SM90_NARROW_N);
     let (first_blocks, n_blocks) = numbered(parts.iter().map(|part| blocks(part.n, tile.columns)));
@@ -85,12 +86,12 @@ struct Setup {
 }
 
 /// The way with the shortest predicted time among those that the options leave.
-fn choose(shape: LoraShape, parts: &[Part], drops: bool, device: &Device, options: &Options) -> Result<Setup> {
+fn choose(shape: LoraShape, parts: &[Part], alters: Alters, device: &Device, options: &Options) -> Result<Setup> {
     let candidates = candidates(options, device, shape.m)?;
     shortest(
         options,
         candidates,
-        |tile, cluster| choose_for(shape, parts, drops, device, options, tile, cluster),
+        |tile, cluster| choose_for(shape, parts, alters, device, options, tile, cluster),
         |setup| setup.clocks,
     )
 }
@@ -99,7 +100,7 @@ fn choose(shape: LoraShape, parts: &[Part], drops: bool, device: &Device, option
 fn choose_for(
     shape: LoraShape,
     parts: &[Part],
-    drops: bool,
+    alters: Alters,
     device: &Device,
     options: &Options,
     tile: Tile,
@@ -113,7 +114,8 @@ fn choose_for(
     let setup = |bundle: u64, clusters: u32| {
         let machine = Machine::new(device, cluster, clusters);
         let main = machine.main(&tile, k, mean_rank(parts));
-        let middle = Middle { groups: m_groups, columns: n_blocks, units, depth: k, rank: r, drops, main, group_m };
+        let alters = alters.of_x();
+        let middle = Middle { groups: m_groups, columns: n_blocks, units, depth: k, rank: r, alters, main, group_m };
         (middle, machine, Setup { tile, cluster, bundle, clocks: f64::INFINITY })
     };
     let (middle, machine, mut best) = setup(1, most);

@@ -15,12 +15,12 @@ const ALIGN_ELEMENTS: usize = 8;
 const MAX_ROW_BYTES: u64 = 1 << 40;
 
 /// What keeps the family from running a call, in words; nothing when it can. `operands` are the matrices that the call
-/// copies through tensor maps; what departs from the plain formula are routes, a gain, and f32 factors.
+/// copies through tensor maps; what departs from the plain formula are routes, gains, and f32 factors.
 pub(in crate::plan) fn obstacles(
     device: &Device,
     k: usize,
     parts: &[Part],
-    (is_routed, is_gained, is_split): (bool, bool, bool),
+    (is_routed, gains, is_split): (bool, &[(&'static str, Option<raw::Matrix>)], bool),
     operands: &[(&'static str, Option<raw::Matrix>)],
 ) -> Vec<String> {
     let mut found = Vec::new();
@@ -45,8 +45,10 @@ pub(in crate::plan) fn obstacles(
             found.push(format!("R{of} is {}, more than {most}", part.r));
         }
     }
-    if is_gained {
-        found.push("a gain (DoRA) is not built yet".to_owned());
+    for (arg, gain) in gains.iter().filter_map(|(arg, gain)| Some((arg, (*gain)?))) {
+        if !gain.ptr.is_multiple_of(ALIGN) {
+            found.push(format!("the address of {arg} is {:#x}, not a multiple of {ALIGN} bytes", gain.ptr));
+        }
     }
     if is_split {
         found.push("f32 factors over a 16-bit layer are not built yet".to_owned());

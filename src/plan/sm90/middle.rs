@@ -1,6 +1,6 @@
 //! The first two kinds of tickets, h and y in forward or dh and dx in backward, and how long they take.
 
-use super::model::{Machine, MainTile};
+use super::model::{Alters, Machine, MainTile};
 use super::schedule::Timeline;
 
 /// Units of h (or dh), and the main tiles that read it.
@@ -15,8 +15,8 @@ pub(super) struct Middle {
     /// The dimension that h reduces over.
     pub depth: usize,
     pub rank: usize,
-    /// Whether what it reads is subject to dropout.
-    pub drops: bool,
+    /// What happens to the rows that it reads.
+    pub alters: Alters,
     pub main: MainTile,
     /// Groups of rows that pass over w together.
     pub group_m: u32,
@@ -42,7 +42,7 @@ impl Middle {
 
     /// Clocks of one unit of h when they are handed out in such bundles.
     fn unit(&self, machine: &Machine, bundle: u64) -> f64 {
-        machine.narrow(self.depth, self.rank, self.tickets(bundle), self.drops)
+        machine.narrow(self.depth, self.rank, self.tickets(bundle), self.alters)
     }
 
     /// Bundle sizes worth a look: single units; as many as leave all of h to the clusters that have a free slot in the last

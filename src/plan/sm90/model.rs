@@ -15,9 +15,54 @@ fn mma(columns: u32) -> f64 {
     (columns * c.mma_per_column).max(c.mma_rows + columns * c.mma_shared_per_column)
 }
 
+/// k16 steps of both slabs in a step of 64.
+const STEPS: f64 = (LORA_SM90_SLABS * (LORA_SM90_BLOCK_K / 16)) as f64;
+
 /// Clocks of a step of 64 of both slabs.
 fn products(columns: u32) -> f64 {
-    f64::from(LORA_SM90_SLABS * (LORA_SM90_BLOCK_K / 16)) * mma(columns)
+    STEPS * mma(columns)
+}
+
+/// What happens to rows in shared memory before they are multiplied.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Alters {
+    Nothing,
+    /// Dropout, of x.
+    Drops,
+    /// A gain, of dy.
+    Gains,
+}
+
+impl Alters {
+    /// In a call with this dropout, of which some projection has a gain or none has.
+    pub(super) fn of(dropout: &LoraDropout, is_gained: bool) -> Alters {
+        match (dropout.threshold, is_gained) {
+            (0, false) => Alters::Nothing,
+            (0, true) => Alters::Gains,
+            _ => Alters::Drops,
+        }
+    }
+
+    /// Of rows of x.
+    pub(super) fn of_x(self) -> Alters {
+        if self == Alters::Drops { self } else { Alters::Nothing }
+    }
+
+    /// Of rows of dy.
+    pub(super) fn of_dy(self) -> Alters {
+        if self == Alters::Gains { self } else { Alters::Nothing }
+    }
+
+    /// Clocks of a step of 64 with so many columns, products and what happens while those of the step before run.
+    fn step(self, columns: u32) -> f64 {
+        let c = &SM90;
+        let beside = match self {
+            Alters::Nothing => 0.0,
+            Alters::Drops => c.drop,
+            Alters::Gains => STEPS * (c.mma_rows + f64::from(columns) * c.mma_shared_per_column) + c.gain,
+        };
+        products(columns).max(beside)
+    }
 }
 
 /// Bytes of 64 elements of so many rows.
@@ -75,31 +120,39 @@ impl Machine {
         }
     }
 
-    /// A step of 64 of a narrow tile, when `streaming` CTAs read rows from memory at once; `drops`: the rows are of x, and
-    /// there is dropout.
-    fn narrow_step(&self, columns: u32, streaming: u64, drops: bool) -> f64 {
+    /// A step of 64 of a narrow tile, when `streaming` CTAs read rows from memory at once; `beside`: as many rows of another
+    /// matrix too.
+    fn narrow_step(&self, columns: u32, streaming: u64, alters: Alters, beside: bool) -> f64 {
         let c = &SM90;
-        let drop = if drops { c.drop } else { 0.0 };
-        let fetched = bytes(LORA_SM90_BLOCK_M) + bytes(columns);
-        let from_memory = bytes(LORA_SM90_BLOCK_M) * streaming as f64 / self.memory;
-        (products(columns).max(drop) + c.step / 2.0).max(fetched / c.stream).max(from_memory)
+        let rows = bytes(LORA_SM90_BLOCK_M) * if beside { 2.0 } else { 1.0 };
+        let fetched = rows + bytes(columns);
+        let from_memory = rows * streaming as f64 / self.memory;
+        (alters.step(columns) + c.step / 2.0).max(fetched / c.stream).max(from_memory)
     }
 
     fn streaming(&self, tickets: u64) -> u64 {
         tickets.min(u64::from(self.clusters)) * u64::from(self.cluster)
     }
 
-    /// A unit of h or dh over `depth`, of which `tickets` can run at once; `drops` as for a step.
-    pub(super) fn narrow(&self, depth: usize, rank: usize, tickets: u64, drops: bool) -> f64 {
+    /// A unit of h or dh over `depth`, of which `tickets` can run at once.
+    pub(super) fn narrow(&self, depth: usize, rank: usize, tickets: u64, alters: Alters) -> f64 {
         let steps = depth.div_ceil(LORA_SM90_BLOCK_K as usize) as f64;
-        whole(steps * self.narrow_step(narrow_columns(rank), self.streaming(tickets), drops) + SM90.unit)
+        whole(steps * self.narrow_step(narrow_columns(rank), self.streaming(tickets), alters, false) + SM90.unit)
     }
 
     /// A unit of db or da over `tokens`, of which `tickets` can run at once; `partial_bytes` is what a CTA leaves, and reads
-    /// again with those of the other chunks; `drops` as for a step.
-    pub(super) fn gradient(&self, tokens: u64, rank: usize, tickets: u64, partial_bytes: f64, drops: bool) -> f64 {
+    /// again with those of the other chunks; `beside` as for a step.
+    pub(super) fn gradient(
+        &self,
+        tokens: u64,
+        rank: usize,
+        tickets: u64,
+        partial_bytes: f64,
+        alters: Alters,
+        beside: bool,
+    ) -> f64 {
         let steps = tokens.div_ceil(u64::from(LORA_SM90_BLOCK_K)) as f64;
-        let step = self.narrow_step(narrow_columns(rank), self.streaming(tickets), drops);
+        let step = self.narrow_step(narrow_columns(rank), self.streaming(tickets), alters, beside);
         whole(steps * step + SM90.unit + 2.0 * partial_bytes / SM90.stream)
     }
 }
@@ -113,9 +166,18 @@ pub(super) struct MainTile {
 }
 
 impl MainTile {
-    /// With a tail of `rank` to which dropout applies.
-    pub(super) fn dropping(self, tile: &Tile, rank: usize) -> MainTile {
-        let steps = rank.div_ceil(LORA_SM90_BLOCK_K as usize) as f64;
-        MainTile { clocks: whole(self.clocks + steps * f64::from(tile.columns) * SM90.drop_column), ..self }
+    /// A tile of dx over `depth`, with a tail of `rank`, where dropout applies to the tail or a gain to all but the tail.
+    pub(super) fn altered(self, alters: Alters, tile: &Tile, depth: usize, rank: usize) -> MainTile {
+        let steps = |extent: usize| extent.div_ceil(LORA_SM90_BLOCK_K as usize) as f64;
+        let more = match alters {
+            Alters::Nothing => return self,
+            Alters::Drops => {
+                let more = steps(rank) * f64::from(tile.columns) * SM90.drop_column;
+                return MainTile { clocks: whole(self.clocks + more), ..self };
+            }
+            Alters::Gains => alters.step(tile.columns) - products(tile.columns),
+        };
+        let until_tail = self.until_tail + (steps(depth) - f64::from(tile.stages)).max(0.0) * more;
+        MainTile { clocks: whole(self.clocks + steps(depth) * more), until_tail }
     }
 }

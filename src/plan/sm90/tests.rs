@@ -1,7 +1,7 @@
 //! The planner's choices, ticket by ticket.
 #![allow(clippy::panic)] // helpers of tests fail as tests do
 
-use super::model::{Machine, MainTile};
+use super::model::{Alters, Machine, MainTile};
 use super::{TILES, Tile};
 use crate::params::*;
 use crate::plan::{Choice, Device, Plan};
@@ -58,6 +58,11 @@ fn dropping() -> raw::Variant {
     raw::Variant { dropout, ..raw::Variant::default() }
 }
 
+/// DoRA over `n` columns.
+fn gaining(n: usize) -> raw::Variant {
+    raw::Variant { gain: Some(at(11, 1, n)), ..raw::Variant::default() }
+}
+
 /// What a simulation needs to know about a plan.
 struct Tickets {
     groups: u32,
@@ -67,8 +72,8 @@ struct Tickets {
     group_m: u32,
     depth: u32,
     rank: u32,
-    /// Whether its units of h read x under dropout; whether main tiles add dh A under it.
-    drops: [bool; 2],
+    /// What happens to the rows that its units of h read, and to those of main tiles.
+    alters: [Alters; 2],
 }
 
 fn tickets(plan: &Plan) -> (Tickets, Tile, Machine, MainTile) {
@@ -82,7 +87,7 @@ fn tickets(plan: &Plan) -> (Tickets, Tile, Machine, MainTile) {
             group_m: p.group_m,
             depth: p.k,
             rank: p.r,
-            drops: [p.dropout.threshold != 0, false],
+            alters: [Alters::of(&p.dropout, false).of_x(), Alters::Nothing],
         },
         Params::Sm90Backward(p) => Tickets {
             groups: p.m_groups,
@@ -92,13 +97,16 @@ fn tickets(plan: &Plan) -> (Tickets, Tile, Machine, MainTile) {
             group_m: p.group_m,
             depth: p.projections[0].n,
             rank: p.r,
-            drops: [false, p.dropout.threshold != 0],
+            alters: {
+                let altered = Alters::of(&p.dropout, p.projections[0].gain != 0);
+                [altered.of_dy(), altered]
+            },
         },
         other => panic!("{other:?}"),
     };
     let machine = Machine::new(&plan.device, choice.cluster, plan.launch.grid[0] / choice.cluster);
-    let main = machine.main(&choice.tile, tickets.depth as usize, tickets.rank as usize);
-    let main = if tickets.drops[1] { main.dropping(&choice.tile, tickets.rank as usize) } else { main };
+    let (depth, rank) = (tickets.depth as usize, tickets.rank as usize);
+    let main = machine.main(&choice.tile, depth, rank).altered(tickets.alters[1], &choice.tile, depth, rank);
     (tickets, choice.tile, machine, main)
 }
 
@@ -106,7 +114,7 @@ fn tickets(plan: &Plan) -> (Tickets, Tile, Machine, MainTile) {
 /// all, and the time when the last of them is done.
 fn simulate(plan: &Plan) -> (f64, f64) {
     let (t, _, machine, main) = tickets(plan);
-    let unit = machine.narrow(t.depth as usize, t.rank as usize, u64::from(t.tickets), t.drops[0]);
+    let unit = machine.narrow(t.depth as usize, t.rank as usize, u64::from(t.tickets), t.alters[0]);
     let mut free = vec![0.0_f64; machine.clusters as usize];
     // The cluster that is free first, which is then busy for as long as `clocks` says of its start.
     let mut draw = |clocks: &dyn Fn(f64) -> f64| {
@@ -144,7 +152,7 @@ fn no_main_tile_waits_for_h_or_dh() {
         for (n, k) in LAYERS {
             for r in [16, 64, 128] {
                 let shape = LoraShape { m: 8192, n, k, r };
-                for variant in [raw::Variant::default(), dropping()] {
+                for variant in [raw::Variant::default(), dropping(), gaining(n)] {
                     let forward = raw::Forward { variant, ..forward(shape) };
                     let backward = raw::Backward { variant, ..backward(shape) };
                     for plan in [Plan::forward(&forward, &device), Plan::backward(&backward, &device)] {
@@ -169,7 +177,7 @@ fn predictions_are_those_of_a_simulation() {
         let device = Device::named("h200").expect("it is in the table");
         let shape = LoraShape { m, n, k, r };
         let options = crate::plan::Options::default().with_family(crate::plan::Family::Sm90);
-        for variant in [raw::Variant::default(), dropping()] {
+        for variant in [raw::Variant::default(), dropping(), gaining(n)] {
             let op = raw::Forward { variant, ..forward(shape) };
             let plan = Plan::forward_with(&op, &device, options).expect("a plan");
             let (waited, end) = simulate(&plan);
@@ -217,6 +225,34 @@ fn dropout_costs_a_little() {
             let says = format!("reckoned, not measured: 600 clocks a step of {unit}");
             assert!(with.explain().contains(&says) && !without.explain().contains("dropout"), "{}", with.explain());
         }
+    }
+}
+
+/// By the model a gain costs nothing where products take longer than shared memory, and its gradient of the magnitude no more than
+/// reading y; `explain` says what it takes a gain to cost.
+#[test]
+fn a_gain_costs_a_little() {
+    let device = Device::named("h200").expect("it is in the table");
+    for r in [16, 64, 128] {
+        let shape = LoraShape { m: 8192, n: 4096, k: 4096, r };
+        let time = |op: &raw::Backward| {
+            let plan = Plan::backward(op, &device).expect("a plan");
+            (plan.predicted_microseconds().expect("the family predicts"), plan.explain())
+        };
+        let plain = backward(shape);
+        let gained = raw::Backward { variant: gaining(shape.n), ..plain };
+        let dm = raw::MagnitudeGradient {
+            y: at(12, shape.m, shape.n),
+            bias: None,
+            magnitude: at(13, 1, shape.n),
+            dm: at(14, 1, shape.n),
+        };
+        let times = [plain, gained, raw::Backward { dm: Some(dm), ..gained }].map(|op| time(&op));
+        let tax = |at: usize| times[at].0 / times[0].0 - 1.0;
+        println!("rank {r}: {:.4} with a gain, {:.4} with dm", tax(1), tax(2));
+        assert!((0.0..0.03).contains(&tax(1)) && (tax(1)..0.1).contains(&tax(2)), "{times:?}");
+        let says = "reckoned, not measured: 256 clocks of shared memory a step that reads dy by rows";
+        assert!(times[1].1.contains(says) && !times[0].1.contains("gain"), "{}", times[1].1);
     }
 }
 

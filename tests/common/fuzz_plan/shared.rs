@@ -61,7 +61,16 @@ fn forward(
         });
     }
     let projections = raw::Projections::new(&projections).expect("one to four");
-    Ok(raw::ForwardShared { dtype, x, f32_factors: false, a, h, projections, dropout: variant.dropout, routes: variant.routes })
+    Ok(raw::ForwardShared {
+        dtype,
+        x,
+        f32_factors: false,
+        a,
+        h,
+        projections,
+        dropout: variant.dropout,
+        routes: variant.routes,
+    })
 }
 
 fn backward(

@@ -79,7 +79,12 @@ impl Golden {
         for (what, got, size, depth) in [("y", forward.y.to_mat(), size_y, 2 * k + r), ("dX", dx, size.dx, 2 * n + r)] {
             let [error, peft] = self.errors(mode, what, &got);
             let sums = depth as f64 * reference::unit_roundoff(Dtype::F32) * size.norm();
-            assert!(error <= peft + sums, "{} {}/{what}: off by {error:e}, PEFT by {peft:e}", self.case["name"], mode.name);
+            assert!(
+                error <= peft + sums,
+                "{} {}/{what}: off by {error:e}, PEFT by {peft:e}",
+                self.case["name"],
+                mode.name
+            );
         }
         for (what, got) in [("dA", &backward.da), ("dB", &backward.db)] {
             let Some(HostGradient::F32(got)) = got else { unreachable!("it was asked for") };

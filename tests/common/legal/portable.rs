@@ -53,7 +53,10 @@ pub(super) fn forward(planned: &Planned<'_>, op: &raw::ForwardShared, shape: Lor
     let p = forward_params(&planned.launch.params);
     let LoraShape { m, n, k, r } = shape;
     let counted = Ranks::of(op.f32_factors, op.dtype, r);
-    assert_eq!([p.m, p.k, p.r, p.projection_count].map(|count| count as usize), [m, k, counted.pairs, op.projections.len()]);
+    assert_eq!(
+        [p.m, p.k, p.r, p.projection_count].map(|count| count as usize),
+        [m, k, counted.pairs, op.projections.len()]
+    );
     assert_eq!((p.x.ptr, p.sync), (op.x.ptr, planned.workspace));
     let (a, b) = ((&op.a, true, k), (&op.projections[0].b, true, n));
     let split_units = Factors { a, b, read: [p.a.ptr, p.projections[0].b.ptr] }.check(&p.split, counted, r);
@@ -122,7 +125,10 @@ pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: L
     let p = backward_params(&planned.launch.params);
     let LoraShape { m, n, k, r } = shape;
     let counted = Ranks::of(op.f32_factors, op.dtype, r);
-    assert_eq!([p.m, p.k, p.r, p.projection_count].map(|count| count as usize), [m, k, counted.triples, op.projections.len()]);
+    assert_eq!(
+        [p.m, p.k, p.r, p.projection_count].map(|count| count as usize),
+        [m, k, counted.triples, op.projections.len()]
+    );
     assert_eq!(p.sync, planned.workspace);
     check_variant((p.dropout, p.routes), op.dropout, op.routes);
     for (what, blocks, extent) in [("M", p.m_blocks, m), ("K", p.k_blocks, k)] {

@@ -70,7 +70,7 @@ fn check_launch(planned: &Planned<'_>, dtype: Dtype, operation: &str) -> u32 {
     let stages = if columns == 128 { 6 } else { 4 };
     assert_eq!(launch.shared_bytes, stages * 128 * (128 + columns) + 4 * 8192 + 1024);
     let bytes = launch.parameter_bytes(super::encode).expect("legal maps").len();
-    assert_eq!(bytes, if operation == "forward" { 2688 } else { 3456 }, "the size of the struct");
+    assert_eq!(bytes, if operation == "forward" { 2688 } else { 3968 }, "the size of the struct");
     columns
 }
 
@@ -140,8 +140,9 @@ fn check_gradients(planned: &Planned<'_>, p: &LoraSm90BackwardParams, tiles: [u1
     let slabs = (db_tiles + da_tiles) * cluster * 2;
     let counters = if chunks > 1 { slabs } else { 0 };
     assert_eq!(u128::from(p.sync_words), u128::from(p.counters) + counters);
-    // Per thread: a register for each two columns of the narrow tile, and two sums.
-    assert_eq!(p.partial_stride, 128 * (narrow_columns(p.r as usize) / 2 + 2));
+    // Per thread: a register for each two columns of the narrow tile, two sums, and two of the gradient of the magnitude.
+    let sums = if p.projections.iter().all(|of| of.magnitude.dm == 0) { 2 } else { 4 };
+    assert_eq!(p.partial_stride, 128 * (narrow_columns(p.r as usize) / 2 + sums));
     let places = if chunks > 1 { slabs * chunks } else { u128::from(planned.launch.grid[0]) * 2 };
     let bytes = 4 * u128::from(p.partial_stride) * places;
     assert!(slabs == 0 || bytes <= 32 << 20, "{bytes} bytes of sums");
@@ -179,7 +180,7 @@ pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: L
     assert_eq!((p.da.ptr, p.dx.ptr), (pointer(wants_da, op.da), address(op.dx)));
     let (own, of_da) = ([narrow_columns(p.most_r as usize).min(64), 64], [narrow_columns(r).min(64), 64]);
     let when = |condition: bool, matrix: raw::Matrix| condition.then_some(matrix);
-    assert_eq!(planned.launch.maps.len(), 6 + 4 * 4);
+    assert_eq!(planned.launch.maps.len(), 6 + 5 * 4);
     check_map(planned, 0, dh.filter(|_| wants_dx), [64, 128]);
     check_map(planned, 1, when(wants_dx, op.a), [64, 64]);
     check_map(planned, 2, op.dx, [64, 64]);
@@ -188,12 +189,13 @@ pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: L
     check_map(planned, 4, op.x.filter(|_| wants_da), [64, 64]);
     check_map(planned, 5, dh.filter(|_| wants_da), of_da);
     for (at, of) in op.projections.iter().enumerate() {
-        let first = 6 + 4 * at;
+        let first = 6 + 5 * at;
         let has_tiles = wants_db(of) || of.dbias.is_some() || of.dm.is_some();
         check_map(planned, first, when(wants_dh || wants_dx, of.dy), [64, 128]);
         check_map(planned, first + 1, when(wants_dx, of.w), [64, 64]);
         check_map(planned, first + 2, when(wants_dh, of.b), own);
         check_map(planned, first + 3, when(has_tiles, of.dy), [64, 64]);
+        check_map(planned, first + 4, of.dm.map(|dm| dm.y), [64, 64]);
     }
 }
 

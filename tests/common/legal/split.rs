@@ -30,7 +30,10 @@ impl Ranks {
 /// A matrix of 16-bit elements in the workspace.
 pub fn region(matrix: LoraMatrix, rows: usize, cols: usize) -> Region {
     let row_stride = matrix.row_stride as usize;
-    assert!(row_stride >= cols && row_stride.is_multiple_of(8), "rows of {cols} elements start on 16 bytes: {row_stride}");
+    assert!(
+        row_stride >= cols && row_stride.is_multiple_of(8),
+        "rows of {cols} elements start on 16 bytes: {row_stride}"
+    );
     Region::of(raw::Matrix { ptr: matrix.ptr, rows, cols, row_stride })
 }
 
@@ -54,7 +57,10 @@ impl Factors<'_> {
             assert_eq!(read, [a.ptr, b.ptr]);
             return 0;
         }
-        assert_eq!([(split.a.ptr, split.a.row_stride), (split.b.ptr, split.b.row_stride)], [a, b].map(|of| (of.ptr, of.row_stride as i64)));
+        assert_eq!(
+            [(split.a.ptr, split.a.row_stride), (split.b.ptr, split.b.row_stride)],
+            [a, b].map(|of| (of.ptr, of.row_stride as i64))
+        );
         assert_eq!(read, [split.split_a.ptr, split.split_b.ptr]);
         let of_a = if wants_a { units(r, k) } else { 0 };
         let all = of_a + if wants_b { units(r, n) } else { 0 };
