@@ -462,7 +462,6 @@ pub const MAP_ALIGN: usize = 128;
 /// The fields of a kernel's parameter.
 #[allow(clippy::large_enum_variant, reason = "there is one in a launch")]
 #[derive(Clone, Copy, Debug, PartialEq)]
-#[allow(clippy::large_enum_variant, reason = "a launch has one, and launches are few")]
 pub enum Params {
     /// Of a forward kernel.
     Forward(LoraForwardParams),

@@ -28,7 +28,7 @@ fn backend(case: &Case) -> Emulated {
 
 /// Every variant with every rank, as without a gain; which outputs are computed beside dm takes turns.
 fn gained() -> Vec<Case> {
-    let outputs = |turn: usize| std::array::from_fn(|at| turn.is_multiple_of(3) || (turn + at) % 4 != 0);
+    let outputs = |turn: usize| std::array::from_fn(|at| turn.is_multiple_of(3) || !(turn + at).is_multiple_of(4));
     let gained = |case: Case| Case { spec: Spec { dora: true, outputs: outputs(case.turn), ..case.spec }, ..case };
     table().into_iter().map(gained).collect()
 }

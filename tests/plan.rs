@@ -120,7 +120,6 @@ proptest! {
         m in 1..=9000_usize, k in 1..=5000_usize, parts in prop::collection::vec((1..=5000_usize, 0..=30_usize), 1..=4), dtype in dtypes(),
         device in devices(), keeps_h: bool, outputs: u32,
     ) {
-        let parts: Vec<_> = parts.into_iter().map(|(n, r)| (n, r)).collect();
         let mut forward = ops::forward_shared(dtype, m, k, &parts);
         forward.h = keeps_h.then(|| raw::Matrix::new(1 << 61, m, forward.a.rows));
         let mut backward = ops::backward_shared(dtype, m, k, &parts);
