@@ -239,7 +239,8 @@ typedef struct LoraMergeParams {
   uint32_t flags;
 } LoraMergeParams;
 
-/* rounded_a = a, rounded_b = scale b, or scale b / divisor, in the storage type. A CTA does one tile, of a first, then of b. */
+/* rounded_a = a, rounded_b = scale b, or scale b / divisor, in the storage type. A CTA does one tile, of a first, then
+ * of b. */
 typedef struct LoraRoundParams {
   LoraMatrix a;
   LoraMatrix b;

@@ -162,8 +162,8 @@ impl Scratch {
 }
 
 /// Bytes of workspace that suffice for every call of up to `m` tokens and up to `r` ranks of all its projections, whatever else it
-/// asks for. What one
-/// shape needs is no bound for smaller ones: how many chunks the tokens are cut into does not grow evenly with them.
+/// asks for. What one shape needs is no bound for smaller ones: how many chunks the tokens are cut into does not grow evenly with
+/// them.
 #[cfg(feature = "cuda")]
 pub(crate) fn workspace_up_to(m: usize, r: usize, dtype: Dtype, device: &Device, options: &Options) -> u64 {
     let mut scratch = Scratch::new();

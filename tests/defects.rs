@@ -24,7 +24,7 @@ use ptx_emulator::Module;
 use rayon::prelude::*;
 
 /// Cases that reach every part of a kernel: several CTAs and units, ragged edges, a tail of several steps, one that begins
-/// in the prologue of the ring, reductions in chunks, accumulation, dropout, routes, several projections, f32 factors.
+/// in the prologue of the ring, reductions in chunks, accumulation, dropout, routes, DoRA, several projections, f32 factors.
 fn specs(image: &str) -> Vec<(Layers, u32)> {
     let base = Spec::new(150, 70, 75, 13);
     let dropout = |in_memory| Some(HostDropout { p: 0.4, seed: [0x0123_4567_89ab_cdef, 1 << 40 | 5], in_memory });
@@ -37,10 +37,15 @@ fn specs(image: &str) -> Vec<(Layers, u32)> {
         (Spec { placement: Placement::Strided, accumulate: true, n: 40, dropout: dropout(true), ..base }, 2),
         (Spec { placement: Placement::Aligned, routes: Some(Routes::Mixed(3)), r: 70, ..base }, 4),
         (Spec { routes: Some(Routes::Tiles(64)), dropout: dropout(false), n: 20, r: 200, ..base }, 3),
+        (Spec { placement: Placement::Aligned, dora: true, ..base }, 4),
+        (Spec { placement: Placement::Unaligned, dora: true, accumulate: true, r: 70, ..base }, 8),
+        // A tail in the prologue of the ring, and more who wait for it than compute what it waits for.
+        (Spec { placement: Placement::Aligned, n: 70, k: 30, outputs: [true, false, false, false], ..base }, 12),
     ];
     if image == BACKWARD {
-        let chunked = Spec::new(1600, 40, 24, 9);
+        let chunked = Spec::new(1600, 40, 24, 14);
         specs.push((Spec { placement: Placement::Aligned, outputs: [false, true, true, true], ..chunked }, 6));
+        specs.push((Spec { placement: Placement::Aligned, dora: true, ..chunked }, 6));
         // Units of db, and of da, without a step.
         let nobody = Spec { routes: Some(Routes::Nobody), ..Spec::new(700, 16, 24, 16) };
         specs.push((Spec { outputs: [false, false, true, false], ..nobody }, 2));

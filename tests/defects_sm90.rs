@@ -48,6 +48,10 @@ fn cases(image: &str, tile: TileSize) -> Vec<Case> {
         chunks(if in_memory { 1 } else { 3 }, case(2, spec))
     };
     let gained = |spec: Spec| Spec { dora: true, ..spec };
+    let few_tokens = |r, db| {
+        let spec = Spec { outputs: [false, false, db, false], bias: false, ..spec(70, 520, 72, r) };
+        chunks(1, case(2, gained(spec)))
+    };
     if image == FORWARD {
         return vec![
             case(4, gained(spec(200, 136, 72, 24))),
@@ -85,6 +89,11 @@ fn cases(image: &str, tile: TileSize) -> Vec<Case> {
         dropping(true, (390, 72, 584, 40)),
         dropping(false, (300, 72, 584, 136)),
         chunks(2, sharing(4, spec(300, 72, 136, 24), &[(136, 0), (200, 136)])),
+        // Tiles of few tokens one after the other: the ring does not keep their sums of dm apart.
+        few_tokens(16, true),
+        few_tokens(24, true),
+        few_tokens(40, true),
+        few_tokens(16, false),
     ]
 }
 

@@ -231,10 +231,12 @@ fn nothing_takes_memory_or_time_without_bound() {
 fn registers_that_nothing_names_do_not_count() {
     let kernel =
         |body: &str| format!(".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k()\n{{\n{body}\n}}");
-    let few = kernel(".reg .f32 %f<200000>; mov.f32 %f199999, 0f3f800000; ret;");
-    assert!(Module::parse(&few).is_ok());
+    let few = Module::parse(&kernel(".reg .f32 %f<200000>; mov.f32 %f199999, 0f3f800000; ret;")).expect("it parses");
+    assert_eq!(few.kernel_error("k"), None);
+    assert!(few.kernel_info("k").expect("a kernel").registers < 10);
     let all: String = (0..70_000).map(|i| format!("mov.f32 %f{i}, 0f3f800000;")).collect();
-    let error = Module::parse(&kernel(&format!(".reg .f32 %f<200000>; {all} ret;"))).expect_err("too many are used");
+    let all = Module::parse(&kernel(&format!(".reg .f32 %f<200000>; {all} ret;"))).expect("it parses");
+    let error = all.kernel_error("k").expect("too many are used");
     assert!(error.to_string().contains("more than 65535 registers"), "{error}");
 }
 

@@ -159,8 +159,8 @@ class Backward : Operation<LoraSm90Backward> {
     float no_sums[4];
     using Kind = Narrow<kN, 0, 1, true, false>;
     if (projection.gain != 0) {
-      consumer.template narrow_altered<Kind>(acc, wanted(m, n, at), [&](uint32_t slab, uint32_t i)
-                                                                        LORA_INLINE { gain_dy(projection, slab, i); });
+      consumer.template narrow_altered<Kind>(
+          acc, wanted(m, n, at), [&](uint32_t slab, uint32_t i) LORA_INLINE { gain_dy(projection, slab, i); });
     } else {
       consumer.template narrow<Kind>(acc, no_sums, wanted(m, n, at));
     }

@@ -216,10 +216,16 @@ impl LoraLinear {
         let magnitude = || {
             let is_new = !vb.contains_tensor(MAGNITUDE);
             let n = self.base.linear.weight().dims()[0];
+            // The norm first: a variable of ones that outlives an error would be taken for a magnitude.
+            let norm = match self.adapters.get(name) {
+                Some(Adapter { a, b, scale, .. }) if is_new => {
+                    Some(self.base.folded(a, b, *scale)?.sqr()?.sum(1)?.sqrt()?.to_dtype(vb.dtype())?)
+                }
+                _ => None,
+            };
             let magnitude = vb.get_with_hints(n, MAGNITUDE, init::ONE)?;
-            if is_new && let Some(Adapter { a, b, scale, .. }) = self.adapters.get(name) {
-                let norm = self.base.folded(a, b, *scale)?.sqr()?.sum(1)?.sqrt()?;
-                magnitude.slice_set(&norm.to_dtype(magnitude.dtype())?, 0, 0)?;
+            if let Some(norm) = norm {
+                magnitude.slice_set(&norm, 0, 0)?;
             }
             Ok(magnitude)
         };

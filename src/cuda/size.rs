@@ -125,8 +125,9 @@ pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device, options:
             variant: raw::Variant::default(),
         };
         // The gradient of the magnitude asks for a gain, with which there is neither dropout nor routes.
-        let gained = [raw::Variant { gain: Some(vector), ..raw::Variant::default() }];
-        for &variant in if wants(4) { &gained[..] } else { &variants } {
+        let gained = raw::Variant { gain: Some(vector), ..raw::Variant::default() };
+        let others = if wants(4) { &[][..] } else { &variants[..] };
+        for &variant in others.iter().chain([&gained]) {
             for f32_factors in factors(r, &variant) {
                 let h = if f32_factors { Some(pairs) } else { op.h };
                 let op = raw::Backward { f32_factors, h, variant, ..op };
@@ -146,6 +147,8 @@ pub(super) fn up_to(dtype: Dtype, shape: LoraShape, device: &Device, options: Op
 
 /// What suffices for projections that share x, of up to `m` tokens and `r` ranks of all together.
 pub(super) fn shared(dtype: Dtype, m: usize, r: usize, device: &Device, options: Options) -> usize {
+    // Plans refuse what is larger.
+    let [m, r] = [m, r].map(|extent| extent.min(crate::MAX_DIMENSION));
     usize::try_from(workspace_up_to(m, r, dtype, device, &options)).unwrap_or(usize::MAX)
 }
 
@@ -174,9 +177,15 @@ mod tests {
         let device = Device::of_arch("test", 90, 132);
         let gradient =
             |index: u64, rows, cols| raw::Gradient { matrix: raw::Matrix::new(index << 40, rows, cols), f32: false };
-        for (m, n, k, r) in
-            [(8192, 4096, 4096, 16), (8192, 512, 256, 128), (20000, 64, 8, 256), (512, 4096, 4096, 512), (1, 64, 64, 8)]
-        {
+        for (m, n, k, r) in [
+            (8192, 4096, 4096, 16),
+            (8192, 512, 256, 128),
+            (20000, 64, 8, 256),
+            (512, 4096, 4096, 512),
+            (1, 64, 64, 8),
+            (4096, 8192, 512, 64),
+            (16384, 11008, 2048, 16),
+        ] {
             let shape = LoraShape { m, n, k, r };
             let forward_bound = forward(Dtype::F16, shape, &device, Options::default()).expect("a bound");
             let backward_bound = backward(Dtype::F16, shape, &device, Options::default()).expect("a bound");
@@ -240,9 +249,11 @@ mod tests {
                 let gain = Some(vector(12));
                 let (y, magnitude, dm) = (at(6, m, n), vector(13), vector(14));
                 let dm = Some(raw::MagnitudeGradient { y, bias: None, magnitude, dm });
-                let op = raw::Backward { dm, variant: raw::Variant { gain, ..raw::Variant::default() }, ..op };
-                let plan = Plan::backward(&op, &device).expect("a plan");
-                assert!(plan.workspace_bytes() <= backward_bound, "{}", plan.explain());
+                for dm in [None, dm] {
+                    let op = raw::Backward { dm, variant: raw::Variant { gain, ..raw::Variant::default() }, ..op };
+                    let plan = Plan::backward(&op, &device).expect("a plan");
+                    assert!(plan.workspace_bytes() <= backward_bound, "{}", plan.explain());
+                }
             }
         }
     }

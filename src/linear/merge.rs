@@ -86,8 +86,13 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
 
     /// The sum of biases that merged adapters add, and the gains, are those of forward, which must be as new as they are.
     fn check_current(&self, operation: &'static str) -> Result<()> {
-        let has_gain = |id: &u64| self.by_id(*id).is_some_and(|named| named.gain().is_some());
-        let copied = self.active_bias().is_some() || self.active_ids().iter().any(has_gain);
+        let mut copied = self.active_bias().is_some();
+        let active = self.active_ids();
+        for named in active.iter().filter_map(|id| self.by_id(*id)).filter(|named| named.gain().is_some()) {
+            // Folding multiplies by the adapter's own gain, which can be older than the one of several together.
+            named.in_storage(operation)?;
+            copied = true;
+        }
         if copied { self.operands(operation).map(drop) } else { Ok(()) }
     }
 

@@ -2,7 +2,7 @@
 
 use super::{LORA_MAX_PROJECTIONS, LoraDropout, LoraMagnitude, LoraMatrix, LoraSplit};
 
-/// A projection of forward in the Hopper family, as [`LoraForwardProjection`].
+/// A projection of forward in the Hopper family, as [`LoraForwardProjection`](super::LoraForwardProjection).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LoraSm90ForwardProjection {
@@ -31,7 +31,7 @@ pub struct LoraSm90ForwardProjection {
 pub struct LoraSm90ForwardParams {
     /// M × R, as the h units write it: the caller's, or in the workspace.
     pub h: LoraMatrix,
-    /// Device address of the synchronisation words ([`SYNC_BYTES`](super::plan::SYNC_BYTES)).
+    /// Device address of the synchronisation words ([`SYNC_BYTES`](crate::plan::SYNC_BYTES)).
     pub sync: u64,
     /// Tokens.
     pub m: u32,
@@ -71,7 +71,7 @@ pub struct LoraSm90ForwardParams {
     pub projections: [LoraSm90ForwardProjection; LORA_MAX_PROJECTIONS as usize],
 }
 
-/// A projection of backward in the Hopper family, as [`LoraBackwardProjection`].
+/// A projection of backward in the Hopper family, as [`LoraBackwardProjection`](super::LoraBackwardProjection).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LoraSm90BackwardProjection {
@@ -114,7 +114,7 @@ pub struct LoraSm90BackwardParams {
     pub da: LoraMatrix,
     /// Device address of f32 partial sums: one block of `partial_stride` per slab and chunk of db, then of da.
     pub partials: u64,
-    /// Device address of the synchronisation words ([`SYNC_BYTES`](super::plan::SYNC_BYTES)).
+    /// Device address of the synchronisation words ([`SYNC_BYTES`](crate::plan::SYNC_BYTES)).
     pub sync: u64,
     /// Tokens.
     pub m: u32,

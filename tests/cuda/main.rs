@@ -14,7 +14,9 @@ mod streams;
 #[path = "../arguments/table.rs"]
 mod table;
 
-use common::data::{Placement, Spec, dropout_table, integer_table, routes_table, shape_table, subset_table};
+use common::data::{
+    Placement, Spec, dora_table, dropout_table, integer_table, routes_table, shape_table, subset_table,
+};
 use common::golden::{self, Golden};
 use common::gpu::{self, Gpu, backward_bits, forward_bits, kernels};
 use common::hopper::{self, Case};
@@ -65,17 +67,17 @@ fn small_integers_are_exact() {
     }
 }
 
-/// Dropout, and rows through different adapters: what the seed and the table say, in whichever family.
+/// Dropout, rows through different adapters, and DoRA: what seed, table and gain say, in whichever family.
 #[test]
-fn dropout_and_routes() {
-    let Some(kernels) = kernels("dropout_and_routes") else { return };
+fn dropout_routes_and_dora() {
+    let Some(kernels) = kernels("dropout_routes_and_dora") else { return };
     let gpu = Gpu::new(kernels);
     // Dimensions in steps of 8 are for the Hopper kernels.
     let eights = |spec: Spec| {
         let [n, k, r] = [spec.n, spec.k, spec.r].map(|extent| extent.next_multiple_of(8));
         Spec { n, k, r, placement: Placement::Aligned, ..spec }
     };
-    for spec in dropout_table().into_iter().chain(routes_table()) {
+    for spec in dropout_table().into_iter().chain(routes_table()).chain(dora_table()) {
         for spec in [spec, eights(spec)] {
             check::forward::<f16>(&gpu, &spec);
             check::forward::<bf16>(&gpu, &spec);
