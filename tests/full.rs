@@ -42,7 +42,7 @@ fn table() -> Vec<Spec> {
 fn subsets() -> Vec<Spec> {
     let spec = |bits: usize| {
         let outputs = std::array::from_fn(|i| bits >> i & 1 == 1);
-        Spec { outputs, accumulate: bits % 2 == 0, ..Spec::new(71, 34, 19, [5, 40][bits % 2]) }
+        Spec { outputs, accumulate: bits.is_multiple_of(2), ..Spec::new(71, 34, 19, [5, 40][bits % 2]) }
     };
     (1..16).map(spec).collect()
 }
