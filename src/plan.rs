@@ -159,6 +159,60 @@ impl Scratch {
         self.end = (offset + bytes).next_multiple_of(WORKSPACE_ALIGN);
         offset
     }
+
+    /// Tells a launch where it all lies.
+    fn place(&self, launch: &mut Launch, workspace: u64) {
+        let place = |ptr: &mut u64, offset: Option<u64>| *ptr += offset.map_or(0, |offset| workspace + offset);
+        let split = self.split.unwrap_or_default();
+        let maps: Vec<(u32, Option<u64>)> = match &mut launch.params {
+            Params::Forward(params) => {
+                params.sync = workspace;
+                place(&mut params.h.ptr, self.h);
+                split.fill(workspace, &mut params.split);
+                if params.split.r != 0 {
+                    (params.a, params.projections[0].b) = (params.split.split_a, params.split.split_b);
+                }
+                Vec::new()
+            }
+            Params::Backward(params) => {
+                params.sync = workspace;
+                place(&mut params.dh.ptr, self.h);
+                place(&mut params.partials, self.partials);
+                split.fill(workspace, &mut params.split);
+                if params.split.r != 0 {
+                    (params.a, params.projections[0].b) = (params.split.split_a, params.split.split_b);
+                }
+                Vec::new()
+            }
+            Params::Sm90Forward(params) => {
+                params.sync = workspace;
+                place(&mut params.h.ptr, self.h);
+                split.fill(workspace, &mut params.split);
+                let first = |at: usize| LORA_SM90_FORWARD_FIRST + at as u32 * LORA_SM90_FORWARD_EACH;
+                let h = (0..raw::MAX_PROJECTIONS).map(|at| (first(at) + LORA_SM90_FORWARD_H, self.h));
+                h.chain([(LORA_SM90_FORWARD_A, split.a), (first(0) + LORA_SM90_FORWARD_B, split.b)]).collect()
+            }
+            Params::Sm90Backward(params) => {
+                params.sync = workspace;
+                place(&mut params.dh.ptr, self.h);
+                place(&mut params.partials, self.partials);
+                split.fill(workspace, &mut params.split);
+                vec![
+                    (LORA_SM90_BACKWARD_DH, self.h),
+                    (LORA_SM90_BACKWARD_DH_TOKENS, split.pairs.or(self.h)),
+                    (LORA_SM90_BACKWARD_A, split.a),
+                    (LORA_SM90_BACKWARD_FIRST + LORA_SM90_BACKWARD_B, split.b),
+                ]
+            }
+            // Launches of these need no workspace, and no plan.
+            Params::Merge(_) | Params::Round(_) | Params::Gain(_) => Vec::new(),
+        };
+        for (index, offset) in maps {
+            if let Some(Some(map)) = launch.maps.get_mut(index as usize) {
+                place(&mut map.address, offset);
+            }
+        }
+    }
 }
 
 /// Bytes of workspace that suffice for every call of up to `m` tokens and up to `r` ranks of all its projections, whatever else it
@@ -331,7 +385,7 @@ impl Plan {
         let (shape, ranges) = op.judge()?;
         let parts = Part::of_forward(op);
         check(op.dtype, device, &options)?;
-        let departs = (op.routes.is_some(), &*operands::gains(&op.projections, |of| of.gain), op.is_split());
+        let departs = (op.routes.is_some(), op.is_split(), &*operands::gains(&op.projections, |of| of.gain));
         let obstacles = sm90::obstacles(device, shape.k, &parts, departs, &sm90::forward_operands(op));
         let draft = draft(
             device,
@@ -378,7 +432,7 @@ impl Plan {
         let (shape, ranges) = op.judge()?;
         let parts = Part::of_backward(op);
         check(op.dtype, device, &options)?;
-        let departs = (op.routes.is_some(), &*operands::gains(&op.projections, |of| of.gain), op.is_split());
+        let departs = (op.routes.is_some(), op.is_split(), &*operands::gains(&op.projections, |of| of.gain));
         let obstacles = sm90::obstacles(device, shape.k, &parts, departs, &sm90::backward_operands(op));
         let draft = draft(
             device,
@@ -467,46 +521,7 @@ impl Plan {
             return Err(Error::Overlap { output: "workspace", other });
         }
         let mut launch = self.launch.clone();
-        // What is in the workspace is told from its start so far.
-        let place = |ptr: &mut u64, offset: Option<u64>| *ptr += offset.map_or(0, |offset| workspace + offset);
-        let of_ranks = |at: usize| LORA_SM90_FORWARD_FIRST + at as u32 * LORA_SM90_FORWARD_EACH + LORA_SM90_FORWARD_H;
-        let maps: Vec<u32> = match &mut launch.params {
-            Params::Forward(params) => {
-                params.sync = workspace;
-                place(&mut params.h.ptr, self.scratch.h);
-                if let Some(places) = self.scratch.split {
-                    places.fill(workspace, &mut params.split, &mut params.a, &mut params.projections[0].b);
-                }
-                Vec::new()
-            }
-            Params::Backward(params) => {
-                params.sync = workspace;
-                place(&mut params.dh.ptr, self.scratch.h);
-                place(&mut params.partials, self.scratch.partials);
-                if let Some(places) = self.scratch.split {
-                    places.fill(workspace, &mut params.split, &mut params.a, &mut params.projections[0].b);
-                }
-                Vec::new()
-            }
-            Params::Sm90Forward(params) => {
-                params.sync = workspace;
-                place(&mut params.h.ptr, self.scratch.h);
-                (0..self.parts.len()).map(of_ranks).collect()
-            }
-            Params::Sm90Backward(params) => {
-                params.sync = workspace;
-                place(&mut params.dh.ptr, self.scratch.h);
-                place(&mut params.partials, self.scratch.partials);
-                vec![LORA_SM90_BACKWARD_DH, LORA_SM90_BACKWARD_DH_TOKENS]
-            }
-            // Launches of these need no workspace, and no plan.
-            Params::Merge(_) | Params::Round(_) | Params::Gain(_) => Vec::new(),
-        };
-        for index in maps {
-            if let Some(Some(map)) = launch.maps.get_mut(index as usize) {
-                place(&mut map.address, self.scratch.h);
-            }
-        }
+        self.scratch.place(&mut launch, workspace);
         Ok(launch)
     }
 }

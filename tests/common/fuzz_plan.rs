@@ -5,7 +5,7 @@
 
 use arbitrary::{Result, Unstructured};
 use fused_lora::plan::{Device, Family, Launch, Options, Peak, Plan, TileSize};
-use fused_lora::{Accumulate, Dtype, Error, LoraShape, MAX_DIMENSION, Routing, raw};
+use fused_lora::{Accumulate, Dtype, Error, LoraShape, MAX_DIMENSION, Routing, raw, split_columns};
 
 use super::legal;
 
@@ -13,7 +13,7 @@ use super::legal;
 mod shared;
 
 /// Bytes that a problem reads at most; those that lack are zero.
-pub const BYTES: usize = 2048;
+pub const BYTES: usize = 3072;
 
 /// What became of a problem's operations.
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,29 +39,50 @@ fn solve(u: &mut Unstructured<'_>, outcome: &mut Outcome) -> Result<()> {
     let (shape, mut place) = (shape(u)?, Place::new(u)?);
     let call = Call { device: &device, options: &options };
 
-    let op = forward(u, &mut place, dtype, shape)?;
-    let inputs =
-        [("x", op.x), ("w", op.w), ("a", op.a), ("b", op.b)].into_iter().chain(op.bias.map(|bias| ("bias", bias)));
+    operations(u, &mut place, dtype, (shape, false), &call, outcome)?;
+    factors(u, &mut place, dtype, shape, outcome)?;
+    shared::solve(u, &mut place, dtype, &call, outcome)?;
+    operations(u, &mut place, dtype, (shape, true), &call, outcome)
+}
+
+/// Forward and backward, with factors in f32 or of the storage type.
+fn operations(
+    u: &mut Unstructured<'_>,
+    place: &mut Place,
+    dtype: Dtype,
+    problem: (LoraShape, bool),
+    call: &Call<'_>,
+    outcome: &mut Outcome,
+) -> Result<()> {
+    let op = forward(u, place, dtype, problem)?;
+    let of_factors = if op.f32_factors { 4 } else { dtype.size() };
+    let inputs = [("x", op.x), ("w", op.w)].into_iter().chain(op.bias.map(|bias| ("bias", bias)));
+    let factors = [("a", op.a), ("b", op.b)].map(|(name, matrix)| Argument::new(name, matrix, of_factors, false));
     let outputs = [("y", op.y)].into_iter().chain(op.h.map(|h| ("h", h)));
     let arguments: Vec<Argument> = (inputs.map(|(name, matrix)| Argument::new(name, matrix, dtype.size(), false)))
+        .chain(factors)
         .chain(variant_arguments(&op.variant))
         .chain(outputs.map(|(name, matrix)| Argument::new(name, matrix, dtype.size(), true)))
         .collect();
-    let plan = || Plan::forward_with(&op, &device, options);
+    let plan = || Plan::forward_with(&op, call.device, *call.options);
     if let Some(plan) = call.judge(plan, op.check(), dtype, &arguments, outcome) {
-        let judge = |at| legal::forward(&plan, &op, &device, &options, at);
+        let judge = |at| legal::forward(&plan, &op, call.device, call.options, at);
         call.place(u, &plan, &arguments, judge, outcome)?;
     }
 
-    let op = backward(u, &mut place, dtype, shape)?;
+    let op = backward(u, place, dtype, problem)?;
     let arguments = backward_arguments(&op);
-    let plan = || Plan::backward_with(&op, &device, options);
+    let plan = || Plan::backward_with(&op, call.device, *call.options);
     if let Some(plan) = call.judge(plan, op.check(), dtype, &arguments, outcome) {
-        let judge = |at| legal::backward(&plan, &op, &device, &options, at);
+        let judge = |at| legal::backward(&plan, &op, call.device, call.options, at);
         call.place(u, &plan, &arguments, judge, outcome)?;
     }
-    factors(u, &mut place, dtype, shape, outcome)?;
-    shared::solve(u, &mut place, dtype, &call, outcome)
+    Ok(())
+}
+
+/// Columns of h.
+fn columns_of_h(dtype: Dtype, (shape, f32_factors): (LoraShape, bool)) -> usize {
+    if f32_factors && dtype != Dtype::F32 { split_columns(shape.r) } else { shape.r }
 }
 
 /// Launches for an adapter's factors: nothing is chosen.
@@ -398,36 +419,53 @@ fn variant_arguments(variant: &raw::Variant) -> impl Iterator<Item = Argument> {
     read.map(|(name, matrix)| Argument::new(name, matrix, 8, false))
 }
 
-fn forward(u: &mut Unstructured<'_>, place: &mut Place, dtype: Dtype, shape: LoraShape) -> Result<raw::Forward> {
-    let LoraShape { m, n, k, r } = shape;
+fn forward(
+    u: &mut Unstructured<'_>,
+    place: &mut Place,
+    dtype: Dtype,
+    problem: (LoraShape, bool),
+) -> Result<raw::Forward> {
+    let (LoraShape { m, n, k, r }, f32_factors) = problem;
+    let of_factors = if f32_factors { 4 } else { dtype.size() };
     let mut matrix = |u: &mut Unstructured<'_>, rows, cols| place.matrix(u, rows, cols, dtype.size());
     let (keeps_h, has_bias) = (u.arbitrary()?, u.arbitrary()?);
+    let (x, w) = (matrix(u, m, k)?, matrix(u, n, k)?);
+    let (a, b) = (place.matrix(u, r, k, of_factors)?, place.matrix(u, n, r, of_factors)?);
+    let mut matrix = |u: &mut Unstructured<'_>, rows, cols| place.matrix(u, rows, cols, dtype.size());
     Ok(raw::Forward {
         dtype,
-        x: matrix(u, m, k)?,
-        w: matrix(u, n, k)?,
-        f32_factors: false,
-        a: matrix(u, r, k)?,
-        b: matrix(u, n, r)?,
+        x,
+        w,
+        f32_factors,
+        a,
+        b,
         scale: scale(u)?,
         bias: if has_bias { Some(matrix(u, 1, n)?) } else { None },
-        h: if keeps_h { Some(matrix(u, m, r)?) } else { None },
+        h: if keeps_h { Some(matrix(u, m, columns_of_h(dtype, problem))?) } else { None },
         y: matrix(u, m, n)?,
         variant: variant(u, place, m)?,
     })
 }
 
-fn backward(u: &mut Unstructured<'_>, place: &mut Place, dtype: Dtype, shape: LoraShape) -> Result<raw::Backward> {
-    let LoraShape { m, n, k, r } = shape;
+fn backward(
+    u: &mut Unstructured<'_>,
+    place: &mut Place,
+    dtype: Dtype,
+    problem: (LoraShape, bool),
+) -> Result<raw::Backward> {
+    let (LoraShape { m, n, k, r }, f32_factors) = problem;
+    let of_factors = if f32_factors { 4 } else { dtype.size() };
     let [dx, da, db, dbias]: [bool; 4] = u.arbitrary()?;
     // Now and then without what an output needs, or without any output.
     let is_given: [bool; 2] = [!u.ratio(1, 30)?, !u.ratio(1, 30)?];
+    let mut required = |u: &mut Unstructured<'_>, rows, cols, bytes| place.matrix(u, rows, cols, bytes);
+    let (dy, w) = (required(u, m, n, dtype.size())?, required(u, n, k, dtype.size())?);
+    let (a, b) = (required(u, r, k, of_factors)?, required(u, n, r, of_factors)?);
     let mut matrix = |u: &mut Unstructured<'_>, is_there: bool, rows, cols| {
         if is_there { place.matrix(u, rows, cols, dtype.size()).map(Some) } else { Ok(None) }
     };
-    let mut required = |u: &mut Unstructured<'_>, rows, cols| matrix(u, true, rows, cols).map(Option::unwrap);
-    let (dy, w, a, b) = (required(u, m, n)?, required(u, n, k)?, required(u, r, k)?, required(u, n, r)?);
-    let (x, h, dx) = (matrix(u, is_given[0], m, k)?, matrix(u, is_given[1], m, r)?, matrix(u, dx, m, k)?);
+    let (x, h) = (matrix(u, is_given[0], m, k)?, matrix(u, is_given[1], m, columns_of_h(dtype, problem))?);
+    let dx = matrix(u, dx, m, k)?;
     let mut gradient = |u: &mut Unstructured<'_>, is_there: bool, rows, cols| {
         let f32 = u.arbitrary()?;
         let bytes = if f32 { 4 } else { dtype.size() };
@@ -444,7 +482,7 @@ fn backward(u: &mut Unstructured<'_>, place: &mut Place, dtype: Dtype, shape: Lo
         dtype,
         dy,
         w,
-        f32_factors: false,
+        f32_factors,
         a,
         b,
         scale: scale(u)?,
@@ -462,9 +500,17 @@ fn backward(u: &mut Unstructured<'_>, place: &mut Place, dtype: Dtype, shape: Lo
 
 fn backward_arguments(op: &raw::Backward) -> Vec<Argument> {
     let bytes = op.dtype.size();
+    let of_factors = if op.f32_factors { 4 } else { bytes };
+    let inputs = [
+        ("dy", Some(op.dy), bytes),
+        ("w", Some(op.w), bytes),
+        ("a", Some(op.a), of_factors),
+        ("b", Some(op.b), of_factors),
+        ("x", op.x, bytes),
+        ("h", op.h, bytes),
+    ];
     let inputs =
-        [("dy", Some(op.dy)), ("w", Some(op.w)), ("a", Some(op.a)), ("b", Some(op.b)), ("x", op.x), ("h", op.h)];
-    let inputs = inputs.into_iter().filter_map(|(name, matrix)| Some(Argument::new(name, matrix?, bytes, false)));
+        inputs.into_iter().filter_map(|(name, matrix, bytes)| Some(Argument::new(name, matrix?, bytes, false)));
     let gradients = [("da", op.da), ("db", op.db), ("dbias", op.dbias)];
     let gradients = gradients.into_iter().filter_map(|(name, gradient)| {
         let raw::Gradient { matrix, f32 } = gradient?;
