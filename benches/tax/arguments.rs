@@ -3,15 +3,15 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use fused_lora::Dtype;
 use fused_lora::plan::Options;
 use fused_lora::raw::MAX_PROJECTIONS;
+use fused_lora::{Dtype, split_columns};
 
 use super::report::Op;
 
 pub const HELP: &str = "\
 Usage: tax [--m M,..] [--nk NxK,..] [--ranks R,..] [--dtype bf16|f16] [--op forward|backward] [--dropout P | --adapters N | --dora]
-           [--projections P] [--rounds N] [--quick] [--once] [--no-unfused] [--hot]
+           [--full] [--projections P] [--rounds N] [--quick] [--once] [--no-unfused] [--hot]
            [--family F] [--tile T] [--cluster C] [--bundle U] [--chunks C] [--group-m G]
            [--json FILE] [--label TEXT]
 
@@ -27,6 +27,8 @@ operations as separate products of cuBLASLt.
   --adapters N   a batch that goes through N adapters, each of a rank of the row, in runs of equal length; default 1. Separate
                  products are left out for more
   --dora         with a gain, and in backward the gradient of the magnitude; separate products are left out
+  --full         a and b in f32, used at more than 16-bit precision, beside dropout or DoRA if asked for; separate products are left
+                 out
   --projections P
                  the layer's N as P projections that share x, each with its own adapter; default 1. The plain product is that
                  of all, separate products are left out for more
@@ -54,13 +56,15 @@ pub struct Feature {
     pub adapters: usize,
     /// A gain, and the gradient of the magnitude.
     pub dora: bool,
+    /// Factors in f32.
+    pub full: bool,
     /// That share x.
     pub projections: usize,
 }
 
 impl Default for Feature {
     fn default() -> Self {
-        Self { dropout: 0.0, adapters: 1, dora: false, projections: 1 }
+        Self { dropout: 0.0, adapters: 1, dora: false, full: false, projections: 1 }
     }
 }
 
@@ -68,6 +72,11 @@ impl Feature {
     /// Of the plain product.
     pub fn without_adapter(self) -> Self {
         Self { projections: self.projections, ..Self::default() }
+    }
+
+    /// Of all projections, with `r` ranks each.
+    pub fn columns_of_h(&self, r: usize) -> usize {
+        if self.full { split_columns(r) } else { self.projections * r }
     }
 
     /// Whether cuBLASLt's separate products compute the same.
@@ -81,6 +90,9 @@ impl Feature {
             return Err(
                 "--dropout, --adapters and --dora exclude one another, and --adapters excludes --projections".into()
             );
+        }
+        if self.full && (self.adapters > 1 || self.projections > 1) {
+            return Err("--full excludes --adapters and --projections".into());
         }
         if self.projections > MAX_PROJECTIONS {
             return Err(format!("--projections is {}, expected {MAX_PROJECTIONS} at most", self.projections).into());
@@ -159,6 +171,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Arg
             Long("dropout") => parsed.feature.dropout = parser.value()?.parse_with(probability)?,
             Long("adapters") => parsed.feature.adapters = parser.value()?.parse_with(positive)?,
             Long("dora") => parsed.feature.dora = true,
+            Long("full") => parsed.feature.full = true,
             Long("projections") => parsed.feature.projections = parser.value()?.parse_with(positive)?,
             Long("rounds") => parsed.rounds = parser.value()?.parse_with(positive)?,
             Long("quick") => parsed.quick = true,

@@ -254,7 +254,8 @@ impl Plan {
                 );
             }
             Params::Sm90Backward(p) => {
-                let units = [p.dh_units, p.dx_end - p.dh_tickets, p.db_end - p.dx_end, p.tickets - p.split.tickets - p.db_end];
+                let units =
+                    [p.dh_units, p.dx_end - p.dh_tickets, p.db_end - p.dx_end, p.tickets - p.split.tickets - p.db_end];
                 explain_backward(out, units, p.chunks, p.chunk_rows);
                 line!(
                     out,

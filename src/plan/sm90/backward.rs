@@ -34,7 +34,14 @@ pub(in crate::plan) fn backward(
     let ranks = Ranks::of(op.is_split());
     let (pairs, deep) = (ranks.pairs(r), ranks.triples(r));
     let parts = &Ranks::parts(parts, |r| ranks.pairs(r))[..];
-    let problem = Problem { wanted, shape: LoraShape { r: pairs, ..shape }, deep, parts, splits: split::backward_units(op, &wanted, shape), alters };
+    let problem = Problem {
+        wanted,
+        shape: LoraShape { r: pairs, ..shape },
+        deep,
+        parts,
+        splits: split::backward_units(op, &wanted, shape),
+        alters,
+    };
     let Setup { tile, cluster, bundle, chunks, clocks } = choose(&problem, device, options)?;
     let counts = Counts::of(&problem, &tile, cluster);
     let slabs = counts.slabs(cluster);
@@ -228,12 +235,7 @@ fn choose(problem: &Problem, device: &Device, options: &Options) -> Result<Setup
 }
 
 /// Bundle and chunks for one tile shape and cluster size.
-fn choose_for(
-    problem: &Problem,
-    device: &Device,
-    options: &Options,
-    (tile, cluster): (Tile, u32),
-) -> Result<Setup> {
+fn choose_for(problem: &Problem, device: &Device, options: &Options, (tile, cluster): (Tile, u32)) -> Result<Setup> {
     let Problem { wanted, shape: LoraShape { m, r, .. }, deep, parts, splits, alters } = *problem;
     let counts = Counts::of(problem, &tile, cluster);
     let dx_tiles = counts.dx_tiles(wanted);
@@ -244,6 +246,7 @@ fn choose_for(
     let partial_stride = chunks::partial_stride(r, wanted.any_dm());
     let cuts = Chunks::candidates(options, (m, partial_stride), gradient_tiles, cluster, device.sms / cluster);
     let middle = |machine: &Machine| Middle {
+        splits: splits.div_ceil(cluster.into()),
         groups: counts.m_groups,
         columns: dx_tiles / counts.m_groups,
         units: counts.dh_units,
@@ -280,7 +283,7 @@ fn choose_for(
                 timeline.wait(ready);
             }
             timeline.draw(counts.da_tiles * chunks.count, unit(r, alters.of_x(), false));
-            let clocks = machine.split(splits.div_ceil(cluster.into())) + timeline.end() + stall;
+            let clocks = timeline.end() + stall;
             if clocks < best.clocks {
                 best = Setup { tile, cluster, bundle, chunks, clocks };
             }

@@ -130,7 +130,8 @@ fn choose_for(
         let machine = Machine::new(device, cluster, clusters);
         let main = machine.main(&tile, k, mean_rank(parts));
         let alters = alters.of_x();
-        let middle = Middle { groups: m_groups, columns: n_blocks, units, depth: k, rank: r, alters, main, group_m };
+        let (groups, columns, splits) = (m_groups, n_blocks, splits.div_ceil(cluster.into()));
+        let middle = Middle { splits, groups, columns, units, depth: k, rank: r, alters, main, group_m };
         (middle, machine, Setup { tile, cluster, bundle, clocks: f64::INFINITY })
     };
     let (middle, machine, mut best) = setup(1, most);
@@ -138,7 +139,7 @@ fn choose_for(
         let tickets = check_tickets(middle.tickets(bundle) + m_groups * n_blocks)?;
         let (middle, machine, mut found) = setup(bundle, ctas(tickets, cluster, device) / cluster);
         let ran = middle.run(&machine, bundle);
-        found.clocks = machine.split(splits.div_ceil(cluster.into())) + ran.timeline.end() + ran.stall;
+        found.clocks = ran.timeline.end() + ran.stall;
         if found.clocks < best.clocks {
             best = found;
         }

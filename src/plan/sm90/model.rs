@@ -130,11 +130,10 @@ impl Machine {
         (alters.step(columns) + c.step / 2.0).max(fetched / c.stream).max(from_memory)
     }
 
-    /// All of `tickets` tickets of units that split factors, before which nothing else is taken to begin. A unit takes what others
-    /// take beside their steps, and reads f32 and writes up to three halves of each.
-    pub(super) fn split(&self, tickets: u64) -> f64 {
+    /// A unit that splits factors: what others take beside their steps, and f32 to be read and up to three halves of each written.
+    pub(super) fn split(&self) -> f64 {
         let bytes = f64::from(LORA_SPLIT_RANKS * LORA_SPLIT_LENGTH * (4 + 3 * 2));
-        tickets.div_ceil(u64::from(self.clusters.max(1))) as f64 * whole(SM90.unit + bytes / SM90.stream)
+        whole(SM90.unit + bytes / SM90.stream)
     }
 
     fn streaming(&self, tickets: u64) -> u64 {
