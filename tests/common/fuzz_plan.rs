@@ -14,7 +14,7 @@ mod drawn;
 #[path = "fuzz_plan/shared.rs"]
 mod shared;
 
-use drawn::{device, dimension, dtype, options, scale, shape};
+use drawn::{device, dtype, options, scale, shape};
 
 /// Bytes that a problem reads at most; those that lack are zero.
 pub const BYTES: usize = 3072;
