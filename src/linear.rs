@@ -338,7 +338,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     pub fn forward_into(&self, x: Matrix<'_, B::Read<T>>, y: MatrixMut<'_, B::Write<T>>) -> Result<()> {
         let Operands { w, a, b, scale, bias, gain } = self.operands("forward")?;
         let variant = Variant { gain, ..Variant::default() };
-        self.backend.forward(Forward { x, w, a, b, scale, bias, h: None, y, variant })
+        self.backend.forward::<T, T>(Forward { x, w, a, b, scale, bias, h: None, y, variant })
     }
 
     /// A buffer for y.

@@ -223,9 +223,9 @@ impl Backend for Queue {
         self.workspace().reserve(&self.stream, bytes)
     }
 
-    fn forward<T: Element>(
+    fn forward<T: Element, A: Element>(
         &self,
-        op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words, Self::Read<f32>>,
+        op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words, Self::Read<f32>, Self::Read<A>>,
     ) -> Result<()> {
         let Forward { x, w, a, b, scale, bias, h, y, variant: given } = op;
         let op = super::Forward {
@@ -242,9 +242,9 @@ impl Backend for Queue {
         self.kernels.forward_in(&self.stream, op.into(), &mut self.workspace(), Room::Grows)
     }
 
-    fn backward<T: Element>(
+    fn backward<T: Element, A: Element>(
         &self,
-        op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words, Self::Read<f32>>,
+        op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words, Self::Read<f32>, Self::Read<A>>,
     ) -> Result<()> {
         let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, dm, accumulate, variant: given } = op;
         let op = super::Backward {

@@ -71,23 +71,23 @@ pub trait Backend: Clone {
     /// Those of planning and of [`alloc`](Self::alloc).
     fn reserve(&self, dtype: Dtype, shape: LoraShape) -> Result<()>;
 
-    /// [`Forward`].
+    /// [`Forward`], with A and B of `T` or f32.
     ///
     /// # Errors
     /// What [`raw::Forward::check`](crate::raw::Forward::check) finds, and the backend's own. Nothing is written then.
     #[allow(clippy::type_complexity, reason = "an operand type for each kind of argument")]
-    fn forward<T: Element>(
+    fn forward<T: Element, A: Element>(
         &self,
-        op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words, Self::Read<f32>>,
+        op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words, Self::Read<f32>, Self::Read<A>>,
     ) -> Result<()>;
-    /// [`Backward`].
+    /// [`Backward`], with A and B of `T` or f32.
     ///
     /// # Errors
     /// What [`raw::Backward::check`](crate::raw::Backward::check) finds, and the backend's own. Nothing is written then.
     #[allow(clippy::type_complexity, reason = "an operand type for each kind of argument")]
-    fn backward<T: Element>(
+    fn backward<T: Element, A: Element>(
         &self,
-        op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words, Self::Read<f32>>,
+        op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words, Self::Read<f32>, Self::Read<A>>,
     ) -> Result<()>;
     /// [`Merge`].
     ///
@@ -169,10 +169,10 @@ impl Backend for Cpu {
     fn check_dtype(&self, _: Dtype) -> Result<()> {
         Ok(())
     }
-    fn forward<T: Element>(&self, op: cpu::Forward<'_, T>) -> Result<()> {
+    fn forward<T: Element, A: Element>(&self, op: cpu::Forward<'_, T, A>) -> Result<()> {
         cpu::forward(op)
     }
-    fn backward<T: Element>(&self, op: cpu::Backward<'_, T>) -> Result<()> {
+    fn backward<T: Element, A: Element>(&self, op: cpu::Backward<'_, T, A>) -> Result<()> {
         cpu::backward(op)
     }
     fn merge<T: Element>(&self, op: cpu::Merge<'_, T>) -> Result<()> {
@@ -193,10 +193,10 @@ impl Backend for crate::emulator::Emulator {
     fn check_dtype(&self, dtype: Dtype) -> Result<()> {
         crate::plan::check_dtype(dtype)
     }
-    fn forward<T: Element>(&self, op: cpu::Forward<'_, T>) -> Result<()> {
+    fn forward<T: Element, A: Element>(&self, op: cpu::Forward<'_, T, A>) -> Result<()> {
         self.forward(op).map(drop)
     }
-    fn backward<T: Element>(&self, op: cpu::Backward<'_, T>) -> Result<()> {
+    fn backward<T: Element, A: Element>(&self, op: cpu::Backward<'_, T, A>) -> Result<()> {
         self.backward(op).map(drop)
     }
     fn merge<T: Element>(&self, op: cpu::Merge<'_, T>) -> Result<()> {

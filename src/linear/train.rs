@@ -234,7 +234,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             rank => Some(self.middle(x, rank)?),
         };
         let keep = h.as_mut().map(|h| MatrixMut::new(B::write(h), x.rows, a.rows));
-        self.backend.forward(Forward {
+        self.backend.forward::<T, T>(Forward {
             x,
             w,
             a,
@@ -294,7 +294,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             Some(h) => Some(Matrix::new(B::read(h), tokens, rank)),
             None => (rank == 0).then_some(nothing),
         };
-        self.backend.backward(Backward {
+        self.backend.backward::<T, T>(Backward {
             dy,
             w,
             a,
@@ -319,7 +319,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         let columns = self.n.min(COLUMNS);
         let mut h = self.middle(x, rank)?;
         let mut y = self.backend.alloc::<T>(elements("the number of elements of y", tokens, columns)?)?;
-        self.backend.forward(Forward {
+        self.backend.forward::<T, T>(Forward {
             x,
             w: Matrix { rows: columns, ..w },
             a,

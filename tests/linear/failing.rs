@@ -59,10 +59,10 @@ impl Backend for Failing {
     fn reserve(&self, dtype: Dtype, shape: LoraShape) -> Result<()> {
         Cpu.reserve(dtype, shape)
     }
-    fn forward<T: Element>(&self, op: cpu::Forward<'_, T>) -> Result<()> {
+    fn forward<T: Element, A: Element>(&self, op: cpu::Forward<'_, T, A>) -> Result<()> {
         Cpu.forward(op)
     }
-    fn backward<T: Element>(&self, op: cpu::Backward<'_, T>) -> Result<()> {
+    fn backward<T: Element, A: Element>(&self, op: cpu::Backward<'_, T, A>) -> Result<()> {
         Cpu.backward(op)
     }
     fn merge<T: Element>(&self, op: cpu::Merge<'_, T>) -> Result<()> {
