@@ -152,7 +152,7 @@ fn plan(arguments: &Arguments) -> Result<Plan, fused_lora::Error> {
     let (x, w, a, b) = (matrix(m, k), matrix(n, k), matrix(r, k), matrix(n, r));
     if !backward {
         let (y, variant) = (matrix(m, n), raw::Variant::default());
-        let op = raw::Forward { dtype, x, w, a, b, scale: 1.0, bias: None, h: None, y, variant };
+        let op = raw::Forward { dtype, x, w, f32_factors: false, a, b, scale: 1.0, bias: None, h: None, y, variant };
         return Plan::forward_with(&op, device, options);
     }
     let (dy, h, dx) = (matrix(m, n), matrix(m, r), matrix(m, k));
@@ -161,6 +161,7 @@ fn plan(arguments: &Arguments) -> Result<Plan, fused_lora::Error> {
         dtype,
         dy,
         w,
+        f32_factors: false,
         a,
         b,
         scale: 1.0,

@@ -102,7 +102,7 @@ fn train(kernels: &Kernels) -> Result<()> {
             y: MatrixMut::new(&mut y, m, n),
             variant: Variant::default(),
         };
-        kernels.forward::<bf16>(&stream, forward, &mut workspace)?;
+        kernels.forward::<bf16, bf16>(&stream, forward, &mut workspace)?;
 
         // Mean squared error and its gradient; a model has its next layers here.
         let error: Vec<f32> = stream.clone_dtoh(&y)?.iter().zip(&wanted).map(|(y, t)| y.to_f32() - t).collect();
@@ -125,7 +125,7 @@ fn train(kernels: &Kernels) -> Result<()> {
             accumulate: Accumulate::default(),
             variant: Variant::default(),
         };
-        kernels.backward::<bf16>(&stream, backward, &mut workspace)?;
+        kernels.backward::<bf16, bf16>(&stream, backward, &mut workspace)?;
         adam_a.step(step, &mut a32, &stream.clone_dtoh(&da)?);
         adam_b.step(step, &mut b32, &stream.clone_dtoh(&db)?);
         if step == 1 || step % 50 == 0 {

@@ -41,7 +41,8 @@
 #define LORA_SYNC_BYTES 65536
 #define LORA_SYNC_TICKET 0 /* next unit of work */
 #define LORA_SYNC_EXITED 1 /* CTAs that have finished */
-#define LORA_SYNC_FLAGS 2  /* first h / dh flag; the tile counters of db and da follow the flags */
+#define LORA_SYNC_SPLIT 2  /* units of f32 factors that have been split */
+#define LORA_SYNC_FLAGS 3  /* first h / dh flag; the tile counters of db and da follow the flags */
 
 /* LoraBackwardParams::flags, those of db and dbias for all projections but LORA_DB_F32 and LORA_DBIAS_F32, which each
  * has */
@@ -102,6 +103,26 @@ typedef struct LoraMagnitude {
   uint64_t dm;        /* N elements of f32, output */
 } LoraMagnitude;
 
+/* f32 factors over a 16-bit layer. A number is two of the storage type: the nearest, its high half, and the nearest to
+ * what is left of it times a power of two, its low half. They lie in groups of LORA_SPLIT_RANKS ranks, of which the last
+ * is filled up with zeros: as pairs [high | low] where they are multiplied by x or dy, and as triples, for which a product
+ * over ranks needs to know nothing of halves: [high | high / 2^s | low] of h and dh, [high | low, times 2^s | high] of a
+ * and b. In forward a is split into pairs and b into triples, in backward b into pairs and a into triples; h as arguments
+ * have it is pairs. */
+#define LORA_SPLIT_RANKS 8
+#define LORA_SPLIT_LENGTH 256 /* columns of a, or rows of b, that a unit splits, of LORA_SPLIT_RANKS ranks */
+typedef struct LoraSplit {
+  LoraMatrix a; /* R x K, f32 */
+  LoraMatrix b; /* N x R, f32 */
+  LoraMatrix split_a;
+  LoraMatrix split_b;
+  LoraMatrix pairs; /* h or dh for the products over tokens; absent when there are none */
+  uint32_t r;       /* 0: a and b are of the storage type, and are not split */
+  uint32_t a_units; /* of a, numbered along K first */
+  uint32_t units;   /* a_units, then those of b, numbered along N first */
+  uint32_t padding;
+} LoraSplit;
+
 /* A projection of forward. Blocks of columns are numbered over all projections, and so are ranks. */
 typedef struct LoraForwardProjection {
   LoraMatrix w;
@@ -117,7 +138,9 @@ typedef struct LoraForwardProjection {
   uint32_t padding;
 } LoraForwardProjection;
 
-/* Units of work are numbered h first, then y. */
+/* Units of work are numbered h first, then y; those that split factors come before them and are not counted in `units`.
+ * Of factors that are split a, b and h are what h and y units read: a in pairs, b and h in triples. r is the columns of the
+ * former, that of the projection those of the latter. */
 typedef struct LoraForwardParams {
   LoraMatrix x;
   LoraMatrix a;
@@ -137,6 +160,7 @@ typedef struct LoraForwardParams {
   uint32_t padding;
   LoraDropout dropout;
   uint64_t routes; /* address of the table; 0 when absent, and with more than one projection */
+  LoraSplit split;
   LoraForwardProjection projections[LORA_MAX_PROJECTIONS];
 } LoraForwardParams;
 
@@ -162,7 +186,9 @@ typedef struct LoraBackwardProjection {
   uint32_t padding;
 } LoraBackwardProjection;
 
-/* Units of work are numbered dh, dx, db (with dbias), da. */
+/* Units of work are numbered dh, dx, db (with dbias), da, after those that split factors, as in forward. Of factors that are
+ * split b, read by dh, and h, read by db, are in pairs, a and dh, read by dx, in triples. r is the columns of the latter, that
+ * of the projection those of the former. */
 typedef struct LoraBackwardParams {
   LoraMatrix a;
   LoraMatrix x;
@@ -194,6 +220,7 @@ typedef struct LoraBackwardParams {
   uint32_t padding;
   LoraDropout dropout;
   uint64_t routes; /* address of the table; 0 when absent, and with more than one projection */
+  LoraSplit split;
   LoraBackwardProjection projections[LORA_MAX_PROJECTIONS];
 } LoraBackwardParams;
 
@@ -316,6 +343,7 @@ typedef struct LoraSm90ForwardParams {
   uint32_t padding;
   LoraDropout dropout;
   uint64_t routes; /* address of the table; 0 when absent, and with more than one projection */
+  LoraSplit split; /* not yet: all zero */
   LoraSm90ForwardProjection projections[LORA_MAX_PROJECTIONS];
 } LoraSm90ForwardParams;
 
@@ -374,6 +402,7 @@ typedef struct LoraSm90BackwardParams {
   uint32_t padding;
   LoraDropout dropout;
   uint64_t routes; /* address of the table; 0 when absent, and with more than one projection */
+  LoraSplit split; /* not yet: all zero */
   LoraSm90BackwardProjection projections[LORA_MAX_PROJECTIONS];
 } LoraSm90BackwardParams;
 

@@ -5,7 +5,8 @@
 //! 16 bytes for each row of an output and tile of its columns, and the M × R middle where the caller does not pass one.
 //!
 //! **Rounding.** As the GPU kernels: sums in f32; h and dh are rounded to the storage type and used as rounded; y and dx
-//! get one rounding at the end, of both products, the bias and what is accumulated into. Products of
+//! get one rounding at the end, of both products, the bias and what is accumulated into. f32 factors over a 16-bit layer are multiplied
+//! as they are, and h and dh then stay in f32, but for the halves in which h is kept for backward. Products of
 //! f32 matrices of up to 2²² multiply-adds are summed in f64, and so is dbias.
 //!
 //! **Repeatable.** The same inputs on the same machine give the same bits, whatever the number of threads: the order of
@@ -13,6 +14,7 @@
 
 mod adapter;
 mod convert;
+mod middle;
 mod product;
 
 #[cfg(all(feature = "emulator", feature = "cuda"))]
@@ -23,22 +25,23 @@ use std::ops::Range;
 
 use crate::dropout::{Keep, factor};
 use crate::error::{Error, Result};
-use crate::shape::{LoraShape, check_length};
+use crate::shape::{LoraShape, check_factors, check_length};
 use crate::{Dropout, Dtype, Element, Gradient, MagnitudeGradient, Matrix, MatrixMut, Seed, raw};
-use product::{Epilogue, Side, Term, column_sums, magnitude_sums, product};
+use middle::Middle;
+use product::{Epilogue, Operand, Side, Term, column_sums, magnitude_sums, product};
 
-/// [`crate::Forward`] over slices.
-pub type Forward<'a, T> = crate::Forward<'a, [T], [T], [u64], [f32]>;
-/// [`crate::Backward`] over slices; gradients are `[T]` or `[f32]`.
-pub type Backward<'a, T> = crate::Backward<'a, [T], [T], [f32], [u64], [f32]>;
+/// [`crate::Forward`] over slices; factors are `[T]` or `[f32]`.
+pub type Forward<'a, T, A = T> = crate::Forward<'a, [T], [T], [u64], [f32], [A]>;
+/// [`crate::Backward`] over slices; factors and gradients are `[T]` or `[f32]`.
+pub type Backward<'a, T, A = T> = crate::Backward<'a, [T], [T], [f32], [u64], [f32], [A]>;
 /// [`crate::ForwardProjection`] over slices.
-pub type ForwardProjection<'a, T> = crate::ForwardProjection<'a, [T], [T], [f32]>;
+pub type ForwardProjection<'a, T, A = T> = crate::ForwardProjection<'a, [T], [T], [f32], [A]>;
 /// [`crate::ForwardShared`] over slices.
-pub type ForwardShared<'a, T> = crate::ForwardShared<'a, [T], [T], [u64], [f32]>;
+pub type ForwardShared<'a, T, A = T> = crate::ForwardShared<'a, [T], [T], [u64], [f32], [A]>;
 /// [`crate::BackwardProjection`] over slices; gradients are `[T]` or `[f32]`.
-pub type BackwardProjection<'a, T> = crate::BackwardProjection<'a, [T], [T], [f32], [f32]>;
+pub type BackwardProjection<'a, T, A = T> = crate::BackwardProjection<'a, [T], [T], [f32], [f32], [A]>;
 /// [`crate::BackwardShared`] over slices; gradients are `[T]` or `[f32]`.
-pub type BackwardShared<'a, T> = crate::BackwardShared<'a, [T], [T], [f32], [u64], [f32]>;
+pub type BackwardShared<'a, T, A = T> = crate::BackwardShared<'a, [T], [T], [f32], [u64], [f32], [A]>;
 /// [`crate::Variant`] over slices.
 pub type Variant<'a> = crate::Variant<'a, [u64], [f32]>;
 /// [`crate::Merge`] over slices; factors are `[T]` or `[f32]`.
@@ -63,7 +66,7 @@ pub struct Cpu;
 /// cpu::forward(cpu::Forward {
 ///     x: Matrix::new(&[1.0, 2.0], 1, 2),
 ///     w: Matrix::new(&[1.0, 0.0, 0.0, 1.0], 2, 2),
-///     a: Matrix::new(&[1.0, 1.0], 1, 2),
+///     a: Matrix::new(&[1.0f32, 1.0], 1, 2),
 ///     b: Matrix::new(&[1.0, -1.0], 2, 1),
 ///     scale: 0.5,
 ///     bias: None,
@@ -78,7 +81,7 @@ pub struct Cpu;
 /// # Errors
 /// What [`raw::Forward::check`] finds, [`Error::BufferTooShort`], and [`Error::OutOfMemory`] for the scratch of h.
 /// Nothing is written then.
-pub fn forward<T: Element>(op: Forward<'_, T>) -> Result<()> {
+pub fn forward<T: Element, A: Element>(op: Forward<'_, T, A>) -> Result<()> {
     forward_shared(op.into())
 }
 
@@ -115,25 +118,22 @@ pub fn forward<T: Element>(op: Forward<'_, T>) -> Result<()> {
 /// # Errors
 /// What [`raw::ForwardShared::check`] finds, [`Error::Projections`], [`Error::BufferTooShort`], and [`Error::OutOfMemory`] for the
 /// scratch of h. Nothing is written then.
-pub fn forward_shared<T: Element>(op: ForwardShared<'_, T>) -> Result<()> {
+pub fn forward_shared<T: Element, A: Element>(op: ForwardShared<'_, T, A>) -> Result<()> {
     let shape = check_forward(&op)?;
     let ForwardShared { x, a, h, projections, dropout, routes } = op;
     let (keep, factor) = (kept(&dropout), factor(dropout.map(|dropout| dropout.p)));
     let routes = routed(routes, shape.m);
-    let mut scratch = Vec::new();
-    let mut h = match h {
-        Some(h) => h,
-        None => middle(&mut scratch, shape)?,
-    };
+    let mut h = Middle::of_forward::<A>(h, shape)?;
     let mut first_rank = 0;
     for ForwardProjection { w, b, scale, bias, gain, y } in projections {
-        let (a, ranks) = (rows_of(a, first_rank, b.cols), first_rank..first_rank + b.cols);
+        let (a, ranks) = (Operand::of(rows_of(a, first_rank, b.cols)), first_rank..first_rank + b.cols);
         let scaled = Epilogue { scale: Some(scale * factor), routes, ..Epilogue::default() };
-        let own = reborrow_columns(&mut h, ranks.clone());
-        product(&[Term::new(Side::rows(x).keeping(keep), Side::rows(a))], &scaled, own);
+        h.compute(Term::new(Side::rows(x).keeping(keep), Side::rows(a)), &scaled, ranks.clone());
         let (bias, gain) = (bias.map(widened), gain.map(vector));
-        let own = columns_of(shared(&h), ranks);
-        let terms = [Term::new(Side::rows(x), Side::rows(w)), Term::new(Side::rows(own), Side::rows(b))];
+        let terms = [
+            Term::new(Side::rows(x), Side::rows(w)),
+            Term::new(Side::rows(h.ranks(ranks)), Side::rows(Operand::of(b))),
+        ];
         product(&terms, &Epilogue { gain, bias: bias.as_deref(), ..Epilogue::default() }, y);
         first_rank += b.cols;
     }
@@ -145,7 +145,7 @@ pub fn forward_shared<T: Element>(op: ForwardShared<'_, T>) -> Result<()> {
 /// # Errors
 /// What [`raw::Backward::check`] finds, [`Error::BufferTooShort`], and [`Error::OutOfMemory`] for the scratch of dh.
 /// Nothing is written then.
-pub fn backward<T: Element>(op: Backward<'_, T>) -> Result<()> {
+pub fn backward<T: Element, A: Element>(op: Backward<'_, T, A>) -> Result<()> {
     backward_shared(op.into())
 }
 
@@ -155,26 +155,26 @@ pub fn backward<T: Element>(op: Backward<'_, T>) -> Result<()> {
 /// # Errors
 /// What [`raw::BackwardShared::check`] finds, [`Error::Projections`], [`Error::BufferTooShort`], and [`Error::OutOfMemory`] for the
 /// scratch of dh. Nothing is written then.
-pub fn backward_shared<T: Element>(op: BackwardShared<'_, T>) -> Result<()> {
+pub fn backward_shared<T: Element, A: Element>(op: BackwardShared<'_, T, A>) -> Result<()> {
     let shape = check_backward(&op)?;
     let BackwardShared { a, x, h, dx, da, projections, accumulate, dropout, routes } = op;
     let (keep, factor) = (kept(&dropout), factor(dropout.map(|dropout| dropout.p)));
     let routes = routed(routes, shape.m);
     let adds = |accumulate| Epilogue { accumulate, ..Epilogue::default() };
-    let mut scratch = Vec::new();
+    let kept = h.map(|h| Middle::kept::<A>(h, shape)).transpose()?;
     if dx.is_some() || da.is_some() {
-        let mut dh = middle(&mut scratch, shape)?;
+        let mut dh = Middle::scratch::<A>(shape)?;
         let mut first_rank = 0;
         for &BackwardProjection { dy, b, scale, gain, .. } in &projections {
             let scaled = Epilogue { scale: Some(scale * factor), routes, ..Epilogue::default() };
-            let own = reborrow_columns(&mut dh, first_rank..first_rank + b.cols);
-            product(&[Term::new(Side::rows(dy).gaining(gain.map(vector)), Side::columns(b))], &scaled, own);
+            let term = Term::new(Side::rows(dy).gaining(gain.map(vector)), Side::columns(Operand::of(b)));
+            dh.compute(term, &scaled, first_rank..first_rank + b.cols);
             first_rank += b.cols;
         }
-        let dh = shared(&dh);
+        let dh = dh.ranks(0..shape.r);
         if let Some(dx) = dx {
             // The adapters' part first: of it alone the dropped elements are zeros.
-            let mut terms = vec![Term::new(Side::rows(dh), Side::columns(a)).keeping(keep)];
+            let mut terms = vec![Term::new(Side::rows(dh), Side::columns(Operand::of(a))).keeping(keep)];
             let base = projections.iter().map(|of| (of.dy, of.w, of.gain.map(vector)));
             terms.extend(base.map(|(dy, w, gain)| Term::new(Side::rows(dy).gaining(gain), Side::columns(w))));
             product(&terms, &adds(accumulate.dx), dx);
@@ -186,8 +186,8 @@ pub fn backward_shared<T: Element>(op: BackwardShared<'_, T>) -> Result<()> {
     }
     let mut first_rank = 0;
     for BackwardProjection { dy, b, db, dbias, dm, gain, .. } in projections {
-        if let (Some(db), Some(h)) = (db, h) {
-            let own = columns_of(h, first_rank..first_rank + b.cols);
+        if let (Some(db), Some(h)) = (db, &kept) {
+            let own = h.ranks(first_rank..first_rank + b.cols);
             let gained = Epilogue { row_gain: gain.map(vector), ..adds(accumulate.db) };
             adapter_gradient(Term::new(Side::columns(dy), Side::columns(own)), &gained, db);
         }
@@ -234,15 +234,6 @@ fn vector<'a>(matrix: Matrix<'a, [f32]>) -> &'a [f32] {
 /// The same in f32.
 fn widened<T: Element>(matrix: Matrix<'_, [T]>) -> Vec<f32> {
     matrix.data[matrix.offset..matrix.offset + matrix.cols].iter().map(|value| value.to_f32()).collect()
-}
-
-/// A contiguous M × R matrix in `scratch`.
-fn middle<T: Element>(scratch: &mut Vec<T>, shape: LoraShape) -> Result<MatrixMut<'_, [T]>> {
-    let elements = shape.m.saturating_mul(shape.r);
-    let bytes = elements.saturating_mul(size_of::<T>());
-    scratch.try_reserve_exact(elements).map_err(|_| Error::OutOfMemory { bytes })?;
-    scratch.resize(elements, T::default());
-    Ok(MatrixMut::new(scratch.as_mut_slice(), shape.m, shape.r))
 }
 
 pub(crate) fn reborrow<'a, T>(matrix: &'a mut MatrixMut<'_, [T]>) -> MatrixMut<'a, [T]> {
@@ -306,16 +297,18 @@ fn fits_if_there<T>((arg, matrix): (&'static str, Option<Matrix<'_, [T]>>)) -> R
     matrix.map_or(Ok(()), |matrix| fits(arg, matrix))
 }
 
-pub(crate) fn check_forward<T: Element>(op: &ForwardShared<'_, T>) -> Result<LoraShape> {
+pub(crate) fn check_forward<T: Element, A: Element>(op: &ForwardShared<'_, T, A>) -> Result<LoraShape> {
+    check_factors::<T, A>()?;
     let ForwardShared { x, a, ref h, ref projections, ref dropout, routes } = *op;
     let h = h.as_ref().map(shared);
     let count = projections.len();
-    let mut lengths = [("x", Some(x)), ("a", Some(a)), ("h", h)].into_iter().try_for_each(fits_if_there);
+    let mut lengths = fits("x", x).and_then(|()| fits("a", a)).and_then(|()| fits_if_there(("h", h)));
     let mut judged = Vec::with_capacity(count);
     for (at, ForwardProjection { w, b, scale, bias, gain, y }) in projections.iter().enumerate() {
         let y = shared(y);
-        let own = [("w", Some(*w)), ("b", Some(*b)), ("bias", *bias), ("y", Some(y))];
+        let own = [("w", Some(*w)), ("bias", *bias), ("y", Some(y))];
         lengths = lengths
+            .and_then(|()| fits(raw::named("b", at, count), *b))
             .and_then(|()| own.into_iter().try_for_each(|(arg, m)| fits_if_there((raw::named(arg, at, count), m))))
             .and_then(|()| fits_if_there((raw::named("gain", at, count), *gain)));
         judged.push(raw::ForwardProjection {
@@ -330,6 +323,7 @@ pub(crate) fn check_forward<T: Element>(op: &ForwardShared<'_, T>) -> Result<Lor
     let shape = raw::ForwardShared {
         dtype: T::DTYPE,
         x: raw(x),
+        f32_factors: A::DTYPE == Dtype::F32,
         a: raw(a),
         h: h.map(raw),
         projections: raw::Projections::new(&judged)?,
@@ -365,17 +359,20 @@ fn magnitude_fits<T: Element>(
     fits(name("dm"), shared(&dm.dm))
 }
 
-pub(crate) fn check_backward<T: Element>(op: &BackwardShared<'_, T>) -> Result<LoraShape> {
+pub(crate) fn check_backward<T: Element, A: Element>(op: &BackwardShared<'_, T, A>) -> Result<LoraShape> {
+    check_factors::<T, A>()?;
     let BackwardShared { a, x, h, ref dx, ref da, ref projections, accumulate, ref dropout, routes } = *op;
     let dx = dx.as_ref().map(shared);
     let count = projections.len();
-    let named = [("a", Some(a)), ("x", x), ("h", h), ("dx", dx)];
-    let mut lengths = named.into_iter().try_for_each(fits_if_there).and(gradient_fits("da", da));
+    let named = [("x", x), ("h", h), ("dx", dx)];
+    let mut lengths =
+        fits("a", a).and_then(|()| named.into_iter().try_for_each(fits_if_there)).and(gradient_fits("da", da));
     let mut judged = Vec::with_capacity(count);
     for (at, BackwardProjection { dy, w, b, scale, db, dbias, dm, gain }) in projections.iter().enumerate() {
         let name = |arg| raw::named(arg, at, count);
-        let own = [("dy", *dy), ("w", *w), ("b", *b)];
+        let own = [("dy", *dy), ("w", *w)];
         lengths = lengths
+            .and_then(|()| fits(name("b"), *b))
             .and_then(|()| own.into_iter().try_for_each(|(arg, matrix)| fits(name(arg), matrix)))
             .and_then(|()| gradient_fits(name("db"), db))
             .and_then(|()| gradient_fits(name("dbias"), dbias))
@@ -399,6 +396,7 @@ pub(crate) fn check_backward<T: Element>(op: &BackwardShared<'_, T>) -> Result<L
     }
     let shape = raw::BackwardShared {
         dtype: T::DTYPE,
+        f32_factors: A::DTYPE == Dtype::F32,
         a: raw(a),
         x: x.map(raw),
         h: h.map(raw),

@@ -190,7 +190,7 @@ impl Emulator {
     ///
     /// # Errors
     /// As [`cpu::forward`], what [`Plan::forward`] finds, and [`Error::Emulator`].
-    pub fn forward<T: Element>(&self, op: cpu::Forward<'_, T>) -> Result<Run> {
+    pub fn forward<T: Element, A: Element>(&self, op: cpu::Forward<'_, T, A>) -> Result<Run> {
         self.forward_shared(op.into())
     }
 
@@ -198,7 +198,7 @@ impl Emulator {
     ///
     /// # Errors
     /// As [`cpu::forward_shared`], what [`Plan::forward_shared`] finds, and [`Error::Emulator`].
-    pub fn forward_shared<T: Element>(&self, op: cpu::ForwardShared<'_, T>) -> Result<Run> {
+    pub fn forward_shared<T: Element, A: Element>(&self, op: cpu::ForwardShared<'_, T, A>) -> Result<Run> {
         cpu::check_forward(&op)?;
         let cpu::ForwardShared { x, a, mut h, mut projections, dropout, routes } = op;
         let mut memory = Memory::new();
@@ -218,6 +218,7 @@ impl Emulator {
         let uploaded = raw::ForwardShared {
             dtype: T::DTYPE,
             x,
+            f32_factors: A::DTYPE == Dtype::F32,
             a,
             h: h.as_ref().map(|h| upload(&mut memory, "h", cpu::shared(h), false)).transpose()?,
             projections: raw::Projections::new(&own)?,
@@ -239,7 +240,7 @@ impl Emulator {
     ///
     /// # Errors
     /// As [`cpu::backward`], what [`Plan::backward`] finds, and [`Error::Emulator`].
-    pub fn backward<T: Element>(&self, op: cpu::Backward<'_, T>) -> Result<Run> {
+    pub fn backward<T: Element, A: Element>(&self, op: cpu::Backward<'_, T, A>) -> Result<Run> {
         self.backward_shared(op.into())
     }
 
@@ -248,7 +249,7 @@ impl Emulator {
     ///
     /// # Errors
     /// As [`cpu::backward_shared`], what [`Plan::backward_shared`] finds, and [`Error::Emulator`].
-    pub fn backward_shared<T: Element>(&self, op: cpu::BackwardShared<'_, T>) -> Result<Run> {
+    pub fn backward_shared<T: Element, A: Element>(&self, op: cpu::BackwardShared<'_, T, A>) -> Result<Run> {
         cpu::check_backward(&op)?;
         let cpu::BackwardShared { a, x, h, mut dx, mut da, mut projections, accumulate, dropout, routes } = op;
         let mut memory = Memory::new();
@@ -268,6 +269,7 @@ impl Emulator {
         }
         let uploaded = raw::BackwardShared {
             dtype: T::DTYPE,
+            f32_factors: A::DTYPE == Dtype::F32,
             a: upload(&mut memory, "a", a, true)?,
             x: x.map(|x| upload(&mut memory, "x", x, true)).transpose()?,
             h: h.map(|h| upload(&mut memory, "h", h, true)).transpose()?,

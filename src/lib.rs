@@ -159,6 +159,7 @@ pub mod raw;
 pub mod reference;
 mod routing;
 mod shape;
+mod split;
 
 pub use dtype::{Dtype, Element};
 pub use error::{Error, Result};
@@ -169,6 +170,7 @@ pub use ops::{
 };
 pub use routing::{MAX_ROUTED_RANK, Routing, Slot};
 pub use shape::{LoraShape, MAX_DIMENSION};
+pub use split::split_columns;
 
 /// The code of the README runs as a test; half of it is about `cuda`, some about `candle`.
 #[cfg(all(doctest, feature = "cuda", feature = "candle"))]

@@ -175,21 +175,28 @@ impl<U: ?Sized, F: ?Sized> Default for Variant<'_, U, F> {
 }
 
 /// y = x Wᵀ + h Bᵀ (+ bias), h = scale · x Aᵀ.
+///
+/// **Full precision.** A and B are of the storage type, or of f32 over a 16-bit layer, as PEFT keeps them while they are trained. Then
+/// they are not rounded: a launch splits them, and h with them, into the nearest 16-bit number and what is left of it, and multiplies
+/// both halves. y and dx are rounded once, at their end; da and db are exact to about 2⁻¹⁷ of h and dh in bf16 and to those of f32
+/// in f16, where numbers below 2⁻³⁶ are lost. h is the same halves in the storage type, for backward to read and nobody else:
+/// M × [`split_columns`](crate::split_columns)(R). An h or dh, or an element of A or B, that is beyond the storage type's largest
+/// number is infinite. It is for one projection alone, and not for routes.
 #[derive(Debug)]
-pub struct Forward<'a, D: ?Sized, O: ?Sized, U: ?Sized, F: ?Sized> {
+pub struct Forward<'a, D: ?Sized, O: ?Sized, U: ?Sized, F: ?Sized, A: ?Sized = D> {
     /// M × K, input activations.
     pub x: Matrix<'a, D>,
     /// N × K, frozen weight.
     pub w: Matrix<'a, D>,
     /// R × K, down projection. R = 0 gives the plain product x Wᵀ.
-    pub a: Matrix<'a, D>,
+    pub a: Matrix<'a, A>,
     /// N × R, up projection.
-    pub b: Matrix<'a, D>,
+    pub b: Matrix<'a, A>,
     /// α/r or α/√r.
     pub scale: f32,
     /// 1 × N, added to every row of y.
     pub bias: Option<Matrix<'a, D>>,
-    /// M × R, kept for backward; in the workspace when absent.
+    /// M × R, kept for backward; in the workspace when absent. With f32 factors it has more columns.
     pub h: Option<MatrixMut<'a, O>>,
     /// M × N, output.
     pub y: MatrixMut<'a, O>,
@@ -217,15 +224,15 @@ pub struct MagnitudeGradient<'a, D: ?Sized, F: ?Sized, G: ?Sized> {
 ///
 /// With a gain (DoRA) dx and dh are of dz = gain ∘ dy, rounded to the storage type, in place of dy, and db = gain ∘ dyᵀ h.
 #[derive(Debug)]
-pub struct Backward<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized, F: ?Sized> {
+pub struct Backward<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized, F: ?Sized, A: ?Sized = D> {
     /// M × N, gradient of the output.
     pub dy: Matrix<'a, D>,
     /// N × K, frozen weight.
     pub w: Matrix<'a, D>,
     /// R × K, down projection.
-    pub a: Matrix<'a, D>,
+    pub a: Matrix<'a, A>,
     /// N × R, up projection.
-    pub b: Matrix<'a, D>,
+    pub b: Matrix<'a, A>,
     /// α/r or α/√r, as in forward.
     pub scale: f32,
     /// M × K, the input of forward; needed for da.
@@ -251,11 +258,11 @@ pub struct Backward<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized, F: ?Sized> {
 
 /// One of the projections of [`ForwardShared`]: y = x Wᵀ + h Bᵀ (+ bias), with its own ranks of h.
 #[derive(Debug)]
-pub struct ForwardProjection<'a, D: ?Sized, O: ?Sized, F: ?Sized> {
+pub struct ForwardProjection<'a, D: ?Sized, O: ?Sized, F: ?Sized, A: ?Sized = D> {
     /// N × K, frozen weight: its own, or some rows of one that several projections share.
     pub w: Matrix<'a, D>,
     /// N × R, up projection. R = 0 gives the plain product x Wᵀ.
-    pub b: Matrix<'a, D>,
+    pub b: Matrix<'a, A>,
     /// α/r or α/√r.
     pub scale: f32,
     /// 1 × N, added to every row of y.
@@ -276,23 +283,25 @@ pub struct ForwardProjection<'a, D: ?Sized, O: ?Sized, F: ?Sized> {
 /// Dropout has one mask for all projections; PEFT draws one for each, of the same distribution. Routes are for one
 /// projection alone.
 #[derive(Debug)]
-pub struct ForwardShared<'a, D: ?Sized, O: ?Sized, U: ?Sized, F: ?Sized> {
+pub struct ForwardShared<'a, D: ?Sized, O: ?Sized, U: ?Sized, F: ?Sized, A: ?Sized = D> {
     /// M × K, input activations.
     pub x: Matrix<'a, D>,
     /// ΣR × K, down projections of all.
-    pub a: Matrix<'a, D>,
+    pub a: Matrix<'a, A>,
     /// M × ΣR, kept for backward; in the workspace when absent.
     pub h: Option<MatrixMut<'a, O>>,
     /// One to [`MAX_PROJECTIONS`](crate::raw::MAX_PROJECTIONS).
-    pub projections: Vec<ForwardProjection<'a, D, O, F>>,
+    pub projections: Vec<ForwardProjection<'a, D, O, F, A>>,
     /// Elements of x that no adapter branch sees.
     pub dropout: Option<Dropout<'a, U>>,
     /// Many adapters in one batch, as [`Variant::routes`]; with one projection alone.
     pub routes: Option<Matrix<'a, U>>,
 }
 
-impl<'a, D: ?Sized, O: ?Sized, U: ?Sized, F: ?Sized> From<Forward<'a, D, O, U, F>> for ForwardShared<'a, D, O, U, F> {
-    fn from(op: Forward<'a, D, O, U, F>) -> Self {
+impl<'a, D: ?Sized, O: ?Sized, U: ?Sized, F: ?Sized, A: ?Sized> From<Forward<'a, D, O, U, F, A>>
+    for ForwardShared<'a, D, O, U, F, A>
+{
+    fn from(op: Forward<'a, D, O, U, F, A>) -> Self {
         let Forward { x, w, a, b, scale, bias, h, y, variant } = op;
         let Variant { dropout, routes, gain } = variant;
         Self { x, a, h, projections: vec![ForwardProjection { w, b, scale, bias, gain, y }], dropout, routes }
@@ -301,13 +310,13 @@ impl<'a, D: ?Sized, O: ?Sized, U: ?Sized, F: ?Sized> From<Forward<'a, D, O, U, F
 
 /// One of the projections of [`BackwardShared`].
 #[derive(Debug)]
-pub struct BackwardProjection<'a, D: ?Sized, O: ?Sized, G: ?Sized, F: ?Sized> {
+pub struct BackwardProjection<'a, D: ?Sized, O: ?Sized, G: ?Sized, F: ?Sized, A: ?Sized = D> {
     /// M × N, gradient of the output.
     pub dy: Matrix<'a, D>,
     /// N × K, frozen weight.
     pub w: Matrix<'a, D>,
     /// N × R, up projection.
-    pub b: Matrix<'a, D>,
+    pub b: Matrix<'a, A>,
     /// α/r or α/√r, as in forward.
     pub scale: f32,
     /// N × R.
@@ -323,9 +332,9 @@ pub struct BackwardProjection<'a, D: ?Sized, O: ?Sized, G: ?Sized, F: ?Sized> {
 /// Backward of projections that share x: dx = Σ dy W + dh A over all of them in one sum, da = dhᵀ x for the A of all, and for each
 /// db = dyᵀ h and dbias = Σ dy, with dh = scale · dy B; every output is optional. Ranks are as in [`ForwardShared`].
 #[derive(Debug)]
-pub struct BackwardShared<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized, F: ?Sized> {
+pub struct BackwardShared<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized, F: ?Sized, A: ?Sized = D> {
     /// ΣR × K, down projections of all.
-    pub a: Matrix<'a, D>,
+    pub a: Matrix<'a, A>,
     /// M × K, the input of forward; needed for da.
     pub x: Option<Matrix<'a, D>>,
     /// M × ΣR, the h that forward wrote; needed for db.
@@ -335,7 +344,7 @@ pub struct BackwardShared<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized, F: ?Si
     /// ΣR × K.
     pub da: Option<Gradient<'a, O, G>>,
     /// One to [`MAX_PROJECTIONS`](crate::raw::MAX_PROJECTIONS).
-    pub projections: Vec<BackwardProjection<'a, D, O, G, F>>,
+    pub projections: Vec<BackwardProjection<'a, D, O, G, F, A>>,
     /// Which outputs add instead of overwriting; of db, dbias and dm, those of all projections.
     pub accumulate: Accumulate,
     /// As in forward.
@@ -344,10 +353,10 @@ pub struct BackwardShared<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized, F: ?Si
     pub routes: Option<Matrix<'a, U>>,
 }
 
-impl<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized, F: ?Sized> From<Backward<'a, D, O, G, U, F>>
-    for BackwardShared<'a, D, O, G, U, F>
+impl<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized, F: ?Sized, A: ?Sized> From<Backward<'a, D, O, G, U, F, A>>
+    for BackwardShared<'a, D, O, G, U, F, A>
 {
-    fn from(op: Backward<'a, D, O, G, U, F>) -> Self {
+    fn from(op: Backward<'a, D, O, G, U, F, A>) -> Self {
         let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, dm, accumulate, variant } = op;
         let Variant { dropout, routes, gain } = variant;
         let projections = vec![BackwardProjection { dy, w, b, scale, db, dbias, dm, gain }];

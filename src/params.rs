@@ -47,6 +47,30 @@ pub struct LoraMagnitude {
     pub dm: u64,
 }
 
+/// f32 factors over a 16-bit layer, and the halves that a launch splits them into.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoraSplit {
+    /// R × K in f32.
+    pub a: LoraMatrix,
+    /// N × R in f32.
+    pub b: LoraMatrix,
+    /// A in pairs (forward) or triples (backward) of rows, in the workspace.
+    pub split_a: LoraMatrix,
+    /// B in triples (forward) or pairs (backward) of columns, in the workspace; absent when nothing reads it.
+    pub split_b: LoraMatrix,
+    /// h or dh in pairs of columns; absent when nothing reads it.
+    pub pairs: LoraMatrix,
+    /// Rank; 0 when nothing is split.
+    pub r: u32,
+    /// Units that split A.
+    pub a_units: u32,
+    /// Units that split A or B.
+    pub units: u32,
+    /// Zero: the struct ends at a multiple of 8 bytes.
+    pub padding: u32,
+}
+
 /// A projection of forward. Blocks of columns are numbered over all projections, and so are ranks.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -75,7 +99,8 @@ pub struct LoraForwardProjection {
     pub padding: u32,
 }
 
-/// The parameter of a forward kernel. Units of work are numbered h first, then y.
+/// The parameter of a forward kernel. Units of work are numbered h first, then y, after those that split f32 factors. With such
+/// factors A is in pairs, with `r` rows, B and h in triples, with as many columns as the `r` of the projection.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LoraForwardParams {
@@ -115,6 +140,8 @@ pub struct LoraForwardParams {
     pub dropout: LoraDropout,
     /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent, and with more than one projection.
     pub routes: u64,
+    /// f32 factors to be split; all zero when they are of the storage type.
+    pub split: LoraSplit,
     /// Those that are there first.
     pub projections: [LoraForwardProjection; LORA_MAX_PROJECTIONS as usize],
 }
@@ -160,7 +187,8 @@ pub struct LoraBackwardProjection {
     pub padding: u32,
 }
 
-/// The parameter of a backward kernel. Units of work are numbered dh, dx, db (with dbias), da.
+/// The parameter of a backward kernel. Units of work are numbered dh, dx, db (with dbias), da, after those that split f32 factors.
+/// With such factors A and dh are in triples, with `r` rows or columns, B and h in pairs, with as many as the `r` of the projection.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LoraBackwardParams {
@@ -224,6 +252,8 @@ pub struct LoraBackwardParams {
     pub dropout: LoraDropout,
     /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent, and with more than one projection.
     pub routes: u64,
+    /// f32 factors to be split; all zero when they are of the storage type.
+    pub split: LoraSplit,
     /// Those that are there first.
     pub projections: [LoraBackwardProjection; LORA_MAX_PROJECTIONS as usize],
 }
@@ -385,7 +415,9 @@ constants! {
     LORA_ROUTE_ROWS = 64;
     LORA_ROUTE_RANKS = 64;
     LORA_SYNC_BYTES = 65536;
-    LORA_SYNC_FLAGS = 2;
+    LORA_SYNC_FLAGS = 3;
+    LORA_SPLIT_RANKS = 8;
+    LORA_SPLIT_LENGTH = 256;
     LORA_ACCUMULATE_DX = 1;
     LORA_ACCUMULATE_DA = 2;
     LORA_ACCUMULATE_DB = 4;
@@ -414,22 +446,23 @@ mod header {
         same_layout!(LoraMatrix: ptr row_stride);
         same_layout!(LoraDropout: seed offset state threshold padding);
         same_layout!(LoraMagnitude: y bias magnitude dm);
+        same_layout!(LoraSplit: a b split_a split_b pairs r a_units units padding);
         same_layout!(LoraForwardProjection: w b y bias gain n r first_rank first_block scale padding);
         same_layout!(LoraForwardParams: x a h sync m k r projection_count m_blocks n_blocks h_units units group_m
-            flag_shift sync_words padding dropout routes projections);
+            flag_shift sync_words padding dropout routes split projections);
         same_layout!(LoraBackwardProjection: dy w b db magnitude dbias gain n r first_rank n_blocks first_step first_narrow
             first_db_tile flags scale padding);
         same_layout!(LoraBackwardParams: a x h dh dx da partials sync m k r projection_count n_steps m_blocks k_blocks
             dh_units dx_end db_end units chunks chunk_rows partial_stride counters group_m flag_shift sync_words flags
-            padding dropout routes projections);
+            padding dropout routes split projections);
         same_layout!(LoraSm90ForwardProjection: bias gain n r first_rank first_block scale padding);
         same_layout!(LoraSm90ForwardParams: h sync m k r projection_count m_groups n_blocks r_blocks h_units h_tickets
-            tickets group_m flag_shift sync_words padding dropout routes projections);
+            tickets group_m flag_shift sync_words padding dropout routes split projections);
         same_layout!(LoraSm90BackwardProjection: db magnitude dbias gain n r first_rank n_groups first_narrow first_db_tile flags
             scale);
         same_layout!(LoraSm90BackwardParams: dh dx da partials sync m k r most_r projection_count n_steps m_groups
             k_groups k_blocks dh_blocks dh_units dh_tickets dx_end db_end tickets chunks chunk_rows partial_stride
-            counters group_m flag_shift sync_words flags padding dropout routes projections);
+            counters group_m flag_shift sync_words flags padding dropout routes split projections);
         same_layout!(LoraMergeParams: w a b merged gain n k r scale k_blocks flags);
         same_layout!(LoraRoundParams: a b rounded_a rounded_b divisor n k r scale a_units k_blocks r_blocks flags);
         same_layout!(LoraGainParams: w a b magnitude earlier norm gain n k r scale flags padding);

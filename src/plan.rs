@@ -13,11 +13,12 @@ mod operands;
 mod options;
 mod portable;
 mod sm90;
+mod split;
 
 pub use crate::params::{
     LoraBackwardParams, LoraBackwardProjection, LoraDropout, LoraForwardParams, LoraForwardProjection, LoraGainParams,
     LoraMagnitude, LoraMatrix, LoraMergeParams, LoraRoundParams, LoraSm90BackwardParams, LoraSm90BackwardProjection,
-    LoraSm90ForwardParams, LoraSm90ForwardProjection, Params,
+    LoraSm90ForwardParams, LoraSm90ForwardProjection, LoraSplit, Params,
 };
 pub use device::{Device, Peak};
 pub use floor::Floor;
@@ -136,6 +137,7 @@ struct Draft {
 struct Scratch {
     h: Option<u64>,
     partials: Option<u64>,
+    split: Option<split::Places>,
     end: u64,
 }
 
@@ -166,9 +168,25 @@ impl Scratch {
 pub(crate) fn workspace_up_to(m: usize, r: usize, dtype: Dtype, device: &Device, options: &Options) -> u64 {
     let mut scratch = Scratch::new();
     scratch.reserve_middle(m, r, dtype);
+    reserve_most_partials(&mut scratch, m, r, device, options);
+    scratch.end
+}
+
+/// The same for one projection, with f32 factors of these extents too.
+#[cfg(feature = "cuda")]
+pub(crate) fn split_workspace_up_to(shape: LoraShape, dtype: Dtype, device: &Device, options: &Options) -> u64 {
+    let mut scratch = Scratch::new();
+    let ranks = split::Ranks::of(true);
+    scratch.reserve_middle(shape.m, ranks.triples(shape.r), dtype);
+    split::reserve_most(&mut scratch, shape);
+    reserve_most_partials(&mut scratch, shape.m, ranks.pairs(shape.r), device, options);
+    scratch.end
+}
+
+#[cfg(feature = "cuda")]
+fn reserve_most_partials(scratch: &mut Scratch, m: usize, r: usize, device: &Device, options: &Options) {
     let sm90 = if device.arch == sm90::ARCH { sm90::most_partial_bytes(device, options, m, r) } else { 0 };
     scratch.reserve(portable::most_partial_bytes(m).max(sm90));
-    scratch.end
 }
 
 fn blocks(extent: usize, block: u32) -> u64 {
@@ -313,7 +331,7 @@ impl Plan {
         let (shape, ranges) = op.judge()?;
         let parts = Part::of_forward(op);
         check(op.dtype, device, &options)?;
-        let departs = (op.routes.is_some(), &*operands::gains(&op.projections, |of| of.gain));
+        let departs = (op.routes.is_some(), &*operands::gains(&op.projections, |of| of.gain), op.is_split());
         let obstacles = sm90::obstacles(device, shape.k, &parts, departs, &sm90::forward_operands(op));
         let draft = draft(
             device,
@@ -360,7 +378,7 @@ impl Plan {
         let (shape, ranges) = op.judge()?;
         let parts = Part::of_backward(op);
         check(op.dtype, device, &options)?;
-        let departs = (op.routes.is_some(), &*operands::gains(&op.projections, |of| of.gain));
+        let departs = (op.routes.is_some(), &*operands::gains(&op.projections, |of| of.gain), op.is_split());
         let obstacles = sm90::obstacles(device, shape.k, &parts, departs, &sm90::backward_operands(op));
         let draft = draft(
             device,
@@ -456,12 +474,18 @@ impl Plan {
             Params::Forward(params) => {
                 params.sync = workspace;
                 place(&mut params.h.ptr, self.scratch.h);
+                if let Some(places) = self.scratch.split {
+                    places.fill(workspace, &mut params.split, &mut params.a, &mut params.projections[0].b);
+                }
                 Vec::new()
             }
             Params::Backward(params) => {
                 params.sync = workspace;
                 place(&mut params.dh.ptr, self.scratch.h);
                 place(&mut params.partials, self.scratch.partials);
+                if let Some(places) = self.scratch.split {
+                    places.fill(workspace, &mut params.split, &mut params.a, &mut params.projections[0].b);
+                }
                 Vec::new()
             }
             Params::Sm90Forward(params) => {

@@ -90,12 +90,14 @@ pub struct MagnitudeGradient {
 /// Arguments of forward; fields as in [`crate::Forward`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Forward {
-    /// Storage type of every matrix.
+    /// Storage type of every matrix but f32 factors.
     pub dtype: Dtype,
     /// M × K.
     pub x: Matrix,
     /// N × K.
     pub w: Matrix,
+    /// `true`: A and B are f32, which a 16-bit layer takes at full precision; `false`: the storage type.
+    pub f32_factors: bool,
     /// R × K.
     pub a: Matrix,
     /// N × R.
@@ -104,7 +106,7 @@ pub struct Forward {
     pub scale: f32,
     /// 1 × N.
     pub bias: Option<Matrix>,
-    /// M × R.
+    /// M × R; M × [`split_columns`](crate::split_columns)(R) with f32 factors.
     pub h: Option<Matrix>,
     /// M × N.
     pub y: Matrix,
@@ -115,12 +117,14 @@ pub struct Forward {
 /// Arguments of backward; fields as in [`crate::Backward`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Backward {
-    /// Storage type of every matrix except f32 gradients.
+    /// Storage type of every matrix except f32 factors and gradients.
     pub dtype: Dtype,
     /// M × N.
     pub dy: Matrix,
     /// N × K.
     pub w: Matrix,
+    /// `true`: A and B are f32, which a 16-bit layer takes at full precision; `false`: the storage type.
+    pub f32_factors: bool,
     /// R × K.
     pub a: Matrix,
     /// N × R.
@@ -129,7 +133,7 @@ pub struct Backward {
     pub scale: f32,
     /// M × K, needed for da.
     pub x: Option<Matrix>,
-    /// M × R, needed for db.
+    /// As in forward, needed for db.
     pub h: Option<Matrix>,
     /// M × K.
     pub dx: Option<Matrix>,

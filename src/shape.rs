@@ -5,7 +5,8 @@ use crate::raw::{
     Backward, BackwardShared, Dropout, Forward, ForwardShared, Gain, Gradient, MagnitudeGradient, Matrix, Merge, Round,
     Seed, named, share_ranks,
 };
-use crate::{Dtype, MAX_ROUTED_RANK, Routing};
+use crate::split::{RANKS as SPLIT_RANKS, split_columns, split_ranks};
+use crate::{Dtype, Element, MAX_ROUTED_RANK, Routing};
 
 /// The four dimensions of a layer call: x is M × K, w is N × K, a is R × K, b is N × R. Of projections that share x, N and R are
 /// the sums over all.
@@ -213,13 +214,14 @@ impl ForwardShared {
         let shape = LoraShape { m, n, k, r };
         let bytes = self.dtype.size();
         let ranks = share_ranks(r, &all.iter().map(|projection| projection.b.cols).collect::<Vec<_>>());
+        let factor = factor_bytes(self.dtype, self.f32_factors);
         let mut inputs = vec![sized("x", self.x, bytes, m, k)?];
         for (at, projection) in all.iter().enumerate() {
             inputs.push(sized(name("w", at), projection.w, bytes, projection.w.rows, k)?);
         }
-        inputs.push(sized("a", self.a, bytes, r, k)?);
+        inputs.push(sized("a", self.a, factor, r, k)?);
         for (at, (projection, ranks)) in all.iter().zip(ranks).enumerate() {
-            inputs.push(sized(name("b", at), projection.b, bytes, projection.w.rows, ranks)?);
+            inputs.push(sized(name("b", at), projection.b, factor, projection.w.rows, ranks)?);
         }
         for (at, projection) in all.iter().enumerate() {
             if let Some(bias) = projection.bias {
@@ -230,12 +232,13 @@ impl ForwardShared {
         let gains: Vec<_> = all.iter().map(|projection| projection.gain).collect();
         let departures = Departures { dropout: self.dropout, routes: self.routes, gains: &gains, scales: &scales };
         departures.operands(shape, &columns, &mut inputs)?;
+        let middle = middle_columns(r, self.is_split(), all.len(), self.routes)?;
         let mut outputs = Vec::new();
         for (at, projection) in all.iter().enumerate() {
             outputs.push(sized(name("y", at), projection.y, bytes, m, projection.w.rows)?);
         }
         if let Some(h) = self.h {
-            outputs.push(sized("h", h, bytes, m, r)?);
+            outputs.push(sized("h", h, bytes, m, middle)?);
         }
         check_operands(shape, &scales, &inputs, &outputs)
     }
@@ -350,15 +353,17 @@ impl BackwardShared {
             inputs.push(sized(name("dy", at), projection.dy, bytes, m, projection.w.rows)?);
             inputs.push(sized(name("w", at), projection.w, bytes, projection.w.rows, k)?);
         }
-        inputs.push(sized("a", self.a, bytes, r, k)?);
+        let factor = factor_bytes(self.dtype, self.f32_factors);
+        inputs.push(sized("a", self.a, factor, r, k)?);
         for (at, (projection, &ranks)) in all.iter().zip(&ranks).enumerate() {
-            inputs.push(sized(name("b", at), projection.b, bytes, projection.w.rows, ranks)?);
+            inputs.push(sized(name("b", at), projection.b, factor, projection.w.rows, ranks)?);
         }
         if let Some(x) = self.x {
             inputs.push(sized("x", x, bytes, m, k)?);
         }
+        let middle = middle_columns(r, self.is_split(), all.len(), self.routes)?;
         if let Some(h) = self.h {
-            inputs.push(sized("h", h, bytes, m, r)?);
+            inputs.push(sized("h", h, bytes, m, middle)?);
         }
         let scales: Vec<_> = all.iter().enumerate().map(|(at, of)| (name("scale", at), of.scale)).collect();
         let gains: Vec<_> = all.iter().map(|projection| projection.gain).collect();
@@ -392,6 +397,29 @@ impl BackwardShared {
         }
         check_operands(shape, &scales, &inputs, &outputs)
     }
+}
+
+/// Columns of h for so many ranks.
+fn middle_columns(r: usize, is_split: bool, projections: usize, routes: Option<Matrix>) -> Result<usize> {
+    match (is_split, routes) {
+        (false, _) => Ok(r),
+        (true, Some(_)) => Err(Error::Exclusive { arg: "routes", other: "factors in f32" }),
+        (true, None) if projections > 1 => Err(Error::SplitProjections { got: projections }),
+        (true, None) if split_ranks(r) > MAX_DIMENSION => {
+            let limit = (MAX_DIMENSION / 3 / SPLIT_RANKS * SPLIT_RANKS) as u64;
+            Err(Error::TooLarge { what: "R (rows of a) of f32 factors", got: r as u64, limit })
+        }
+        (true, None) => Ok(split_columns(r)),
+    }
+}
+
+/// A and B are of the storage type, or of f32.
+pub(crate) fn check_factors<T: Element, A: Element>() -> Result<()> {
+    if A::DTYPE == T::DTYPE || A::DTYPE == Dtype::F32 {
+        return Ok(());
+    }
+    let expected = format!("{}, the storage type of the layer, or f32", T::DTYPE.name());
+    Err(Error::ArgumentDtype { arg: "a", got: A::DTYPE.name().to_owned(), expected })
 }
 
 /// Bytes of an element of A and B.

@@ -24,7 +24,7 @@ use ptx_emulator::Module;
 use rayon::prelude::*;
 
 /// Cases that reach every part of a kernel: several CTAs and units, ragged edges, a tail of several steps, one that begins
-/// in the prologue of the ring, reductions in chunks, accumulation, dropout, routes, DoRA, several projections.
+/// in the prologue of the ring, reductions in chunks, accumulation, dropout, routes, DoRA, several projections, f32 factors.
 fn specs(image: &str) -> Vec<(Layers, u32)> {
     let base = Spec::new(150, 70, 75, 13);
     let dropout = |in_memory| Some(HostDropout { p: 0.4, seed: [0x0123_4567_89ab_cdef, 1 << 40 | 5], in_memory });
@@ -56,7 +56,9 @@ fn specs(image: &str) -> Vec<(Layers, u32)> {
     let shared = Spec { placement: Placement::Aligned, n: 40, r: 16, ..base };
     let others = [(70, 0), (33, 72)];
     let alone = specs.into_iter().map(|(spec, sms)| (Layers::One(spec), sms));
-    alone.chain([(Layers::shared(shared, &others), 4)]).collect()
+    // Several units split each factor, and several tiles of h wait for them.
+    let split = Spec { placement: Placement::Aligned, n: 270, k: 280, r: 40, ..base };
+    alone.chain([(Layers::shared(shared, &others), 4), (Layers::Split(split), 4)]).collect()
 }
 
 /// What the suite says of a kernel: `Err` with the first complaint.

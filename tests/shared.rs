@@ -284,7 +284,7 @@ mod emulated {
                 .collect();
             let projections = raw::Projections::new(&projections).expect("three");
             let (dtype, dropout, routes) = (Dtype::Bf16, None, None);
-            let op = raw::ForwardShared { dtype, x, a, h: None, projections, dropout, routes };
+            let op = raw::ForwardShared { dtype, x, f32_factors: false, a, h: None, projections, dropout, routes };
             let plan = Plan::forward_shared_with(&op, emulator.device(), options).expect("a plan");
             run(&emulator, &mut memory, &plan);
             for (at, of) in forward.own.iter().enumerate() {
@@ -306,7 +306,7 @@ mod emulated {
             let projections = raw::Projections::new(&projections).expect("three");
             let accumulate = Accumulate::default();
             let (x, h, dx) = (None, None, Some(dx));
-            let op = raw::BackwardShared { dtype, a: da, x, h, dx, da: None, projections, accumulate, dropout, routes };
+            let op = raw::BackwardShared { dtype, f32_factors: false, a: da, x, h, dx, da: None, projections, accumulate, dropout, routes };
             let plan = Plan::backward_shared_with(&op, emulator.device(), options).expect("a plan");
             run(&emulator, &mut memory, &plan);
             let expected = backward.dx.as_ref().map(|dx| dx.data.clone());

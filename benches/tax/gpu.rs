@@ -93,6 +93,7 @@ impl Layer {
         Ok(raw::ForwardShared {
             dtype,
             x: raw::Matrix::new(self.x, m, k),
+            f32_factors: false,
             a: raw::Matrix::new(self.a, all * r, k),
             h: Some(raw::Matrix::new(self.h, m, all * r)).filter(|_| r != 0),
             projections: raw::Projections::new(&(0..all).map(projection).collect::<Vec<_>>())?,
@@ -129,6 +130,7 @@ impl Layer {
         };
         Ok(raw::BackwardShared {
             dtype,
+            f32_factors: false,
             a: raw::Matrix::new(self.a, all * r, k),
             x: Some(raw::Matrix::new(self.x, m, k)),
             h: Some(raw::Matrix::new(self.h, m, all * r)).filter(|_| r != 0),

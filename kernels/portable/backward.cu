@@ -3,9 +3,9 @@
 //
 // dy [M][N], w [N][K], a [R][K], b [N][R], x and dx [M][K], h and dh [M][R], da [R][K], db [N][R], row-major with any
 // row stride. With a gain, dy is dz = gain ∘ dy for dh, dx and db. Units of work: dh tiles, dx tiles (over the N of all
-// projections, then the ranks of all in dh), db and da tiles. The last two reduce over tokens in chunks: each chunk
-// leaves its f32 partial sums, and the CTA that finishes a tile's last chunk adds them in order of chunk, so the bits
-// do not depend on which CTA was last.
+// projections, then the ranks of all in dh), db and da tiles, after those that split f32 factors, where there are any.
+// The last two reduce over tokens in chunks: each chunk leaves its f32 partial sums, and the CTA that finishes a tile's
+// last chunk adds them in order of chunk, so the bits do not depend on which CTA was last.
 #include "epilogue.cuh"
 #include "middle.cuh"
 #include "schedule.cuh"
@@ -129,14 +129,14 @@ template <typename T, class Shape>
 __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, const LoraBackwardProjection& of,
                                                  TicketSchedule& schedule, LoraMatrix wide, LoraMatrix narrow,
                                                  uint32_t tile_index, uint32_t chunk, uint32_t first_tile,
-                                                 uint32_t wide_blocks, const GradientOut& out,
+                                                 uint32_t wide_blocks, uint32_t narrow_cols, const GradientOut& out,
                                                  const GradientOut& sums_out, bool is_da, uint32_t smem) {
   using Gradient = GradientTile<T, Shape>;
   const uint32_t m = (tile_index - first_tile) % wide_blocks * Shape::kBlock;
   const uint32_t n = (tile_index - first_tile) / wide_blocks * kNarrowN;
   const uint32_t token = chunk * p.chunk_rows;
   const uint32_t token_end = min(token + p.chunk_rows, p.m);
-  const uint32_t active_n = out.ptr != 0 ? out.cols - n : 0;
+  const uint32_t active_n = out.ptr != 0 ? narrow_cols - n : 0;
   if (is_da) {
     wait_for(depends_on(p.sync, p.flag_shift, p.m_blocks, p.dh_units / p.m_blocks, token / Shape::kBlock,
                         (token_end - token + Shape::kBlock - 1) / Shape::kBlock));
@@ -151,7 +151,7 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, co
   const Picks picks =
       routes.is_on() && !tile.wants_sums ? routes.rows_of(token, count, n, kNarrowN) : everything(count);
   const Segment tokens =
-      segment(operand(wide, out.rows, token_end), operand(narrow, out.cols, token_end), token, picks);
+      segment(operand(wide, out.rows, token_end), operand(narrow, narrow_cols, token_end), token, picks);
   OnTheWay way = {p.dropout, nullptr, of.magnitude};
   if (!is_da) way.dropout.threshold = 0;
   tile.accumulate(tokens, Segment{}, m, n, active_n, {}, way, smem,
@@ -173,7 +173,14 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, co
     for (int j = 0; j < Gradient::kFragsN; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        store_gradient<T>(out, row, n + Gradient::col_of(thread, j) + e, tile.acc[0][j][2 * half + e] * gain);
+        uint32_t col = n + Gradient::col_of(thread, j) + e;
+        float value = tile.acc[0][j][2 * half + e];
+        if (p.split.r != 0) {  // fragments of high and low halves take turns
+          if (j % 2 != 0) continue;
+          col = col / (2 * LORA_SPLIT_RANKS) * LORA_SPLIT_RANKS + col % LORA_SPLIT_RANKS;
+          value = whole<T>(value, tile.acc[0][j + 1 - j % 2][2 * half + e]);
+        }
+        store_gradient<T>(out, row, col, value * gain);
       }
     }
   }
@@ -189,20 +196,26 @@ __device__ __forceinline__ void backward_gradient(const LoraBackwardParams& p, T
   const uint32_t at =
       is_db ? projection_of(p, tile, [](const LoraBackwardProjection& of) { return of.first_db_tile; }) : 0;
   const LoraBackwardProjection& of = p.projections[at];
+  // Of factors that are split, the narrow operand has a pair of columns for each rank.
+  const bool is_split = p.split.r != 0;
+  const uint32_t narrow_cols = is_db ? (of.db.ptr != 0 ? of.r : 0) : is_split ? of.r : p.r;
+  const uint32_t ranks = is_split ? p.split.r : narrow_cols;
   const GradientOut db = {of.db.ptr,
                           of.db.row_stride,
                           1,
                           of.n,
-                          of.db.ptr != 0 ? of.r : 0,
+                          ranks,
                           (of.flags & LORA_DB_F32) != 0,
                           (p.flags & LORA_ACCUMULATE_DB) != 0};
   const GradientOut da = {
-      p.da.ptr, 1, p.da.row_stride, p.k, p.r, (p.flags & LORA_DA_F32) != 0, (p.flags & LORA_ACCUMULATE_DA) != 0};
+      p.da.ptr, 1, p.da.row_stride, p.k, ranks, (p.flags & LORA_DA_F32) != 0, (p.flags & LORA_ACCUMULATE_DA) != 0};
   const GradientOut dbias = {
       is_db ? of.dbias : 0, 1, 0, of.n, 1, (of.flags & LORA_DBIAS_F32) != 0, (p.flags & LORA_ACCUMULATE_DBIAS) != 0};
   const LoraMatrix own_h = columns_from(p.h, of.first_rank);
   const LoraMatrix wide = {is_db ? of.dy.ptr : p.x.ptr, is_db ? of.dy.row_stride : p.x.row_stride};
-  const LoraMatrix narrow = {is_db ? own_h.ptr : p.dh.ptr, is_db ? own_h.row_stride : p.dh.row_stride};
+  const LoraMatrix own_dh = {is_split ? p.split.pairs.ptr : p.dh.ptr,
+                             is_split ? p.split.pairs.row_stride : p.dh.row_stride};
+  const LoraMatrix narrow = {is_db ? own_h.ptr : own_dh.ptr, is_db ? own_h.row_stride : own_dh.row_stride};
   const GradientOut out = {is_db ? db.ptr : da.ptr,
                            is_db ? db.stride_m : da.stride_m,
                            is_db ? db.stride_n : da.stride_n,
@@ -212,7 +225,7 @@ __device__ __forceinline__ void backward_gradient(const LoraBackwardParams& p, T
                            is_db ? db.accumulate : da.accumulate};
   backward_adapter<T, Shape>(p, of, schedule, wide, narrow, tile, chunk,
                              is_db ? of.first_db_tile : (p.db_end - p.dx_end) / p.chunks,
-                             is_db ? of.n_blocks : p.k_blocks, out, dbias, !is_db, smem);
+                             is_db ? of.n_blocks : p.k_blocks, narrow_cols, out, dbias, !is_db, smem);
 }
 
 template <typename T, class Shape>
@@ -221,9 +234,13 @@ __device__ __forceinline__ void backward(const LoraBackwardParams& p) {
   const uint32_t smem = ptx::shared_address(stages);
   TicketSchedule schedule(p.sync);
 #pragma unroll 1
-  for (uint32_t unit = schedule.first(); unit < p.units; unit = schedule.next()) {
+  for (uint32_t ticket = schedule.first(); ticket < p.split.units + p.units; ticket = schedule.next()) {
     schedule.draw();
-    if (unit < p.dh_units) {
+    const uint32_t unit = ticket - p.split.units;
+    if (ticket < p.split.units) {
+      split_factors<T, false>(p.split, p.projections[0].n, p.k, ticket, ptx::thread_index(), Shape::kThreads);
+      schedule.publish_split();
+    } else if (unit < p.dh_units) {
       backward_dh<T, Shape>(p, schedule, unit, smem);
     } else if (unit < p.dx_end) {
       backward_dx<T, Shape>(p, unit - p.dh_units, smem);

@@ -3,7 +3,8 @@
 //
 // x [M][K], w [N][K], a [R][K], b [N][R], h [M][R], y [M][N], row-major with any row stride, fp16 or bf16, f32
 // accumulation. Units of work: h tiles (block of rows x up to 64 ranks of all projections, full K), then y tiles, whose
-// last steps read h. A y tile is of one projection; those of all go through grouped rows of x together.
+// last steps read h; before both those that split f32 factors, where there are any. A y tile is of one projection; those
+// of all go through grouped rows of x together.
 #include "epilogue.cuh"
 #include "middle.cuh"
 #include "schedule.cuh"
@@ -48,9 +49,13 @@ __device__ __forceinline__ void forward(const LoraForwardParams& p) {
   const uint32_t smem = ptx::shared_address(stages);
   TicketSchedule schedule(p.sync);
 #pragma unroll 1
-  for (uint32_t unit = schedule.first(); unit < p.units; unit = schedule.next()) {
+  for (uint32_t ticket = schedule.first(); ticket < p.split.units + p.units; ticket = schedule.next()) {
     schedule.draw();
-    if (unit < p.h_units) {
+    const uint32_t unit = ticket - p.split.units;
+    if (ticket < p.split.units) {
+      split_factors<T, true>(p.split, p.projections[0].n, p.k, ticket, ptx::thread_index(), Shape::kThreads);
+      schedule.publish_split();
+    } else if (unit < p.h_units) {
       forward_h<T, Shape>(p, schedule, unit, smem);
     } else {
       forward_y<T, Shape>(p, unit - p.h_units, smem);

@@ -9,7 +9,8 @@
 namespace lora {
 
 // A tile of h or dh at (m, n) into `out`, which has `r` columns: zeros where the rows do not go through a rank, which
-// nobody computes where none of the tile's rows does.
+// nobody computes where none of the tile's rows does. With factors that are split the r columns are products with pairs,
+// and `out` has triples.
 template <class Tile, class Params, class Scale>
 __device__ __forceinline__ void narrow_tile(Tile& tile, const Segment& product, const Params& p, const LoraMatrix& out,
                                             uint32_t m, uint32_t n, uint32_t r, const Scale& scale, const OnTheWay& way,
@@ -17,9 +18,12 @@ __device__ __forceinline__ void narrow_tile(Tile& tile, const Segment& product, 
   static_assert(kNarrowN == LORA_ROUTE_RANKS && Tile::kBlockM % LORA_ROUTE_ROWS == 0, "a tile is a block of routes");
   const Routes routes(p.routes, p.m);
   const bool is_wanted = !routes.is_on() || (routes.ranks_of(m, Tile::kBlockM, r).mask >> (n / kNarrowN) & 1) != 0;
+  if (p.split.units != 0) wait_for(depends_on_split(p.sync, p.split.units));
   if (is_wanted) tile.accumulate(product, Segment{}, m, n, r - n, {}, way, smem);
   const typename Tile::T* const no_bias = nullptr;
-  if (routes.is_on()) {
+  if (p.split.r != 0) {
+    store_halves(tile, p.split.pairs, out, m, n, p.m, p.split.r, p.projections[0].scale);
+  } else if (routes.is_on()) {
     keep_routed(tile, routes, m, n, p.m, p.projections[0].scale);
     store_tile(tile, out, m, n, p.m, r, NoScale{}, no_bias, false);
   } else {

@@ -40,10 +40,10 @@ class TicketSchedule {
   }
 
   // Makes what the CTA wrote visible to those who wait for flag `index`.
-  __device__ __forceinline__ void publish(uint32_t index) {
-    __syncthreads();
-    if (ptx::thread_index() == 0) ptx::add_release(sync_ + LORA_SYNC_FLAGS + index, 1);
-  }
+  __device__ __forceinline__ void publish(uint32_t index) { publish_word(LORA_SYNC_FLAGS + index); }
+
+  // The same to those who wait for factors that are split.
+  __device__ __forceinline__ void publish_split() { publish_word(LORA_SYNC_SPLIT); }
 
   // Leaves the launch; the last CTA to do so clears the first `words` words.
   __device__ __forceinline__ void finish(uint32_t words) {
@@ -52,6 +52,11 @@ class TicketSchedule {
   }
 
  private:
+  __device__ __forceinline__ void publish_word(uint32_t word) {
+    __syncthreads();
+    if (ptx::thread_index() == 0) ptx::add_release(sync_ + word, 1);
+  }
+
   enum Slot { kTicket, kArrival };
 
   // Thread 0's value to all threads. Each use has its own word and is followed by a barrier before the next: a unit's
@@ -77,6 +82,11 @@ __device__ __forceinline__ Dependency depends_on(uint64_t sync, uint32_t flag_sh
   const uint32_t end_flag = ((first + count - 1) >> flag_shift) + 1;
   return {reinterpret_cast<const uint32_t*>(sync) + LORA_SYNC_FLAGS + first_flag, end_flag - first_flag,
           parts << flag_shift, parts * (m_blocks - (last_flag << flag_shift)), last_flag - first_flag};
+}
+
+// The word that guards the halves of factors, which so many units split.
+__device__ __forceinline__ Dependency depends_on_split(uint64_t sync, uint32_t units) {
+  return {reinterpret_cast<const uint32_t*>(sync) + LORA_SYNC_SPLIT, 1, units, units, 0};
 }
 
 }  // namespace lora

@@ -30,7 +30,7 @@ impl Backend for Cpu {
         cpu::forward(cpu::Forward {
             x: matrix(op.x)?,
             w: matrix(op.w)?,
-            a: matrix(op.a)?,
+            a: matrix::<T>(op.a)?,
             b: matrix(op.b)?,
             scale: op.scale,
             bias: op.bias.map(matrix).transpose()?,
@@ -52,7 +52,7 @@ impl Backend for Cpu {
         cpu::backward(cpu::Backward {
             dy: matrix(op.dy)?,
             w: matrix(op.w)?,
-            a: matrix(op.a)?,
+            a: matrix::<T>(op.a)?,
             b: matrix(op.b)?,
             scale: op.scale,
             x: Some(matrix(op.x)?),

@@ -55,7 +55,7 @@ impl Backend for Cuda {
                 y: cuda::matrix_mut(&mut y, m, n),
                 variant: variant(op.dropout, gain.map(|(slice, gain)| matrix(slice, gain))),
             };
-            kernels.forward::<T>(&stream, forward, workspace)
+            kernels.forward::<T, T>(&stream, forward, workspace)
         })?;
         let storage = |slice| CudaStorage::wrap_cuda_slice::<T>(slice, device.clone());
         Ok(Outputs { y: storage(y), h: h.map(storage) })
@@ -103,7 +103,7 @@ impl Backend for Cuda {
                 accumulate: Accumulate::default(),
                 variant: variant(op.dropout, gain.map(|(slice, gain)| matrix(slice, gain))),
             };
-            kernels.backward::<T>(&stream, backward, workspace)
+            kernels.backward::<T, T>(&stream, backward, workspace)
         })?;
         Ok(Gradients {
             dx: dx.map(|dx| CudaStorage::wrap_cuda_slice::<T>(dx, device.clone())),

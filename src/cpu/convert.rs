@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use crate::Element;
 
 /// `slice` as elements of `U` when that is what they are.
-fn cast<T: Element, U: Element>(slice: &[T]) -> Option<&[U]> {
+pub(super) fn cast<T: Element, U: Element>(slice: &[T]) -> Option<&[U]> {
     // SAFETY: T and U are the same type, so layout, validity and lifetime are unchanged.
     (TypeId::of::<T>() == TypeId::of::<U>()).then(|| unsafe { &*(std::ptr::from_ref(slice) as *const [U]) })
 }

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::convert::{Sum, widen};
+use super::convert::{Sum, cast, widen};
 use crate::dropout::Keep;
 use crate::routing::Route;
 use crate::{Dtype, Element, Matrix, MatrixMut};
@@ -22,9 +22,49 @@ const SMALL_WORK: usize = 1 << 22;
 /// Multiply-adds below which starting other threads costs more than it saves.
 const SERIAL_WORK: usize = 1 << 19;
 
+/// What is multiplied: a matrix of the storage type, or one of f32 beside those.
+#[derive(Debug)]
+pub(super) enum Operand<'a, T> {
+    Storage(Matrix<'a, [T]>),
+    Wide(Matrix<'a, [f32]>),
+}
+
+impl<T> Clone for Operand<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for Operand<'_, T> {}
+
+impl<'a, T> From<Matrix<'a, [T]>> for Operand<'a, T> {
+    fn from(matrix: Matrix<'a, [T]>) -> Self {
+        Self::Storage(matrix)
+    }
+}
+
+impl<'a, T: Element> Operand<'a, T> {
+    /// A matrix of the storage type or of f32; without an element, any.
+    pub(super) fn of<A: Element>(matrix: Matrix<'a, [A]>) -> Self {
+        let Matrix { data, offset, rows, cols, row_stride } = matrix;
+        match (cast::<A, T>(data), cast::<A, f32>(data)) {
+            (Some(data), _) => Self::Storage(Matrix { data, offset, rows, cols, row_stride }),
+            (None, Some(data)) => Self::Wide(Matrix { data, offset, rows, cols, row_stride }),
+            (None, None) => Self::Storage(Matrix { data: &[], offset: 0, rows, cols, row_stride }),
+        }
+    }
+
+    /// Rows and columns.
+    fn extents(&self) -> (usize, usize) {
+        match self {
+            Self::Storage(matrix) => (matrix.rows, matrix.cols),
+            Self::Wide(matrix) => (matrix.rows, matrix.cols),
+        }
+    }
+}
+
 /// One side of a product, seen as *outer × depth*: outer runs along the output, depth is summed over.
 pub(super) struct Side<'a, T> {
-    matrix: Matrix<'a, [T]>,
+    operand: Operand<'a, T>,
     depth_along_rows: bool,
     keep: Option<Keep>,
     gain: Option<&'a [f32]>,
@@ -32,13 +72,13 @@ pub(super) struct Side<'a, T> {
 
 impl<'a, T: Element> Side<'a, T> {
     /// The rows of `matrix` are outer, its columns depth.
-    pub(super) fn rows(matrix: Matrix<'a, [T]>) -> Self {
-        Self { matrix, depth_along_rows: false, keep: None, gain: None }
+    pub(super) fn rows(matrix: impl Into<Operand<'a, T>>) -> Self {
+        Self { operand: matrix.into(), depth_along_rows: false, keep: None, gain: None }
     }
 
     /// The columns of `matrix` are outer, its rows depth.
-    pub(super) fn columns(matrix: Matrix<'a, [T]>) -> Self {
-        Self { matrix, depth_along_rows: true, keep: None, gain: None }
+    pub(super) fn columns(matrix: impl Into<Operand<'a, T>>) -> Self {
+        Self { operand: matrix.into(), depth_along_rows: true, keep: None, gain: None }
     }
 
     /// Elements that are not kept are zeros.
@@ -46,14 +86,18 @@ impl<'a, T: Element> Side<'a, T> {
         Self { keep, ..self }
     }
 
-    /// Columns are multiplied by these, and the products rounded to `T`.
+    /// Columns are multiplied by these, and the products rounded to the type of the matrix.
     pub(super) fn gaining(self, gain: Option<&'a [f32]>) -> Self {
         Self { gain, ..self }
     }
 
     /// Whether [`panel`](Self::panel) copies nothing.
     fn is_borrowed<S: Sum>(&self) -> bool {
-        self.is_as_it_lies() && S::borrow::<T>(&[]).is_some()
+        let borrowed = match self.operand {
+            Operand::Storage(_) => S::borrow::<T>(&[]),
+            Operand::Wide(_) => S::borrow::<f32>(&[]),
+        };
+        self.is_as_it_lies() && borrowed.is_some()
     }
 
     /// Whether nothing happens to its elements on the way.
@@ -62,7 +106,8 @@ impl<'a, T: Element> Side<'a, T> {
     }
 
     fn depth(&self) -> usize {
-        if self.depth_along_rows { self.matrix.rows } else { self.matrix.cols }
+        let (rows, cols) = self.operand.extents();
+        if self.depth_along_rows { rows } else { cols }
     }
 
     /// Outer `at.0 ..` × depth `at.1 ..` of extent `size`, with its (outer, depth) strides: where it lies when its elements
@@ -73,9 +118,22 @@ impl<'a, T: Element> Side<'a, T> {
         size: (usize, usize),
         scratch: &'s mut [S],
     ) -> (&'s [S], (usize, usize)) {
+        match self.operand {
+            Operand::Storage(matrix) => self.panel_of(matrix, at, size, scratch),
+            Operand::Wide(matrix) => self.panel_of(matrix, at, size, scratch),
+        }
+    }
+
+    fn panel_of<'s, S: Sum, E: Element>(
+        &'s self,
+        matrix: Matrix<'s, [E]>,
+        at: (usize, usize),
+        size: (usize, usize),
+        scratch: &'s mut [S],
+    ) -> (&'s [S], (usize, usize)) {
         let swap = |(outer, depth)| if self.depth_along_rows { (depth, outer) } else { (outer, depth) };
         let ((row, col), (rows, cols)) = (swap(at), swap(size));
-        let Matrix { data, offset, row_stride, .. } = self.matrix;
+        let Matrix { data, offset, row_stride, .. } = matrix;
         let start = offset + row * row_stride + col;
         let lines = &data[start..start + (rows - 1) * row_stride + cols];
         if let Some(panel) = S::borrow(lines).filter(|_| self.is_as_it_lies()) {
@@ -85,7 +143,7 @@ impl<'a, T: Element> Side<'a, T> {
         for (source, line) in lines.chunks(row_stride).zip(panel.chunks_exact_mut(cols)) {
             S::load(&source[..cols], line);
             if let Some(gain) = self.gain {
-                let gained = source.iter().zip(&gain[col..]).map(|(value, gain)| T::from_f32(value.to_f32() * gain));
+                let gained = source.iter().zip(&gain[col..]).map(|(value, gain)| E::from_f32(value.to_f32() * gain));
                 line.iter_mut().zip(gained).for_each(|(to, value)| *to = S::from(value.to_f32()));
             }
         }

@@ -8,8 +8,8 @@ use cudarc::driver::{CudaContext, CudaStream, DevicePtr, DevicePtrMut, SyncOnDro
 use super::driver::failed;
 use super::{BackwardShared, ForwardShared, Gain, Merge, Round};
 use crate::error::{Error, Result};
-use crate::shape::check_length;
-use crate::{Dropout, Element, Factors, Gradient, MagnitudeGradient, Matrix, MatrixMut, Seed, raw};
+use crate::shape::{check_factors, check_length};
+use crate::{Dropout, Dtype, Element, Factors, Gradient, MagnitudeGradient, Matrix, MatrixMut, Seed, raw};
 
 /// The buffers of one operation while it is being launched.
 ///
@@ -37,7 +37,11 @@ impl<'s> Access<'s> {
         Ok(Self { context, stream, guards: Vec::with_capacity(32), lengths: Ok(()) })
     }
 
-    pub(super) fn forward<T: Element>(&mut self, op: &'s mut ForwardShared<'_, T>) -> Result<raw::ForwardShared> {
+    pub(super) fn forward<T: Element, A: Element>(
+        &mut self,
+        op: &'s mut ForwardShared<'_, T, A>,
+    ) -> Result<raw::ForwardShared> {
+        check_factors::<T, A>()?;
         let (x, a) = (self.read("x", op.x)?, self.read("a", op.a)?);
         let count = op.projections.len();
         let mut projections = Vec::with_capacity(count);
@@ -55,6 +59,7 @@ impl<'s> Access<'s> {
         Ok(raw::ForwardShared {
             dtype: T::DTYPE,
             x,
+            f32_factors: A::DTYPE == Dtype::F32,
             a,
             h: op.h.as_mut().map(|h| self.write("h", h)).transpose()?,
             projections: raw::Projections::new(&projections)?,
@@ -63,7 +68,11 @@ impl<'s> Access<'s> {
         })
     }
 
-    pub(super) fn backward<T: Element>(&mut self, op: &'s mut BackwardShared<'_, T>) -> Result<raw::BackwardShared> {
+    pub(super) fn backward<T: Element, A: Element>(
+        &mut self,
+        op: &'s mut BackwardShared<'_, T, A>,
+    ) -> Result<raw::BackwardShared> {
+        check_factors::<T, A>()?;
         let count = op.projections.len();
         let mut projections = Vec::with_capacity(count);
         for (at, of) in op.projections.iter_mut().enumerate() {
@@ -81,6 +90,7 @@ impl<'s> Access<'s> {
         }
         Ok(raw::BackwardShared {
             dtype: T::DTYPE,
+            f32_factors: A::DTYPE == Dtype::F32,
             a: self.read("a", op.a)?,
             x: op.x.map(|x| self.read("x", x)).transpose()?,
             h: op.h.map(|h| self.read("h", h)).transpose()?,

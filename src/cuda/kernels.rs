@@ -124,7 +124,11 @@ impl Kernels {
     ///
     /// # Errors
     /// As [`forward`](Self::forward), less what concerns the workspace.
-    pub fn plan_forward<T: Element>(&self, stream: &CudaStream, op: &mut Forward<'_, T>) -> Result<Plan> {
+    pub fn plan_forward<T: Element, A: Element>(
+        &self,
+        stream: &CudaStream,
+        op: &mut Forward<'_, T, A>,
+    ) -> Result<Plan> {
         self.plan_forward_shared(stream, &mut lent::forward(op))
     }
 
@@ -132,7 +136,11 @@ impl Kernels {
     ///
     /// # Errors
     /// As [`forward_shared`](Self::forward_shared), less what concerns the workspace.
-    pub fn plan_forward_shared<T: Element>(&self, stream: &CudaStream, op: &mut ForwardShared<'_, T>) -> Result<Plan> {
+    pub fn plan_forward_shared<T: Element, A: Element>(
+        &self,
+        stream: &CudaStream,
+        op: &mut ForwardShared<'_, T, A>,
+    ) -> Result<Plan> {
         let mut access = Access::new(self.context(), stream)?;
         let op = access.forward(op)?;
         access.judge(Plan::forward_shared_with(&op, self.device(), self.options))
@@ -142,7 +150,11 @@ impl Kernels {
     ///
     /// # Errors
     /// As [`backward`](Self::backward), less what concerns the workspace.
-    pub fn plan_backward<T: Element>(&self, stream: &CudaStream, op: &mut Backward<'_, T>) -> Result<Plan> {
+    pub fn plan_backward<T: Element, A: Element>(
+        &self,
+        stream: &CudaStream,
+        op: &mut Backward<'_, T, A>,
+    ) -> Result<Plan> {
         self.plan_backward_shared(stream, &mut lent::backward(op))
     }
 
@@ -150,10 +162,10 @@ impl Kernels {
     ///
     /// # Errors
     /// As [`backward_shared`](Self::backward_shared), less what concerns the workspace.
-    pub fn plan_backward_shared<T: Element>(
+    pub fn plan_backward_shared<T: Element, A: Element>(
         &self,
         stream: &CudaStream,
-        op: &mut BackwardShared<'_, T>,
+        op: &mut BackwardShared<'_, T, A>,
     ) -> Result<Plan> {
         let mut access = Access::new(self.context(), stream)?;
         let op = access.backward(op)?;
@@ -168,10 +180,10 @@ impl Kernels {
     /// [`Error::ForeignContext`](crate::Error::ForeignContext); [`Error::Capturing`](crate::Error::Capturing);
     /// [`Error::Driver`](crate::Error::Driver). Nothing is launched then, but for one case: on the per-thread default stream
     /// the driver may fail to record the event that follows the launch.
-    pub fn forward<T: Element>(
+    pub fn forward<T: Element, A: Element>(
         &self,
         stream: &Arc<CudaStream>,
-        op: Forward<'_, T>,
+        op: Forward<'_, T, A>,
         workspace: &mut Workspace,
     ) -> Result<()> {
         self.forward_in(stream, op.into(), workspace, Room::Given)
@@ -182,19 +194,19 @@ impl Kernels {
     /// # Errors
     /// As [`forward`](Self::forward), with what [`Plan::forward_shared_with`] finds, and
     /// [`Error::Projections`](crate::Error::Projections).
-    pub fn forward_shared<T: Element>(
+    pub fn forward_shared<T: Element, A: Element>(
         &self,
         stream: &Arc<CudaStream>,
-        op: ForwardShared<'_, T>,
+        op: ForwardShared<'_, T, A>,
         workspace: &mut Workspace,
     ) -> Result<()> {
         self.forward_in(stream, op, workspace, Room::Given)
     }
 
-    pub(super) fn forward_in<T: Element>(
+    pub(super) fn forward_in<T: Element, A: Element>(
         &self,
         stream: &Arc<CudaStream>,
-        mut op: ForwardShared<'_, T>,
+        mut op: ForwardShared<'_, T, A>,
         workspace: &mut Workspace,
         room: Room,
     ) -> Result<()> {
@@ -210,10 +222,10 @@ impl Kernels {
     ///
     /// # Errors
     /// As [`forward`](Self::forward), with what [`Plan::backward_with`] finds.
-    pub fn backward<T: Element>(
+    pub fn backward<T: Element, A: Element>(
         &self,
         stream: &Arc<CudaStream>,
-        op: Backward<'_, T>,
+        op: Backward<'_, T, A>,
         workspace: &mut Workspace,
     ) -> Result<()> {
         self.backward_in(stream, op.into(), workspace, Room::Given)
@@ -224,19 +236,19 @@ impl Kernels {
     ///
     /// # Errors
     /// As [`forward_shared`](Self::forward_shared), with what [`Plan::backward_shared_with`] finds.
-    pub fn backward_shared<T: Element>(
+    pub fn backward_shared<T: Element, A: Element>(
         &self,
         stream: &Arc<CudaStream>,
-        op: BackwardShared<'_, T>,
+        op: BackwardShared<'_, T, A>,
         workspace: &mut Workspace,
     ) -> Result<()> {
         self.backward_in(stream, op, workspace, Room::Given)
     }
 
-    pub(super) fn backward_in<T: Element>(
+    pub(super) fn backward_in<T: Element, A: Element>(
         &self,
         stream: &Arc<CudaStream>,
-        mut op: BackwardShared<'_, T>,
+        mut op: BackwardShared<'_, T, A>,
         workspace: &mut Workspace,
         room: Room,
     ) -> Result<()> {

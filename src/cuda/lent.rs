@@ -31,14 +31,14 @@ fn magnitude<'b, T>(
     MagnitudeGradient { y, bias, magnitude, dm: matrix(dm) }
 }
 
-pub(super) fn forward<'b, T>(op: &'b mut Forward<'_, T>) -> ForwardShared<'b, T> {
+pub(super) fn forward<'b, T, A>(op: &'b mut Forward<'_, T, A>) -> ForwardShared<'b, T, A> {
     let Forward { x, w, a, b, scale, bias, h, y, variant } = op;
     let Variant { dropout, routes, gain } = *variant;
     let projection = ForwardProjection { w: *w, b: *b, scale: *scale, bias: *bias, gain, y: matrix(y) };
     ForwardShared { x: *x, a: *a, h: h.as_mut().map(matrix), projections: vec![projection], dropout, routes }
 }
 
-pub(super) fn backward<'b, T>(op: &'b mut Backward<'_, T>) -> BackwardShared<'b, T> {
+pub(super) fn backward<'b, T, A>(op: &'b mut Backward<'_, T, A>) -> BackwardShared<'b, T, A> {
     let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, dm, accumulate, variant } = op;
     let Variant { dropout, routes, gain } = *variant;
     let (db, dbias) = (db.as_mut().map(gradient), dbias.as_mut().map(gradient));

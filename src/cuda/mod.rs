@@ -87,49 +87,59 @@ use crate::{Matrix, MatrixMut};
 use cudarc::driver::{DevicePtr, DevicePtrMut};
 
 /// [`crate::Forward`] over device memory; every argument may be of another type of buffer.
-pub type Forward<'a, T> = crate::Forward<
+pub type Forward<'a, T, A = T> = crate::Forward<
     'a,
     dyn DevicePtr<T> + 'a,
     dyn DevicePtrMut<T> + 'a,
     dyn DevicePtr<u64> + 'a,
     dyn DevicePtr<f32> + 'a,
+    dyn DevicePtr<A> + 'a,
 >;
 /// [`crate::Backward`] over device memory; gradients are of `T` or of f32.
-pub type Backward<'a, T> = crate::Backward<
+pub type Backward<'a, T, A = T> = crate::Backward<
     'a,
     dyn DevicePtr<T> + 'a,
     dyn DevicePtrMut<T> + 'a,
     dyn DevicePtrMut<f32> + 'a,
     dyn DevicePtr<u64> + 'a,
     dyn DevicePtr<f32> + 'a,
+    dyn DevicePtr<A> + 'a,
 >;
 /// [`crate::ForwardProjection`] over device memory.
-pub type ForwardProjection<'a, T> =
-    crate::ForwardProjection<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtr<f32> + 'a>;
+pub type ForwardProjection<'a, T, A = T> = crate::ForwardProjection<
+    'a,
+    dyn DevicePtr<T> + 'a,
+    dyn DevicePtrMut<T> + 'a,
+    dyn DevicePtr<f32> + 'a,
+    dyn DevicePtr<A> + 'a,
+>;
 /// [`crate::ForwardShared`] over device memory.
-pub type ForwardShared<'a, T> = crate::ForwardShared<
+pub type ForwardShared<'a, T, A = T> = crate::ForwardShared<
     'a,
     dyn DevicePtr<T> + 'a,
     dyn DevicePtrMut<T> + 'a,
     dyn DevicePtr<u64> + 'a,
     dyn DevicePtr<f32> + 'a,
+    dyn DevicePtr<A> + 'a,
 >;
 /// [`crate::BackwardProjection`] over device memory; gradients are of `T` or of f32.
-pub type BackwardProjection<'a, T> = crate::BackwardProjection<
+pub type BackwardProjection<'a, T, A = T> = crate::BackwardProjection<
     'a,
     dyn DevicePtr<T> + 'a,
     dyn DevicePtrMut<T> + 'a,
     dyn DevicePtrMut<f32> + 'a,
     dyn DevicePtr<f32> + 'a,
+    dyn DevicePtr<A> + 'a,
 >;
 /// [`crate::BackwardShared`] over device memory; gradients are of `T` or of f32.
-pub type BackwardShared<'a, T> = crate::BackwardShared<
+pub type BackwardShared<'a, T, A = T> = crate::BackwardShared<
     'a,
     dyn DevicePtr<T> + 'a,
     dyn DevicePtrMut<T> + 'a,
     dyn DevicePtrMut<f32> + 'a,
     dyn DevicePtr<u64> + 'a,
     dyn DevicePtr<f32> + 'a,
+    dyn DevicePtr<A> + 'a,
 >;
 /// [`crate::Variant`] over device memory.
 pub type Variant<'a> = crate::Variant<'a, dyn DevicePtr<u64> + 'a, dyn DevicePtr<f32> + 'a>;

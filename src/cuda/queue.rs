@@ -222,9 +222,9 @@ impl Backend for Queue {
         self.workspace().reserve(&self.stream, bytes)
     }
 
-    fn forward_shared<T: Element>(
+    fn forward_shared<T: Element, A: Element>(
         &self,
-        op: ForwardShared<'_, Self::Read<T>, Self::Write<T>, Self::Words, Self::Read<f32>>,
+        op: ForwardShared<'_, Self::Read<T>, Self::Write<T>, Self::Words, Self::Read<f32>, Self::Read<A>>,
     ) -> Result<()> {
         let ForwardShared { x, a, h, projections, dropout: given, routes } = op;
         let projection = |ForwardProjection { w, b, scale, bias, gain, y }| super::ForwardProjection {
@@ -246,9 +246,17 @@ impl Backend for Queue {
         self.kernels.forward_in(&self.stream, op, &mut self.workspace(), Room::Grows)
     }
 
-    fn backward_shared<T: Element>(
+    fn backward_shared<T: Element, A: Element>(
         &self,
-        op: BackwardShared<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words, Self::Read<f32>>,
+        op: BackwardShared<
+            '_,
+            Self::Read<T>,
+            Self::Write<T>,
+            Self::Write<f32>,
+            Self::Words,
+            Self::Read<f32>,
+            Self::Read<A>,
+        >,
     ) -> Result<()> {
         let BackwardShared { a, x, h, dx, da, projections, accumulate, dropout: given, routes } = op;
         let projection = |BackwardProjection { dy, w, b, scale, db, dbias, dm, gain }| super::BackwardProjection {

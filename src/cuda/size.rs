@@ -1,8 +1,8 @@
 //! The workspace that suffices for a shape, before there are any buffers.
 
 use crate::error::{Error, Result};
-use crate::plan::{Device, Family, Options, Plan, workspace_up_to};
-use crate::{Accumulate, Dtype, LoraShape, MAX_ROUTED_RANK, Routing, raw};
+use crate::plan::{Device, Family, Options, Plan, split_workspace_up_to, workspace_up_to};
+use crate::{Accumulate, Dtype, LoraShape, MAX_ROUTED_RANK, Routing, raw, split_columns};
 
 /// Hands out disjoint stretches of an address space that no one looks into: what a plan needs depends on shapes alone.
 struct Addresses(u64);
@@ -45,6 +45,11 @@ fn variants(r: usize, at: &mut Addresses, m: usize) -> Result<Vec<raw::Variant>>
     Ok(all)
 }
 
+/// The types of A and B that go with a variant: the storage type, and f32.
+fn factors(r: usize, variant: &raw::Variant) -> Vec<bool> {
+    if r == 0 || variant.routes.is_some() { vec![false] } else { vec![false, true] }
+}
+
 /// The most that any of the plans needs. A family that the caller decided on may be able to do some of the calls only; the error is
 /// that of the plainest when it can do none.
 fn most(plans: impl IntoIterator<Item = Result<Plan>>) -> Result<usize> {
@@ -67,6 +72,7 @@ pub(super) fn forward(dtype: Dtype, shape: LoraShape, device: &Device, options: 
         dtype,
         x: at.matrix(m, k)?,
         w: at.matrix(n, k)?,
+        f32_factors: false,
         a: at.matrix(r, k)?,
         b: at.matrix(n, r)?,
         scale: 1.0,
@@ -76,9 +82,14 @@ pub(super) fn forward(dtype: Dtype, shape: LoraShape, device: &Device, options: 
         variant: raw::Variant::default(),
     };
     let variants = variants(r, &mut at, m)?;
-    let ways =
-        variants.into_iter().flat_map(|variant| possibilities(options).into_iter().map(move |way| (variant, way)));
-    most(ways.map(|(variant, way)| Plan::forward_with(&raw::Forward { variant, ..op }, device, way)))
+    let mut plans = Vec::new();
+    for variant in variants {
+        for f32_factors in factors(r, &variant) {
+            let op = raw::Forward { f32_factors, variant, ..op };
+            plans.extend(possibilities(options).into_iter().map(|way| Plan::forward_with(&op, device, way)));
+        }
+    }
+    most(plans)
 }
 
 /// What suffices for backward with any choice of outputs. All outputs together need not be the worst: with fewer tiles the
@@ -92,13 +103,14 @@ pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device, options:
     let gradient = |wanted: bool, matrix| wanted.then_some(raw::Gradient { matrix, f32: true });
     let mut plans = Vec::new();
     let variants = variants(r, &mut at, m)?;
-    let (y, vector) = (at.matrix(m, n)?, at.matrix(1, n)?);
+    let (y, vector, pairs) = (at.matrix(m, n)?, at.matrix(1, n)?, at.matrix(m, split_columns(r))?);
     for outputs in 1..32u32 {
         let wants = |bit: u32| outputs >> bit & 1 == 1;
         let op = raw::Backward {
             dtype,
             dy,
             w,
+            f32_factors: false,
             a,
             b,
             scale: 1.0,
@@ -116,9 +128,10 @@ pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device, options:
         let gained = raw::Variant { gain: Some(vector), ..raw::Variant::default() };
         let others = if wants(4) { &[][..] } else { &variants[..] };
         for &variant in others.iter().chain([&gained]) {
-            for options in possibilities(options) {
-                let op = raw::Backward { variant, ..op };
-                plans.push(Plan::backward_with(&op, device, options));
+            for f32_factors in factors(r, &variant) {
+                let h = if f32_factors { Some(pairs) } else { op.h };
+                let op = raw::Backward { f32_factors, h, variant, ..op };
+                plans.extend(possibilities(options).into_iter().map(|way| Plan::backward_with(&op, device, way)));
             }
         }
     }
@@ -128,7 +141,8 @@ pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device, options:
 /// What suffices for forward and backward of `shape`, and of every shape with fewer tokens or a lower rank.
 pub(super) fn up_to(dtype: Dtype, shape: LoraShape, device: &Device, options: Options) -> Result<usize> {
     let exactly = forward(dtype, shape, device, options)?.max(backward(dtype, shape, device, options)?);
-    Ok(exactly.max(shared(dtype, shape.m, shape.r, device, options)))
+    let split = usize::try_from(split_workspace_up_to(shape, dtype, device, &options)).unwrap_or(usize::MAX);
+    Ok(exactly.max(split).max(shared(dtype, shape.m, shape.r, device, options)))
 }
 
 /// What suffices for projections that share x, of up to `m` tokens and `r` ranks of all together.
@@ -143,7 +157,7 @@ mod tests {
     use super::{Addresses, backward, forward, shared, up_to};
     use crate::error::Error;
     use crate::plan::{Device, Options, Plan, SYNC_BYTES};
-    use crate::{Accumulate, Dtype, LoraShape, Routing, raw};
+    use crate::{Accumulate, Dtype, LoraShape, Routing, raw, split_columns};
 
     #[test]
     fn a_workspace_holds_the_middle() {
@@ -188,9 +202,19 @@ mod tests {
                     gain: None,
                 };
                 let y = at(6, m, n);
-                let op = raw::Forward { dtype: Dtype::F16, x, w, a, b, scale: 1.0, bias: None, h, y, variant };
+                let f32_factors = false;
+                let op =
+                    raw::Forward { dtype: Dtype::F16, x, w, f32_factors, a, b, scale: 1.0, bias: None, h, y, variant };
                 let plan = Plan::forward(&op, &device).expect("a plan");
                 assert!(plan.workspace_bytes() <= forward_bound, "{}", plan.explain());
+                // f32 factors, which routes rule out, and h in their halves.
+                let wide = |index: u64, rows, cols| raw::Matrix::new(index << 40, rows, cols);
+                let (wide_a, wide_b, pairs) = (wide(3, r, k), wide(4, n, r), at(5, m, split_columns(r)));
+                if variant.routes.is_none() {
+                    let op = raw::Forward { f32_factors: true, a: wide_a, b: wide_b, h: op.h.map(|_| pairs), ..op };
+                    let plan = Plan::forward(&op, &device).expect("a plan");
+                    assert!(plan.workspace_bytes() <= forward_bound, "{}", plan.explain());
+                }
                 if case / 2 % 16 == 0 {
                     continue;
                 }
@@ -199,6 +223,7 @@ mod tests {
                     dtype: Dtype::F16,
                     dy: at(7, m, n),
                     w,
+                    f32_factors,
                     a,
                     b,
                     scale: 1.0,
@@ -214,6 +239,11 @@ mod tests {
                 };
                 let plan = Plan::backward(&op, &device).expect("a plan");
                 assert!(plan.workspace_bytes() <= backward_bound, "{}", plan.explain());
+                if variant.routes.is_none() {
+                    let op = raw::Backward { f32_factors: true, a: wide_a, b: wide_b, h: Some(pairs), ..op };
+                    let plan = Plan::backward(&op, &device).expect("a plan");
+                    assert!(plan.workspace_bytes() <= backward_bound, "{}", plan.explain());
+                }
                 // Vectors of f32 lie at multiples of their element.
                 let vector = |index: u64| raw::Matrix::new((index << 40) + case % 2 * 4, 1, n);
                 let gain = Some(vector(12));
@@ -287,13 +317,26 @@ mod tests {
                     let (forwards, backwards): (Vec<_>, Vec<_>) = parts.iter().map(own).unzip();
                     let (dtype, dropout, routes) = (Dtype::F16, None, None);
                     let projections = raw::Projections::new(&forwards).expect("one to four");
-                    let op = raw::ForwardShared { dtype, x, a, h: None, projections, dropout, routes };
+                    let op =
+                        raw::ForwardShared { dtype, x, f32_factors: false, a, h: None, projections, dropout, routes };
                     let plan = Plan::forward_shared(&op, &device).expect("a plan");
                     assert!(plan.workspace_bytes() <= reserved, "{}", plan.explain());
                     let projections = raw::Projections::new(&backwards).expect("one to four");
                     let (dx, da) = (wants(0).then(|| matrix(m, k)), gradient(wants(1), matrix(r, k)));
                     let (x, h, accumulate) = (Some(x), Some(h), Accumulate::default());
-                    let op = raw::BackwardShared { dtype, a, x, h, dx, da, projections, accumulate, dropout, routes };
+                    let op = raw::BackwardShared {
+                        dtype,
+                        f32_factors: false,
+                        a,
+                        x,
+                        h,
+                        dx,
+                        da,
+                        projections,
+                        accumulate,
+                        dropout,
+                        routes,
+                    };
                     if outputs != 0 {
                         let plan = Plan::backward_shared(&op, &device).expect("a plan");
                         assert!(plan.workspace_bytes() <= reserved, "{}", plan.explain());

@@ -71,33 +71,41 @@ pub trait Backend: Clone {
     /// Those of planning and of [`alloc`](Self::alloc).
     fn reserve(&self, dtype: Dtype, shape: LoraShape) -> Result<()>;
 
-    /// [`ForwardShared`].
+    /// [`ForwardShared`], with A and B of `T` or f32.
     ///
     /// # Errors
     /// What [`raw::ForwardShared::check`](crate::raw::ForwardShared::check) finds, and the backend's own. Nothing is written then.
     #[allow(clippy::type_complexity, reason = "an operand type for each kind of argument")]
-    fn forward_shared<T: Element>(
+    fn forward_shared<T: Element, A: Element>(
         &self,
-        op: ForwardShared<'_, Self::Read<T>, Self::Write<T>, Self::Words, Self::Read<f32>>,
+        op: ForwardShared<'_, Self::Read<T>, Self::Write<T>, Self::Words, Self::Read<f32>, Self::Read<A>>,
     ) -> Result<()>;
-    /// [`BackwardShared`].
+    /// [`BackwardShared`], with A and B of `T` or f32.
     ///
     /// # Errors
     /// What [`raw::BackwardShared::check`](crate::raw::BackwardShared::check) finds, and the backend's own. Nothing is written
     /// then.
     #[allow(clippy::type_complexity, reason = "an operand type for each kind of argument")]
-    fn backward_shared<T: Element>(
+    fn backward_shared<T: Element, A: Element>(
         &self,
-        op: BackwardShared<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words, Self::Read<f32>>,
+        op: BackwardShared<
+            '_,
+            Self::Read<T>,
+            Self::Write<T>,
+            Self::Write<f32>,
+            Self::Words,
+            Self::Read<f32>,
+            Self::Read<A>,
+        >,
     ) -> Result<()>;
     /// [`Forward`]: the case of one projection.
     ///
     /// # Errors
     /// Those of [`forward_shared`](Self::forward_shared).
     #[allow(clippy::type_complexity, reason = "an operand type for each kind of argument")]
-    fn forward<T: Element>(
+    fn forward<T: Element, A: Element>(
         &self,
-        op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words, Self::Read<f32>>,
+        op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words, Self::Read<f32>, Self::Read<A>>,
     ) -> Result<()> {
         self.forward_shared(op.into())
     }
@@ -181,10 +189,10 @@ impl Backend for Cpu {
     fn check_dtype(&self, _: Dtype) -> Result<()> {
         Ok(())
     }
-    fn forward_shared<T: Element>(&self, op: cpu::ForwardShared<'_, T>) -> Result<()> {
+    fn forward_shared<T: Element, A: Element>(&self, op: cpu::ForwardShared<'_, T, A>) -> Result<()> {
         cpu::forward_shared(op)
     }
-    fn backward_shared<T: Element>(&self, op: cpu::BackwardShared<'_, T>) -> Result<()> {
+    fn backward_shared<T: Element, A: Element>(&self, op: cpu::BackwardShared<'_, T, A>) -> Result<()> {
         cpu::backward_shared(op)
     }
     fn merge<T: Element>(&self, op: cpu::Merge<'_, T>) -> Result<()> {
@@ -205,10 +213,10 @@ impl Backend for crate::emulator::Emulator {
     fn check_dtype(&self, dtype: Dtype) -> Result<()> {
         crate::plan::check_dtype(dtype)
     }
-    fn forward_shared<T: Element>(&self, op: cpu::ForwardShared<'_, T>) -> Result<()> {
+    fn forward_shared<T: Element, A: Element>(&self, op: cpu::ForwardShared<'_, T, A>) -> Result<()> {
         self.forward_shared(op).map(drop)
     }
-    fn backward_shared<T: Element>(&self, op: cpu::BackwardShared<'_, T>) -> Result<()> {
+    fn backward_shared<T: Element, A: Element>(&self, op: cpu::BackwardShared<'_, T, A>) -> Result<()> {
         self.backward_shared(op).map(drop)
     }
     fn merge<T: Element>(&self, op: cpu::Merge<'_, T>) -> Result<()> {

@@ -186,7 +186,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         };
         let variant = Variant { routes: Some(routes.view()), ..Variant::default() };
         let Operands { w, bias, .. } = plain;
-        self.backend.forward(Forward { x, w, a, b, scale: 1.0, bias, h: None, y, variant })
+        self.backend.forward::<T, T>(Forward { x, w, a, b, scale: 1.0, bias, h: None, y, variant })
     }
 
     /// Every adapter of the bank must be the layer's, as it was when it was copied.

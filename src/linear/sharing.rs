@@ -82,7 +82,7 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
     {
         let projection = |(Operands { w, b, scale, bias, gain, .. }, y)| ForwardProjection { w, b, scale, bias, gain, y };
         let projections = operands.into_iter().zip(ys).map(projection).collect();
-        self.backend.forward_shared(ForwardShared { x, a, h, projections, dropout, routes: None })
+        self.backend.forward_shared::<T, T>(ForwardShared { x, a, h, projections, dropout, routes: None })
     }
 
     pub(super) fn forward_train<'x>(
@@ -174,7 +174,7 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
         };
         let da = da.map(Gradient::F32);
         let (x, routes) = (Some(x), None);
-        self.backend.backward_shared(BackwardShared { a, x, h, dx, da, projections, accumulate, dropout, routes })
+        self.backend.backward_shared::<T, T>(BackwardShared { a, x, h, dx, da, projections, accumulate, dropout, routes })
     }
 
     /// What forward read when it made the pass.

@@ -33,7 +33,7 @@ macro_rules! write_fields {
         const _: () = assert!(size_of::<$name>() == 0 $(+ { let _ = stringify!($matrix); 16 })*
             $(+ { let _ = stringify!($magnitude); size_of::<LoraMagnitude>() })? $(+ write_fields!(@size $word))*);
     };
-    // Dropout, routes and projections come last, in structs that have them.
+    // Dropout, routes, split factors and projections come last, in structs that have them.
     ($name:ident: matrices $($matrix:ident)*; words $($word:ident)*; variant, projections $projection:ident) => {
         impl $name {
             fn write(&self, out: &mut Vec<u8>) {
@@ -42,10 +42,11 @@ macro_rules! write_fields {
                 $(out.extend(self.$word.to_ne_bytes());)*
                 self.dropout.write(out);
                 out.extend(self.routes.to_ne_bytes());
+                self.split.write(out);
                 self.projections.iter().for_each(|projection| projection.write(out));
             }
         }
-        const _: () = assert!(size_of::<$name>() == size_of::<LoraDropout>() + 8
+        const _: () = assert!(size_of::<$name>() == size_of::<LoraDropout>() + 8 + size_of::<LoraSplit>()
             + LORA_MAX_PROJECTIONS as usize * size_of::<$projection>()
             $(+ { let _ = stringify!($matrix); 16 })* $(+ write_fields!(@size $word))*);
     };
@@ -67,6 +68,7 @@ macro_rules! write_fields {
 
 write_fields!(LoraDropout: matrices; words seed offset state threshold padding);
 write_fields!(LoraMagnitude: matrices y; words bias magnitude dm);
+write_fields!(LoraSplit: matrices a b split_a split_b pairs; words r a_units units padding);
 write_fields!(LoraForwardProjection: matrices w b y; words bias gain n r first_rank first_block scale padding);
 write_fields!(LoraForwardParams: matrices x a h;
     words sync m k r projection_count m_blocks n_blocks h_units units group_m flag_shift sync_words padding;

@@ -1,6 +1,6 @@
 //! Parameters of the Hopper kernels, after their tensor maps.
 
-use super::{LORA_MAX_PROJECTIONS, LoraDropout, LoraMagnitude, LoraMatrix};
+use super::{LORA_MAX_PROJECTIONS, LoraDropout, LoraMagnitude, LoraMatrix, LoraSplit};
 
 /// A projection of forward in the Hopper family, as [`LoraForwardProjection`](super::LoraForwardProjection).
 #[repr(C)]
@@ -65,6 +65,8 @@ pub struct LoraSm90ForwardParams {
     pub dropout: LoraDropout,
     /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent, and with more than one projection.
     pub routes: u64,
+    /// f32 factors to be split; all zero when they are of the storage type.
+    pub split: LoraSplit,
     /// Those that are there first.
     pub projections: [LoraSm90ForwardProjection; LORA_MAX_PROJECTIONS as usize],
 }
@@ -166,6 +168,8 @@ pub struct LoraSm90BackwardParams {
     pub dropout: LoraDropout,
     /// Device address of the words of a [`Routing`](crate::Routing); 0 when absent, and with more than one projection.
     pub routes: u64,
+    /// f32 factors to be split; all zero when they are of the storage type.
+    pub split: LoraSplit,
     /// Those that are there first.
     pub projections: [LoraSm90BackwardProjection; LORA_MAX_PROJECTIONS as usize],
 }

@@ -126,6 +126,7 @@ mod tests {
             dtype: Dtype::Bf16,
             x: at(1, 8192, 4096),
             w: at(2, 4096, 4096),
+            f32_factors: false,
             a: at(3, 16, 4096),
             b: at(4, 4096, 16),
             scale: 2.0,

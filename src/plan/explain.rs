@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::calibration::SM90;
 use super::{Choice, Params, Part, Plan, SYNC_BYTES};
-use crate::params::{LORA_BLOCK_K, LORA_SM90_BLOCK_K, LORA_SM90_BLOCK_M, LoraDropout};
+use crate::params::{LORA_BLOCK_K, LORA_SM90_BLOCK_K, LORA_SM90_BLOCK_M, LoraDropout, LoraSplit};
 use crate::{LoraShape, raw};
 
 /// Notes which operands miss the alignment of 16-byte loads, and what would cure it.
@@ -60,6 +60,15 @@ impl Plan {
             Choice::Portable(tile) => self.explain_portable(&mut out, tile),
             Choice::Sm90(choice) => self.explain_sm90(&mut out, choice),
         }
+        let split = self.split();
+        if split.r != 0 {
+            line!(
+                out,
+                "  factors    f32, as high and low halves of {:?}: split by {} units before the others, multiplied at three times the ranks",
+                self.dtype,
+                split.units
+            );
+        }
         let dropout = self.dropout();
         if dropout.threshold != 0 {
             line!(
@@ -93,6 +102,16 @@ impl Plan {
             line!(out, "  note       sm_75 has no bf16 tensor instruction: products are done in f32 arithmetic");
         }
         out
+    }
+
+    fn split(&self) -> LoraSplit {
+        match self.launch.params {
+            Params::Forward(p) => p.split,
+            Params::Backward(p) => p.split,
+            Params::Sm90Forward(p) => p.split,
+            Params::Sm90Backward(p) => p.split,
+            Params::Merge(_) | Params::Round(_) | Params::Gain(_) => LoraSplit::default(),
+        }
     }
 
     fn routes(&self) -> u64 {

@@ -1,7 +1,7 @@
 //! What no kernel can be faster than: the arithmetic and the memory traffic of a call at the rates of the data sheet.
 
 use crate::plan::Peak;
-use crate::{LoraShape, raw};
+use crate::{LoraShape, raw, split_columns};
 
 /// The work of a call, and the time that it takes at least.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,14 +31,19 @@ impl Floor {
         // With routes no ranks are counted: a row may go through no adapter.
         let counted = |rank: f64| if op.routes.is_some() { 0.0 } else { rank };
         let size = op.dtype.size() as f64;
-        let kept = if op.h.is_some() { m * rank } else { 0.0 };
-        let mut floor =
-            Floor { flops: 2.0 * m * counted(rank) * k, bytes: (m * k + counted(rank) * k + kept) * size, peak };
+        let factor = if op.is_split() { 4.0 } else { size };
+        let kept = op.h.map_or(0.0, |h| m * h.cols as f64);
+        let mut floor = Floor {
+            flops: 2.0 * m * counted(rank) * k,
+            bytes: (m * k + kept) * size + counted(rank) * k * factor,
+            peak,
+        };
         for of in op.projections.iter() {
             let (n, r) = (of.w.rows as f64, counted(of.b.cols as f64));
             let bias = if of.bias.is_some() { n } else { 0.0 };
             floor.flops += 2.0 * m * (n * k + n * r);
-            floor.bytes += (n * k + n * r + m * n + bias) * size + if of.gain.is_some() { 4.0 * n } else { 0.0 };
+            floor.bytes +=
+                (n * k + m * n + bias) * size + n * r * factor + if of.gain.is_some() { 4.0 * n } else { 0.0 };
         }
         floor
     }
@@ -55,22 +60,24 @@ impl Floor {
         };
         let r = counted(rank);
         let mut macs = when(dx, m * r * k) + when(da, m * r * k);
-        let mut read = when(dx, r * k) + when(da, m * k) + when(dx, m * k * if op.accumulate.dx { 2.0 } else { 1.0 });
-        let mut others = gradient(op.da, op.accumulate.da, rank * k);
+        let factor = if op.is_split() { 4.0 } else { size };
+        let mut read = when(da, m * k) + when(dx, m * k * if op.accumulate.dx { 2.0 } else { 1.0 });
+        let mut others = gradient(op.da, op.accumulate.da, rank * k) + when(dx, r * k * factor);
         for of in op.projections.iter() {
             let (n, rank) = (of.w.rows as f64, of.b.cols as f64);
             let r = counted(rank);
             let db = of.db.is_some();
             macs += when(dx, m * n * k) + when(dx || da, m * n * r) + when(db, m * n * r);
             let reads_dy = dx || da || db || of.dbias.is_some() || of.dm.is_some();
-            read += when(reads_dy, m * n) + when(dx, n * k) + when(dx || da, n * r);
-            read += when(db, m * r) + when(of.dm.is_some(), m * n);
+            // Of h a row has the ranks, or their halves.
+            let kept = if op.is_split() { split_columns(of.b.cols) as f64 } else { r };
+            read += when(reads_dy, m * n) + when(dx, n * k) + when(db, m * kept) + when(of.dm.is_some(), m * n);
             others += gradient(of.db, op.accumulate.db, n * rank) + gradient(of.dbias, op.accumulate.dbias, n);
             others += of.dm.map_or(0.0, |dm| {
                 let bias = if dm.bias.is_some() { size } else { 0.0 };
                 n * (bias + 4.0 + if op.accumulate.dm { 8.0 } else { 4.0 })
             });
-            others += when(of.gain.is_some(), 4.0 * n);
+            others += when(of.gain.is_some(), 4.0 * n) + when(dx || da, n * r * factor);
         }
         Floor { flops: 2.0 * macs, bytes: read * size + others, peak }
     }

@@ -57,11 +57,13 @@ fn each<P>(all: &[P], name: &'static str, matrix: impl Fn(&P) -> Option<raw::Mat
     all.iter().enumerate().map(|(at, of)| (raw::named(name, at, all.len()), matrix(of))).collect()
 }
 
-/// What forward reads; h too, which it writes before.
+/// What forward reads in chunks of 16 bytes; h too, which it writes before. Factors that are split are not, nor is the h of their halves.
 pub(super) fn read_by_forward(op: &raw::ForwardShared) -> Named {
     let all = &op.projections;
-    let (w, b) = (each(all, "w", |of| Some(of.w)), each(all, "b", |of| Some(of.b)));
-    [("x", Some(op.x))].into_iter().chain(w).chain([("a", Some(op.a))]).chain(b).chain([("h", op.h)]).collect()
+    let whole = !op.is_split();
+    let (w, b) = (each(all, "w", |of| Some(of.w)), each(all, "b", |of| Some(of.b).filter(|_| whole)));
+    let (a, h) = (Some(op.a).filter(|_| whole), op.h.filter(|_| whole));
+    [("x", Some(op.x))].into_iter().chain(w).chain([("a", a)]).chain(b).chain([("h", h)]).collect()
 }
 
 /// What forward writes beside h.
@@ -75,8 +77,10 @@ pub(super) fn read_by_backward(op: &raw::BackwardShared) -> Named {
     let all = &op.projections;
     let dy = each(all, "dy", |of| Some(of.dy));
     let w = each(all, "w", |of| op.dx.map(|_| of.w));
-    let b = each(all, "b", |of| Some(of.b).filter(|_| wanted.dh));
-    let (a, x, h) = (op.dx.map(|_| op.a), op.x.filter(|_| wanted.da), op.h.filter(|_| wanted.any_db()));
+    let whole = !op.is_split();
+    let b = each(all, "b", |of| Some(of.b).filter(|_| wanted.dh && whole));
+    let (a, x, h) =
+        (op.dx.map(|_| op.a).filter(|_| whole), op.x.filter(|_| wanted.da), op.h.filter(|_| wanted.any_db()));
     dy.into_iter().chain(w).chain([("a", a)]).chain(b).chain([("x", x), ("h", h)]).collect()
 }
 

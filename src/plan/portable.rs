@@ -7,11 +7,12 @@ pub(super) use tile::Tile;
 use super::operands::{Wanted, gradient, magnitude, matrix, optional, read_by_backward, read_by_forward};
 use super::{
     Choice, Device, Draft, MAX_COUNTERS, Options, Part, Scratch, blocks, check_units, each, explain, flags,
-    gradient_flags, mean_rank, numbered, projection_flags,
+    gradient_flags, mean_rank, numbered, projection_flags, split,
 };
 use crate::error::Result;
 use crate::params::*;
 use crate::{Dtype, LoraShape, raw};
+use split::Ranks;
 use tile::Product;
 
 /// f32 partial sums of da and db may take this much of the workspace.
@@ -28,17 +29,23 @@ pub(super) fn forward(
     options: &Options,
 ) -> Result<Draft> {
     let LoraShape { m, k, r, .. } = shape;
+    let ranks = Ranks::of(op.is_split());
     let columns = parts.iter().map(|part| part.n).collect();
-    let products = [Product { rows: m, columns, depth: k + mean_rank(parts) }];
+    let deep = Ranks::parts(parts, |r| ranks.triples(r));
+    let products = [Product { rows: m, columns, depth: k + mean_rank(&deep) }];
     let tile = Tile::choose(device, options.tile, &products);
     let m_blocks = blocks(m, tile.block);
     let (first_blocks, n_blocks) = numbered(parts.iter().map(|part| blocks(part.n, tile.block)));
-    let h_units = m_blocks * blocks(r, LORA_NARROW_N);
+    let h_units = m_blocks * blocks(ranks.pairs(r), LORA_NARROW_N);
     let units = check_units(h_units + m_blocks * n_blocks)?;
     let (flag_shift, flag_count) = flags(m_blocks);
 
     let mut scratch = Scratch::new();
-    let h = op.h.or_else(|| (r != 0).then(|| scratch.reserve_middle(m, r, op.dtype)));
+    // What the caller keeps of halves are pairs; y reads triples.
+    let kept = op.h.filter(|_| !op.is_split());
+    let h = kept.or_else(|| (r != 0).then(|| scratch.reserve_middle(m, ranks.triples(r), op.dtype)));
+    let split = split::forward(op, shape, &mut scratch)?;
+    let all_units = check_units(u64::from(split.units) + u64::from(units))?;
     let factor = raw::Dropout::factor(op.dropout);
     let params = LoraForwardParams {
         x: matrix(op.x),
@@ -47,7 +54,7 @@ pub(super) fn forward(
         sync: 0,
         m: m as u32,
         k: k as u32,
-        r: r as u32,
+        r: ranks.pairs(r) as u32,
         projection_count: parts.len() as u32,
         m_blocks: m_blocks as u32,
         n_blocks: n_blocks as u32,
@@ -59,6 +66,7 @@ pub(super) fn forward(
         padding: 0,
         dropout: raw::Dropout::params(op.dropout),
         routes: op.routes.map_or(0, |routes| routes.ptr),
+        split,
         projections: each(&op.projections, |at, of| LoraForwardProjection {
             w: matrix(of.w),
             b: matrix(of.b),
@@ -66,7 +74,7 @@ pub(super) fn forward(
             bias: of.bias.map_or(0, |bias| bias.ptr),
             gain: of.gain.map_or(0, |gain| gain.ptr),
             n: parts[at].n as u32,
-            r: parts[at].r as u32,
+            r: deep[at].r as u32,
             first_rank: parts[at].first_rank as u32,
             first_block: first_blocks[at] as u32,
             scale: of.scale * factor,
@@ -82,7 +90,7 @@ pub(super) fn forward(
         (_, true) => "lora_forward_f16_large",
         (_, false) => "lora_forward_f16_small",
     };
-    let launch = tile.launch("portable_forward", kernel, units, device, Params::Forward(params));
+    let launch = tile.launch("portable_forward", kernel, all_units, device, Params::Forward(params));
     let microseconds = tile.microseconds(device, op.dtype, &products);
     Ok(Draft { choice: Choice::Portable(tile), launch, scratch, notes, microseconds })
 }
@@ -141,24 +149,30 @@ pub(super) fn backward(
 ) -> Result<Draft> {
     let LoraShape { m, k, r, .. } = shape;
     let wanted = Wanted::of(op);
-    let main = main_products(&wanted, shape, parts);
+    let ranks = Ranks::of(op.is_split());
+    let pairs = Ranks::parts(parts, |r| ranks.pairs(r));
+    let main = main_products(&wanted, LoraShape { r: ranks.triples(r), ..shape }, &pairs);
     let tile = Tile::choose(device, options.tile, &main);
     let microseconds = tile.microseconds(device, op.dtype, &main);
 
-    let tiles = Tiles::of(&wanted, shape, parts, &tile);
+    let tiles = Tiles::of(&wanted, LoraShape { r: ranks.pairs(r), ..shape }, &pairs, &tile);
     let gradient_tiles = tiles.db.1 + tiles.da;
     let dh_units = if wanted.dh { tiles.m_blocks * tiles.narrow.1 } else { 0 };
     let (flag_shift, flag_count) = flags(tiles.m_blocks);
-    let chunks = Chunks::choose(device, &tile, m, r, gradient_tiles);
+    let chunks = Chunks::choose(device, &tile, m, ranks.pairs(r), gradient_tiles);
     let dx_end = dh_units + if wanted.dx { tiles.m_blocks * tiles.k_blocks } else { 0 };
     let db_end = dx_end + tiles.db.1 * chunks.count;
     let units = check_units(db_end + tiles.da * chunks.count)?;
 
     let mut scratch = Scratch::new();
-    let dh = wanted.dh.then(|| scratch.reserve_middle(m, r, op.dtype));
+    // Of halves dx reads triples; of pairs there is a place of their own.
+    let dh =
+        (wanted.dh && (wanted.dx || !op.is_split())).then(|| scratch.reserve_middle(m, ranks.triples(r), op.dtype));
     if chunks.count > 1 {
         scratch.partials = Some(scratch.reserve(chunks.bytes(gradient_tiles)));
     }
+    let split = split::backward(op, &wanted, shape, &mut scratch)?;
+    let all_units = check_units(u64::from(split.units) + u64::from(units))?;
     let counters = LORA_SYNC_FLAGS + flag_count as u32;
     let counter_words = if chunks.count > 1 { gradient_tiles as u32 } else { 0 };
     let params = LoraBackwardParams {
@@ -173,7 +187,7 @@ pub(super) fn backward(
         sync: 0,
         m: m as u32,
         k: k as u32,
-        r: r as u32,
+        r: ranks.triples(r) as u32,
         projection_count: parts.len() as u32,
         n_steps: tiles.steps.1 as u32,
         m_blocks: tiles.m_blocks as u32,
@@ -193,7 +207,8 @@ pub(super) fn backward(
         padding: 0,
         dropout: raw::Dropout::params(op.dropout),
         routes: op.routes.map_or(0, |routes| routes.ptr),
-        projections: projections(op, parts, &wanted, &tiles),
+        split,
+        projections: projections(op, &pairs, &wanted, &tiles),
     };
     let mut notes = Vec::new();
     explain::slow_operands(&mut notes, &read_by_backward(op));
@@ -204,7 +219,7 @@ pub(super) fn backward(
         (_, true) => "lora_backward_f16_large",
         (_, false) => "lora_backward_f16_small",
     };
-    let launch = tile.launch("portable_backward", kernel, units, device, Params::Backward(params));
+    let launch = tile.launch("portable_backward", kernel, all_units, device, Params::Backward(params));
     Ok(Draft { choice: Choice::Portable(tile), launch, scratch, notes, microseconds })
 }
 

@@ -89,10 +89,12 @@ pub struct ForwardProjection {
 /// Arguments of forward for projections that share x; fields as in [`crate::ForwardShared`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ForwardShared {
-    /// Storage type of every matrix.
+    /// Storage type of every matrix but f32 factors.
     pub dtype: Dtype,
     /// M × K.
     pub x: Matrix,
+    /// `true`: A and B are f32, which a 16-bit layer takes at full precision, with one projection alone; `false`: the storage type.
+    pub f32_factors: bool,
     /// ΣR × K.
     pub a: Matrix,
     /// M × ΣR.
@@ -105,12 +107,19 @@ pub struct ForwardShared {
     pub routes: Option<Matrix>,
 }
 
+impl ForwardShared {
+    /// Whether factors are to be split: f32 over a 16-bit layer. Without a rank there are none.
+    pub(crate) fn is_split(&self) -> bool {
+        self.f32_factors && self.dtype != Dtype::F32 && self.a.rows != 0
+    }
+}
+
 impl From<&Forward> for ForwardShared {
     fn from(op: &Forward) -> Self {
-        let Forward { dtype, x, w, a, b, scale, bias, h, y, variant } = *op;
+        let Forward { dtype, x, w, f32_factors, a, b, scale, bias, h, y, variant } = *op;
         let Variant { dropout, routes, gain } = variant;
         let projections = Projections::one(ForwardProjection { w, b, scale, bias, gain, y });
-        Self { dtype, x, a, h, projections, dropout, routes }
+        Self { dtype, x, f32_factors, a, h, projections, dropout, routes }
     }
 }
 
@@ -138,8 +147,10 @@ pub struct BackwardProjection {
 /// Arguments of backward for projections that share x; fields as in [`crate::BackwardShared`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BackwardShared {
-    /// Storage type of every matrix except f32 gradients.
+    /// Storage type of every matrix except f32 factors and gradients.
     pub dtype: Dtype,
+    /// As in forward.
+    pub f32_factors: bool,
     /// ΣR × K.
     pub a: Matrix,
     /// M × K, needed for da.
@@ -160,12 +171,19 @@ pub struct BackwardShared {
     pub routes: Option<Matrix>,
 }
 
+impl BackwardShared {
+    /// As [`ForwardShared::is_split`].
+    pub(crate) fn is_split(&self) -> bool {
+        self.f32_factors && self.dtype != Dtype::F32 && self.a.rows != 0
+    }
+}
+
 impl From<&Backward> for BackwardShared {
     fn from(op: &Backward) -> Self {
-        let Backward { dtype, dy, w, a, b, scale, x, h, dx, da, db, dbias, dm, accumulate, variant } = *op;
+        let Backward { dtype, dy, w, f32_factors, a, b, scale, x, h, dx, da, db, dbias, dm, accumulate, variant } = *op;
         let Variant { dropout, routes, gain } = variant;
         let projections = Projections::one(BackwardProjection { dy, w, b, scale, db, dbias, dm, gain });
-        Self { dtype, a, x, h, dx, da, projections, accumulate, dropout, routes }
+        Self { dtype, f32_factors, a, x, h, dx, da, projections, accumulate, dropout, routes }
     }
 }
 

@@ -101,15 +101,14 @@ pub fn judge_backward<T: Element>(
         }
     }
     if let (Some(before), Some(after)) = (&before.magnitude, &after.magnitude) {
-        let accumulated = accumulate.dm;
-        let expected = expected_dm::<T>(dy, before);
-        Judge { name: "dm", before: &before.dm, after: &after.dm, accumulated, values }.judge(expected)?;
+        let (name, accumulated, expected) = ("dm", accumulate.dm, expected_dm::<T>(dy, before));
+        Judge { name, before: &before.dm, after: &after.dm, accumulated, values }.judge(expected)?;
     }
     Ok(())
 }
 
 /// DoRA's gradient of the magnitude: of separate operations in `T` each is rounded, and the sum is in f32.
-fn expected_dm<T: Element>(dy: &Host<T>, of: &HostMagnitude<T>) -> Expected {
+pub(super) fn expected_dm<T: Element>(dy: &Host<T>, of: &HostMagnitude<T>) -> Expected {
     let (dy, y, magnitude) = (dy.to_mat(), of.y.to_mat(), of.magnitude.to_mat());
     let bias = of.bias.as_ref().map(Host::to_mat);
     let truth = reference::magnitude_gradient(&dy, &y, bias.as_ref(), &magnitude);
@@ -121,6 +120,17 @@ fn expected_dm<T: Element>(dy: &Host<T>, of: &HostMagnitude<T>) -> Expected {
     let size =
         reference::magnitude_gradient(&dy.map(f64::abs), &y.map(f64::abs), minus.as_ref(), &magnitude.map(f64::abs));
     expected::<T, f32>(truth, naive, size, y.rows + 2)
+}
+
+/// DoRA's gradient of the magnitude alone.
+pub(super) fn judge_dm<T: Element>(
+    expected: Expected,
+    before: &HostMagnitude<T>,
+    after: &HostMagnitude<T>,
+    accumulated: bool,
+) -> Result<(), String> {
+    let (before, after) = (&before.dm, &after.dm);
+    Judge { name: "dm", before, after, accumulated, values: Values::Random }.judge(expected)
 }
 
 /// What backward reads, for the oracle, and h.

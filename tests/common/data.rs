@@ -1,8 +1,8 @@
 //! Seeded test data: which shapes, how they lie in memory, what they hold.
 
-use fused_lora::{Accumulate, Element, Routing, Slot};
+use fused_lora::{Accumulate, Element, Routing, Slot, split_columns};
 
-use super::{Host, HostBackward, HostDropout, HostForward, HostGradient, HostMagnitude};
+use super::{Host, HostBackward, HostDropout, HostForward, HostGradient, HostMagnitude, full};
 
 /// SplitMix64: every test names its seed and repeats exactly.
 pub struct Rng(pub u64);
@@ -169,6 +169,11 @@ impl Spec {
 
     /// The inputs of forward, with h and y poisoned.
     pub fn forward<T: Element>(&self) -> HostForward<T> {
+        self.forward_of::<T, T>()
+    }
+
+    /// The same with factors of `A`.
+    pub fn forward_of<T: Element, A: Element>(&self) -> HostForward<T, A> {
         let Self { m, n, k, r, .. } = *self;
         let mut fill = Fill { spec: self, rng: Rng(self.seed) };
         HostForward {
@@ -178,7 +183,7 @@ impl Spec {
             b: fill.input(n, r, 0.8 / (r.max(1) as f64).sqrt(), 1),
             scale: self.scale,
             bias: self.bias.then(|| fill.input(1, n, 0.5, 9)),
-            h: self.keep_h.then(|| fill.output(m, r)),
+            h: self.keep_h.then(|| fill.output(m, if full::is_split::<T, A>() { split_columns(r) } else { r })),
             y: fill.output(m, n),
             dropout: self.dropout,
             routes: self.routes.map(|routes| routes.words(m, r)),
@@ -193,6 +198,11 @@ impl Spec {
 
     /// The inputs of backward, with its outputs poisoned, or holding values where they accumulate.
     pub fn backward<T: Element>(&self) -> HostBackward<T> {
+        self.backward_of::<T, T>()
+    }
+
+    /// The same with factors of `A`.
+    pub fn backward_of<T: Element, A: Element>(&self) -> HostBackward<T, A> {
         let Self { m, n, k, r, outputs: [dx, da, db, dbias], .. } = *self;
         let mut fill = Fill { spec: self, rng: Rng(!self.seed) };
         HostBackward {
@@ -202,7 +212,7 @@ impl Spec {
             b: fill.input(n, r, 0.8 / (r.max(1) as f64).sqrt(), 1),
             scale: self.scale,
             x: da.then(|| fill.input(m, k, 1.0, 2)),
-            h: db.then(|| fill.middle(m, r)),
+            h: db.then(|| if full::is_split::<T, A>() { fill.halves(m, r) } else { fill.middle(m, r) }),
             dx: dx.then(|| fill.output(m, k)),
             da: da.then(|| fill.gradient(r, k)),
             db: db.then(|| fill.gradient(n, r)),
@@ -260,6 +270,17 @@ impl Fill<'_> {
         for at in (0..m * r).filter(|&at| gate.data[at] == 0.0) {
             let index = host.index(at / r, at % r);
             host.data[index] = T::from_f32(0.0);
+        }
+        host
+    }
+
+    /// h of f32 factors as forward writes it: high and low halves.
+    fn halves<T: Element>(&mut self, m: usize, r: usize) -> Host<T> {
+        let wide = self.input::<f32>(m, r, 1.0, 8);
+        let mut host = self.spec.place(m, split_columns(r), T::from_f32(f32::NAN));
+        host.fill(|_, _| 0.0);
+        for (row, rank) in (0..m * r).map(|at| (at / r, at % r)) {
+            full::set::<T>(&mut host, row, rank, wide.data[wide.index(row, rank)]);
         }
         host
     }

@@ -6,12 +6,13 @@ use fused_lora::{Element, Result};
 
 use super::data::Spec;
 use super::shared::{self, SharedBackward, SharedForward, SharedSpec};
-use super::{Backend, HostBackward, HostForward, check};
+use super::{Backend, HostBackward, HostForward, check, full};
 
-/// One layer, or projections that share x.
+/// One layer, one with f32 factors, or projections that share x.
 #[derive(Clone, Debug)]
 pub enum Layers {
     One(Spec),
+    Split(Spec),
     Shared(SharedSpec),
 }
 
@@ -39,6 +40,13 @@ impl Layers {
                 check::judge_forward(&before, &after, spec.values)?;
                 Ok((format!("{:?}{:?}", after.y.data, after.h.map(|h| h.data)), run))
             }
+            Self::Split(spec) => {
+                let before = spec.forward_of::<T, f32>();
+                let mut after = before.clone();
+                let run = emulator.forward(after.views()).map_err(said)?;
+                full::judge_forward(&before, &after)?;
+                Ok((format!("{:?}{:?}", after.y.data, after.h.map(|h| h.data)), run))
+            }
             Self::Shared(spec) => {
                 let before = spec.forward::<T>();
                 let mut after = before.clone();
@@ -62,6 +70,14 @@ impl Layers {
                 let HostBackward { dx, da, db, dbias, magnitude, .. } = after;
                 let dm = magnitude.map(|magnitude| magnitude.dm.data);
                 Ok((format!("{:?}{da:?}{db:?}{dbias:?}{dm:?}", dx.map(|dx| dx.data)), run))
+            }
+            Self::Split(spec) => {
+                let before = spec.backward_of::<T, f32>();
+                let mut after = before.clone();
+                let run = emulator.backward(after.views()).map_err(said)?;
+                full::judge_backward(&before, &after)?;
+                let HostBackward { dx, da, db, dbias, .. } = after;
+                Ok((format!("{:?}{da:?}{db:?}{dbias:?}", dx.map(|dx| dx.data)), run))
             }
             Self::Shared(spec) => {
                 let before = spec.backward::<T>();
@@ -100,11 +116,11 @@ impl Backend for Emulated {
         self.0.device().name.clone()
     }
 
-    fn forward<T: Element>(&self, op: &mut HostForward<T>) -> Result<()> {
+    fn forward<T: Element, A: Element>(&self, op: &mut HostForward<T, A>) -> Result<()> {
         self.0.forward(op.views()).map(drop)
     }
 
-    fn backward<T: Element>(&self, op: &mut HostBackward<T>) -> Result<()> {
+    fn backward<T: Element, A: Element>(&self, op: &mut HostBackward<T, A>) -> Result<()> {
         self.0.backward(op.views()).map(drop)
     }
 

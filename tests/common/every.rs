@@ -31,7 +31,7 @@ impl Backend for Any {
         }
     }
 
-    fn forward<T: Element>(&self, op: &mut HostForward<T>) -> Result<()> {
+    fn forward<T: Element, A: Element>(&self, op: &mut HostForward<T, A>) -> Result<()> {
         match self {
             Self::Cpu => Cpu.forward(op),
             #[cfg(all(feature = "emulator", feature = "cuda"))]
@@ -41,7 +41,7 @@ impl Backend for Any {
         }
     }
 
-    fn backward<T: Element>(&self, op: &mut HostBackward<T>) -> Result<()> {
+    fn backward<T: Element, A: Element>(&self, op: &mut HostBackward<T, A>) -> Result<()> {
         match self {
             Self::Cpu => Cpu.backward(op),
             #[cfg(all(feature = "emulator", feature = "cuda"))]

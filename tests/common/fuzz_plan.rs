@@ -406,6 +406,7 @@ fn forward(u: &mut Unstructured<'_>, place: &mut Place, dtype: Dtype, shape: Lor
         dtype,
         x: matrix(u, m, k)?,
         w: matrix(u, n, k)?,
+        f32_factors: false,
         a: matrix(u, r, k)?,
         b: matrix(u, n, r)?,
         scale: scale(u)?,
@@ -439,7 +440,24 @@ fn backward(u: &mut Unstructured<'_>, place: &mut Place, dtype: Dtype, shape: Lo
     let [into_dx, into_da, into_db, into_dbias] = u.arbitrary()?;
     let accumulate = Accumulate { dx: into_dx, da: into_da, db: into_db, dbias: into_dbias, dm: false };
     let variant = variant(u, place, m)?;
-    Ok(raw::Backward { dtype, dy, w, a, b, scale: scale(u)?, x, h, dx, da, db, dbias, dm: None, accumulate, variant })
+    Ok(raw::Backward {
+        dtype,
+        dy,
+        w,
+        f32_factors: false,
+        a,
+        b,
+        scale: scale(u)?,
+        x,
+        h,
+        dx,
+        da,
+        db,
+        dbias,
+        dm: None,
+        accumulate,
+        variant,
+    })
 }
 
 fn backward_arguments(op: &raw::Backward) -> Vec<Argument> {

@@ -1,5 +1,7 @@
 //! Layers that PEFT recorded, through `LoraLinear`.
 
+pub mod full;
+
 use fused_lora::linear::{Adapter, Backend, Gradients, LoraLinear, Magnitude, Routes, Scaling};
 use fused_lora::reference::{self, Expected, Inputs, Mat, unit_roundoff};
 use fused_lora::{Dtype, Element, Matrix, MatrixMut, Routing, bf16, f16};

@@ -41,12 +41,12 @@ pub struct Gpu {
 }
 
 /// Forward in device memory.
-pub struct DeviceForward<T> {
-    pub host: HostForward<T>,
+pub struct DeviceForward<T, A = T> {
+    pub host: HostForward<T, A>,
     x: CudaSlice<T>,
     w: CudaSlice<T>,
-    a: CudaSlice<T>,
-    b: CudaSlice<T>,
+    a: CudaSlice<A>,
+    b: CudaSlice<A>,
     bias: Option<CudaSlice<T>>,
     h: Option<CudaSlice<T>>,
     y: CudaSlice<T>,
@@ -70,12 +70,12 @@ struct DeviceMagnitude<T> {
 }
 
 /// Backward in device memory.
-pub struct DeviceBackward<T> {
-    pub host: HostBackward<T>,
+pub struct DeviceBackward<T, A = T> {
+    pub host: HostBackward<T, A>,
     dy: CudaSlice<T>,
     w: CudaSlice<T>,
-    a: CudaSlice<T>,
-    b: CudaSlice<T>,
+    a: CudaSlice<A>,
+    b: CudaSlice<A>,
     x: Option<CudaSlice<T>>,
     h: Option<CudaSlice<T>>,
     dx: Option<CudaSlice<T>>,
@@ -124,7 +124,7 @@ impl Gpu {
         host.data.copy_from_slice(&all[..elements]);
     }
 
-    pub fn upload_forward<T: Element>(&self, host: &HostForward<T>) -> DeviceForward<T> {
+    pub fn upload_forward<T: Element, A: Element>(&self, host: &HostForward<T, A>) -> DeviceForward<T, A> {
         DeviceForward {
             x: self.upload(&host.x),
             w: self.upload(&host.w),
@@ -140,7 +140,7 @@ impl Gpu {
         }
     }
 
-    pub fn upload_backward<T: Element>(&self, host: &HostBackward<T>) -> DeviceBackward<T> {
+    pub fn upload_backward<T: Element, A: Element>(&self, host: &HostBackward<T, A>) -> DeviceBackward<T, A> {
         let optional = |host: &Option<Host<T>>| host.as_ref().map(|host| self.upload(host));
         let gradient = |host: &Option<HostGradient<T>>| {
             host.as_ref().map(|host| match host {
@@ -173,7 +173,7 @@ impl Gpu {
     }
 
     /// Writes the outputs back into `op`, whole.
-    pub fn download_forward<T: Element>(&self, device: &DeviceForward<T>, op: &mut HostForward<T>) {
+    pub fn download_forward<T: Element, A: Element>(&self, device: &DeviceForward<T, A>, op: &mut HostForward<T, A>) {
         self.download(&device.y, &mut op.y);
         if let (Some(device), Some(h)) = (&device.h, &mut op.h) {
             self.download(device, h);
@@ -181,7 +181,11 @@ impl Gpu {
     }
 
     /// Writes the outputs back into `op`, whole.
-    pub fn download_backward<T: Element>(&self, device: &DeviceBackward<T>, op: &mut HostBackward<T>) {
+    pub fn download_backward<T: Element, A: Element>(
+        &self,
+        device: &DeviceBackward<T, A>,
+        op: &mut HostBackward<T, A>,
+    ) {
         if let (Some(device), Some(dx)) = (&device.dx, &mut op.dx) {
             self.download(device, dx);
         }
@@ -231,8 +235,8 @@ fn view_mut<'a, T: Element>(
     cuda::matrix_mut::<T>(data, host.rows, host.cols).with_offset(host.offset).with_row_stride(host.row_stride)
 }
 
-impl<T: Element> DeviceForward<T> {
-    pub fn op(&mut self) -> cuda::Forward<'_, T> {
+impl<T: Element, A: Element> DeviceForward<T, A> {
+    pub fn op(&mut self) -> cuda::Forward<'_, T, A> {
         let Self { host, x, w, a, b, bias, h, y, seed, routes, gain } = self;
         cuda::Forward {
             x: view(x, &host.x),
@@ -254,8 +258,8 @@ impl<T: Element> DeviceForward<T> {
         match arg {
             "x" => swap(&mut self.x, &mut other.x),
             "w" => swap(&mut self.w, &mut other.w),
-            "a" => swap(&mut self.a, &mut other.a),
-            "b" => swap(&mut self.b, &mut other.b),
+            "a" => std::mem::swap(&mut self.a, &mut other.a),
+            "b" => std::mem::swap(&mut self.b, &mut other.b),
             "bias" => optional(&mut self.bias, &mut other.bias),
             "h" => optional(&mut self.h, &mut other.h),
             "routes" => std::mem::swap(&mut self.routes, &mut other.routes),
@@ -288,8 +292,8 @@ fn gradient<'a, T: Element>(
     }
 }
 
-impl<T: Element> DeviceBackward<T> {
-    pub fn op(&mut self) -> cuda::Backward<'_, T> {
+impl<T: Element, A: Element> DeviceBackward<T, A> {
+    pub fn op(&mut self) -> cuda::Backward<'_, T, A> {
         let Self { host, dy, w, a, b, x, h, dx, da, db, dbias, magnitude, seed, routes, gain } = self;
         cuda::Backward {
             dy: view(dy, &host.dy),
@@ -321,8 +325,8 @@ impl<T: Element> DeviceBackward<T> {
         match arg {
             "dy" => swap(&mut self.dy, &mut other.dy),
             "w" => swap(&mut self.w, &mut other.w),
-            "a" => swap(&mut self.a, &mut other.a),
-            "b" => swap(&mut self.b, &mut other.b),
+            "a" => std::mem::swap(&mut self.a, &mut other.a),
+            "b" => std::mem::swap(&mut self.b, &mut other.b),
             "x" => optional(&mut self.x, &mut other.x),
             "h" => optional(&mut self.h, &mut other.h),
             "dx" => optional(&mut self.dx, &mut other.dx),
@@ -354,7 +358,7 @@ impl Backend for Gpu {
         format!("cuda ({})", self.kernels.device().name)
     }
 
-    fn forward<T: Element>(&self, op: &mut HostForward<T>) -> Result<()> {
+    fn forward<T: Element, A: Element>(&self, op: &mut HostForward<T, A>) -> Result<()> {
         let mut device = self.upload_forward(op);
         let mut workspace = self.workspace.lock().expect("no other test has failed here");
         let plan = self.kernels.plan_forward(&self.stream, &mut device.op())?;
@@ -364,7 +368,7 @@ impl Backend for Gpu {
         Ok(())
     }
 
-    fn backward<T: Element>(&self, op: &mut HostBackward<T>) -> Result<()> {
+    fn backward<T: Element, A: Element>(&self, op: &mut HostBackward<T, A>) -> Result<()> {
         let mut device = self.upload_backward(op);
         let mut workspace = self.workspace.lock().expect("no other test has failed here");
         let plan = self.kernels.plan_backward(&self.stream, &mut device.op())?;

@@ -13,6 +13,7 @@ pub mod data;
 pub mod emulated;
 pub mod every;
 pub mod factors;
+pub mod full;
 #[cfg(feature = "peft")]
 pub mod fuzz_peft;
 pub mod fuzz_plan;
@@ -240,11 +241,11 @@ fn variant<'a>(
 
 /// Forward over host buffers; `h` and `y` are written in place.
 #[derive(Clone, Debug, PartialEq)]
-pub struct HostForward<T> {
+pub struct HostForward<T, A = T> {
     pub x: Host<T>,
     pub w: Host<T>,
-    pub a: Host<T>,
-    pub b: Host<T>,
+    pub a: Host<A>,
+    pub b: Host<A>,
     pub scale: f32,
     pub bias: Option<Host<T>>,
     pub h: Option<Host<T>>,
@@ -256,9 +257,9 @@ pub struct HostForward<T> {
     pub gain: Option<Host<f32>>,
 }
 
-impl<T: Element> HostForward<T> {
+impl<T: Element, A: Element> HostForward<T, A> {
     /// As the backends that compute on slices take it.
-    pub fn views(&mut self) -> cpu::Forward<'_, T> {
+    pub fn views(&mut self) -> cpu::Forward<'_, T, A> {
         let Self { x, w, a, b, scale, bias, h, y, dropout, routes, gain } = self;
         cpu::Forward {
             x: x.view(),
@@ -276,11 +277,11 @@ impl<T: Element> HostForward<T> {
 
 /// Backward over host buffers; `dx`, `da`, `db` and `dbias` are written in place.
 #[derive(Clone, Debug, PartialEq)]
-pub struct HostBackward<T> {
+pub struct HostBackward<T, A = T> {
     pub dy: Host<T>,
     pub w: Host<T>,
-    pub a: Host<T>,
-    pub b: Host<T>,
+    pub a: Host<A>,
+    pub b: Host<A>,
     pub scale: f32,
     pub x: Option<Host<T>>,
     pub h: Option<Host<T>>,
@@ -297,9 +298,9 @@ pub struct HostBackward<T> {
     pub gain: Option<Host<f32>>,
 }
 
-impl<T: Element> HostBackward<T> {
+impl<T: Element, A: Element> HostBackward<T, A> {
     /// As the backends that compute on slices take it.
-    pub fn views(&mut self) -> cpu::Backward<'_, T> {
+    pub fn views(&mut self) -> cpu::Backward<'_, T, A> {
         let Self { dy, w, a, b, scale, x, h, dx, da, db, dbias, magnitude, accumulate, dropout, routes, gain } = self;
         cpu::Backward {
             dy: dy.view(),
@@ -324,8 +325,8 @@ impl<T: Element> HostBackward<T> {
 /// the written ones back whole, so that the checks see what happened around the matrices too.
 pub trait Backend {
     fn name(&self) -> String;
-    fn forward<T: Element>(&self, op: &mut HostForward<T>) -> Result<()>;
-    fn backward<T: Element>(&self, op: &mut HostBackward<T>) -> Result<()>;
+    fn forward<T: Element, A: Element>(&self, op: &mut HostForward<T, A>) -> Result<()>;
+    fn backward<T: Element, A: Element>(&self, op: &mut HostBackward<T, A>) -> Result<()>;
     fn forward_shared<T: Element>(&self, op: &mut SharedForward<T>) -> Result<()>;
     fn backward_shared<T: Element>(&self, op: &mut SharedBackward<T>) -> Result<()>;
 }
@@ -338,11 +339,11 @@ impl Backend for Cpu {
         "cpu".into()
     }
 
-    fn forward<T: Element>(&self, op: &mut HostForward<T>) -> Result<()> {
+    fn forward<T: Element, A: Element>(&self, op: &mut HostForward<T, A>) -> Result<()> {
         cpu::forward(op.views())
     }
 
-    fn backward<T: Element>(&self, op: &mut HostBackward<T>) -> Result<()> {
+    fn backward<T: Element, A: Element>(&self, op: &mut HostBackward<T, A>) -> Result<()> {
         cpu::backward(op.views())
     }
 

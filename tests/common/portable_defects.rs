@@ -29,8 +29,10 @@ const ELEMENT: &str = "element.cuh";
 const SYNC: &str = "ptx/sync.cuh";
 const DROPOUT: &str = "dropout.cuh";
 const PROJECTIONS: &str = "projections.cuh";
+const SPLIT: &str = "split.cuh";
+const MIDDLE: &str = "portable/middle.cuh";
 
-pub const DEFECTS: [Defect; 45] = [
+pub const DEFECTS: [Defect; 55] = [
     defect(
         "no barrier per step",
         FORWARD,
@@ -67,8 +69,8 @@ pub const DEFECTS: [Defect; 45] = [
         "h published before it is written",
         FORWARD,
         SCHEDULE,
-        "publish(uint32_t index) {\n    __syncthreads();",
-        "publish(uint32_t index) {",
+        "publish_word(uint32_t word) {\n    __syncthreads();",
+        "publish_word(uint32_t word) {",
     ),
     defect("words not cleared", FORWARD, SCHEDULE, "sync_[i] = 0;", "(void)i;"),
     defect(
@@ -223,4 +225,34 @@ pub const DEFECTS: [Defect; 45] = [
         "units / p.m_blocks, row, 1)",
         "units / p.m_blocks - 1, row, 1)",
     ),
+    defect("split: h begun before factors are split", FORWARD, MIDDLE, SPLIT_AWAITED, ""),
+    defect("split: dh begun before factors are split", BACKWARD, MIDDLE, SPLIT_AWAITED, ""),
+    defect("split: one unit not waited for", FORWARD, SCHEDULE, "1, units, units, 0}", "1, units - 1, units - 1, 0}"),
+    defect(
+        "split: published before it is written",
+        FORWARD,
+        SCHEDULE,
+        "publish_word(LORA_SYNC_SPLIT);",
+        "if (ptx::thread_index() == 0) ptx::add_release(sync_ + LORA_SYNC_SPLIT, 1);",
+    ),
+    defect(
+        "split: published without release",
+        BACKWARD,
+        SCHEDULE,
+        "publish_word(LORA_SYNC_SPLIT);",
+        "__syncthreads();\n    if (ptx::thread_index() == 0) ptx::atomic_add_relaxed(sync_ + LORA_SYNC_SPLIT, 1);",
+    ),
+    defect("split: low halves of sums left out", FORWARD, SPLIT, "fmaf(low, 1.0f / kLowScale<T>, high)", "high"),
+    defect("split: low halves of h left out", FORWARD, SPLIT, "low = pack<T>(rests.x, rests.y);", "low = 0;"),
+    defect("split: high by low left out", BACKWARD, SPLIT, "high_damped = pack<T>(", "high_damped = 0 * pack<T>("),
+    defect("split: ranks past the last", FORWARD, SPLIT, "row < p.r ?", "row <= p.r ?"),
+    defect(
+        "split: gradients of high halves alone",
+        BACKWARD,
+        "portable/backward.cu",
+        "value = whole<T>(value, tile.acc[0][j + 1 - j % 2][2 * half + e]);",
+        "",
+    ),
 ];
+
+const SPLIT_AWAITED: &str = "if (p.split.units != 0) wait_for(depends_on_split(p.sync, p.split.units));";

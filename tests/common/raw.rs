@@ -29,6 +29,7 @@ pub fn forward(dtype: Dtype, LoraShape { m, n, k, r }: LoraShape) -> raw::Forwar
         dtype,
         x: matrix(m, k),
         w: matrix(n, k),
+        f32_factors: false,
         a: matrix(r, k),
         b: matrix(n, r),
         scale: 2.0,
@@ -47,6 +48,7 @@ pub fn backward(dtype: Dtype, LoraShape { m, n, k, r }: LoraShape) -> raw::Backw
         dtype,
         dy: matrix(m, n),
         w: matrix(n, k),
+        f32_factors: false,
         a: matrix(r, k),
         b: matrix(n, r),
         scale: 2.0,
@@ -67,6 +69,19 @@ pub fn backward(dtype: Dtype, LoraShape { m, n, k, r }: LoraShape) -> raw::Backw
     op
 }
 
+/// The same with f32 factors, and h as halves.
+pub fn with_f32_factors(forward: &raw::Forward, backward: &raw::Backward) -> (raw::Forward, raw::Backward) {
+    let mut at = Addresses(1 << 46);
+    let (LoraShape { m, n, k, r }, columns) =
+        (forward.check().expect("a shape"), fused_lora::split_columns(forward.a.rows));
+    let (a, b) = (at.matrix(r, k, 4), at.matrix(n, r, 4));
+    let h = Some(at.matrix(m, if r == 0 { 0 } else { columns }, 2));
+    (
+        raw::Forward { f32_factors: true, a, b, h: forward.h.and(h), ..*forward },
+        raw::Backward { f32_factors: true, a, b, h: backward.h.and(h), ..*backward },
+    )
+}
+
 /// Of projections with these N and R everything present but h, which goes into the workspace.
 pub fn forward_shared(dtype: Dtype, m: usize, k: usize, parts: &[(usize, usize)]) -> raw::ForwardShared {
     let mut at = Addresses::new();
@@ -83,7 +98,7 @@ pub fn forward_shared(dtype: Dtype, m: usize, k: usize, parts: &[(usize, usize)]
     };
     let projections: Vec<_> = parts.iter().map(projection).collect();
     let projections = raw::Projections::new(&projections).expect("one to four");
-    raw::ForwardShared { dtype, x, a, h: None, projections, dropout: None, routes: None }
+    raw::ForwardShared { dtype, x, f32_factors: false, a, h: None, projections, dropout: None, routes: None }
 }
 
 /// Of projections with these N and R every input and every output, the gradients of the adapters in f32.
@@ -108,7 +123,19 @@ pub fn backward_shared(dtype: Dtype, m: usize, k: usize, parts: &[(usize, usize)
     let projections: Vec<_> = parts.iter().map(projection).collect();
     let projections = raw::Projections::new(&projections).expect("one to four");
     let accumulate = Accumulate::default();
-    raw::BackwardShared { dtype, a, x, h, dx, da, projections, accumulate, dropout: None, routes: None }
+    raw::BackwardShared {
+        dtype,
+        f32_factors: false,
+        a,
+        x,
+        h,
+        dx,
+        da,
+        projections,
+        accumulate,
+        dropout: None,
+        routes: None,
+    }
 }
 
 /// With W elsewhere, and factors in f32 or the storage type.

@@ -38,6 +38,7 @@ fn raw_addresses_give_the_same_bits() {
             dtype: Dtype::F16,
             x: raw::Matrix::new(x, 70, 50),
             w: raw::Matrix::new(w, 130, 50),
+            f32_factors: false,
             a: raw::Matrix::new(a, 9, 50),
             b: raw::Matrix::new(b, 130, 9),
             scale: spec.scale,

@@ -59,10 +59,10 @@ impl Backend for Failing {
     fn reserve(&self, dtype: Dtype, shape: LoraShape) -> Result<()> {
         Cpu.reserve(dtype, shape)
     }
-    fn forward_shared<T: Element>(&self, op: cpu::ForwardShared<'_, T>) -> Result<()> {
+    fn forward_shared<T: Element, A: Element>(&self, op: cpu::ForwardShared<'_, T, A>) -> Result<()> {
         Cpu.forward_shared(op)
     }
-    fn backward_shared<T: Element>(&self, op: cpu::BackwardShared<'_, T>) -> Result<()> {
+    fn backward_shared<T: Element, A: Element>(&self, op: cpu::BackwardShared<'_, T, A>) -> Result<()> {
         Cpu.backward_shared(op)
     }
     fn merge<T: Element>(&self, op: cpu::Merge<'_, T>) -> Result<()> {

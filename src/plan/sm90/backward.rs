@@ -79,6 +79,7 @@ pub(in crate::plan) fn backward(
         padding: 0,
         dropout,
         routes: op.routes.map_or(0, |routes| routes.ptr),
+        split: LoraSplit::default(),
         projections: projections(op, parts, wanted, &counts),
     };
     let maps = maps(op, parts, dh, wanted);

@@ -57,6 +57,7 @@ pub(in crate::plan) fn forward(
         padding: 0,
         dropout,
         routes: op.routes.map_or(0, |routes| routes.ptr),
+        split: LoraSplit::default(),
         projections: each(&op.projections, |at, of| LoraSm90ForwardProjection {
             bias: of.bias.map_or(0, |bias| bias.ptr),
             gain: of.gain.map_or(0, |gain| gain.ptr),

@@ -61,7 +61,16 @@ fn forward(
         });
     }
     let projections = raw::Projections::new(&projections).expect("one to four");
-    Ok(raw::ForwardShared { dtype, x, a, h, projections, dropout: variant.dropout, routes: variant.routes })
+    Ok(raw::ForwardShared {
+        dtype,
+        x,
+        f32_factors: false,
+        a,
+        h,
+        projections,
+        dropout: variant.dropout,
+        routes: variant.routes,
+    })
 }
 
 fn backward(
@@ -98,7 +107,7 @@ fn backward(
     let projections = raw::Projections::new(&projections).expect("one to four");
     let accumulate = Accumulate { dx: u.arbitrary()?, ..Accumulate::default() };
     let raw::Variant { dropout, routes, .. } = variant;
-    Ok(raw::BackwardShared { dtype, a, x, h, dx, da, projections, accumulate, dropout, routes })
+    Ok(raw::BackwardShared { dtype, f32_factors: false, a, x, h, dx, da, projections, accumulate, dropout, routes })
 }
 
 /// Inputs, then outputs.

@@ -6,6 +6,7 @@
 mod adapter;
 mod portable;
 mod sm90;
+mod split;
 
 use fused_lora::plan::{
     Device, Family, Launch, LoraDropout, LoraMatrix, Options, Plan, SYNC_BYTES, Swizzle, TensorMap, WORKSPACE_ALIGN,
@@ -17,7 +18,7 @@ pub use adapter::{merge, round};
 /// Where workspaces are said to be, where a test does not mind.
 pub const WORKSPACE: u64 = 1 << 63;
 /// Words before the flags: LORA_SYNC_FLAGS.
-const FIRST_FLAG: u128 = 2;
+const FIRST_FLAG: u128 = 3;
 /// The largest grid along x.
 const MAX_GRID: u32 = i32::MAX as u32;
 
@@ -234,9 +235,9 @@ fn numbered(counts: impl Iterator<Item = u128>) -> (Vec<u128>, u128) {
 }
 
 /// Tiles of db along the ranks of a projection: those of the first block are there for dbias and dm alone.
-fn db_blocks(of: &raw::BackwardProjection, narrow: usize) -> u128 {
+fn db_blocks(of: &raw::BackwardProjection, columns: usize, narrow: usize) -> u128 {
     let sums = of.dbias.is_some() || of.dm.is_some();
-    if of.db.is_some() && of.b.cols > 0 { of.b.cols.div_ceil(narrow) as u128 } else { sums.into() }
+    if of.db.is_some() && columns > 0 { columns.div_ceil(narrow) as u128 } else { sums.into() }
 }
 
 /// The ranks of a projection in h or dh.

@@ -3,6 +3,7 @@
 use fused_lora::plan::{LoraBackwardParams, LoraForwardParams, Params};
 use fused_lora::{Dtype, LoraShape, raw};
 
+use super::split::{self, Factors, Ranks};
 use super::{
     Planned, Region, address, assert_covers, check_flags, check_tickets, check_variant, db_blocks, numbered, pointer,
     scaled,
@@ -50,27 +51,42 @@ fn backward_params(params: &Params) -> LoraBackwardParams {
 pub(super) fn forward(planned: &Planned<'_>, op: &raw::ForwardShared, shape: LoraShape) {
     let block = check_launch(planned, op.dtype, "forward");
     let p = forward_params(&planned.launch.params);
-    let LoraShape { m, k, r, .. } = shape;
-    assert_eq!([p.m, p.k, p.r, p.projection_count].map(|count| count as usize), [m, k, r, op.projections.len()]);
-    assert_eq!((p.x.ptr, p.a.ptr, p.sync), (op.x.ptr, op.a.ptr, planned.workspace));
+    let LoraShape { m, n, k, r } = shape;
+    let counted = Ranks::of(op.f32_factors, op.dtype, r);
+    assert_eq!(
+        [p.m, p.k, p.r, p.projection_count].map(|count| count as usize),
+        [m, k, counted.pairs, op.projections.len()]
+    );
+    assert_eq!((p.x.ptr, p.sync), (op.x.ptr, planned.workspace));
+    let (a, b) = ((&op.a, true, k), (&op.projections[0].b, true, n));
+    let split_units = Factors { a, b, read: [p.a.ptr, p.projections[0].b.ptr] }.check(&p.split, counted, r);
     check_variant((p.dropout, p.routes), op.dropout, op.routes);
     assert_covers("M", p.m_blocks, block, m);
     let (first_ranks, ranks) = numbered(op.projections.iter().map(|of| of.b.cols as u128));
     let (first_blocks, n_blocks) = numbered(op.projections.iter().map(|of| of.w.rows.div_ceil(block as usize) as u128));
     assert_eq!((ranks, n_blocks), (r as u128, p.n_blocks.into()));
     for (at, (of, got)) in op.projections.iter().zip(p.projections).enumerate() {
-        assert_eq!((got.w.ptr, got.b.ptr, got.y.ptr), (of.w.ptr, of.b.ptr, of.y.ptr));
+        assert_eq!((got.w.ptr, got.y.ptr), (of.w.ptr, of.y.ptr));
+        assert!(counted.is_split || got.b.ptr == of.b.ptr);
         assert_eq!((got.bias, got.gain), (address(of.bias), address(of.gain)));
-        assert_eq!((got.n as usize, got.r as usize), (of.w.rows, of.b.cols));
+        let deep = if counted.is_split { counted.triples } else { of.b.cols };
+        assert_eq!((got.n as usize, got.r as usize), (of.w.rows, deep));
         assert_eq!([got.first_rank, got.first_block].map(u128::from), [first_ranks[at], first_blocks[at]]);
         assert_eq!(got.scale, scaled(of.scale, op.dropout));
     }
     let m_blocks = u128::from(p.m_blocks);
-    let h_units = m_blocks * r.div_ceil(NARROW) as u128;
+    let h_units = m_blocks * counted.pairs.div_ceil(NARROW) as u128;
     assert_eq!(u128::from(p.h_units), h_units);
-    check_tickets(p.units, h_units + m_blocks * n_blocks, &planned.launch);
+    assert_eq!(u128::from(p.units), h_units + m_blocks * n_blocks);
+    check_tickets(p.split.units + p.units, split_units + h_units + m_blocks * n_blocks, &planned.launch);
     planned.check_order(p.group_m, p.m_blocks, p.n_blocks);
     check_flags(m_blocks, p.flag_shift, p.sync_words, p.sync_words);
+    if counted.is_split {
+        split::check_kept(&p.split, op.h);
+        let [h, a, b] = [(p.h, m, counted.triples), (p.a, counted.pairs, k), (p.projections[0].b, n, counted.triples)]
+            .map(|(matrix, rows, cols)| Some(split::region(matrix, rows, cols)));
+        return split::check_regions(planned, &[h, a, b]);
+    }
     match op.h {
         Some(h) => {
             assert_eq!((p.h.ptr, p.h.row_stride), (h.ptr, h.row_stride as i64));
@@ -82,7 +98,13 @@ pub(super) fn forward(planned: &Planned<'_>, op: &raw::ForwardShared, shape: Lor
 }
 
 /// The partial sums of `tiles` tiles of db and da, and their counters.
-fn check_chunks(planned: &Planned<'_>, p: &LoraBackwardParams, block: u32, tiles: u128) -> Option<Region> {
+fn check_chunks(
+    planned: &Planned<'_>,
+    p: &LoraBackwardParams,
+    block: u32,
+    tiles: u128,
+    ranks: usize,
+) -> Option<Region> {
     let chunks = u128::from(p.chunks);
     assert_covers("tokens", p.chunks, p.chunk_rows, p.m as usize);
     assert!(p.chunk_rows.is_multiple_of(block), "a chunk is whole blocks: its dh flags are");
@@ -93,7 +115,7 @@ fn check_chunks(planned: &Planned<'_>, p: &LoraBackwardParams, block: u32, tiles
     }
     assert_eq!(u128::from(p.sync_words), u128::from(p.counters) + tiles);
     // Per thread: two sums and four registers for each eight columns (reduce_chunks in backward.cu).
-    let registers = 2 + 4 * (p.r as usize).min(NARROW).div_ceil(8) as u64;
+    let registers = 2 + 4 * ranks.min(NARROW).div_ceil(8) as u64;
     assert!(u64::from(p.partial_stride) >= registers * u64::from(planned.launch.block[0]));
     Some(Region { start: p.partials.into(), bytes: 4 * u128::from(p.partial_stride) * chunks * tiles })
 }
@@ -101,8 +123,12 @@ fn check_chunks(planned: &Planned<'_>, p: &LoraBackwardParams, block: u32, tiles
 pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: LoraShape) {
     let block = check_launch(planned, op.dtype, "backward");
     let p = backward_params(&planned.launch.params);
-    let LoraShape { m, k, r, .. } = shape;
-    assert_eq!([p.m, p.k, p.r, p.projection_count].map(|count| count as usize), [m, k, r, op.projections.len()]);
+    let LoraShape { m, n, k, r } = shape;
+    let counted = Ranks::of(op.f32_factors, op.dtype, r);
+    assert_eq!(
+        [p.m, p.k, p.r, p.projection_count].map(|count| count as usize),
+        [m, k, counted.triples, op.projections.len()]
+    );
     assert_eq!(p.sync, planned.workspace);
     check_variant((p.dropout, p.routes), op.dropout, op.routes);
     for (what, blocks, extent) in [("M", p.m_blocks, m), ("K", p.k_blocks, k)] {
@@ -111,8 +137,10 @@ pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: L
     let [m_blocks, k_blocks, chunks] = [p.m_blocks, p.k_blocks, p.chunks].map(u128::from);
     let wants_da = op.da.is_some() && r > 0;
     let wants_dh = r > 0 && (op.dx.is_some() || wants_da);
-    let (narrow, db_tiles) = check_projections(op, &p, block);
-    let da_tiles = if wants_da { k_blocks * r.div_ceil(NARROW) as u128 } else { 0 };
+    let (narrow, db_tiles) = check_projections(op, &p, block, counted);
+    let da_tiles = if wants_da { k_blocks * counted.pairs.div_ceil(NARROW) as u128 } else { 0 };
+    let (a, b) = ((&op.a, wants_dh && op.dx.is_some(), k), (&op.projections[0].b, wants_dh, n));
+    let split_units = Factors { a, b, read: [p.a.ptr, p.projections[0].b.ptr] }.check(&p.split, counted, r);
     let mut end = if wants_dh { m_blocks * narrow } else { 0 };
     assert_eq!(u128::from(p.dh_units), end);
     end += if op.dx.is_some() { m_blocks * k_blocks } else { 0 };
@@ -124,31 +152,41 @@ pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: L
         // Nothing is wanted but da or db without ranks: one CTA finds no unit.
         assert_eq!((p.units, planned.launch.grid[0]), (0, 1));
     } else {
-        check_tickets(p.units, end, &planned.launch);
+        assert_eq!(u128::from(p.units), end);
+        check_tickets(p.split.units + p.units, split_units + end, &planned.launch);
     }
     planned.check_order(p.group_m, p.m_blocks, if op.dx.is_some() { p.k_blocks } else { 1 });
-    let sums = check_chunks(planned, &p, block, db_tiles + da_tiles);
+    let sums = check_chunks(planned, &p, block, db_tiles + da_tiles, counted.pairs);
+    assert_eq!((p.da.ptr, p.dx.ptr), (pointer(wants_da, op.da), address(op.dx)));
+    if counted.is_split {
+        let when = |wanted: bool, matrix, rows, cols| wanted.then(|| split::region(matrix, rows, cols));
+        let dh = when(wants_dh && op.dx.is_some(), p.dh, m, counted.triples);
+        let a = when(wants_dh && op.dx.is_some(), p.a, counted.triples, k);
+        let b = when(wants_dh, p.projections[0].b, n, counted.pairs);
+        return split::check_regions(planned, &[dh, when(wants_da, p.split.pairs, m, counted.pairs), a, b, sums]);
+    }
     let dh = wants_dh.then(|| Region::of(planned.scratch(p.dh, shape)));
     planned.check_regions(dh.into_iter().chain(sums));
-    assert_eq!((p.da.ptr, p.dx.ptr), (pointer(wants_da, op.da), address(op.dx)));
 }
 
 /// What the kernel has for each projection; the narrow tiles of dh in a block of rows, and the tiles of db.
-fn check_projections(op: &raw::BackwardShared, p: &LoraBackwardParams, block: u32) -> (u128, u128) {
+fn check_projections(op: &raw::BackwardShared, p: &LoraBackwardParams, block: u32, counted: Ranks) -> (u128, u128) {
+    let pairs = |r: usize| if counted.is_split { counted.pairs } else { r };
     /// Steps of the reduction: LORA_BLOCK_K.
     const STEP: usize = 32;
     let all = op.projections.iter();
     let n_blocks = |of: &raw::BackwardProjection| of.w.rows.div_ceil(block as usize) as u128;
     let (first_ranks, ranks) = numbered(all.clone().map(|of| of.b.cols as u128));
     let (first_steps, steps) = numbered(all.clone().map(|of| of.w.rows.div_ceil(STEP) as u128));
-    let (first_narrow, narrow) = numbered(all.clone().map(|of| of.b.cols.div_ceil(NARROW) as u128));
-    let (first_tiles, tiles) = numbered(all.clone().map(|of| n_blocks(of) * db_blocks(of, NARROW)));
-    assert_eq!((ranks, steps), (p.r.into(), p.n_steps.into()));
+    let (first_narrow, narrow) = numbered(all.clone().map(|of| pairs(of.b.cols).div_ceil(NARROW) as u128));
+    let (first_tiles, tiles) = numbered(all.clone().map(|of| n_blocks(of) * db_blocks(of, pairs(of.b.cols), NARROW)));
+    assert_eq!((ranks, steps), (op.a.rows as u128, p.n_steps.into()));
     for (at, (of, got)) in all.zip(p.projections).enumerate() {
         let db = pointer(of.b.cols > 0, of.db);
-        assert_eq!((got.dy.ptr, got.w.ptr, got.b.ptr, got.db.ptr), (of.dy.ptr, of.w.ptr, of.b.ptr, db));
+        assert_eq!((got.dy.ptr, got.w.ptr, got.db.ptr), (of.dy.ptr, of.w.ptr, db));
+        assert!(counted.is_split || got.b.ptr == of.b.ptr);
         assert_eq!((got.dbias, got.gain), (pointer(true, of.dbias), address(of.gain)));
-        assert_eq!((got.n as usize, got.r as usize), (of.w.rows, of.b.cols));
+        assert_eq!((got.n as usize, got.r as usize), (of.w.rows, pairs(of.b.cols)));
         let firsts = [got.first_rank, got.first_step, got.first_narrow, got.first_db_tile].map(u128::from);
         assert_eq!(firsts, [first_ranks[at], first_steps[at], first_narrow[at], first_tiles[at]]);
         assert_eq!((u128::from(got.n_blocks), got.scale), (n_blocks(of), scaled(of.scale, op.dropout)));

@@ -205,7 +205,7 @@ fn check_projections(op: &raw::BackwardShared, p: &LoraSm90BackwardParams, clust
     let n_groups = |of: &raw::BackwardProjection| of.w.rows.div_ceil((BLOCK * cluster) as usize) as u128;
     let (first_ranks, ranks) = numbered(all.clone().map(|of| of.b.cols as u128));
     let (first_narrow, narrow) = numbered(all.clone().map(|of| of.b.cols.div_ceil(NARROW) as u128));
-    let (first_tiles, tiles) = numbered(all.clone().map(|of| n_groups(of) * db_blocks(of, NARROW)));
+    let (first_tiles, tiles) = numbered(all.clone().map(|of| n_groups(of) * db_blocks(of, of.b.cols, NARROW)));
     let steps: u128 = all.clone().map(|of| of.w.rows.div_ceil(64) as u128).sum();
     let most = all.clone().map(|of| of.b.cols).max().unwrap_or(0);
     assert_eq!((ranks, steps, narrow), (p.r.into(), p.n_steps.into(), p.dh_blocks.into()));

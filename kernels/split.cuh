@@ -1,0 +1,78 @@
+// f32 factors over a 16-bit layer: numbers as two halves of the storage type (params.h says how they lie).
+#pragma once
+
+#include "element.cuh"
+#include "params.h"
+
+namespace lora {
+
+// What low halves are multiplied by, to keep those of f16 out of the subnormals.
+template <typename T>
+constexpr float kLowScale = 1.0f;
+template <>
+constexpr float kLowScale<__half> = 2048.0f;
+
+// What the high half leaves of a number; nothing of one that it is infinite for.
+__device__ __forceinline__ float rest_of(float value, float high) { return isinf(high) ? 0.0f : value - high; }
+
+// The number whose halves, or products with whose halves, these are. What is not finite is known from the high one.
+template <typename T>
+__device__ __forceinline__ float whole(float high, float low) {
+  return isfinite(high) ? fmaf(low, 1.0f / kLowScale<T>, high) : high;
+}
+
+// Two neighbours of h or dh, each in one register: [high | low, scaled] of pairs, [high | damped | low] of triples. The
+// product of an infinity is in the first place of a triple, and must be no NaN in the others.
+template <typename T>
+struct HalvesOfTwo {
+  uint32_t high;
+  uint32_t low_scaled;
+  uint32_t high_damped;
+  uint32_t low;
+
+  __device__ __forceinline__ HalvesOfTwo(float first, float second) {
+    high = pack<T>(first, second);
+    const float2 highs = unpack<T>(high);
+    const float2 rests = make_float2(rest_of(first, highs.x), rest_of(second, highs.y));
+    low_scaled = pack<T>(rests.x * kLowScale<T>, rests.y * kLowScale<T>);
+    low = pack<T>(rests.x, rests.y);
+    constexpr float kDamp = 1.0f / kLowScale<T>;
+    high_damped = pack<T>(isinf(highs.x) ? 0.0f : highs.x * kDamp, isinf(highs.y) ? 0.0f : highs.y * kDamp);
+  }
+};
+
+// One unit: some ranks of a over some columns, or of b over some rows. In forward a becomes pairs and b triples.
+template <typename T, bool kForward>
+__device__ __forceinline__ void split_factors(const LoraSplit& p, uint32_t n, uint32_t k, uint32_t unit,
+                                              uint32_t thread, uint32_t threads) {
+  constexpr uint32_t kRanks = LORA_SPLIT_RANKS;
+  constexpr uint32_t kLength = LORA_SPLIT_LENGTH;
+  const bool is_a = unit < p.a_units;
+  const uint32_t at = is_a ? unit : unit - p.a_units;
+  const uint32_t length = is_a ? k : n;
+  const uint32_t blocks = (length + kLength - 1) / kLength;
+  const uint32_t first_rank = at / blocks * kRanks;
+  const uint32_t first = at % blocks * kLength;
+  const bool is_tripled = is_a != kForward;
+  // Elements from one rank to the next, and from one column of a or row of b to the next.
+  const int64_t from_rank = is_a ? p.a.row_stride : 1, from_next = is_a ? 1 : p.b.row_stride;
+  const int64_t to_rank = is_a ? p.split_a.row_stride : 1, to_next = is_a ? 1 : p.split_b.row_stride;
+  const float* const from = reinterpret_cast<const float*>(is_a ? p.a.ptr : p.b.ptr);
+  T* const to = reinterpret_cast<T*>(is_a ? p.split_a.ptr : p.split_b.ptr) + first_rank * (is_tripled ? 3 : 2) * to_rank;
+#pragma unroll 4
+  for (uint32_t i = thread; i < kRanks * kLength; i += threads) {
+    // Neighbouring threads take neighbouring elements in memory.
+    const uint32_t rank = is_a ? i / kLength : i % kRanks;
+    const uint32_t next = first + (is_a ? i % kLength : i / kRanks);
+    if (next >= length) continue;
+    const uint32_t row = first_rank + rank;
+    const float value = row < p.r ? from[row * from_rank + next * from_next] : 0.0f;
+    const T high = round_to<T>(value);
+    T* const out = to + rank * to_rank + next * to_next;
+    out[0] = high;
+    out[kRanks * to_rank] = round_to<T>(rest_of(value, widen(high)) * kLowScale<T>);
+    if (is_tripled) out[2 * kRanks * to_rank] = isinf(widen(high)) ? round_to<T>(0.0f) : high;
+  }
+}
+
+}  // namespace lora
