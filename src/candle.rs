@@ -46,14 +46,18 @@ mod cpu;
 #[cfg(feature = "candle-cuda")]
 mod cuda;
 mod linear;
+mod node;
 mod op;
+
 #[cfg(any(feature = "candle-cuda", test))]
 mod recent;
+mod split;
 mod third;
 mod view;
 
 pub use linear::{LoraConfig, LoraLinear};
-pub use op::{Dropout, Training, lora, lora_train};
+pub use op::{Dropout, Projection, Training, lora, lora_shared, lora_train};
+
 
 use crate::error::Error;
 

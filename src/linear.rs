@@ -145,7 +145,10 @@ mod bias;
 mod dora;
 mod joined;
 mod merge;
+mod pass;
+mod projections;
 mod set;
+mod sharing;
 mod train;
 
 use std::fmt;
@@ -154,11 +157,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub use adapter::{Adapter, Buffers, BuffersMut, Rejected, Scaling};
 pub use backend::Backend;
 pub use bank::{Bank, Routes};
-pub use train::{Gradients, Kept, Magnitude, Pass, Training};
+pub use pass::{Kept, Pass, Training};
+pub use projections::{LayerGradients, LoraProjections, ProjectionGradients};
+pub use train::{Gradients, Magnitude};
 
 use crate::error::{Error, Result};
 use crate::shape::check_length;
-use crate::{Element, Forward, LoraShape, Matrix, MatrixMut, Variant};
+use crate::{Element, LoraShape, Matrix, MatrixMut};
 use bias::Folded;
 use set::{Active, Named};
 
@@ -197,6 +202,8 @@ struct Operands<'a, B: Backend, T: Element> {
     scale: f32,
     bias: Option<Matrix<'a, B::Read<T>>>,
     gain: Option<Matrix<'a, B::Read<f32>>>,
+    /// Another number whenever A changes; none without one.
+    version: Option<u64>,
 }
 
 /// What is made of an adapter is made of this, too.
@@ -316,7 +323,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         let r = ranks.max().unwrap_or(0);
         let shape = LoraShape { m: tokens, n: self.n, k: self.k, r };
         self.backend.reserve(T::DTYPE, shape)?;
-        self.backend.reserve(T::DTYPE, LoraShape { n: self.n.min(train::COLUMNS), ..shape })
+        self.backend.reserve(T::DTYPE, LoraShape { n: self.n.min(sharing::COLUMNS), ..shape })
     }
 
     /// y = x Wᵀ + Σ s · (x Aᵀ) Bᵀ (+ bias) over the active adapters, in a new buffer of M × N; x is M × K. An adapter with a
@@ -336,9 +343,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// Those of the backend's forward (`cpu::forward`, `cuda::Kernels::forward`); [`Error::State`] when an
     /// [`update`](Self::update) could not renew the copies that forward reads. Nothing is written then.
     pub fn forward_into(&self, x: Matrix<'_, B::Read<T>>, y: MatrixMut<'_, B::Write<T>>) -> Result<()> {
-        let Operands { w, a, b, scale, bias, gain } = self.operands("forward")?;
-        let variant = Variant { gain, ..Variant::default() };
-        self.backend.forward::<T, T>(Forward { x, w, a, b, scale, bias, h: None, y, variant })
+        self.alone(&[self]).forward(x, [y])
     }
 
     /// A buffer for y.
@@ -381,7 +386,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         let w = B::read(self.weight());
         let (a, b) = (Matrix::new(w, 0, self.k), Matrix::new(w, self.n, 0));
         let bias = folded.or(self.bias.as_ref()).map(|bias| Matrix::new(B::read(bias), 1, self.n));
-        Operands { w: Matrix::new(w, self.n, self.k), a, b, scale: 1.0, bias, gain: None }
+        Operands { w: Matrix::new(w, self.n, self.k), a, b, scale: 1.0, bias, gain: None, version: None }
     }
 
     fn with_adapter<'a>(&'a self, operation: &'static str, named: &'a Named<B, T>) -> Result<Operands<'a, B, T>> {
@@ -390,7 +395,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         let plain = Operands { gain, ..self.plain(named.folded().map(Folded::sum)) };
         let Some((a, b)) = factors.filter(|_| r != 0) else { return Ok(plain) };
         let (a, b) = (Matrix::new(B::read(a), r, self.k), Matrix::new(B::read(b), self.n, r));
-        Ok(Operands { a, b, scale: named.adapter.scale(), ..plain })
+        Ok(Operands { a, b, scale: named.adapter.scale(), version: Some(named.version), ..plain })
     }
 
     fn base(&self) -> Base<'_, B, T> {

@@ -114,7 +114,7 @@ impl LoraLinear {
     /// [`Error::Tracked`] for a weight that gradients are asked of; [`Error::Rank`], [`Error::Dimension`],
     /// [`Error::ZeroDimension`], [`Error::ArgumentDtype`].
     pub fn frozen(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
-        check::base(&weight, bias.as_ref()).map_err(wrap)?;
+        check::base(check::ALONE, &weight, bias.as_ref()).map_err(wrap)?;
         // Once, instead of in every forward.
         let base = Base { linear: Linear::new(addressable(&weight)?, None), bias };
         let adapters = BTreeMap::new();
@@ -161,7 +161,7 @@ impl LoraLinear {
     pub fn add(&mut self, name: &str, config: LoraConfig, vb: VarBuilder) -> Result<()> {
         let (n, k) = self.base.linear.weight().dims2()?;
         let r = config.r;
-        check::ranks(r).and_then(|()| check::scale(config.scale())).map_err(wrap)?;
+        check::ranks("a", r).and_then(|()| check::scale(config.scale())).map_err(wrap)?;
         self.new_name(name)?;
         // With a = √5 the gain √(2 / (1 + a²)) is √⅓, and the bound 1/√K.
         let kaiming = Init::Kaiming {
@@ -182,7 +182,7 @@ impl LoraLinear {
     /// [`Error::ArgumentDtype`], [`Error::Scale`]. The layer is as before.
     pub fn add_tensors(&mut self, name: &str, a: Tensor, b: Tensor, scale: f64) -> Result<()> {
         self.new_name(name)?;
-        check::adapter(self.base.linear.weight(), &a, &b).and_then(|()| check::scale(scale)).map_err(wrap)?;
+        check::adapter(check::ALONE, self.base.linear.weight(), &a, &b).and_then(|()| check::scale(scale)).map_err(wrap)?;
         self.adapters.insert(name.to_owned(), Adapter { a, b, b_bias: None, magnitude: None, scale });
         Ok(())
     }
