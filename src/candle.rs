@@ -58,7 +58,6 @@ mod view;
 pub use linear::{LoraConfig, LoraLinear};
 pub use op::{Dropout, Projection, Training, lora, lora_shared, lora_train};
 
-
 use crate::error::Error;
 
 /// The crate's error in candle's, where there is one.

@@ -182,7 +182,9 @@ impl LoraLinear {
     /// [`Error::ArgumentDtype`], [`Error::Scale`]. The layer is as before.
     pub fn add_tensors(&mut self, name: &str, a: Tensor, b: Tensor, scale: f64) -> Result<()> {
         self.new_name(name)?;
-        check::adapter(check::ALONE, self.base.linear.weight(), &a, &b).and_then(|()| check::scale(scale)).map_err(wrap)?;
+        check::adapter(check::ALONE, self.base.linear.weight(), &a, &b)
+            .and_then(|()| check::scale(scale))
+            .map_err(wrap)?;
         self.adapters.insert(name.to_owned(), Adapter { a, b, b_bias: None, magnitude: None, scale });
         Ok(())
     }

@@ -180,12 +180,13 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         }
         bank.check_slots(&routes.slots)?;
         let plain = self.plain(None);
+        let Operands { w, bias, .. } = plain;
         let (a, b) = match bank.rank {
-            0 => (plain.a, plain.b),
+            // They lie nowhere in particular.
+            0 => (Matrix { rows: 0, ..w }, Matrix { cols: 0, ..w }),
             rank => (Matrix::new(B::read(&bank.a), rank, self.k), Matrix::new(B::read(&bank.b), self.n, rank)),
         };
         let variant = Variant { routes: Some(routes.view()), ..Variant::default() };
-        let Operands { w, bias, .. } = plain;
         self.backend.forward::<T, T>(Forward { x, w, a, b, scale: 1.0, bias, h: None, y, variant })
     }
 
