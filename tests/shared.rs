@@ -306,7 +306,19 @@ mod emulated {
             let projections = raw::Projections::new(&projections).expect("three");
             let accumulate = Accumulate::default();
             let (x, h, dx) = (None, None, Some(dx));
-            let op = raw::BackwardShared { dtype, f32_factors: false, a: da, x, h, dx, da: None, projections, accumulate, dropout, routes };
+            let op = raw::BackwardShared {
+                dtype,
+                f32_factors: false,
+                a: da,
+                x,
+                h,
+                dx,
+                da: None,
+                projections,
+                accumulate,
+                dropout,
+                routes,
+            };
             let plan = Plan::backward_shared_with(&op, emulator.device(), options).expect("a plan");
             run(&emulator, &mut memory, &plan);
             let expected = backward.dx.as_ref().map(|dx| dx.data.clone());

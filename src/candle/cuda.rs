@@ -40,7 +40,8 @@ impl Backend for Cuda {
     fn forward<T: Scalar>(op: &Forward<'_, CudaStorage>) -> Result<Outputs<CudaStorage>> {
         let device = &op.x.storage.device;
         let (m, r) = (op.x.view.rows, op.a.view.rows);
-        let mut ys = op.projections.iter().map(|of| alloc::<T>(device, m, of.w.view.rows)).collect::<Result<Vec<_>>>()?;
+        let mut ys =
+            op.projections.iter().map(|of| alloc::<T>(device, m, of.w.view.rows)).collect::<Result<Vec<_>>>()?;
         let mut h = if op.keep_h { Some(alloc::<T>(device, m, r)?) } else { None };
         let (x, a) = (matrix::<T>(op.x)?, matrix::<T>(op.a)?);
         let read = |of: &ForwardProjection<'_, _>| {
@@ -77,8 +78,7 @@ impl Backend for Cuda {
         let (m, k, r) = (op.x.view.rows, op.x.view.cols, op.a.view.rows);
         let mut dx = if op.dx { Some(alloc::<T>(device, m, k)?) } else { None };
         let mut da = op.da.map(|precision| Buffer::<T>::new(device, precision, r, k)).transpose()?;
-        let mut own =
-            op.projections.iter().map(|of| OwnBuffers::<T>::new(device, of)).collect::<Result<Vec<_>>>()?;
+        let mut own = op.projections.iter().map(|of| OwnBuffers::<T>::new(device, of)).collect::<Result<Vec<_>>>()?;
         let (x, a, h) = (matrix::<T>(op.x)?, matrix::<T>(op.a)?, optional::<T>(op.h)?);
         let read = |of: &BackwardProjection<'_, _>| {
             let of_magnitude = match &of.dm {

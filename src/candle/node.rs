@@ -10,7 +10,8 @@ use candle_core::{
 };
 
 use super::backend::{
-    self as gradient, Backend, Backward, BackwardProjection, Forward, ForwardProjection, OfMagnitude, Operand, Precision,
+    self as gradient, Backend, Backward, BackwardProjection, Forward, ForwardProjection, OfMagnitude, Operand,
+    Precision,
 };
 use super::cpu::Cpu;
 use super::op::Dropout;

@@ -73,7 +73,8 @@ impl Split {
     pub(super) fn arrived(&self, shapes: impl Iterator<Item = Shape>, x: &Tensor) -> Result<Vec<Arrived>> {
         let thread = thread::current().id();
         let mut arriving = lock(&self.arriving);
-        let left: Vec<_> = arriving.extract_if(.., |(of, _)| *of == thread).filter_map(|(_, left)| left.upgrade()).collect();
+        let left: Vec<_> =
+            arriving.extract_if(.., |(of, _)| *of == thread).filter_map(|(_, left)| left.upgrade()).collect();
         drop(arriving);
         if left.is_empty() {
             candle_core::bail!("{NAME}: no gradient has arrived");

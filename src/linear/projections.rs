@@ -150,9 +150,9 @@ impl<B: Backend, T: Element, const P: usize> LoraProjections<B, T, P> {
     /// Those of [`Backend::reserve`].
     pub fn reserve(&self, tokens: usize) -> Result<()> {
         let r = self.rank();
-        self.layers.iter().try_for_each(|layer| {
-            self.backend.reserve(T::DTYPE, LoraShape { m: tokens, n: layer.n, k: layer.k, r })
-        })
+        self.layers
+            .iter()
+            .try_for_each(|layer| self.backend.reserve(T::DTYPE, LoraShape { m: tokens, n: layer.n, k: layer.k, r }))
     }
 
     /// For each layer y = x Wᵀ + s · (x Aᵀ) Bᵀ (+ bias), as [`LoraLinear::forward`], in new buffers of M × N. Layers may have
@@ -245,9 +245,9 @@ impl<B: Backend, T: Element, const P: usize> LoraProjections<B, T, P> {
         let mut ys: [B::Buffer<T>; P] =
             ys.try_into().map_err(|ys: Vec<_>| Error::Projections { got: ys.len(), limit: P })?;
         let mut layers = self.layers.iter();
-        let value = write(ys.each_mut().map(|y| {
-            MatrixMut::new(B::write(y), x.rows, layers.next().map_or(0, |layer| layer.n))
-        }))?;
+        let value = write(
+            ys.each_mut().map(|y| MatrixMut::new(B::write(y), x.rows, layers.next().map_or(0, |layer| layer.n))),
+        )?;
         Ok((ys, value))
     }
 }

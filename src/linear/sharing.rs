@@ -80,7 +80,8 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
     where
         B: 'o,
     {
-        let projection = |(Operands { w, b, scale, bias, gain, .. }, y)| ForwardProjection { w, b, scale, bias, gain, y };
+        let projection =
+            |(Operands { w, b, scale, bias, gain, .. }, y)| ForwardProjection { w, b, scale, bias, gain, y };
         let projections = operands.into_iter().zip(ys).map(projection).collect();
         self.backend.forward_shared::<T, T>(ForwardShared { x, a, h, projections, dropout, routes: None })
     }
@@ -150,7 +151,12 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
         let mut projections = Vec::with_capacity(count);
         for (at, (Part { dy, db, dbias, dm }, of)) in parts.into_iter().zip(operands).enumerate() {
             if dy.rows != tokens {
-                return Err(Error::Dimension { arg: named("dy", at, count), axis: "rows", got: dy.rows, expected: tokens });
+                return Err(Error::Dimension {
+                    arg: named("dy", at, count),
+                    axis: "rows",
+                    got: dy.rows,
+                    expected: tokens,
+                });
             }
             let Operands { w, b, scale, bias, gain, .. } = of;
             let dm = match dm {
@@ -174,7 +180,17 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
         };
         let da = da.map(Gradient::F32);
         let (x, routes) = (Some(x), None);
-        self.backend.backward_shared::<T, T>(BackwardShared { a, x, h, dx, da, projections, accumulate, dropout, routes })
+        self.backend.backward_shared::<T, T>(BackwardShared {
+            a,
+            x,
+            h,
+            dx,
+            da,
+            projections,
+            accumulate,
+            dropout,
+            routes,
+        })
     }
 
     /// What forward read when it made the pass.

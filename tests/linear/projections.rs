@@ -348,8 +348,7 @@ fn states_that_are_wrong() {
     let merged = state("forward_train", "in layer 2 `one` is merged", "`unmerge` first");
     assert_eq!(layer(2, &LoraLinear::merge), Err(merged));
     assert_eq!(layer(2, &LoraLinear::unmerge), Ok(()));
-    let several =
-        state("forward_train", "in layer 1 `one`, `other` are active", "`activate` of one adapter first");
+    let several = state("forward_train", "in layer 1 `one`, `other` are active", "`activate` of one adapter first");
     assert_eq!(layer(1, &|layer| layer.activate_all(&["one", "other"])), Err(several));
     assert_eq!(layer(1, &|layer| layer.activate("dora")), Ok(()));
     let dropped = state(

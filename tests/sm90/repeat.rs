@@ -100,7 +100,19 @@ fn shared_flags() {
         let y = upload(&mut memory, &expected.0.y, false);
         let bias = bias.as_ref().map(|bias| upload(&mut memory, bias, true));
         let variant = raw::Variant::default();
-        let op = raw::Forward { dtype: Dtype::Bf16, x, w, f32_factors: false, a, b, scale: spec.scale, bias, h: None, y, variant };
+        let op = raw::Forward {
+            dtype: Dtype::Bf16,
+            x,
+            w,
+            f32_factors: false,
+            a,
+            b,
+            scale: spec.scale,
+            bias,
+            h: None,
+            y,
+            variant,
+        };
         let plan = Plan::forward_with(&op, emulator.device(), options).expect("a plan");
         with_shared_flags(&emulator, &mut memory, &plan, shift);
         assert!(download(&memory, y) == expected.0.y.data, "y, {options:?}");
