@@ -48,6 +48,8 @@ mod cuda;
 mod linear;
 mod node;
 mod op;
+mod passes;
+mod projections;
 
 #[cfg(any(feature = "candle-cuda", test))]
 mod recent;
@@ -57,6 +59,7 @@ mod view;
 
 pub use linear::{LoraConfig, LoraLinear};
 pub use op::{Dropout, Projection, Training, lora, lora_shared, lora_train};
+pub use projections::LoraProjections;
 
 use crate::error::Error;
 

@@ -106,9 +106,9 @@ pub(super) struct Gain<'a, S> {
 }
 
 /// Dropout as both operations take it.
-pub(super) fn dropout<U: ?Sized>(dropout: Option<Dropout>) -> Option<crate::Dropout<'static, U>>
+pub(super) fn dropout<U>(dropout: Option<Dropout>) -> Option<crate::Dropout<'static, U>>
 where
-    U: 'static,
+    U: ?Sized + 'static,
 {
     dropout.map(|Dropout { p, seed, offset }| crate::Dropout { p, seed: Seed::Value { seed, offset } })
 }

@@ -39,6 +39,20 @@ pub(super) fn projections(x: &Tensor, projections: &[Projection<'_>], dropout: O
     Ok(())
 }
 
+/// Of layers that share x: one K and one type.
+pub(super) fn weights(weights: &[&Tensor]) -> Result<()> {
+    Projections::new(weights)?;
+    let first = weights[0];
+    for (at, w) in weights.iter().enumerate() {
+        let arg = Place { at, count: weights.len() }.name("w");
+        dimension(arg, "columns", w.dims()[1], first.dims()[1])?;
+        if w.dtype() != first.dtype() {
+            return Err(dtype(arg, w, format!("{}, that of the first", first.dtype().as_str())));
+        }
+    }
+    Ok(())
+}
+
 /// The weight, frozen, N × K, and the bias of its type or f32, N.
 pub(super) fn base(place: Place, w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
     let arg = place.name("w");

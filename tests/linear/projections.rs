@@ -48,7 +48,7 @@ fn trained<B: Backend<Words = [u64]>, T: Element, const P: usize>(backend: &B, s
     let (m, rank) = (spec.base.m, group.rank());
     group.reserve(m).expect("a workspace");
     let x = Device::new(backend, &before.own[0].x);
-    let dropout = before.own[0].dropout.clone();
+    let dropout = before.own[0].dropout;
     let training = |recompute| Training { dropout: dropout.as_ref().map(HostDropout::view), recompute };
 
     let mut ys: [Device<B, T>; P] = array::from_fn(|at| Device::new(backend, &before.own[at].y));
@@ -88,7 +88,7 @@ fn start<T: Element>(spec: &SharedSpec, forward: &SharedForward<T>, h: Option<Ho
     (start.a, start.h, start.da) = (forward.a.clone(), h, in_f32(&start.da));
     for (op, from) in start.own.iter_mut().zip(&forward.own) {
         (op.w, op.a, op.b) = (from.w.clone(), from.a.clone(), from.b.clone());
-        (op.x, op.dropout) = (Some(from.x.clone()), from.dropout.clone());
+        (op.x, op.dropout) = (Some(from.x.clone()), from.dropout);
         (op.db, op.dbias) = (in_f32(&op.db), in_f32(&op.dbias));
     }
     start
