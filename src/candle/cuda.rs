@@ -50,20 +50,16 @@ impl Backend for Cuda {
         let operands = op.projections.iter().map(read).collect::<Result<Vec<_>>>()?;
         let stream = device.cuda_stream();
         launch(&stream, |kernels, workspace| {
-            let all = op.projections.iter().zip(&operands).zip(&mut ys);
-            let projection = |((of, &(w, b, bias, gain)), y)| cuda::ForwardProjection {
-                w,
-                b,
-                scale: of.scale,
-                bias,
-                gain,
-                y: cuda::matrix_mut(y, m, of.w.view.rows),
-            };
+            let mut projections = Vec::with_capacity(operands.len());
+            for ((of, &(w, b, bias, gain)), y) in op.projections.iter().zip(&operands).zip(&mut ys) {
+                let y = cuda::matrix_mut(y, m, of.w.view.rows);
+                projections.push(cuda::ForwardProjection { w, b, scale: of.scale, bias, gain, y });
+            }
             let forward = cuda::ForwardShared {
                 x,
                 a,
                 h: h.as_mut().map(|h| cuda::matrix_mut(h, m, r)),
-                projections: all.map(projection).collect(),
+                projections,
                 dropout: dropout(op.dropout),
                 routes: None,
             };
@@ -91,34 +87,31 @@ impl Backend for Cuda {
         let operands = op.projections.iter().map(read).collect::<Result<Vec<_>>>()?;
         let stream = device.cuda_stream();
         launch(&stream, |kernels, workspace| {
-            let all = op.projections.iter().zip(&operands).zip(&mut own);
-            let projection = |((of, &(dy, w, b, gain, of_magnitude)), OwnBuffers { db, dbias, dm })| {
-                let of: &BackwardProjection<'_, CudaStorage> = of;
+            let mut projections = Vec::with_capacity(operands.len());
+            for ((of, &(dy, w, b, gain, of_magnitude)), own) in op.projections.iter().zip(&operands).zip(&mut own) {
                 let (n, r) = (of.w.view.rows, of.b.view.cols);
-                let dm = of_magnitude.zip(dm.as_mut());
-                cuda::BackwardProjection {
+                let dm = of_magnitude.zip(own.dm.as_mut()).map(|((y, bias, magnitude), dm)| {
+                    let dm = cuda::matrix_mut(dm, 1, n);
+                    MagnitudeGradient { y, bias, magnitude, dm }
+                });
+                projections.push(cuda::BackwardProjection {
                     dy,
                     w,
                     b,
                     scale: of.scale,
-                    db: db.as_mut().map(|db| db.gradient(n, r)),
-                    dbias: dbias.as_mut().map(|dbias| dbias.gradient(1, n)),
-                    dm: dm.map(|((y, bias, magnitude), dm)| MagnitudeGradient {
-                        y,
-                        bias,
-                        magnitude,
-                        dm: cuda::matrix_mut(dm, 1, n),
-                    }),
+                    db: own.db.as_mut().map(|db| db.gradient(n, r)),
+                    dbias: own.dbias.as_mut().map(|dbias| dbias.gradient(1, n)),
+                    dm,
                     gain,
-                }
-            };
+                });
+            }
             let backward = cuda::BackwardShared {
                 a,
                 x: Some(x),
                 h,
                 dx: dx.as_mut().map(|dx| cuda::matrix_mut(dx, m, k)),
                 da: da.as_mut().map(|da| da.gradient(r, k)),
-                projections: all.map(projection).collect(),
+                projections,
                 accumulate: Accumulate::default(),
                 dropout: dropout(op.dropout),
                 routes: None,
