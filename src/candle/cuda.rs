@@ -9,8 +9,7 @@ use candle_core::cuda::cudarc::driver::{CudaSlice, CudaStream};
 use candle_core::{CudaDevice, CudaStorage, Result, Storage};
 
 use super::backend::{
-    Backend, Backward, BackwardProjection, Forward, ForwardProjection, Gain, Gradients, Operand, Outputs, Own,
-    Precision, Scalar, dropout,
+    Backend, Backward, BackwardProjection, Forward, Gain, Gradients, Operand, Outputs, Own, Precision, Scalar, dropout,
 };
 use super::recent::Recent;
 use super::wrap;
@@ -44,10 +43,11 @@ impl Backend for Cuda {
             op.projections.iter().map(|of| alloc::<T>(device, m, of.w.view.rows)).collect::<Result<Vec<_>>>()?;
         let mut h = if op.keep_h { Some(alloc::<T>(device, m, r)?) } else { None };
         let (x, a) = (matrix::<T>(op.x)?, matrix::<T>(op.a)?);
-        let read = |of: &ForwardProjection<'_, _>| {
-            Ok((matrix::<T>(of.w)?, matrix::<T>(of.b)?, optional::<T>(of.bias)?, optional::<f32>(of.gain)?))
-        };
-        let operands = op.projections.iter().map(read).collect::<Result<Vec<_>>>()?;
+        let mut operands = Vec::with_capacity(ys.len());
+        for of in &op.projections {
+            let (w, b) = (matrix::<T>(of.w)?, matrix::<T>(of.b)?);
+            operands.push((w, b, optional::<T>(of.bias)?, optional::<f32>(of.gain)?));
+        }
         let stream = device.cuda_stream();
         launch(&stream, |kernels, workspace| {
             let mut projections = Vec::with_capacity(operands.len());
@@ -76,15 +76,15 @@ impl Backend for Cuda {
         let mut da = op.da.map(|precision| Buffer::<T>::new(device, precision, r, k)).transpose()?;
         let mut own = op.projections.iter().map(|of| OwnBuffers::<T>::new(device, of)).collect::<Result<Vec<_>>>()?;
         let (x, a, h) = (matrix::<T>(op.x)?, matrix::<T>(op.a)?, optional::<T>(op.h)?);
-        let read = |of: &BackwardProjection<'_, _>| {
+        let mut operands = Vec::with_capacity(own.len());
+        for of in &op.projections {
             let of_magnitude = match &of.dm {
                 Some(of) => Some((matrix::<T>(of.y)?, optional::<T>(of.bias)?, matrix::<f32>(of.magnitude)?)),
                 None => None,
             };
-            let (w, b) = (matrix::<T>(of.w)?, matrix::<T>(of.b)?);
-            Ok((matrix::<T>(of.dy)?, w, b, optional::<f32>(of.gain)?, of_magnitude))
-        };
-        let operands = op.projections.iter().map(read).collect::<Result<Vec<_>>>()?;
+            let (dy, w, b) = (matrix::<T>(of.dy)?, matrix::<T>(of.w)?, matrix::<T>(of.b)?);
+            operands.push((dy, w, b, optional::<f32>(of.gain)?, of_magnitude));
+        }
         let stream = device.cuda_stream();
         launch(&stream, |kernels, workspace| {
             let mut projections = Vec::with_capacity(operands.len());

@@ -302,7 +302,7 @@ impl<B: Backend, T: Element> Stack<B, T> {
     fn view<'a>(&'a self, operation: &'static str, operands: &[Operands<'a, B, T>]) -> Result<Matrix<'a, B::Read<T>>> {
         let differs = |(at, of): (usize, &Operands<'a, B, T>)| self.copied.get(at) != Some(&(of.version, of.a.rows));
         let expected = "`refresh` first, and a pass of the adapters that it copied";
-        match operands.iter().enumerate().position(|part| differs(part)) {
+        match operands.iter().enumerate().position(differs) {
             Some(at) => {
                 let got = format!("in layer {at} another adapter takes part than was copied, or it has changed");
                 Err(Error::State { operation, got, expected })
