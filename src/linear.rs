@@ -143,6 +143,7 @@ mod backend;
 mod bank;
 mod bias;
 mod dora;
+mod factor;
 mod joined;
 mod merge;
 mod pass;
@@ -165,6 +166,7 @@ use crate::error::{Error, Result};
 use crate::shape::check_length;
 use crate::{Element, LoraShape, Matrix, MatrixMut};
 use bias::Folded;
+use factor::Factor;
 use set::{Active, Named};
 
 /// A linear layer y = x Wᵀ (+ bias) with adapters; see the [module](self).
@@ -197,8 +199,8 @@ fn next_version() -> u64 {
 /// What forward and backward read beside their arguments.
 struct Operands<'a, B: Backend, T: Element> {
     w: Matrix<'a, B::Read<T>>,
-    a: Matrix<'a, B::Read<T>>,
-    b: Matrix<'a, B::Read<T>>,
+    a: Factor<'a, B, T>,
+    b: Factor<'a, B, T>,
     scale: f32,
     bias: Option<Matrix<'a, B::Read<T>>>,
     gain: Option<Matrix<'a, B::Read<f32>>>,
@@ -384,17 +386,16 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// No adapter, but for what it made of the bias: matrices without elements, which lie nowhere in particular.
     fn plain<'a>(&'a self, folded: Option<&'a B::Buffer<T>>) -> Operands<'a, B, T> {
         let w = B::read(self.weight());
-        let (a, b) = (Matrix::new(w, 0, self.k), Matrix::new(w, self.n, 0));
+        let (a, b) = (Factor::Storage(Matrix::new(w, 0, self.k)), Factor::Storage(Matrix::new(w, self.n, 0)));
         let bias = folded.or(self.bias.as_ref()).map(|bias| Matrix::new(B::read(bias), 1, self.n));
         Operands { w: Matrix::new(w, self.n, self.k), a, b, scale: 1.0, bias, gain: None, version: None }
     }
 
     fn with_adapter<'a>(&'a self, operation: &'static str, named: &'a Named<B, T>) -> Result<Operands<'a, B, T>> {
-        let (r, factors) = (named.adapter.rank(), named.in_storage(operation)?);
+        let factors = named.factors(operation, self.n, self.k)?;
         let gain = named.gain().map(|gain| Matrix::new(B::read(gain), 1, self.n));
         let plain = Operands { gain, ..self.plain(named.folded().map(Folded::sum)) };
-        let Some((a, b)) = factors.filter(|_| r != 0) else { return Ok(plain) };
-        let (a, b) = (Matrix::new(B::read(a), r, self.k), Matrix::new(B::read(b), self.n, r));
+        let Some((a, b)) = factors else { return Ok(plain) };
         Ok(Operands { a, b, scale: named.adapter.scale(), version: Some(named.version), ..plain })
     }
 

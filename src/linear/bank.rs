@@ -1,5 +1,6 @@
 //! Many adapters of a layer in one batch: each row of x goes through its own.
 
+use super::factor::Factor;
 use super::pass::Routed;
 use super::sharing::Sharing;
 use super::{Backend, LoraLinear, Operands, Pass, Training, elements, next_version};
@@ -285,14 +286,13 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         }
         bank.check_slots(operation, &routes.slots)?;
         let plain = self.plain(None);
-        Ok(match bank.rank {
-            0 => plain,
-            rank => Operands {
-                a: Matrix::new(B::read(&bank.a), rank, self.k),
-                b: Matrix::new(B::read(&bank.b), self.n, rank),
-                ..plain
-            },
-        })
+        let w = plain.w;
+        let (a, b) = match bank.rank {
+            // They lie nowhere in particular.
+            0 => (Matrix { rows: 0, ..w }, Matrix { cols: 0, ..w }),
+            rank => (Matrix::new(B::read(&bank.a), rank, self.k), Matrix::new(B::read(&bank.b), self.n, rank)),
+        };
+        Ok(Operands { a: Factor::Storage(a), b: Factor::Storage(b), ..plain })
     }
 
     /// Every adapter of the bank must be the layer's, as it was when it was copied.

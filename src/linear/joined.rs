@@ -2,6 +2,7 @@
 
 use super::bias::Folded;
 use super::dora::gain_into;
+use super::factor::Factor;
 use super::set::{Named, stale};
 use super::{Adapter, Backend, Base, LoraLinear, Operands, elements, next_version};
 use crate::error::{Error, Result};
@@ -113,8 +114,8 @@ impl<B: Backend, T: Element> Joined<B, T> {
         if self.rank == 0 {
             return Ok(plain);
         }
-        let (a, b) =
-            (Matrix::new(B::read(&self.a), self.rank, layer.k), Matrix::new(B::read(&self.b), layer.n, self.rank));
+        let a = Factor::Storage(Matrix::new(B::read(&self.a), self.rank, layer.k));
+        let b = Factor::Storage(Matrix::new(B::read(&self.b), layer.n, self.rank));
         Ok(Operands { a, b, scale: self.scale, version: Some(self.version), ..plain })
     }
 }

@@ -60,8 +60,8 @@ pub struct Kept<B: Backend, T: Element> {
     pub(super) h: Option<B::Buffer<T>>,
     /// The probability of dropout, with seed and offset unless they lie in memory.
     dropout: Option<(f32, Option<[u64; 2]>)>,
-    /// Of all layers.
-    pub(super) rank: usize,
+    /// Columns of h: the ranks of all layers, or their halves.
+    pub(super) columns: usize,
     pub(super) tokens: usize,
     /// Of each layer that shares x.
     pub(super) layers: Vec<Made>,
@@ -87,14 +87,14 @@ impl<'a, B: Backend, T: Element> Pass<'a, B, T> {
         x: Matrix<'a, B::Read<T>>,
         dropout: Option<Dropout<'a, B::Words>>,
         h: Option<B::Buffer<T>>,
-        rank: usize,
+        columns: usize,
         layers: Vec<Made>,
     ) -> Self {
         let kept_dropout = dropout.map(|Dropout { p, seed }| match seed {
             Seed::Value { seed, offset } => (p, Some([seed, offset])),
             Seed::Memory(_) => (p, None),
         });
-        let kept = Kept { h, dropout: kept_dropout, rank, tokens: x.rows, layers, bank: None };
+        let kept = Kept { h, dropout: kept_dropout, columns, tokens: x.rows, layers, bank: None };
         Self { x, dropout, routed: None, kept }
     }
 
@@ -111,7 +111,7 @@ impl<'a, B: Backend, T: Element> Pass<'a, B, T> {
     }
 
     /// M × R, as forward wrote it: s · x Aᵀ in the storage type, of what dropout left of x; of several layers their ranks side by
-    /// side. `None` without an adapter, at rank 0, and where backward is to compute it.
+    /// side, and at full precision M × [`split_columns`](crate::split_columns)(R). `None` without an adapter, at rank 0, and where backward is to compute it.
     pub fn h(&self) -> Option<&B::Buffer<T>> {
         self.kept.h.as_ref()
     }
@@ -206,7 +206,7 @@ impl<B: Backend, T: Element> Kept<B, T> {
 
 impl<B: Backend, T: Element> fmt::Debug for Kept<B, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Kept").field("tokens", &self.tokens).field("rank", &self.rank).finish_non_exhaustive()
+        f.debug_struct("Kept").field("tokens", &self.tokens).field("columns", &self.columns).finish_non_exhaustive()
     }
 }
 

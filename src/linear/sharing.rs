@@ -1,5 +1,6 @@
 //! What layers that share x compute, in one launch. A layer alone is the case of one.
 
+use super::factor::{Factor, columns_of_h, each_b};
 use super::pass::{Made, Routed};
 use super::{Backend, LoraLinear, Operands, Pass, Training, elements};
 use crate::error::{Error, Result};
@@ -24,7 +25,18 @@ pub(super) struct Sharing<'s, 'a, B: Backend, T: Element> {
 }
 
 /// What a launch reads of them: A of all, and the operands of each.
-type Read<'a, B, T> = (Matrix<'a, <B as Backend>::Read<T>>, Vec<Operands<'a, B, T>>);
+type Read<'a, B, T> = (Factor<'a, B, T>, Vec<Operands<'a, B, T>>);
+
+/// The same with every B in the type of A.
+type ReadAs<'a, B, T, A> =
+    (Matrix<'a, <B as Backend>::Read<A>>, Vec<(Operands<'a, B, T>, Matrix<'a, <B as Backend>::Read<A>>)>);
+
+/// What backward writes for all.
+struct Outputs<'a, B: Backend, T: Element> {
+    dx: Option<MatrixMut<'a, B::Write<T>>>,
+    da: Option<MatrixMut<'a, B::Write<f32>>>,
+    accumulate: Accumulate,
+}
 
 /// What backward reads and writes of one of them.
 pub(super) struct Part<'a, B: Backend, T: Element> {
@@ -45,7 +57,7 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
             operands.push(of(at, layer).map_err(|error| self.located(at, error))?);
         }
         let a = match (self.stack, &operands[..]) {
-            (Some(stack), _) if self.routed.is_none() => stack.view(operation, &operands)?,
+            (Some(stack), _) if self.routed.is_none() => Factor::Storage(stack.view(operation, &operands)?),
             (_, [one]) => one.a,
             (_, all) => return Err(Error::Projections { got: all.len(), limit: 1 }),
         };
@@ -85,10 +97,27 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
     where
         B: 'o,
     {
+        match a {
+            Factor::Storage(a) => self.launch_as::<T>((a, each_b(operands, Factor::in_storage)?), x, h, ys, dropout),
+            Factor::F32(a) => self.launch_as::<f32>((a, each_b(operands, Factor::in_f32)?), x, h, ys, dropout),
+        }
+    }
+
+    fn launch_as<'o, A: Element>(
+        &self,
+        (a, operands): ReadAs<'_, B, T, A>,
+        x: Matrix<'_, B::Read<T>>,
+        h: Option<MatrixMut<'_, B::Write<T>>>,
+        ys: impl IntoIterator<Item = MatrixMut<'o, B::Write<T>>>,
+        dropout: Option<Dropout<'_, B::Words>>,
+    ) -> Result<()>
+    where
+        B: 'o,
+    {
         let projection =
-            |(Operands { w, b, scale, bias, gain, .. }, y)| ForwardProjection { w, b, scale, bias, gain, y };
+            |((Operands { w, scale, bias, gain, .. }, b), y)| ForwardProjection { w, b, scale, bias, gain, y };
         let projections = operands.into_iter().zip(ys).map(projection).collect();
-        self.backend.forward_shared::<T, T>(ForwardShared { x, a, h, projections, dropout, routes: self.table() })
+        self.backend.forward_shared::<T, A>(ForwardShared { x, a, h, projections, dropout, routes: self.table() })
     }
 
     fn table(&self) -> Option<Matrix<'a, B::Words>> {
@@ -111,15 +140,15 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
             layer.operands(operation)
         })?;
         let dropout = self.undropped(&read.1, training.dropout)?;
-        let rank = read.0.rows;
-        let mut h = match rank {
+        let columns = columns_of_h(read.0);
+        let mut h = match columns {
             0 => None,
             _ if training.recompute => None,
-            rank => Some(self.middle(x, rank)?),
+            columns => Some(self.middle(x, columns)?),
         };
-        let keep = h.as_mut().map(|h| MatrixMut::new(B::write(h), x.rows, rank));
+        let keep = h.as_mut().map(|h| MatrixMut::new(B::write(h), x.rows, columns));
         self.launch(read, x, keep, ys, dropout)?;
-        Ok(Pass::new(x, dropout, h, rank, self.layers.iter().map(|layer| layer.made()).collect()))
+        Ok(Pass::new(x, dropout, h, columns, self.layers.iter().map(|layer| layer.made()).collect()))
     }
 
     /// Of dropout with DoRA nothing remains, or it is refused: it would drop from x for W, too.
@@ -144,9 +173,9 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
     }
 
     /// A buffer for h. The rows of y are those of x, or the operation is refused; both buffers bound them.
-    fn middle(&self, x: Matrix<'_, B::Read<T>>, rank: usize) -> Result<B::Buffer<T>> {
+    fn middle(&self, x: Matrix<'_, B::Read<T>>, columns: usize) -> Result<B::Buffer<T>> {
         self.layers.first().map_or(Ok(()), |layer| layer.check_input(x))?;
-        self.backend.alloc::<T>(elements("the number of elements of h", x.rows, rank)?)
+        self.backend.alloc::<T>(elements("the number of elements of h", x.rows, columns)?)
     }
 
     pub(super) fn backward(
@@ -157,11 +186,27 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
         parts: impl IntoIterator<Item = Part<'a, B, T>>,
         accumulate: Accumulate,
     ) -> Result<()> {
-        let Pass { x, dropout, ref kept, .. } = *pass;
         let (a, operands) = self.read_of(pass)?;
-        let (count, rank, tokens) = (self.layers.len(), kept.rank, kept.tokens);
+        let outputs = Outputs { dx, da, accumulate };
+        match a {
+            Factor::Storage(a) => {
+                self.backward_as::<T>(pass, (a, each_b(operands, Factor::in_storage)?), outputs, parts)
+            }
+            Factor::F32(a) => self.backward_as::<f32>(pass, (a, each_b(operands, Factor::in_f32)?), outputs, parts),
+        }
+    }
+
+    fn backward_as<A: Element>(
+        &self,
+        pass: &Pass<'_, B, T>,
+        (a, operands): ReadAs<'_, B, T, A>,
+        Outputs { dx, da, accumulate }: Outputs<'_, B, T>,
+        parts: impl IntoIterator<Item = Part<'a, B, T>>,
+    ) -> Result<()> {
+        let Pass { x, dropout, ref kept, .. } = *pass;
+        let (count, columns, tokens) = (self.layers.len(), kept.columns, kept.tokens);
         let mut projections = Vec::with_capacity(count);
-        for (at, (Part { dy, db, dbias, dm }, of)) in parts.into_iter().zip(operands).enumerate() {
+        for (at, (Part { dy, db, dbias, dm }, (of, b))) in parts.into_iter().zip(operands).enumerate() {
             if dy.rows != tokens {
                 return Err(Error::Dimension {
                     arg: named("dy", at, count),
@@ -170,7 +215,7 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
                     expected: tokens,
                 });
             }
-            let Operands { w, b, scale, bias, gain, .. } = of;
+            let Operands { w, scale, bias, gain, .. } = of;
             let dm = match dm {
                 Some(super::Magnitude { y, dm }) => {
                     let magnitude = self.layers[at].magnitude_of(kept.layers[at]);
@@ -183,16 +228,18 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
             projections.push(BackwardProjection { dy, w, b, scale, db, dbias, dm, gain });
         }
         let wanted = projections.iter().any(|of| of.db.is_some());
-        let again = if kept.h.is_none() && rank != 0 && wanted { Some(self.middle_of(pass)?) } else { None };
+        let again = if kept.h.is_none() && columns != 0 && wanted { Some(self.middle_of(pass)?) } else { None };
         let h = match (kept.h.as_ref().or(again.as_ref()), projections.first()) {
-            (Some(h), _) => Some(Matrix::new(B::read(h), tokens, rank)),
+            (Some(h), _) => Some(Matrix::new(B::read(h), tokens, columns)),
             // Without ranks it lies nowhere in particular.
-            (None, Some(of)) if rank == 0 => Some(Matrix { rows: tokens, cols: 0, row_stride: 0, offset: 0, ..of.dy }),
+            (None, Some(of)) if columns == 0 => {
+                Some(Matrix { rows: tokens, cols: 0, row_stride: 0, offset: 0, ..of.dy })
+            }
             _ => None,
         };
         let da = da.map(Gradient::F32);
         let (x, routes) = (Some(x), self.table());
-        self.backend.backward_shared::<T, T>(BackwardShared {
+        self.backend.backward_shared::<T, A>(BackwardShared {
             a,
             x,
             h,
@@ -226,17 +273,17 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
 
     /// h of a pass that kept none: that of a forward pass to a few columns of y.
     fn middle_of(&self, pass: &Pass<'_, B, T>) -> Result<B::Buffer<T>> {
-        let (x, tokens, rank) = (pass.x, pass.kept.tokens, pass.kept.rank);
+        let (x, tokens, columns_of_h) = (pass.x, pass.kept.tokens, pass.kept.columns);
         let (a, mut operands) = self.read_of(pass)?;
         let mut ys = Vec::with_capacity(operands.len());
         for Operands { w, b, bias, gain, .. } in &mut operands {
             let columns = w.rows.min(COLUMNS);
-            (w.rows, b.rows, *bias, *gain) = (columns, columns, None, None);
+            (w.rows, *b, *bias, *gain) = (columns, b.with_rows(columns), None, None);
             let y = self.backend.alloc::<T>(elements("the number of elements of y", tokens, columns)?)?;
             ys.push((y, columns));
         }
-        let mut h = self.middle(x, rank)?;
-        let keep = Some(MatrixMut::new(B::write(&mut h), tokens, rank));
+        let mut h = self.middle(x, columns_of_h)?;
+        let keep = Some(MatrixMut::new(B::write(&mut h), tokens, columns_of_h));
         let ys = ys.iter_mut().map(|(y, columns)| MatrixMut::new(B::write(y), tokens, *columns));
         self.launch((a, operands), x, keep, ys, pass.dropout)?;
         Ok(h)
@@ -268,7 +315,12 @@ impl<B: Backend, T: Element> Stack<B, T> {
         let each = layers.iter().enumerate();
         let operands = each.map(|(at, layer)| layer.operands("refresh").map_err(|error| sharing.located(at, error)));
         let operands = operands.collect::<Result<Vec<_>>>()?;
-        let ranks = || operands.iter().map(|of| of.a.rows);
+        if let Some(at) = operands.iter().position(|of| of.a.in_storage().is_none()) {
+            let got = format!("adapter `{}` is at full precision", layers[at].active().join("`, `"));
+            let expected = "adapters that are not: f32 factors are for a layer alone";
+            return Err(sharing.located(at, Error::State { operation: "refresh", got, expected }));
+        }
+        let ranks = || operands.iter().map(|of| of.a.rows());
         let before = std::mem::take(&mut self.copied);
         let moved = !ranks().eq(before.iter().map(|of| of.1));
         if moved {
@@ -277,8 +329,11 @@ impl<B: Backend, T: Element> Stack<B, T> {
         }
         let mut first = 0;
         for (at, &Operands { a, b, version, .. }) in operands.iter().enumerate() {
-            let r = a.rows;
-            if r != 0 && (moved || before[at].0 != version) {
+            let r = a.rows();
+            if let (Some(a), Some(b)) = (a.in_storage(), b.in_storage())
+                && r != 0
+                && (moved || before[at].0 != version)
+            {
                 backend.round(Round {
                     factors: crate::Factors::Storage { a, b: Matrix { rows: 1, ..b } },
                     scale: 1.0,
@@ -289,7 +344,7 @@ impl<B: Backend, T: Element> Stack<B, T> {
             }
             first += r;
         }
-        self.copied = operands.iter().map(|of| (of.version, of.a.rows)).collect();
+        self.copied = operands.iter().map(|of| (of.version, of.a.rows())).collect();
         Ok(())
     }
 
@@ -300,7 +355,7 @@ impl<B: Backend, T: Element> Stack<B, T> {
 
     /// As an operation takes it, where it is that of the operands.
     fn view<'a>(&'a self, operation: &'static str, operands: &[Operands<'a, B, T>]) -> Result<Matrix<'a, B::Read<T>>> {
-        let differs = |(at, of): (usize, &Operands<'a, B, T>)| self.copied.get(at) != Some(&(of.version, of.a.rows));
+        let differs = |(at, of): (usize, &Operands<'a, B, T>)| self.copied.get(at) != Some(&(of.version, of.a.rows()));
         let expected = "`refresh` first, and a pass of the adapters that it copied";
         match operands.iter().enumerate().position(differs) {
             Some(at) => {
