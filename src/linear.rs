@@ -129,6 +129,15 @@
 //! # Ok::<(), fused_lora::Error>(())
 //! ```
 //!
+//! Adapters are trained there, too: [`forward_routed_train`](LoraLinear::forward_routed_train) keeps h, and
+//! [`backward`](LoraLinear::backward) gives da and db of the whole bank, each adapter's from its own rows, in one launch. After
+//! [`update`](LoraLinear::update) the bank wants [`refresh_bank`](LoraLinear::refresh_bank).
+//!
+//! # Layers that share x
+//!
+//! [`LoraProjections`] takes q, k and v of attention, or gate and up, into one launch: forward reads x as if for one layer, backward
+//! sums dx. Each layer keeps its W, bias and adapters.
+//!
 //! # Merging
 //!
 //! [`merge`](LoraLinear::merge) writes W' = W + s · B A to a second buffer and keeps W, so that

@@ -106,10 +106,7 @@ pub(super) struct Gain<'a, S> {
 }
 
 /// Dropout as both operations take it.
-pub(super) fn dropout<U>(dropout: Option<Dropout>) -> Option<crate::Dropout<'static, U>>
-where
-    U: ?Sized + 'static,
-{
+pub(super) fn dropout<'a, U: ?Sized>(dropout: Option<Dropout>) -> Option<crate::Dropout<'a, U>> {
     dropout.map(|Dropout { p, seed, offset }| crate::Dropout { p, seed: Seed::Value { seed, offset } })
 }
 

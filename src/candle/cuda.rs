@@ -9,8 +9,7 @@ use candle_core::cuda::cudarc::driver::{CudaSlice, CudaStream};
 use candle_core::{CudaDevice, CudaStorage, Result, Storage};
 
 use super::backend::{
-    Backend, Backward, BackwardProjection, Forward, ForwardProjection, Gain, Gradients, Operand, Outputs, Own,
-    Precision, Scalar, dropout,
+    Backend, Backward, BackwardProjection, Forward, Gain, Gradients, Operand, Outputs, Own, Precision, Scalar, dropout,
 };
 use super::recent::Recent;
 use super::wrap;
@@ -44,26 +43,23 @@ impl Backend for Cuda {
             op.projections.iter().map(|of| alloc::<T>(device, m, of.w.view.rows)).collect::<Result<Vec<_>>>()?;
         let mut h = if op.keep_h { Some(alloc::<T>(device, m, r)?) } else { None };
         let (x, a) = (matrix::<T>(op.x)?, matrix::<T>(op.a)?);
-        let read = |of: &ForwardProjection<'_, _>| {
-            Ok((matrix::<T>(of.w)?, matrix::<T>(of.b)?, optional::<T>(of.bias)?, optional::<f32>(of.gain)?))
-        };
-        let operands = op.projections.iter().map(read).collect::<Result<Vec<_>>>()?;
+        let mut operands = Vec::with_capacity(ys.len());
+        for of in &op.projections {
+            let (w, b) = (matrix::<T>(of.w)?, matrix::<T>(of.b)?);
+            operands.push((w, b, optional::<T>(of.bias)?, optional::<f32>(of.gain)?));
+        }
         let stream = device.cuda_stream();
         launch(&stream, |kernels, workspace| {
-            let all = op.projections.iter().zip(&operands).zip(&mut ys);
-            let projection = |((of, &(w, b, bias, gain)), y)| cuda::ForwardProjection {
-                w,
-                b,
-                scale: of.scale,
-                bias,
-                gain,
-                y: cuda::matrix_mut(y, m, of.w.view.rows),
-            };
+            let mut projections = Vec::with_capacity(operands.len());
+            for ((of, &(w, b, bias, gain)), y) in op.projections.iter().zip(&operands).zip(&mut ys) {
+                let y = cuda::matrix_mut(y, m, of.w.view.rows);
+                projections.push(cuda::ForwardProjection { w, b, scale: of.scale, bias, gain, y });
+            }
             let forward = cuda::ForwardShared {
                 x,
                 a,
                 h: h.as_mut().map(|h| cuda::matrix_mut(h, m, r)),
-                projections: all.map(projection).collect(),
+                projections,
                 dropout: dropout(op.dropout),
                 routes: None,
             };
@@ -80,45 +76,42 @@ impl Backend for Cuda {
         let mut da = op.da.map(|precision| Buffer::<T>::new(device, precision, r, k)).transpose()?;
         let mut own = op.projections.iter().map(|of| OwnBuffers::<T>::new(device, of)).collect::<Result<Vec<_>>>()?;
         let (x, a, h) = (matrix::<T>(op.x)?, matrix::<T>(op.a)?, optional::<T>(op.h)?);
-        let read = |of: &BackwardProjection<'_, _>| {
+        let mut operands = Vec::with_capacity(own.len());
+        for of in &op.projections {
             let of_magnitude = match &of.dm {
                 Some(of) => Some((matrix::<T>(of.y)?, optional::<T>(of.bias)?, matrix::<f32>(of.magnitude)?)),
                 None => None,
             };
-            let (w, b) = (matrix::<T>(of.w)?, matrix::<T>(of.b)?);
-            Ok((matrix::<T>(of.dy)?, w, b, optional::<f32>(of.gain)?, of_magnitude))
-        };
-        let operands = op.projections.iter().map(read).collect::<Result<Vec<_>>>()?;
+            let (dy, w, b) = (matrix::<T>(of.dy)?, matrix::<T>(of.w)?, matrix::<T>(of.b)?);
+            operands.push((dy, w, b, optional::<f32>(of.gain)?, of_magnitude));
+        }
         let stream = device.cuda_stream();
         launch(&stream, |kernels, workspace| {
-            let all = op.projections.iter().zip(&operands).zip(&mut own);
-            let projection = |((of, &(dy, w, b, gain, of_magnitude)), OwnBuffers { db, dbias, dm })| {
-                let of: &BackwardProjection<'_, CudaStorage> = of;
+            let mut projections = Vec::with_capacity(operands.len());
+            for ((of, &(dy, w, b, gain, of_magnitude)), own) in op.projections.iter().zip(&operands).zip(&mut own) {
                 let (n, r) = (of.w.view.rows, of.b.view.cols);
-                let dm = of_magnitude.zip(dm.as_mut());
-                cuda::BackwardProjection {
+                let dm = of_magnitude.zip(own.dm.as_mut()).map(|((y, bias, magnitude), dm)| {
+                    let dm = cuda::matrix_mut(dm, 1, n);
+                    MagnitudeGradient { y, bias, magnitude, dm }
+                });
+                projections.push(cuda::BackwardProjection {
                     dy,
                     w,
                     b,
                     scale: of.scale,
-                    db: db.as_mut().map(|db| db.gradient(n, r)),
-                    dbias: dbias.as_mut().map(|dbias| dbias.gradient(1, n)),
-                    dm: dm.map(|((y, bias, magnitude), dm)| MagnitudeGradient {
-                        y,
-                        bias,
-                        magnitude,
-                        dm: cuda::matrix_mut(dm, 1, n),
-                    }),
+                    db: own.db.as_mut().map(|db| db.gradient(n, r)),
+                    dbias: own.dbias.as_mut().map(|dbias| dbias.gradient(1, n)),
+                    dm,
                     gain,
-                }
-            };
+                });
+            }
             let backward = cuda::BackwardShared {
                 a,
                 x: Some(x),
                 h,
                 dx: dx.as_mut().map(|dx| cuda::matrix_mut(dx, m, k)),
                 da: da.as_mut().map(|da| da.gradient(r, k)),
-                projections: all.map(projection).collect(),
+                projections,
                 accumulate: Accumulate::default(),
                 dropout: dropout(op.dropout),
                 routes: None,

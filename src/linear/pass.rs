@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Backend, Rejected};
+use super::{Backend, Bank, Rejected, Routes};
 use crate::error::{Error, Result};
 use crate::{Dropout, Element, Matrix, Seed};
 
@@ -41,6 +41,19 @@ pub(super) struct Made {
     pub(super) adapter: Option<u64>,
 }
 
+/// What rows of a pass go through where it is not the active adapter.
+pub(super) struct Routed<'a, B: Backend, T: Element> {
+    pub(super) bank: &'a Bank<B, T>,
+    pub(super) routes: &'a Routes<B>,
+}
+
+impl<B: Backend, T: Element> Clone for Routed<'_, B, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B: Backend, T: Element> Copy for Routed<'_, B, T> {}
+
 /// What forward leaves for backward, beside x: h, and which states of the layers it is of.
 pub struct Kept<B: Backend, T: Element> {
     /// M × R; `None` without an adapter, at rank 0, and where backward computes it.
@@ -52,16 +65,19 @@ pub struct Kept<B: Backend, T: Element> {
     pub(super) tokens: usize,
     /// Of each layer that shares x.
     pub(super) layers: Vec<Made>,
+    /// Of the bank, where rows went through one.
+    bank: Option<u64>,
 }
 
 /// One forward pass, for [`LoraLinear::backward`](super::LoraLinear::backward) or
 /// [`LoraProjections::backward`](super::LoraProjections::backward): x and what forward kept. It may be used any number of times.
 ///
-/// It borrows x, and the seed of dropout where that lies in memory. A caller that cannot keep the borrow takes it apart with
+/// It borrows x, bank and routes where rows went through one, and the seed of dropout where that lies in memory. A caller that cannot keep the borrow takes it apart with
 /// [`into_kept`](Self::into_kept) and puts it together again with [`Kept::with`].
 pub struct Pass<'a, B: Backend, T: Element> {
     pub(super) x: Matrix<'a, B::Read<T>>,
     pub(super) dropout: Option<Dropout<'a, B::Words>>,
+    pub(super) routed: Option<Routed<'a, B, T>>,
     pub(super) kept: Kept<B, T>,
 }
 
@@ -78,7 +94,15 @@ impl<'a, B: Backend, T: Element> Pass<'a, B, T> {
             Seed::Value { seed, offset } => (p, Some([seed, offset])),
             Seed::Memory(_) => (p, None),
         });
-        Self { x, dropout, kept: Kept { h, dropout: kept_dropout, columns, tokens: x.rows, layers } }
+        let kept = Kept { h, dropout: kept_dropout, columns, tokens: x.rows, layers, bank: None };
+        Self { x, dropout, routed: None, kept }
+    }
+
+    /// The same of rows that went through a bank.
+    pub(super) fn through(mut self, routed: Routed<'a, B, T>) -> Self {
+        self.kept.bank = Some(routed.bank.version());
+        self.routed = Some(routed);
+        self
     }
 
     /// The input of forward.
@@ -92,7 +116,7 @@ impl<'a, B: Backend, T: Element> Pass<'a, B, T> {
         self.kept.h.as_ref()
     }
 
-    /// Lets x go, and a seed in memory.
+    /// Lets x go, bank and routes, and a seed in memory.
     pub fn into_kept(self) -> Kept<B, T> {
         self.kept
     }
@@ -104,9 +128,10 @@ impl<B: Backend, T: Element> Kept<B, T> {
     ///
     /// # Errors
     /// [`Error::Dimension`]; [`Error::Missing`] for a pass that took its seed from memory, which
-    /// [`with_seed`](Self::with_seed) wants. What was kept comes back with it.
+    /// [`with_seed`](Self::with_seed) wants, and for one whose rows went through a bank, which [`with_routes`](Self::with_routes)
+    /// wants. What was kept comes back with it.
     pub fn with(self, x: Matrix<'_, B::Read<T>>) -> Result<Pass<'_, B, T>, Rejected<Self>> {
-        self.rejoined(x, None)
+        self.rejoined(x, None, None)
     }
 
     /// As [`with`](Self::with) for a pass that took its seed from memory: `seed` must hold what forward read there.
@@ -118,18 +143,54 @@ impl<B: Backend, T: Element> Kept<B, T> {
         x: Matrix<'a, B::Read<T>>,
         seed: Matrix<'a, B::Words>,
     ) -> Result<Pass<'a, B, T>, Rejected<Self>> {
-        self.rejoined(x, Some(seed))
+        self.rejoined(x, Some(seed), None)
+    }
+
+    /// As [`with`](Self::with) for a pass of [`LoraLinear::forward_routed_train`](super::LoraLinear::forward_routed_train): `routes`
+    /// must be those of forward, `seed` what it read where it took it from memory.
+    ///
+    /// # Errors
+    /// As [`with_seed`](Self::with_seed); [`Error::State`] for a pass of no bank, and where `bank` is another or was refreshed since.
+    pub fn with_routes<'a>(
+        self,
+        x: Matrix<'a, B::Read<T>>,
+        bank: &'a Bank<B, T>,
+        routes: &'a Routes<B>,
+        seed: Option<Matrix<'a, B::Words>>,
+    ) -> Result<Pass<'a, B, T>, Rejected<Self>> {
+        self.rejoined(x, seed, Some(Routed { bank, routes }))
     }
 
     fn rejoined<'a>(
         self,
         x: Matrix<'a, B::Read<T>>,
         memory: Option<Matrix<'a, B::Words>>,
+        routed: Option<Routed<'a, B, T>>,
     ) -> Result<Pass<'a, B, T>, Rejected<Self>> {
-        let seed = match (self.dropout, memory) {
-            _ if x.rows != self.tokens => {
-                Err(Error::Dimension { arg: "x", axis: "rows", got: x.rows, expected: self.tokens })
+        match self.check(x.rows, routed).and_then(|()| self.seeded(memory)) {
+            Ok(dropout) => Ok(Pass { x, dropout, routed, kept: self }),
+            Err(error) => Err(Rejected { error, value: self }),
+        }
+    }
+
+    fn check(&self, rows: usize, routed: Option<Routed<'_, B, T>>) -> Result<()> {
+        let refused =
+            |got: &str, expected| Err(Error::State { operation: "with_routes", got: got.to_owned(), expected });
+        match (self.bank, routed.map(|routed| routed.bank.version())) {
+            _ if rows != self.tokens => {
+                Err(Error::Dimension { arg: "x", axis: "rows", got: rows, expected: self.tokens })
             }
+            (Some(_), None) => Err(Error::Missing { arg: "routes", output: "a pass of a bank" }),
+            (None, Some(_)) => refused("the pass is of no bank", "`with`"),
+            (Some(kept), Some(given)) if kept != given => {
+                refused("the bank is another than forward read", "the bank of the pass, as it was")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn seeded<'a>(&self, memory: Option<Matrix<'a, B::Words>>) -> Result<Option<Dropout<'a, B::Words>>> {
+        match (self.dropout, memory) {
             (None, None) => Ok(None),
             (Some((p, Some([seed, offset]))), None) => Ok(Some(Dropout { p, seed: Seed::Value { seed, offset } })),
             (Some((p, None)), Some(memory)) => Ok(Some(Dropout { p, seed: Seed::Memory(memory) })),
@@ -139,10 +200,6 @@ impl<B: Backend, T: Element> Kept<B, T> {
                 got: "the pass took no seed from memory".to_owned(),
                 expected: "`with`",
             }),
-        };
-        match seed {
-            Ok(dropout) => Ok(Pass { x, dropout, kept: self }),
-            Err(error) => Err(Rejected { error, value: self }),
         }
     }
 }

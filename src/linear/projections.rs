@@ -232,7 +232,7 @@ impl<B: Backend, T: Element, const P: usize> LoraProjections<B, T, P> {
     }
 
     fn sharing<'s, 'a>(&'a self, layers: &'s [&'a LoraLinear<B, T>; P]) -> Sharing<'s, 'a, B, T> {
-        Sharing { backend: &self.backend, layers, stack: Some(&self.stack) }
+        Sharing { backend: &self.backend, layers, stack: Some(&self.stack), routed: None }
     }
 
     /// Buffers for what `write` writes, with what it returns.

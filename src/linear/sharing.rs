@@ -1,7 +1,7 @@
 //! What layers that share x compute, in one launch. A layer alone is the case of one.
 
 use super::factor::{Factor, columns_of_h, each_b};
-use super::pass::Made;
+use super::pass::{Made, Routed};
 use super::{Backend, LoraLinear, Operands, Pass, Training, elements};
 use crate::error::{Error, Result};
 use crate::raw::named;
@@ -20,6 +20,8 @@ pub(super) struct Sharing<'s, 'a, B: Backend, T: Element> {
     pub(super) layers: &'s [&'a LoraLinear<B, T>],
     /// The A of several.
     pub(super) stack: Option<&'a Stack<B, T>>,
+    /// What rows go through in place of active adapters; for one layer alone.
+    pub(super) routed: Option<Routed<'a, B, T>>,
 }
 
 /// What a launch reads of them: A of all, and the operands of each.
@@ -55,9 +57,9 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
             operands.push(of(at, layer).map_err(|error| self.located(at, error))?);
         }
         let a = match (self.stack, &operands[..]) {
-            (Some(stack), _) => Factor::Storage(stack.view(operation, &operands)?),
-            (None, [one]) => one.a,
-            (None, all) => return Err(Error::Projections { got: all.len(), limit: 1 }),
+            (Some(stack), _) if self.routed.is_none() => Factor::Storage(stack.view(operation, &operands)?),
+            (_, [one]) => one.a,
+            (_, all) => return Err(Error::Projections { got: all.len(), limit: 1 }),
         };
         Ok((a, operands))
     }
@@ -77,7 +79,10 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
         x: Matrix<'_, B::Read<T>>,
         ys: impl IntoIterator<Item = MatrixMut<'a, B::Write<T>>>,
     ) -> Result<()> {
-        let read = self.read("forward", |_, layer| layer.operands("forward"))?;
+        let read = self.read("forward", |_, layer| match self.routed {
+            Some(routed) => layer.routed_operands("forward_routed", routed, x.rows),
+            None => layer.operands("forward"),
+        })?;
         self.launch(read, x, None, ys, None)
     }
 
@@ -112,7 +117,11 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
         let projection =
             |((Operands { w, scale, bias, gain, .. }, b), y)| ForwardProjection { w, b, scale, bias, gain, y };
         let projections = operands.into_iter().zip(ys).map(projection).collect();
-        self.backend.forward_shared::<T, A>(ForwardShared { x, a, h, projections, dropout, routes: None })
+        self.backend.forward_shared::<T, A>(ForwardShared { x, a, h, projections, dropout, routes: self.table() })
+    }
+
+    fn table(&self) -> Option<Matrix<'a, B::Words>> {
+        self.routed.map(|routed| routed.routes.view())
     }
 
     pub(super) fn forward_train<'x>(
@@ -123,6 +132,9 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
     ) -> Result<Pass<'x, B, T>> {
         let operation = "forward_train";
         let read = self.read(operation, |_, layer| {
+            if let Some(routed) = self.routed {
+                return layer.routed_operands("forward_routed_train", routed, x.rows);
+            }
             layer.check_unmerged(operation)?;
             layer.trained(operation)?;
             layer.operands(operation)
@@ -191,7 +203,7 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
         Outputs { dx, da, accumulate }: Outputs<'_, B, T>,
         parts: impl IntoIterator<Item = Part<'a, B, T>>,
     ) -> Result<()> {
-        let Pass { x, dropout, ref kept } = *pass;
+        let Pass { x, dropout, ref kept, .. } = *pass;
         let (count, columns, tokens) = (self.layers.len(), kept.columns, kept.tokens);
         let mut projections = Vec::with_capacity(count);
         for (at, (Part { dy, db, dbias, dm }, (of, b))) in parts.into_iter().zip(operands).enumerate() {
@@ -226,7 +238,7 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
             _ => None,
         };
         let da = da.map(Gradient::F32);
-        let (x, routes) = (Some(x), None);
+        let (x, routes) = (Some(x), self.table());
         self.backend.backward_shared::<T, A>(BackwardShared {
             a,
             x,
@@ -247,9 +259,15 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
             let got = format!("the pass is of {} layers that share x, not of {}", made.len(), self.layers.len());
             return Err(Error::State { operation, got, expected: "a pass of as many" });
         }
-        self.read(operation, |at, layer| {
-            layer.check_unmerged(operation)?;
-            layer.operands_of(made[at])
+        self.read(operation, |at, layer| match self.routed {
+            Some(routed) => {
+                layer.check_base(made[at])?;
+                layer.routed_operands(operation, routed, pass.kept.tokens)
+            }
+            None => {
+                layer.check_unmerged(operation)?;
+                layer.operands_of(made[at])
+            }
         })
     }
 
@@ -293,7 +311,7 @@ impl<B: Backend, T: Element> Stack<B, T> {
 
     /// Copies what has changed.
     pub(super) fn refresh(&mut self, backend: &B, layers: &[&LoraLinear<B, T>]) -> Result<()> {
-        let sharing = Sharing { backend, layers, stack: None };
+        let sharing = Sharing { backend, layers, stack: None, routed: None };
         let each = layers.iter().enumerate();
         let operands = each.map(|(at, layer)| layer.operands("refresh").map_err(|error| sharing.located(at, error)));
         let operands = operands.collect::<Result<Vec<_>>>()?;

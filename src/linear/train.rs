@@ -90,7 +90,8 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     }
 
     /// The gradients at `dy` (M × N) of the pass, with the adapter that it was made with, whether or not that is still the
-    /// active one.
+    /// active one. Of a pass through a bank da and db are those of all its adapters, as the bank has them: each one's lie at its
+    /// [slot](super::Bank::slots).
     ///
     /// # Errors
     /// Those of the backend's backward (`cpu::backward`, `cuda::Kernels::backward`); [`Error::State`] when the layer is not
@@ -103,11 +104,13 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         gradients: Gradients<'_, B, T>,
     ) -> Result<()> {
         let Gradients { dx, da, db, dbias, dm, accumulate } = gradients;
-        self.alone(&[self]).backward(pass, dx, da, [Part { dy, db, dbias, dm }], accumulate)
+        let layers = [self];
+        let sharing = Sharing { routed: pass.routed, ..self.alone(&layers) };
+        sharing.backward(pass, dx, da, [Part { dy, db, dbias, dm }], accumulate)
     }
 
     pub(super) fn alone<'s, 'a>(&'a self, layers: &'s [&'a Self]) -> Sharing<'s, 'a, B, T> {
-        Sharing { backend: &self.backend, layers, stack: None }
+        Sharing { backend: &self.backend, layers, stack: None, routed: None }
     }
 
     /// The magnitude of the pass's adapter, to which y must belong with the bias as it was.
@@ -139,21 +142,24 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         }
     }
 
+    /// The pass must be of this layer, with W as it is.
+    pub(super) fn check_base(&self, made: Made) -> Result<()> {
+        if made.base == self.version { Ok(()) } else { Err(refused("the pass is of another layer, or of another W")) }
+    }
+
     /// What forward read when it made a pass of the layer as it was.
     pub(super) fn operands_of(&self, made: Made) -> Result<Operands<'_, B, T>> {
-        let refused = |got: &str| {
-            let got = got.to_owned();
-            Err(Error::State { operation: "backward", got, expected: "a pass of this layer as it is" })
-        };
-        if made.base != self.version {
-            return refused("the pass is of another layer, or of another W");
-        }
+        self.check_base(made)?;
         match made.adapter {
             None => Ok(self.plain(None)),
             Some(version) => match self.adapters.iter().find(|named| named.version == version) {
                 Some(named) => self.with_adapter("backward", named),
-                None => refused("the pass is of an adapter that was changed or removed since"),
+                None => Err(refused("the pass is of an adapter that was changed or removed since")),
             },
         }
     }
+}
+
+fn refused(got: &str) -> Error {
+    Error::State { operation: "backward", got: got.to_owned(), expected: "a pass of this layer as it is" }
 }
