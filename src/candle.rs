@@ -1,8 +1,9 @@
 //! An op with gradients and a layer for candle 0.11.
 //!
 //! [`lora`] is one node of candle's graph: x, A, B and the bias are its inputs and get their gradients, W is frozen beside them.
-//! [`LoraLinear`] is a layer around it. On a CPU both compute on [`crate::cpu`] in f32, f16 or bf16; on GPUs, with the feature
-//! `candle-cuda`, by the kernels of `crate::cuda` in f16 or bf16, on candle's stream.
+//! [`LoraLinear`] is a layer around it, and [`lora_shared`] and [`LoraProjections`] are the same for several projections of one x.
+//! On a CPU they compute on [`crate::cpu`] in f32, f16 or bf16; on GPUs, with the feature `candle-cuda`, by the kernels of
+//! `crate::cuda` in f16 or bf16, on candle's stream.
 //!
 //! ```
 //! use candle_core::{DType, Device, ModuleT, Tensor};
@@ -46,14 +47,20 @@ mod cpu;
 #[cfg(feature = "candle-cuda")]
 mod cuda;
 mod linear;
+mod node;
 mod op;
+mod passes;
+mod projections;
+
 #[cfg(any(feature = "candle-cuda", test))]
 mod recent;
+mod split;
 mod third;
 mod view;
 
 pub use linear::{LoraConfig, LoraLinear};
-pub use op::{Dropout, Training, lora, lora_train};
+pub use op::{Dropout, Projection, Training, lora, lora_shared, lora_train};
+pub use projections::LoraProjections;
 
 use crate::error::Error;
 

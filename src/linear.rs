@@ -63,6 +63,12 @@
 //! other method drops. [`Gradients::accumulate`] adds a pass's gradients to those of others, in f32. A pass that is told not to
 //! keep h computes it again where db is asked for.
 //!
+//! # Full precision
+//!
+//! f32 factors over a 16-bit weight are rounded for the products, into copies that every change renews. An adapter that is
+//! [`at_full_precision`](Adapter::at_full_precision) has none: the products read its factors as they are, at more than 16 bits, as
+//! PEFT's do by default.
+//!
 //! # Biases
 //!
 //! Forward adds one bias. Where active adapters have biases of their own ([`Adapter::with_b_bias`], PEFT's `lora_bias`) that is
@@ -123,6 +129,15 @@
 //! # Ok::<(), fused_lora::Error>(())
 //! ```
 //!
+//! Adapters are trained there, too: [`forward_routed_train`](LoraLinear::forward_routed_train) keeps h, and
+//! [`backward`](LoraLinear::backward) gives da and db of the whole bank, each adapter's from its own rows, in one launch. After
+//! [`update`](LoraLinear::update) the bank wants [`refresh_bank`](LoraLinear::refresh_bank).
+//!
+//! # Layers that share x
+//!
+//! [`LoraProjections`] takes q, k and v of attention, or gate and up, into one launch: forward reads x as if for one layer, backward
+//! sums dx. Each layer keeps its W, bias and adapters.
+//!
 //! # Merging
 //!
 //! [`merge`](LoraLinear::merge) writes W' = W + s · B A to a second buffer and keeps W, so that
@@ -143,9 +158,13 @@ mod backend;
 mod bank;
 mod bias;
 mod dora;
+mod factor;
 mod joined;
 mod merge;
+mod pass;
+mod projections;
 mod set;
+mod sharing;
 mod train;
 
 use std::fmt;
@@ -154,12 +173,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub use adapter::{Adapter, Buffers, BuffersMut, Rejected, Scaling};
 pub use backend::Backend;
 pub use bank::{Bank, Routes};
-pub use train::{Gradients, Kept, Magnitude, Pass, Training};
+pub use pass::{Kept, Pass, Training};
+pub use projections::{LayerGradients, LoraProjections, ProjectionGradients};
+pub use train::{Gradients, Magnitude};
 
 use crate::error::{Error, Result};
 use crate::shape::check_length;
-use crate::{Element, Forward, LoraShape, Matrix, MatrixMut, Variant};
+use crate::{Element, LoraShape, Matrix, MatrixMut};
 use bias::Folded;
+use factor::Factor;
 use set::{Active, Named};
 
 /// A linear layer y = x Wᵀ (+ bias) with adapters; see the [module](self).
@@ -192,11 +214,13 @@ fn next_version() -> u64 {
 /// What forward and backward read beside their arguments.
 struct Operands<'a, B: Backend, T: Element> {
     w: Matrix<'a, B::Read<T>>,
-    a: Matrix<'a, B::Read<T>>,
-    b: Matrix<'a, B::Read<T>>,
+    a: Factor<'a, B, T>,
+    b: Factor<'a, B, T>,
     scale: f32,
     bias: Option<Matrix<'a, B::Read<T>>>,
     gain: Option<Matrix<'a, B::Read<f32>>>,
+    /// Another number whenever A changes; none without one.
+    version: Option<u64>,
 }
 
 /// What is made of an adapter is made of this, too.
@@ -316,7 +340,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         let r = ranks.max().unwrap_or(0);
         let shape = LoraShape { m: tokens, n: self.n, k: self.k, r };
         self.backend.reserve(T::DTYPE, shape)?;
-        self.backend.reserve(T::DTYPE, LoraShape { n: self.n.min(train::COLUMNS), ..shape })
+        self.backend.reserve(T::DTYPE, LoraShape { n: self.n.min(sharing::COLUMNS), ..shape })
     }
 
     /// y = x Wᵀ + Σ s · (x Aᵀ) Bᵀ (+ bias) over the active adapters, in a new buffer of M × N; x is M × K. An adapter with a
@@ -336,9 +360,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// Those of the backend's forward (`cpu::forward`, `cuda::Kernels::forward`); [`Error::State`] when an
     /// [`update`](Self::update) could not renew the copies that forward reads. Nothing is written then.
     pub fn forward_into(&self, x: Matrix<'_, B::Read<T>>, y: MatrixMut<'_, B::Write<T>>) -> Result<()> {
-        let Operands { w, a, b, scale, bias, gain } = self.operands("forward")?;
-        let variant = Variant { gain, ..Variant::default() };
-        self.backend.forward::<T, T>(Forward { x, w, a, b, scale, bias, h: None, y, variant })
+        self.alone(&[self]).forward(x, [y])
     }
 
     /// A buffer for y.
@@ -379,18 +401,17 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// No adapter, but for what it made of the bias: matrices without elements, which lie nowhere in particular.
     fn plain<'a>(&'a self, folded: Option<&'a B::Buffer<T>>) -> Operands<'a, B, T> {
         let w = B::read(self.weight());
-        let (a, b) = (Matrix::new(w, 0, self.k), Matrix::new(w, self.n, 0));
+        let (a, b) = (Factor::Storage(Matrix::new(w, 0, self.k)), Factor::Storage(Matrix::new(w, self.n, 0)));
         let bias = folded.or(self.bias.as_ref()).map(|bias| Matrix::new(B::read(bias), 1, self.n));
-        Operands { w: Matrix::new(w, self.n, self.k), a, b, scale: 1.0, bias, gain: None }
+        Operands { w: Matrix::new(w, self.n, self.k), a, b, scale: 1.0, bias, gain: None, version: None }
     }
 
     fn with_adapter<'a>(&'a self, operation: &'static str, named: &'a Named<B, T>) -> Result<Operands<'a, B, T>> {
-        let (r, factors) = (named.adapter.rank(), named.in_storage(operation)?);
+        let factors = named.factors(operation, self.n, self.k)?;
         let gain = named.gain().map(|gain| Matrix::new(B::read(gain), 1, self.n));
         let plain = Operands { gain, ..self.plain(named.folded().map(Folded::sum)) };
-        let Some((a, b)) = factors.filter(|_| r != 0) else { return Ok(plain) };
-        let (a, b) = (Matrix::new(B::read(a), r, self.k), Matrix::new(B::read(b), self.n, r));
-        Ok(Operands { a, b, scale: named.adapter.scale(), ..plain })
+        let Some((a, b)) = factors else { return Ok(plain) };
+        Ok(Operands { a, b, scale: named.adapter.scale(), version: Some(named.version), ..plain })
     }
 
     fn base(&self) -> Base<'_, B, T> {

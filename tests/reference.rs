@@ -132,6 +132,20 @@ fn the_rule_refuses_what_is_worse() {
     assert_eq!(check(&transposed, &expected), Err("shape 30×20, expected 20×30".into()));
 }
 
+#[test]
+fn luck_of_separate_products_is_no_rule() {
+    // Naive is exact, and the result is off by what elements may be, in one direction: nothing that roundings do often.
+    let off = |elements: usize, roundoffs: f64| {
+        let truth = Mat::from_fn(1, elements, |_, _| 1.0);
+        let (naive, magnitude) = (truth.clone(), truth.map(|_| 2.0));
+        let expected = Expected { truth, naive, magnitude, depth: 1, storage: Dtype::Bf16, output: Dtype::Bf16 };
+        check(&expected.truth.map(|v| v + roundoffs / 256.0), &expected)
+    };
+    assert_eq!(off(15, 3.9), Ok(()));
+    assert!(off(15, 4.1).is_err_and(|e| e.contains("element")));
+    assert!(off(16, 3.9).is_err_and(|e| e.contains("norm")));
+}
+
 /// A batch with routes is each row with its own adapter alone.
 #[test]
 fn routes_are_adapters_alone() {

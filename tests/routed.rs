@@ -5,8 +5,10 @@ mod common;
 use common::golden::{self, Golden};
 use common::layers::download;
 use fused_lora::cpu::Cpu;
-use fused_lora::linear::{Adapter, Backend, Bank, LoraLinear, Routes, Scaling};
-use fused_lora::{Element, Error, Matrix, Routing, bf16, f16};
+use fused_lora::linear::{
+    Adapter, Backend, Bank, BuffersMut, Gradients, Kept, LoraLinear, Pass, Rejected, Routes, Scaling, Training,
+};
+use fused_lora::{Dropout, Element, Error, Matrix, MatrixMut, Routing, Seed, bf16, f16};
 
 const N: usize = 40;
 const K: usize = 72;
@@ -96,6 +98,160 @@ fn a_batch_that_peft_recorded() {
     case.check_mixed::<_, bf16>(&Cpu, golden::BF16_AMP);
 }
 
+/// What a pass through a bank gives: y, dx, da and db of all adapters.
+struct Trained<T> {
+    y: Vec<T>,
+    dx: Vec<T>,
+    da: Vec<f32>,
+    db: Vec<f32>,
+}
+
+fn backward<B: Backend, T: Element>(
+    backend: &B,
+    layer: &LoraLinear<B, T>,
+    (y, pass): (B::Buffer<T>, Pass<'_, B, T>),
+    dy: &[T],
+    rank: usize,
+) -> Trained<T> {
+    let m = dy.len() / N;
+    let dy = backend.upload(dy).expect("an upload");
+    let mut dx = backend.upload(&vec![T::from_f32(f32::NAN); m * K]).expect("an upload");
+    let [mut da, mut db] = [rank * K, N * rank].map(|count| backend.upload(&vec![f32::NAN; count]).expect("an upload"));
+    let gradients = Gradients {
+        dx: Some(MatrixMut::new(B::write(&mut dx), m, K)),
+        da: Some(MatrixMut::new(B::write(&mut da), rank, K)),
+        db: Some(MatrixMut::new(B::write(&mut db), N, rank)),
+        ..Gradients::default()
+    };
+    layer.backward(&pass, Matrix::new(B::read(&dy), m, N), gradients).expect("backward");
+    Trained {
+        y: download(backend, &y, m * N),
+        dx: download(backend, &dx, m * K),
+        da: download(backend, &da, rank * K),
+        db: download(backend, &db, N * rank),
+    }
+}
+
+/// Gradients of every adapter are those of its own rows alone; a pass that keeps no h gives the same, bit by bit where `same_bits`.
+fn trains_each_adapter_on_its_rows<B: Backend, T: Element>(backend: &B, ids: &[Option<usize>], same_bits: bool) {
+    let m = ids.len();
+    let mut layer = layer::<B, T>(backend);
+    let (x, dy) = (numbers::<T>(m * K, 23), numbers::<T>(m * N, 29));
+    let bank = layer.bank(&NAMES).expect("a bank");
+    let rank = bank.rank();
+    let routes = Routes::upload(backend, &Routing::new(bank.slots(), ids).expect("a routing")).expect("an upload");
+    layer.reserve_routed(m, &bank).expect("a workspace");
+    let device = backend.upload(&x).expect("an upload");
+    let view = Matrix::new(B::read(&device), m, K);
+    let run = |recompute| {
+        let training = Training { recompute, ..Training::default() };
+        let pass = layer.forward_routed_train(view, &bank, &routes, training).expect("forward");
+        assert_eq!(pass.1.h().is_none(), recompute);
+        // Put together again.
+        let (y, kept) = (pass.0, pass.1.into_kept());
+        let pass = kept.with_routes(view, &bank, &routes, None).expect("the same x, bank and routes");
+        backward(backend, &layer, (y, pass), &dy, rank)
+    };
+    let (all, again) = (run(false), run(true));
+    assert!(!same_bits || (&all.dx, &all.da, &all.db) == (&again.dx, &again.da, &again.db), "h computed again");
+    let slots = bank.slots().to_vec();
+    for (id, name) in NAMES.into_iter().enumerate() {
+        layer.activate(name).expect("an adapter");
+        let rows: Vec<usize> = (0..m).filter(|&row| ids[row] == Some(id)).collect();
+        if rows.is_empty() {
+            continue;
+        }
+        let of = |from: &[T], cols: usize| -> Vec<T> {
+            rows.iter().flat_map(|row| from[row * cols..][..cols].to_vec()).collect()
+        };
+        let own = backend.upload(&of(&x, K)).expect("an upload");
+        let pass = layer.forward_train(Matrix::new(B::read(&own), rows.len(), K)).expect("forward alone");
+        let alone = backward(backend, &layer, pass, &of(&dy, N), RANKS[id]);
+        for (what, got, expected, cols) in [("y", &all.y, &alone.y, N), ("dx", &all.dx, &alone.dx, K)] {
+            assert!(close(&of(got, cols), expected), "{what} of {name}");
+        }
+        // Sums of as many products of a size near h and x, in another order.
+        let near = |got: f32, expected: f32| (got - expected).abs() <= 1e-4 * expected.abs().max(1.0);
+        let (first, r) = (slots[id].first_rank, RANKS[id]);
+        assert!(all.da[first * K..].iter().zip(&alone.da).all(|(got, expected)| near(*got, *expected)), "da of {name}");
+        for row in 0..N {
+            let (got, expected) = (&all.db[row * rank + first..][..r], &alone.db[row * r..][..r]);
+            assert!(got.iter().zip(expected).all(|(got, expected)| near(*got, *expected)), "db of {name}, row {row}");
+        }
+    }
+}
+
+#[test]
+fn every_adapter_is_trained_on_its_rows_on_the_cpu() {
+    for m in [1, 64, 131] {
+        for ids in [mixed(m), in_runs(m)] {
+            trains_each_adapter_on_its_rows::<_, f32>(&Cpu, &ids, true);
+            trains_each_adapter_on_its_rows::<_, bf16>(&Cpu, &ids, true);
+        }
+    }
+}
+
+/// A step of an optimiser: what has changed is copied to the bank, and a pass from before is none of it.
+#[test]
+fn a_bank_is_refreshed_after_a_step() {
+    let mut layer = layer::<_, f32>(&Cpu);
+    let x = numbers::<f32>(3 * K, 23);
+    let x = Matrix::new(&x[..], 3, K);
+    let mut bank = layer.bank(&NAMES).expect("a bank");
+    let routing = Routing::new(bank.slots(), &[Some(1), Some(3), None]).expect("a routing");
+    let routes = Routes::upload(&Cpu, &routing).expect("an upload");
+    let dropout = Some(Dropout { p: 0.25, seed: Seed::Value { seed: 1, offset: 2 } });
+    let training = Training { dropout, ..Training::default() };
+    let (before, pass) = layer.forward_routed_train(x, &bank, &routes, training).expect("forward");
+    assert_ne!(before, layer.forward_routed(x, &bank, &routes).expect("forward"), "something was dropped");
+    let kept = pass.into_kept();
+    layer
+        .update("b", |factors| -> fused_lora::Result<()> {
+            let BuffersMut::Storage { a, .. } = factors else { unreachable!("factors in the storage type") };
+            a.iter_mut().for_each(|a| *a *= 0.5);
+            Ok(())
+        })
+        .expect("an update");
+    let stale = |layer: &LoraLinear<Cpu, f32>, bank: &Bank<Cpu, f32>| {
+        let refused = layer.forward_routed_train(x, bank, &routes, training).map(drop).expect_err("a refusal");
+        assert!(matches!(refused, Error::State { operation: "forward_routed_train", .. }), "{refused}");
+        assert!(refused.to_string().contains("`b`"), "{refused}");
+    };
+    stale(&layer, &bank);
+    let pass = kept.with_routes(x, &bank, &routes, None).expect("the same bank");
+    let dy = numbers::<f32>(3 * N, 29);
+    let mut db = vec![9.0; N * bank.rank()];
+    let gradients = Gradients { db: Some(MatrixMut::new(&mut db[..], N, bank.rank())), ..Gradients::default() };
+    let refused = layer.backward(&pass, Matrix::new(&dy[..], 3, N), gradients).expect_err("a refusal");
+    assert!(matches!(refused, Error::State { operation: "backward", .. }), "{refused}");
+    assert!(db.iter().all(|&value| value == 9.0), "something was written");
+
+    let kept = pass.into_kept();
+    layer.refresh_bank(&mut bank).expect("copies");
+    let anew = layer.bank(&NAMES).expect("a bank");
+    assert_eq!((bank.a(), bank.b()), (anew.a(), anew.b()));
+    let (after, _) = layer.forward_routed_train(x, &bank, &routes, training).expect("forward");
+    assert_ne!(before, after);
+    let state = |rejected: Rejected<Kept<Cpu, f32>>, operation| {
+        assert!(
+            matches!(rejected.error, Error::State { operation: got, .. } if got == operation),
+            "{}",
+            rejected.error
+        );
+        rejected.value
+    };
+    let kept = state(kept.with_routes(x, &bank, &routes, None).map(drop).expect_err("another bank"), "with_routes");
+    let rejected = kept.with(x).map(drop).expect_err("a pass of a bank");
+    assert_eq!(rejected.error, Error::Missing { arg: "routes", output: "a pass of a bank" });
+    layer.activate("a").expect("an adapter");
+    let plain = layer.forward_train(x).expect("forward").1.into_kept();
+    state(plain.with_routes(x, &bank, &routes, None).map(drop).expect_err("a pass of no bank"), "with_routes");
+    layer.disable().expect("no adapter");
+    layer.remove("d").expect("not active");
+    let stray = layer.refresh_bank(&mut bank).expect_err("a refusal");
+    assert!(matches!(&stray, Error::State { operation: "refresh_bank", got, .. } if got.contains("`d`")), "{stray}");
+}
+
 fn refused(m: usize, change: impl FnOnce(&mut LoraLinear<Cpu, f32>, &Bank<Cpu, f32>) -> Routes<Cpu>) -> Error {
     let mut layer = layer::<_, f32>(&Cpu);
     let bank = layer.bank(&NAMES[..2]).expect("a bank");
@@ -143,6 +299,15 @@ mod on_the_emulator {
             let emulator = Emulator::new(Device::of_arch("emulated", arch, 3));
             each_row_as_alone::<_, bf16>(&emulator, 131, &mixed(131), close);
             each_row_as_alone::<_, f16>(&emulator, 131, &in_runs(131), close);
+        }
+    }
+
+    #[test]
+    fn every_adapter_is_trained_on_its_rows() {
+        for arch in [80, 90] {
+            let emulator = Emulator::new(Device::of_arch("emulated", arch, 3));
+            trains_each_adapter_on_its_rows::<_, bf16>(&emulator, &mixed(70), false);
+            trains_each_adapter_on_its_rows::<_, bf16>(&emulator, &in_runs(131), false);
         }
     }
 

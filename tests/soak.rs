@@ -10,11 +10,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use common::data::{Placement, Rng, Routes, Spec};
+use common::data::{Placement, Rng, Routes, Spec, Values};
 use common::every::Any;
 #[cfg(all(feature = "emulator", feature = "cuda"))]
 use common::every::{self, Kind};
-use common::{Backend, HostBackward, HostDropout, HostForward, check};
+use common::{Backend, HostBackward, HostDropout, HostForward, check, full};
 use fused_lora::{Element, bf16, f16};
 
 /// The system's allocator, with the bytes that are out.
@@ -100,9 +100,15 @@ fn routes(rng: &mut Rng) -> Option<Routes> {
     (pick(rng, 3) == 0).then_some(routes)
 }
 
+/// DoRA, which goes with neither dropout nor routes.
+fn dora(rng: &mut Rng, spec: Spec) -> Spec {
+    let may = spec.dropout.is_none() && spec.routes.is_none() && spec.values == Values::Random;
+    Spec { dora: pick(rng, 3) == 0 && may, ..spec }
+}
+
 type Bits = (Vec<u32>, Vec<Vec<u32>>);
 
-fn bits<T: Element>(forward: &HostForward<T>, backward: &HostBackward<T>) -> Bits {
+fn bits<T: Element, A: Element>(forward: &HostForward<T, A>, backward: &HostBackward<T, A>) -> Bits {
     let all = |data: &[T]| data.iter().map(|value| value.to_f32().to_bits()).collect::<Vec<_>>();
     let gradient = |gradient: &Option<common::HostGradient<T>>| match gradient {
         Some(common::HostGradient::Storage(host)) => all(&host.data),
@@ -112,26 +118,42 @@ fn bits<T: Element>(forward: &HostForward<T>, backward: &HostBackward<T>) -> Bit
     let h = forward.h.as_ref().map(|h| all(&h.data)).unwrap_or_default();
     let dx = backward.dx.as_ref().map(|dx| all(&dx.data)).unwrap_or_default();
     let gradients = [&backward.da, &backward.db, &backward.dbias].map(gradient);
-    (all(&forward.y.data), [vec![h, dx], gradients.into()].concat())
+    let dm = backward.magnitude.as_ref().map(|of| of.dm.data.iter().map(|value| value.to_bits()).collect());
+    (all(&forward.y.data), [vec![h, dx, dm.unwrap_or_default()], gradients.into()].concat())
 }
 
 /// Both operations, held to the oracle, then once more for their bits.
-fn case<T: Element>(backend: &impl Backend, spec: &Spec) {
+fn case<T: Element, A: Element>(
+    backend: &impl Backend,
+    spec: &Spec,
+    judge_forward: impl Fn(&HostForward<T, A>, &HostForward<T, A>) -> Result<(), String>,
+    judge_backward: impl Fn(&HostBackward<T, A>, &HostBackward<T, A>) -> Result<(), String>,
+) {
     let run = || {
-        let (mut forward, mut backward) = (spec.forward::<T>(), spec.backward::<T>());
+        let (mut forward, mut backward) = (spec.forward_of::<T, A>(), spec.backward_of::<T, A>());
         backend.forward(&mut forward).unwrap_or_else(|error| unreachable!("forward: {error}"));
         backend.backward(&mut backward).unwrap_or_else(|error| unreachable!("backward: {error}"));
         (forward, backward)
     };
     let (forward, backward) = run();
-    check::judge_forward(&spec.forward(), &forward, spec.values)
-        .unwrap_or_else(|complaint| unreachable!("{complaint}"));
-    check::judge_backward(&spec.backward(), &backward, spec.values)
-        .unwrap_or_else(|complaint| unreachable!("{complaint}"));
+    judge_forward(&spec.forward_of(), &forward).unwrap_or_else(|complaint| unreachable!("{complaint}"));
+    judge_backward(&spec.backward_of(), &backward).unwrap_or_else(|complaint| unreachable!("{complaint}"));
     let first = bits(&forward, &backward);
     drop((forward, backward));
     let (forward, backward) = run();
     assert!(bits(&forward, &backward) == first, "other bits the second time");
+}
+
+/// With factors of the storage type.
+fn plain<T: Element>(backend: &impl Backend, spec: &Spec) {
+    let judge_forward = |before: &_, after: &_| check::judge_forward(before, after, spec.values);
+    let judge_backward = |before: &_, after: &_| check::judge_backward(before, after, spec.values);
+    case::<T, T>(backend, spec, judge_forward, judge_backward);
+}
+
+/// With f32 factors over a layer of 16 bits.
+fn with_f32_factors<T: Element>(backend: &impl Backend, spec: &Spec) {
+    case::<T, f32>(backend, spec, full::judge_forward, full::judge_backward);
 }
 
 /// Ends the process when a case takes longer than this: what hangs cannot be unwound.
@@ -207,13 +229,19 @@ fn soak(name: &str, free: impl Fn() -> usize, next: impl Fn(&mut Rng, &dyn Fn(&s
     println!("{name}: {count} cases from seed {seed}, resident {} MiB, at first {} MiB", resident() >> 20, peak >> 20);
 }
 
-fn typed(rng: &mut Rng, backend: &impl Backend, spec: &Spec, with_f32: bool, begins: &dyn Fn(&str)) {
+/// `with_f32`: layers of f32, too; `f32_factors`: such factors over others.
+fn typed(rng: &mut Rng, backend: &impl Backend, spec: &Spec, with_f32: bool, f32_factors: bool, begins: &dyn Fn(&str)) {
     let dtype = pick(rng, if with_f32 { 3 } else { 2 });
-    begins(&format!("{}, {}, {spec:?}", backend.name(), ["f16", "bf16", "f32"][dtype]));
-    match dtype {
-        0 => case::<f16>(backend, spec),
-        1 => case::<bf16>(backend, spec),
-        _ => case::<f32>(backend, spec),
+    let may = f32_factors && dtype < 2 && spec.r != 0 && spec.routes.is_none() && spec.values == Values::Random;
+    let f32_factors = may && pick(rng, 3) == 0;
+    let over = if f32_factors { "f32 over " } else { "" };
+    begins(&format!("{}, {over}{}, {spec:?}", backend.name(), ["f16", "bf16", "f32"][dtype]));
+    match (dtype, f32_factors) {
+        (0, false) => plain::<f16>(backend, spec),
+        (1, false) => plain::<bf16>(backend, spec),
+        (0, true) => with_f32_factors::<f16>(backend, spec),
+        (1, true) => with_f32_factors::<bf16>(backend, spec),
+        _ => plain::<f32>(backend, spec),
     }
 }
 
@@ -222,14 +250,14 @@ fn typed(rng: &mut Rng, backend: &impl Backend, spec: &Spec, with_f32: bool, beg
 fn warm() {
     for (kind, spec) in [(Kind::Ragged, Spec::new(3, 5, 7, 2)), (Kind::Hopper, Spec::new(3, 8, 16, 8))] {
         for backend in every::emulated(kind) {
-            case::<f16>(&backend, &spec);
-            case::<bf16>(&backend, &spec);
+            plain::<f16>(&backend, &spec);
+            plain::<bf16>(&backend, &spec);
         }
     }
     let (emulated, large) = (common::emulated::Emulated::new(75, 2), fused_lora::plan::TileSize::Large);
     let backend = emulated.with_tile(large);
-    case::<f16>(&backend, &Spec::new(3, 5, 7, 2));
-    case::<bf16>(&backend, &Spec::new(3, 5, 7, 2));
+    plain::<f16>(&backend, &Spec::new(3, 5, 7, 2));
+    plain::<bf16>(&backend, &Spec::new(3, 5, 7, 2));
 }
 
 /// A simulated GPU of any kind, with its own order of events.
@@ -269,12 +297,14 @@ fn soak_on_the_cpu_and_the_emulator() {
         |rng, begins| {
             let most = if pick(rng, 12) == 0 { 300 } else { 96 };
             let large = Spec { dropout: dropout(rng), routes: routes(rng), ..spec(rng, most, false) };
-            typed(rng, &Any::Cpu, &large, true, begins);
+            let large = dora(rng, large);
+            typed(rng, &Any::Cpu, &large, true, true, begins);
             #[cfg(all(feature = "emulator", feature = "cuda"))]
             {
                 let (backend, aligned) = emulated(rng);
                 let small = Spec { dropout: dropout(rng), routes: routes(rng), ..spec(rng, 96, aligned) };
-                typed(rng, &backend, &small, false, begins);
+                let small = dora(rng, small);
+                typed(rng, &backend, &small, false, !aligned, begins);
             }
         },
     );
@@ -301,6 +331,7 @@ fn soak_on_the_gpu() {
         if !aligned {
             spec = Spec { dropout: dropout(rng), ..spec };
         }
-        typed(rng, &gpu, &spec, false, begins);
+        let spec = dora(rng, spec);
+        typed(rng, &gpu, &spec, false, !aligned, begins);
     });
 }

@@ -9,6 +9,8 @@ mod arguments;
 #[allow(dead_code)] // what needs the library
 #[path = "../benches/tax/cublaslt.rs"]
 mod cublaslt;
+#[path = "../benches/feature.rs"]
+mod feature;
 #[path = "../benches/tax/measure.rs"]
 mod measure;
 #[path = "../benches/origin.rs"]
@@ -20,8 +22,8 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use arguments::Feature;
 use cublaslt::{CublasLt, Product, places};
+use feature::Feature;
 use fused_lora::plan::{Family, TileSize};
 use fused_lora::{Dtype, LoraShape};
 use measure::{Effort, Measured, disagreement, interleaved, median, quantile, spread, tax};
@@ -237,9 +239,9 @@ fn the_command_line() {
     assert_eq!(dora.without_adapter(), Feature { projections: 2, ..Feature::default() });
     let full = parse("--full --dropout 0.1").expect("they are known").expect("not the help").feature;
     assert_eq!(full, Feature { full: true, dropout: 0.1, ..Feature::default() });
-    assert!(!full.has_rival() && (full.columns_of_h(12), dora.columns_of_h(12)) == (32, 24));
+    assert!(!full.is_none() && (full.columns_of_h(12), dora.columns_of_h(12)) == (32, 24));
     let many = parse("--adapters 8").expect("it is known").expect("not the help").feature;
-    assert!(many.adapters == 8 && !many.has_rival() && Feature::default().has_rival());
+    assert!(many.adapters == 8 && !many.is_none() && Feature::default().is_none());
     let options = all.options;
     assert_eq!((options.tile, options.cluster, options.bundle), (Some(TileSize::Sm90N192), Some(1), Some(2)));
     assert_eq!((options.chunks, options.group_m), (Some(3), Some(16)));

@@ -8,7 +8,7 @@ use std::time::Duration;
 use fused_lora::plan::Options;
 use fused_lora::{Dtype, LoraShape, Result};
 
-use crate::tax::arguments::Feature;
+use crate::feature::Feature;
 use crate::tax::cublaslt::CublasLt;
 use crate::tax::gpu;
 use crate::tax::report::Op as Product;

@@ -10,6 +10,8 @@ mod candle;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[path = "../feature.rs"]
+mod feature;
 #[path = "../origin.rs"]
 mod origin;
 mod report;
@@ -18,6 +20,8 @@ mod report;
 #[allow(dead_code)] // its tables are its own
 #[path = "../tax"]
 mod tax {
+    use crate::feature;
+
     pub mod arguments;
     pub mod cublaslt;
     pub mod gpu;
@@ -28,6 +32,7 @@ mod tax {
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
+use feature::Feature;
 use fused_lora::{Dtype, LoraShape};
 
 /// Samples per case; the smallest number criterion accepts, so that the last ones recorded are always measurements.
@@ -83,13 +88,14 @@ impl Way {
     }
 }
 
-/// One thing to time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// One thing to time. Of several projections n is that of all, of several adapters r that of each.
+#[derive(Clone, Copy, Debug, PartialEq)]
 struct Case {
     op: Op,
     way: Way,
     dtype: Dtype,
     shape: LoraShape,
+    feature: Feature,
 }
 
 impl Case {
@@ -125,7 +131,8 @@ trait Backend {
 
     /// The plain product that a case is held against; the case itself when it is one.
     fn plain(&self, case: &Case) -> Case {
-        Case { way: self.baseline(), shape: LoraShape { r: 0, ..case.shape }, ..*case }
+        let feature = case.feature.without_adapter();
+        Case { way: self.baseline(), shape: LoraShape { r: 0, ..case.shape }, feature, ..*case }
     }
 }
 
@@ -135,7 +142,8 @@ fn cases(op: Op, dtypes: &[Dtype], shapes: &[(usize, usize, usize)], ranks: &[us
     for &(m, n, k) in shapes {
         for &dtype in dtypes {
             for &r in ranks {
-                cases.extend(ways.iter().map(|&way| Case { op, way, dtype, shape: LoraShape { m, n, k, r } }));
+                let (shape, feature) = (LoraShape { m, n, k, r }, Feature::default());
+                cases.extend(ways.iter().map(|&way| Case { op, way, dtype, shape, feature }));
             }
         }
     }
@@ -197,7 +205,8 @@ fn run(criterion: &mut Criterion, backend: &dyn Backend, op: Op) -> Result<Vec<M
     group.sampling_mode(SamplingMode::Flat);
     for case in backend.cases(op) {
         let LoraShape { m, n, k, r } = case.shape;
-        let id = format!("{m}x{n}x{k}/{}/r{r}/{}", case.dtype.name(), case.way.name());
+        let with = if case.feature.is_none() { String::new() } else { format!("/{}", case.feature) };
+        let id = format!("{m}x{n}x{k}/{}/r{r}/{}{with}", case.dtype.name(), case.way.name());
         group.throughput(Throughput::Elements(case.flops()));
         // Prepared when criterion asks for it: a case that the filter leaves out costs nothing.
         let mut pair = None;

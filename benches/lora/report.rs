@@ -48,7 +48,7 @@ pub fn table(measured: &[Measurement]) -> String {
     // Writing to a String cannot fail.
     let _ = writeln!(
         out,
-        "{:<9} {:<8} {:>18} {:>5} {:>4} {:>12} {:>7} {:>9} {:>9}",
+        "{:<9} {:<8} {:>18} {:>5} {:>4} {:>12} {:>7} {:>9} {:>9}  with",
         "op", "way", "M x N x K", "dtype", "R", "time", "spread", "GFLOP/s", "tax"
     );
     for measurement in measured {
@@ -57,7 +57,7 @@ pub fn table(measured: &[Measurement]) -> String {
         let tax = measurement.tax().map_or_else(|| "plain".to_owned(), |tax| format!("{:+.1} %", 100.0 * tax));
         let _ = writeln!(
             out,
-            "{:<9} {:<8} {:>18} {:>5} {r:>4} {:>12} {:>7} {:>9.1} {tax:>9}",
+            "{:<9} {:<8} {:>18} {:>5} {r:>4} {:>12} {:>7} {:>9.1} {tax:>9}  {}",
             case.op.name(),
             case.way.name(),
             format!("{m} x {n} x {k}"),
@@ -65,6 +65,7 @@ pub fn table(measured: &[Measurement]) -> String {
             format!("{:.1} µs", measurement.microseconds()),
             format!("{:.1} %", 100.0 * measurement.spread()),
             measurement.gigaflops(),
+            case.feature,
         );
     }
     out
@@ -84,7 +85,7 @@ pub fn json(backend: &dyn Backend, measured: &[Measurement]) -> Value {
         .map(|measurement| {
             let case = &measurement.case;
             let LoraShape { m, n, k, r } = case.shape;
-            json!({
+            case.feature.on(json!({
                 "op": case.op.name(),
                 "way": case.way.name(),
                 "dtype": case.dtype.name(),
@@ -98,7 +99,7 @@ pub fn json(backend: &dyn Backend, measured: &[Measurement]) -> Value {
                 "tflops": measurement.gigaflops() / 1e3,
                 "tax_percent": measurement.tax().map(|tax| 100.0 * tax),
                 "tax_over": measurement.tax().map(|_| measurement.plain.way.name()),
-            })
+            }))
         })
         .collect();
     let on_gpu = backend.name() == "cuda";

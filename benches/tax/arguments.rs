@@ -3,10 +3,11 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use fused_lora::Dtype;
 use fused_lora::plan::Options;
 use fused_lora::raw::MAX_PROJECTIONS;
-use fused_lora::{Dtype, split_columns};
 
+use super::feature::Feature;
 use super::report::Op;
 
 pub const HELP: &str = "\
@@ -47,60 +48,22 @@ operations as separate products of cuBLASLt.
 Exit status: 0 measured, or no GPU (a line says SKIPPED); 1 something failed; 3 wrong usage.
 ";
 
-/// What a call has beside the plain adapter.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Feature {
-    /// Part of x's elements that the adapter does not see.
-    pub dropout: f32,
-    /// That the rows of a batch go through.
-    pub adapters: usize,
-    /// A gain, and the gradient of the magnitude.
-    pub dora: bool,
-    /// Factors in f32.
-    pub full: bool,
-    /// That share x.
-    pub projections: usize,
-}
-
-impl Default for Feature {
-    fn default() -> Self {
-        Self { dropout: 0.0, adapters: 1, dora: false, full: false, projections: 1 }
+fn check(feature: Feature, layers: &[(usize, usize)]) -> Result<(), lexopt::Error> {
+    let asked = [feature.dropout > 0.0, feature.adapters > 1, feature.dora];
+    if asked.iter().filter(|asked| **asked).count() > 1 || (feature.adapters > 1 && feature.projections > 1) {
+        return Err(
+            "--dropout, --adapters and --dora exclude one another, and --adapters excludes --projections".into()
+        );
     }
-}
-
-impl Feature {
-    /// Of the plain product.
-    pub fn without_adapter(self) -> Self {
-        Self { projections: self.projections, ..Self::default() }
+    if feature.full && (feature.adapters > 1 || feature.projections > 1) {
+        return Err("--full excludes --adapters and --projections".into());
     }
-
-    /// Of all projections, with `r` ranks each.
-    pub fn columns_of_h(&self, r: usize) -> usize {
-        if self.full { split_columns(r) } else { self.projections * r }
+    if feature.projections > MAX_PROJECTIONS {
+        return Err(format!("--projections is {}, expected {MAX_PROJECTIONS} at most", feature.projections).into());
     }
-
-    /// Whether cuBLASLt's separate products compute the same.
-    pub fn has_rival(&self) -> bool {
-        *self == Self::default()
-    }
-
-    fn check(&self, layers: &[(usize, usize)]) -> Result<(), lexopt::Error> {
-        let asked = [self.dropout > 0.0, self.adapters > 1, self.dora];
-        if asked.iter().filter(|asked| **asked).count() > 1 || (self.adapters > 1 && self.projections > 1) {
-            return Err(
-                "--dropout, --adapters and --dora exclude one another, and --adapters excludes --projections".into()
-            );
-        }
-        if self.full && (self.adapters > 1 || self.projections > 1) {
-            return Err("--full excludes --adapters and --projections".into());
-        }
-        if self.projections > MAX_PROJECTIONS {
-            return Err(format!("--projections is {}, expected {MAX_PROJECTIONS} at most", self.projections).into());
-        }
-        match layers.iter().find(|(n, _)| n % self.projections != 0) {
-            Some((n, _)) => Err(format!("N = {n} cannot be cut into {} projections", self.projections).into()),
-            None => Ok(()),
-        }
+    match layers.iter().find(|(n, _)| n % feature.projections != 0) {
+        Some((n, _)) => Err(format!("N = {n} cannot be cut into {} projections", feature.projections).into()),
+        None => Ok(()),
     }
 }
 
@@ -190,7 +153,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Arg
             other => return Err(other.unexpected()),
         }
     }
-    parsed.feature.check(&parsed.layers)?;
+    check(parsed.feature, &parsed.layers)?;
     if parsed.quick {
         parsed.layers.truncate(1);
         parsed.rounds = parsed.rounds.min(10);

@@ -8,8 +8,9 @@ use cuda::cudarc::driver::{CudaSlice, CudaStream, DevicePtr, DriverError, Profil
 use fused_lora::plan::{Options, Plan};
 use fused_lora::{Accumulate, Dtype, Error, LoraShape, Routing, Slot, bf16, cuda, f16, raw};
 
-use super::arguments::{Arguments, Feature};
+use super::arguments::Arguments;
 use super::cublaslt::{CublasLt, Product, WORKSPACE_BYTES};
+use super::feature::Feature;
 use super::measure::{Effort, disagreement, interleaved};
 use super::report::{Op, Row, Way};
 
@@ -394,7 +395,7 @@ impl Gpu {
             for r in [0].into_iter().chain(arguments.ranks.iter().copied()) {
                 let what = (op, dtype, shape(r));
                 let (job, plan) = self.fused(arguments.options, what, first)?;
-                if let Some(rival) = rival.filter(|_| r == 0 || arguments.unfused && arguments.feature.has_rival()) {
+                if let Some(rival) = rival.filter(|_| r == 0 || arguments.unfused && arguments.feature.is_none()) {
                     let way = if r == 0 { Way::Plain } else { Way::Unfused };
                     rows.push(Row {
                         way,

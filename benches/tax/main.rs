@@ -9,6 +9,8 @@
 
 mod arguments;
 mod cublaslt;
+#[path = "../feature.rs"]
+mod feature;
 mod gpu;
 mod measure;
 #[path = "../origin.rs"]

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use fused_lora::{Dtype, LoraShape};
 use serde_json::{Value, json};
 
-use super::arguments::Feature;
+use super::feature::Feature;
 use super::measure::{median, spread, tax};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,7 +170,7 @@ pub fn json(machine: &Machine, rows: &[Row]) -> Value {
         .iter()
         .map(|row| {
             let LoraShape { m, n, k, r } = row.shape;
-            json!({
+            row.feature.on(json!({
                 "op": row.op.name(),
                 "way": row.way.name(),
                 "dtype": row.dtype.name(),
@@ -178,12 +178,6 @@ pub fn json(machine: &Machine, rows: &[Row]) -> Value {
                 "n": n,
                 "k": k,
                 "r": r,
-                // As it was asked for: 0.1, not the next f32.
-                "dropout": row.feature.dropout.to_string().parse::<f64>().unwrap_or_default(),
-                "adapters": row.feature.adapters,
-                "dora": row.feature.dora,
-                "full": row.feature.full,
-                "projections": row.feature.projections,
                 "us": row.microseconds(),
                 "spread": spread(&row.samples),
                 "samples": row.samples.len(),
@@ -196,7 +190,7 @@ pub fn json(machine: &Machine, rows: &[Row]) -> Value {
                 "goal_percent": row.goal(),
                 "predicted_us": row.predicted,
                 "what": row.what,
-            })
+            }))
         })
         .collect();
     json!({

@@ -7,14 +7,14 @@ mod slices;
 use std::str::FromStr;
 use std::time::Duration;
 
-use fused_lora::{Dtype, Element, Result};
+use fused_lora::{Dtype, Element, Result, split_columns};
 #[cfg(feature = "cuda")]
 use fused_lora::{emulator::Emulator, plan::Device};
 
 use super::failure::Failure;
 
-/// The layer and its data in one storage type; every matrix contiguous.
-pub struct Problem<T> {
+/// The layer and its data in one storage type, A and B in theirs; every matrix contiguous.
+pub struct Problem<T, A> {
     pub m: usize,
     pub n: usize,
     pub k: usize,
@@ -22,14 +22,26 @@ pub struct Problem<T> {
     pub scale: f32,
     pub x: Vec<T>,
     pub w: Vec<T>,
-    pub a: Vec<T>,
-    pub b: Vec<T>,
+    pub a: Vec<A>,
+    pub b: Vec<A>,
     pub bias: Option<Vec<T>>,
     pub dy: Vec<T>,
     /// The words of a `Routing`, where rows go through adapters of their own.
     pub routes: Option<Vec<u64>>,
     /// DoRA's factors of the columns of y.
     pub gain: Option<Vec<f32>>,
+}
+
+impl<T: Element, A: Element> Problem<T, A> {
+    /// Whether A and B are at full precision: f32 over 16 bits.
+    pub fn is_full() -> bool {
+        A::DTYPE == Dtype::F32 && T::DTYPE != Dtype::F32
+    }
+
+    /// Columns of h, which at full precision has halves of each rank.
+    pub fn columns_of_h(&self) -> usize {
+        if Self::is_full() { split_columns(self.r) } else { self.r }
+    }
 }
 
 /// What DoRA's gain is made of: gain = magnitude / ‖W + scale · B A‖ (· earlier).
@@ -103,11 +115,15 @@ pub struct Backward<T> {
 pub trait Runner {
     fn name(&self) -> &'static str;
     fn computes(&self, dtype: Dtype) -> bool;
-    fn forward<T: Element>(&self, problem: &Problem<T>) -> Result<Forward<T>>;
-    fn backward<T: Element>(&self, problem: &Problem<T>, h: &[T], forms: Forms) -> Result<Backward<T>>;
+    fn forward<T: Element, A: Element>(&self, problem: &Problem<T, A>) -> Result<Forward<T>>;
+    fn backward<T: Element, A: Element>(&self, problem: &Problem<T, A>, h: &[T], forms: Forms) -> Result<Backward<T>>;
     fn gain<T: Element>(&self, norms: &Norms<'_, T>) -> Result<Vec<f32>>;
     /// dm alone, and its time.
-    fn magnitude<T: Element>(&self, problem: &Problem<T>, of: &OfMagnitude<'_, T>) -> Result<(Vec<f32>, Duration)>;
+    fn magnitude<T: Element, A: Element>(
+        &self,
+        problem: &Problem<T, A>,
+        of: &OfMagnitude<'_, T>,
+    ) -> Result<(Vec<f32>, Duration)>;
 }
 
 /// The backend asked for on the command line.

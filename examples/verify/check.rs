@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
+use fused_lora::reference::unit_roundoff;
 use fused_lora::{Element, Routing, Slot, bf16, f16};
 use safetensors::Dtype;
 
@@ -20,19 +21,33 @@ struct Mode {
     /// The mode that holds the truth for this one.
     truth: &'static str,
     storage: fused_lora::Dtype,
-    /// The adapter is kept in f32 (`A_f32`, `B_f32`) and rounded to the storage type for the products.
-    f32_adapter: bool,
+    factors: Factors,
 }
 
-const MODES: [Mode; 4] = [
-    Mode { name: "f32", truth: "f64", storage: fused_lora::Dtype::F32, f32_adapter: false },
-    Mode { name: "bf16", truth: "f64", storage: fused_lora::Dtype::Bf16, f32_adapter: false },
-    Mode { name: "f16", truth: "f64", storage: fused_lora::Dtype::F16, f32_adapter: false },
-    Mode { name: "bf16_amp", truth: "f64_a32", storage: fused_lora::Dtype::Bf16, f32_adapter: true },
-];
+/// How a mode keeps an adapter, and what its products read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Factors {
+    /// Both in the storage type.
+    Storage,
+    /// Kept in f32 (`A_f32`, `B_f32`), and rounded to the storage type for the products.
+    Rounded,
+    /// Both in f32: full precision.
+    Full,
+}
 
-/// Recorded modes that need more than 16 bits of an adapter beside a 16-bit base.
-const FULL_PRECISION: [&str; 2] = ["bf16_a32", "f16_a32"];
+const fn mode(name: &'static str, storage: fused_lora::Dtype, factors: Factors) -> Mode {
+    let truth = if matches!(factors, Factors::Storage) { "f64" } else { "f64_a32" };
+    Mode { name, truth, storage, factors }
+}
+
+const MODES: [Mode; 6] = [
+    mode("f32", fused_lora::Dtype::F32, Factors::Storage),
+    mode("bf16", fused_lora::Dtype::Bf16, Factors::Storage),
+    mode("f16", fused_lora::Dtype::F16, Factors::Storage),
+    mode("bf16_amp", fused_lora::Dtype::Bf16, Factors::Rounded),
+    mode("bf16_a32", fused_lora::Dtype::Bf16, Factors::Full),
+    mode("f16_a32", fused_lora::Dtype::F16, Factors::Full),
+];
 
 /// One result held to its bound.
 pub struct Row {
@@ -85,15 +100,20 @@ fn run_on(case: &Case, runner: &impl Runner) -> Result<Report, Failure> {
     let (mut rows, mut left_out) = (Vec::new(), Vec::new());
     for name in case.modes.iter().filter(|name| !name.starts_with("f64")) {
         match MODES.iter().find(|mode| mode.name == name) {
-            Some(mode) if runner.computes(mode.storage) => match mode.storage {
-                fused_lora::Dtype::F32 => rows.extend(run_mode::<f32>(case, runner, *mode)?),
-                fused_lora::Dtype::Bf16 => rows.extend(run_mode::<bf16>(case, runner, *mode)?),
-                fused_lora::Dtype::F16 => rows.extend(run_mode::<f16>(case, runner, *mode)?),
-            },
-            Some(_) => left_out.push((name.clone(), "the backend computes in 16 bits only")),
-            None if FULL_PRECISION.contains(&name.as_str()) => {
-                left_out.push((name.clone(), "needs f32 adapters at full precision, which is not built yet"));
+            Some(Mode { factors: Factors::Full, .. }) if case.routes.is_some() => {
+                left_out.push((name.clone(), "rows with adapters of their own are computed from rounded factors"));
             }
+            Some(mode) if runner.computes(mode.storage) => {
+                let run = match (mode.storage, mode.factors) {
+                    (fused_lora::Dtype::F32, _) => run_mode::<f32, f32>,
+                    (fused_lora::Dtype::Bf16, Factors::Full) => run_mode::<bf16, f32>,
+                    (fused_lora::Dtype::F16, Factors::Full) => run_mode::<f16, f32>,
+                    (fused_lora::Dtype::Bf16, _) => run_mode::<bf16, bf16>,
+                    (fused_lora::Dtype::F16, _) => run_mode::<f16, f16>,
+                };
+                rows.extend(run(case, runner, *mode)?);
+            }
+            Some(_) => left_out.push((name.clone(), "the backend computes in 16 bits only")),
             None => left_out.push((name.clone(), "unknown mode")),
         }
     }
@@ -105,7 +125,7 @@ fn run_on(case: &Case, runner: &impl Runner) -> Result<Report, Failure> {
     Ok(Report { case: case.name.clone(), dimensions: [case.m, case.n, case.k, case.rank()], rows, left_out })
 }
 
-fn run_mode<T: Element>(case: &Case, runner: &impl Runner, mode: Mode) -> Result<Vec<Row>, Failure> {
+fn run_mode<T: Element, A: Element>(case: &Case, runner: &impl Runner, mode: Mode) -> Result<Vec<Row>, Failure> {
     let failed = |error| Failure::Backend { backend: runner.name(), error };
     let (n, k) = (case.n, case.k);
     let find = |what: String, shape: Vec<usize>| Recorded::find(case, mode, what, shape);
@@ -124,7 +144,7 @@ fn run_mode<T: Element>(case: &Case, runner: &impl Runner, mode: Mode) -> Result
     }
 
     // All adapters as one, for what they make together.
-    let (problem, parts) = problem::<T>(case, mode, runner, &case.adapters)?;
+    let (problem, parts) = problem::<T, A>(case, mode, runner, &case.adapters)?;
     let forward = runner.forward(&problem).map_err(failed)?;
     let own_bias = gradients.iter().any(|gradients| gradients.b_bias.is_some());
     // DoRA multiplies what stands before it: the gradients of one adapter depend on the others.
@@ -137,21 +157,25 @@ fn run_mode<T: Element>(case: &Case, runner: &impl Runner, mode: Mode) -> Result
         dbias: if own_bias { Some(Form::F32) } else { dbias.as_ref().map(|dbias| form::<T>(Some(dbias))) },
     };
     let backward = runner.backward(&problem, &forward.h, forms(&gradients[0])).map_err(failed)?;
-    let mut rows = Rows { case, mode, rows: Vec::new() };
+    let mut rows = Rows { case, mode, rows: Vec::new(), roundoff: unit_roundoff(T::DTYPE) };
     rows.push(y, widened(&forward.y), forward.time);
     rows.push(dx, widened(&backward.dx), backward.time);
     let sums = backward.dbias.as_ref().map(values);
+    // DoRA's dz is rounded to the storage type in any case.
+    let gradients_roundoff =
+        if Problem::<T, A>::is_full() && problem.gain.is_none() { halves(T::DTYPE) } else { rows.roundoff };
     for (at, (gradients, place)) in gradients.into_iter().zip(&parts).enumerate() {
         let adapter = &case.adapters[at];
         // Side by side their scales are one, but for routes and DoRA; else the gradients of each do not depend on the others.
         let shared = case.adapters.len() == 1 || case.routes.is_some() || in_order;
-        let own = if shared { None } else { Some(alone::<T>(case, runner, mode, adapter, forms(&gradients))?) };
+        let own = if shared { None } else { Some(alone::<T, A>(case, runner, mode, adapter, forms(&gradients))?) };
         let (of, r, first) = match &own {
             Some(own) => (own, adapter.info.r, 0),
             None => (&backward, problem.r, place.first),
         };
         let Gradients { da, db, b_bias, magnitude } = gradients;
         let ranks = first..first + adapter.info.r;
+        rows.roundoff = gradients_roundoff;
         rows.push(da, part(values(&of.da), k, ranks.start * k..ranks.end * k, 0..k), of.time);
         let (dtype, mut sums_of_b) = part(values(&of.db), r, 0..n * r, ranks);
         if in_order {
@@ -163,8 +187,9 @@ fn run_mode<T: Element>(case: &Case, runner: &impl Runner, mode: Mode) -> Result
         if let Some((_, sums)) = &sums {
             rows.push_rounded::<T>(b_bias, sums.iter().map(|sum| adapter.info.scaling * sum).collect(), backward.time);
         }
+        rows.roundoff = unit_roundoff(T::DTYPE);
         if magnitude.is_some() {
-            let (dm, time) = of_magnitude::<T>(case, runner, mode, (&problem, &forward.y), at)?;
+            let (dm, time) = of_magnitude::<T, A>(case, runner, mode, (&problem, &forward.y), at)?;
             rows.push_rounded::<T>(magnitude, dm, time);
         }
     }
@@ -216,11 +241,11 @@ impl Place {
 }
 
 /// dm of the adapter at `at`: of what it and those before it make, times the gains behind it.
-fn of_magnitude<T: Element>(
+fn of_magnitude<T: Element, A: Element>(
     case: &Case,
     runner: &impl Runner,
     mode: Mode,
-    (all, y): (&Problem<T>, &[T]),
+    (all, y): (&Problem<T, A>, &[T]),
     at: usize,
 ) -> Result<(Vec<f64>, Duration), Failure> {
     let failed = |error| Failure::Backend { backend: runner.name(), error };
@@ -229,7 +254,7 @@ fn of_magnitude<T: Element>(
         let (dm, time) = runner.magnitude(all, &OfMagnitude { y, magnitude: &magnitude }).map_err(failed)?;
         return Ok((dm.into_iter().map(f64::from).collect(), time));
     }
-    let (part, places) = problem::<T>(case, mode, runner, &case.adapters[..=at])?;
+    let (part, places) = problem::<T, A>(case, mode, runner, &case.adapters[..=at])?;
     let y = runner.forward(&part).map_err(failed)?.y;
     let (dm, time) = runner.magnitude(&part, &OfMagnitude { y: &y, magnitude: &magnitude }).map_err(failed)?;
     let gain = |of: Option<&Vec<f32>>, row: usize| of.map_or(1.0, |gain| f64::from(gain[row]));
@@ -247,7 +272,7 @@ fn form<T: Element>(recorded: Option<&Recorded<'_>>) -> Form {
 }
 
 /// The gradients of one adapter of several, which do not depend on the others.
-fn alone<T: Element>(
+fn alone<T: Element, A: Element>(
     case: &Case,
     runner: &impl Runner,
     mode: Mode,
@@ -255,7 +280,7 @@ fn alone<T: Element>(
     forms: Forms,
 ) -> Result<Backward<T>, Failure> {
     let failed = |error| Failure::Backend { backend: runner.name(), error };
-    let (problem, _) = problem::<T>(case, mode, runner, std::slice::from_ref(adapter))?;
+    let (problem, _) = problem::<T, A>(case, mode, runner, std::slice::from_ref(adapter))?;
     let forward = runner.forward(&problem).map_err(failed)?;
     runner.backward(&problem, &forward.h, forms).map_err(failed)
 }
@@ -263,15 +288,20 @@ fn alone<T: Element>(
 /// Adapters that rows choose among start at multiples of so many ranks, as those of a `Bank`.
 const ALIGN: usize = 16;
 
+/// How exact a product of two numbers in halves is, relative to it: B and dh in dA.
+fn halves(storage: fused_lora::Dtype) -> f64 {
+    if storage == fused_lora::Dtype::F16 { 2f64.powi(-22) } else { 2f64.powi(-16) }
+}
+
 /// The inputs of the case with some of its adapters, rounded to `T` as PEFT rounds them in this mode, and the place of each.
 /// Several that are summed are side by side under the largest of their scales, the others' B multiplied by what theirs are of it;
 /// behind one of DoRA B is divided by the gain, which multiplies everything.
-fn problem<T: Element>(
+fn problem<T: Element, A: Element>(
     case: &Case,
     mode: Mode,
     runner: &impl Runner,
     adapters: &[Adapter],
-) -> Result<(Problem<T>, Vec<Place>), Failure> {
+) -> Result<(Problem<T, A>, Vec<Place>), Failure> {
     let (n, k) = (case.n, case.k);
     let scales = adapters.iter().map(|adapter| adapter.info.scaling);
     let scale = match case.routes {
@@ -287,17 +317,17 @@ fn problem<T: Element>(
         let [wide_a, wide_b] = factors(case, mode, adapter)?;
         let first = a.len() / k;
         slots.push(Slot { first_rank: a.len() / k, ranks: r, scale: scaling as f32 });
-        a.extend(narrow::<T>(&wide_a));
+        a.extend(narrow::<A>(&wide_a));
         let ratio = if scale == 0.0 || case.routes.is_some() { 1.0 } else { (scaling / scale) as f32 };
         let earlier = gain.clone();
         let divisor = |row: usize| earlier.as_ref().map_or(1.0, |earlier| earlier[row]);
         let gap = if case.routes.is_some() { r.next_multiple_of(ALIGN) - r } else { 0 };
         for (row, line) in b.iter_mut().enumerate() {
-            let scaled = |value: &f64| T::from_f32(*value as f32 * ratio / divisor(row));
+            let scaled = |value: &f64| A::from_f32(*value as f32 * ratio / divisor(row));
             line.extend(wide_b[row * r..][..r].iter().map(scaled));
-            line.extend(vec![T::default(); gap]);
+            line.extend(vec![A::default(); gap]);
         }
-        a.extend(vec![T::default(); gap * k]);
+        a.extend(vec![A::default(); gap * k]);
         if let Some(magnitude) = magnitude::<T>(case, mode, adapter)? {
             let f32 = |values: &[f64]| values.iter().map(|&value| value as f32).collect::<Vec<f32>>();
             let norms = Norms {
@@ -354,7 +384,7 @@ fn narrow<T: Element>(values: &[f64]) -> Vec<T> {
 
 /// A and B as the mode keeps them.
 fn factors(case: &Case, mode: Mode, adapter: &Adapter) -> Result<[Vec<f64>; 2], Failure> {
-    if !mode.f32_adapter {
+    if mode.factors == Factors::Storage {
         return Ok([adapter.a.clone(), adapter.b.clone()]);
     }
     let recorded =
@@ -368,7 +398,7 @@ fn magnitude<T: Element>(case: &Case, mode: Mode, adapter: &Adapter) -> Result<O
         return Ok(None);
     }
     let recorded = |what| case.adapter_tensor(adapter, what, &[case.n]).map(|tensor| &tensor.data);
-    if mode.f32_adapter {
+    if mode.factors != Factors::Storage {
         return Ok(Some(recorded("m_f32")?.iter().map(|&value| value as f32).collect()));
     }
     Ok(Some(narrow::<T>(recorded("m")?).iter().map(|value| value.to_f32()).collect()))
@@ -377,7 +407,7 @@ fn magnitude<T: Element>(case: &Case, mode: Mode, adapter: &Adapter) -> Result<O
 /// The bias on B, likewise.
 fn b_bias<T: Element>(case: &Case, mode: Mode, adapter: &Adapter) -> Result<Vec<f32>, Failure> {
     let recorded = |what| case.adapter_tensor(adapter, what, &[case.n]).map(|tensor| &tensor.data);
-    if mode.f32_adapter {
+    if mode.factors != Factors::Storage {
         return Ok(recorded("Bbias_f32")?.iter().map(|&value| value as f32).collect());
     }
     Ok(narrow::<T>(recorded("Bbias")?).iter().map(|value| value.to_f32()).collect())
@@ -388,6 +418,8 @@ struct Rows<'a> {
     case: &'a Case,
     mode: Mode,
     rows: Vec<Row>,
+    /// How exact products are, relative to a number.
+    roundoff: f64,
 }
 
 impl Rows<'_> {
@@ -402,7 +434,9 @@ impl Rows<'_> {
     }
 
     fn push(&mut self, recorded: Option<Recorded<'_>>, (dtype, result): (Dtype, Vec<f64>), time: Duration) {
-        self.rows.extend(recorded.map(|recorded| recorded.row(self.case, self.mode, dtype, &result, time)));
+        let Some(recorded) = recorded else { return };
+        let row = recorded.row(self, dtype, &result, time);
+        self.rows.push(row);
     }
 }
 
@@ -441,13 +475,13 @@ impl<'a> Recorded<'a> {
         Ok(Some(Self { what, shape, peft, truth }))
     }
 
-    fn row(self, case: &Case, mode: Mode, dtype: Dtype, result: &[f64], time: Duration) -> Row {
+    fn row(self, &Rows { case, mode, roundoff, .. }: &Rows<'_>, dtype: Dtype, result: &[f64], time: Duration) -> Row {
         let truth = &self.truth.data;
         let measured = measure::error(&self.peft.data, truth);
         let peft = case
             .recorded_error(mode.name, &self.what)
             .map_or(measured, |(relative, largest)| Error { relative, largest });
-        let bound = measure::bound(peft, truth, mode.storage);
+        let bound = measure::bound(peft, truth, roundoff);
         // The triangle inequality, with a little room because the norm divided by is that of PEFT's tensor.
         let from_peft_bound = Error {
             relative: 1.05 * (bound.relative + peft.relative),

@@ -1,8 +1,5 @@
 //! Errors and their bounds.
 
-use fused_lora::Dtype;
-use fused_lora::reference::unit_roundoff;
-
 /// Distance between two tensors: the Frobenius norm of the difference over that of the truth (not divided where the truth
 /// is zero), and the largest difference.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,15 +22,14 @@ pub fn error(values: &[f64], truth: &[f64]) -> Error {
     Error { relative, largest: if squares.is_nan() { f64::NAN } else { largest } }
 }
 
-/// At most 1.5 times PEFT's own error, or one rounding to the type that products come in, whichever is larger. (Under
-/// autocast that is bf16, although dA and dB are then widened to f32.)
+/// At most 1.5 times PEFT's own error, or one rounding to the type that products come in, whichever is larger: `roundoff`. (Under
+/// autocast that is bf16, although dA and dB are then widened to f32; at full precision dA and dB are as exact as two halves.)
 ///
 /// As a norm, one rounding is the unit roundoff: no value moves by more, relatively. For a single value it is the distance
 /// between neighbours at the largest one: half of it for rounding the value, half for the rounded middle (h or dh) that
 /// it is made of, which in the norm averages out.
-pub fn bound(peft: Error, truth: &[f64], dtype: Dtype) -> Error {
+pub fn bound(peft: Error, truth: &[f64], roundoff: f64) -> Error {
     let largest = truth.iter().fold(0.0f64, |largest, value| largest.max(value.abs()));
-    let roundoff = unit_roundoff(dtype);
     let (relative, spacing) =
         if largest > 0.0 { (roundoff, 2.0 * roundoff * largest.log2().floor().exp2()) } else { (0.0, 0.0) };
     Error { relative: (1.5 * peft.relative).max(relative), largest: (1.5 * peft.largest).max(spacing) }

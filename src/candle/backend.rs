@@ -1,10 +1,11 @@
-//! What the op needs of a backend: the two operations over one of candle's storages.
+//! What the op needs of a backend: the operations over one of candle's storages.
 
+use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{Result, Storage, WithDType};
 
 use super::op::Dropout;
 use super::view::View;
-use crate::{Element, Matrix, Seed, Variant};
+use crate::{Element, Seed};
 
 /// A matrix in one of candle's storages.
 #[derive(Debug)]
@@ -26,43 +27,62 @@ impl<S> Operand<'_, S> {
     }
 }
 
-/// [`crate::Forward`] that allocates what it writes.
+/// [`crate::ForwardShared`] that allocates what it writes.
 pub(super) struct Forward<'a, S> {
     pub(super) x: Operand<'a, S>,
-    pub(super) w: Operand<'a, S>,
     pub(super) a: Operand<'a, S>,
+    pub(super) projections: Vec<ForwardProjection<'a, S>>,
+    pub(super) dropout: Option<Dropout>,
+    pub(super) keep_h: bool,
+}
+
+/// [`crate::ForwardProjection`] that allocates y.
+pub(super) struct ForwardProjection<'a, S> {
+    pub(super) w: Operand<'a, S>,
     pub(super) b: Operand<'a, S>,
     pub(super) bias: Option<Operand<'a, S>>,
     /// In f32.
     pub(super) gain: Option<Operand<'a, S>>,
     pub(super) scale: f32,
-    pub(super) dropout: Option<Dropout>,
-    pub(super) keep_h: bool,
 }
 
-/// y, and h where it is kept.
+/// y of each projection, and h where it is kept.
 pub(super) struct Outputs<S> {
-    pub(super) y: S,
+    pub(super) ys: Vec<S>,
     pub(super) h: Option<S>,
 }
 
-/// [`crate::Backward`] that allocates what it writes.
+/// [`crate::BackwardShared`] that allocates what it writes.
 pub(super) struct Backward<'a, S> {
-    pub(super) dy: Operand<'a, S>,
-    pub(super) w: Operand<'a, S>,
     pub(super) a: Operand<'a, S>,
-    pub(super) b: Operand<'a, S>,
     pub(super) x: Operand<'a, S>,
     pub(super) h: Option<Operand<'a, S>>,
-    /// In f32.
-    pub(super) gain: Option<Operand<'a, S>>,
-    pub(super) scale: f32,
+    pub(super) projections: Vec<BackwardProjection<'a, S>>,
     pub(super) dropout: Option<Dropout>,
     pub(super) dx: bool,
     pub(super) da: Option<Precision>,
+}
+
+/// [`crate::BackwardProjection`] that allocates what it writes.
+pub(super) struct BackwardProjection<'a, S> {
+    pub(super) dy: Operand<'a, S>,
+    pub(super) w: Operand<'a, S>,
+    pub(super) b: Operand<'a, S>,
+    /// In f32.
+    pub(super) gain: Option<Operand<'a, S>>,
+    pub(super) scale: f32,
     pub(super) db: Option<Precision>,
     pub(super) dbias: Option<Precision>,
     pub(super) dm: Option<OfMagnitude<'a, S>>,
+}
+
+impl<'a, S> BackwardProjection<'a, S> {
+    /// Forward to a few columns of y, as many as fill 16 bytes.
+    pub(super) fn first_columns(&self) -> ForwardProjection<'a, S> {
+        let rows = self.w.view.rows.min(8);
+        let (w, b) = (self.w.first_rows(rows), self.b.first_rows(rows));
+        ForwardProjection { w, b, bias: None, gain: None, scale: self.scale }
+    }
 }
 
 /// What the gradient of DoRA's magnitude, in f32, is computed from.
@@ -85,13 +105,9 @@ pub(super) struct Gain<'a, S> {
     pub(super) magnitude: Operand<'a, S>,
 }
 
-/// Dropout and gain as both operations take them.
-pub(super) fn variant<'a, U: ?Sized, F: ?Sized>(
-    dropout: Option<Dropout>,
-    gain: Option<Matrix<'a, F>>,
-) -> Variant<'a, U, F> {
-    let given = |Dropout { p, seed, offset }| crate::Dropout { p, seed: Seed::Value { seed, offset } };
-    Variant { dropout: dropout.map(given), gain, ..Variant::default() }
+/// Dropout as both operations take it.
+pub(super) fn dropout<'a, U: ?Sized>(dropout: Option<Dropout>) -> Option<crate::Dropout<'a, U>> {
+    dropout.map(|Dropout { p, seed, offset }| crate::Dropout { p, seed: Seed::Value { seed, offset } })
 }
 
 /// The type of the gradient of an adapter or a bias: its own.
@@ -105,6 +121,11 @@ pub(super) enum Precision {
 pub(super) struct Gradients<S> {
     pub(super) dx: Option<S>,
     pub(super) da: Option<S>,
+    pub(super) projections: Vec<Own<S>>,
+}
+
+/// The gradients of one projection.
+pub(super) struct Own<S> {
     pub(super) db: Option<S>,
     pub(super) dbias: Option<S>,
     /// In f32.
@@ -124,7 +145,7 @@ pub(super) trait Scalar: Element + WithDType + candle_core::cuda::CudaDType {}
 impl<T: Element + WithDType + candle_core::cuda::CudaDType> Scalar for T {}
 
 pub(super) trait Backend {
-    type Storage;
+    type Storage: BackendStorage<Device: BackendDevice<Storage = Self::Storage>>;
     /// The storage of this backend; an error for another's.
     fn of(storage: &Storage) -> Result<&Self::Storage>;
     fn wrap(storage: Self::Storage) -> Storage;

@@ -2,24 +2,72 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::op::Dropout;
+use super::op::{Dropout, Projection};
 use crate::MAX_DIMENSION;
 use crate::error::{Error, Result};
+use crate::raw::{Projections, named};
+
+/// Which of several projections an argument is of.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub(super) at: usize,
+    pub(super) count: usize,
+}
+
+/// A layer alone.
+pub(super) const ALONE: Place = Place { at: 0, count: 1 };
+
+impl Place {
+    fn name(self, arg: &'static str) -> &'static str {
+        named(arg, self.at, self.count)
+    }
+}
+
+/// All arguments of the op but devices.
+pub(super) fn projections(x: &Tensor, projections: &[Projection<'_>], dropout: Option<Dropout>) -> Result<()> {
+    // Judges their number.
+    Projections::new(projections)?;
+    for (at, &Projection { w, a, b, bias, magnitude, .. }) in projections.iter().enumerate() {
+        let place = Place { at, count: projections.len() };
+        base(place, w, bias)?;
+        input(w, x)?;
+        adapter(place, w, a, b)?;
+        if let Some(of_dora) = magnitude {
+            self::magnitude(place, w, of_dora, dropout)?;
+        }
+    }
+    Ok(())
+}
+
+/// Of layers that share x: one K and one type.
+pub(super) fn weights(weights: &[&Tensor]) -> Result<()> {
+    Projections::new(weights)?;
+    let first = weights[0];
+    for (at, w) in weights.iter().enumerate() {
+        let arg = Place { at, count: weights.len() }.name("w");
+        dimension(arg, "columns", w.dims()[1], first.dims()[1])?;
+        if w.dtype() != first.dtype() {
+            return Err(dtype(arg, w, format!("{}, that of the first", first.dtype().as_str())));
+        }
+    }
+    Ok(())
+}
 
 /// The weight, frozen, N × K, and the bias of its type or f32, N.
-pub(super) fn base(w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
-    frozen("w", w)?;
-    rank("w", w, 2)?;
+pub(super) fn base(place: Place, w: &Tensor, bias: Option<&Tensor>) -> Result<()> {
+    let arg = place.name("w");
+    frozen(arg, w)?;
+    rank(arg, w, 2)?;
     match (w.dtype(), w.device()) {
         (DType::F16 | DType::BF16, _) | (DType::F32, Device::Cpu) => {}
-        (_, Device::Cpu) => return Err(dtype("w", w, "f32, f16 or bf16".to_owned())),
-        _ => return Err(dtype("w", w, "f16 or bf16, what GPUs compute in".to_owned())),
+        (_, Device::Cpu) => return Err(dtype(arg, w, "f32, f16 or bf16".to_owned())),
+        _ => return Err(dtype(arg, w, "f16 or bf16, what GPUs compute in".to_owned())),
     }
-    nonzero("w", &w.dims()[..1], w.dims()[1])?;
+    nonzero(arg, &w.dims()[..1], w.dims()[1])?;
     at_most("N (rows of w)", w.dims()[..1].iter())?;
     at_most("K (columns of w)", w.dims()[1..].iter())?;
     let Some(bias) = bias else { return Ok(()) };
-    vector("bias", w, bias)
+    vector(place.name("bias"), w, bias)
 }
 
 /// N, of the weight's type or f32.
@@ -30,15 +78,16 @@ pub(super) fn vector(arg: &'static str, w: &Tensor, tensor: &Tensor) -> Result<(
 }
 
 /// R × K and N × R, of the weight's type or f32.
-pub(super) fn adapter(w: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
-    for (arg, tensor) in [("a", a), ("b", b)] {
+pub(super) fn adapter(place: Place, w: &Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
+    let [a_name, b_name] = ["a", "b"].map(|arg| place.name(arg));
+    for (arg, tensor) in [(a_name, a), (b_name, b)] {
         rank(arg, tensor, 2)?;
         as_weight_or_f32(arg, tensor, w)?;
     }
-    ranks(a.dims()[0])?;
-    dimension("a", "columns", a.dims()[1], w.dims()[1])?;
-    dimension("b", "rows", b.dims()[0], w.dims()[0])?;
-    dimension("b", "columns", b.dims()[1], a.dims()[0])
+    ranks(a_name, a.dims()[0])?;
+    dimension(a_name, "columns", a.dims()[1], w.dims()[1])?;
+    dimension(b_name, "rows", b.dims()[0], w.dims()[0])?;
+    dimension(b_name, "columns", b.dims()[1], a.dims()[0])
 }
 
 /// … × K, of the weight's type.
@@ -104,17 +153,18 @@ fn at_most<'a>(what: &'static str, mut dims: impl Iterator<Item = &'a usize>) ->
 }
 
 /// At least 1, and no more than the kernels take.
-pub(super) fn ranks(r: usize) -> Result<()> {
-    nonzero("a", &[r], 1)?;
+pub(super) fn ranks(arg: &'static str, r: usize) -> Result<()> {
+    nonzero(arg, &[r], 1)?;
     at_most("R (rows of a)", [r].iter())
 }
 
 /// N, of the weight's type or f32, and no dropout beside it.
-pub(super) fn magnitude(w: &Tensor, magnitude: &Tensor, dropout: Option<Dropout>) -> Result<()> {
-    vector("magnitude", w, magnitude)?;
+fn magnitude(place: Place, w: &Tensor, magnitude: &Tensor, dropout: Option<Dropout>) -> Result<()> {
+    let arg = place.name("magnitude");
+    vector(arg, w, magnitude)?;
     let Some(Dropout { p, .. }) = dropout else { return Ok(()) };
     probability(p)?;
-    if p == 0.0 { Ok(()) } else { Err(Error::Exclusive { arg: "magnitude", other: "dropout" }) }
+    if p == 0.0 { Ok(()) } else { Err(Error::Exclusive { arg, other: "dropout" }) }
 }
 
 /// From 0 to 1.

@@ -2,7 +2,9 @@
 
 use candle_core::{CpuStorage, Result, Storage};
 
-use super::backend::{Backend, Backward, Forward, Gain, Gradients, Operand, Outputs, Precision, Scalar, variant};
+use super::backend::{
+    Backend, Backward, BackwardProjection, Forward, Gain, Gradients, Operand, Outputs, Own, Precision, Scalar, dropout,
+};
 use super::wrap;
 use crate::error::Error;
 use crate::{Accumulate, Factors, Gradient, MagnitudeGradient, Matrix, MatrixMut, cpu};
@@ -24,63 +26,79 @@ impl Backend for Cpu {
     }
 
     fn forward<T: Scalar>(op: &Forward<'_, CpuStorage>) -> Result<Outputs<CpuStorage>> {
-        let (m, n, r) = (op.x.view.rows, op.w.view.rows, op.a.view.rows);
-        let mut y = zeros::<T>(m, n)?;
+        let (m, r) = (op.x.view.rows, op.a.view.rows);
+        let mut ys = op.projections.iter().map(|of| zeros::<T>(m, of.w.view.rows)).collect::<Result<Vec<_>>>()?;
         let mut h = if op.keep_h { Some(zeros::<T>(m, r)?) } else { None };
-        cpu::forward(cpu::Forward {
+        let mut projections = Vec::with_capacity(ys.len());
+        for (of, y) in op.projections.iter().zip(&mut ys) {
+            projections.push(cpu::ForwardProjection {
+                w: matrix(of.w)?,
+                b: matrix::<T>(of.b)?,
+                scale: of.scale,
+                bias: of.bias.map(matrix).transpose()?,
+                gain: of.gain.map(matrix).transpose()?,
+                y: MatrixMut::new(y.as_mut_slice(), m, of.w.view.rows),
+            });
+        }
+        cpu::forward_shared(cpu::ForwardShared {
             x: matrix(op.x)?,
-            w: matrix(op.w)?,
-            a: matrix::<T>(op.a)?,
-            b: matrix(op.b)?,
-            scale: op.scale,
-            bias: op.bias.map(matrix).transpose()?,
+            a: matrix(op.a)?,
             h: h.as_mut().map(|h| MatrixMut::new(h.as_mut_slice(), m, r)),
-            y: MatrixMut::new(y.as_mut_slice(), m, n),
-            variant: variant(op.dropout, op.gain.map(matrix).transpose()?),
+            projections,
+            dropout: dropout(op.dropout),
+            routes: None,
         })
         .map_err(wrap)?;
-        Ok(Outputs { y: T::to_cpu_storage_owned(y), h: h.map(T::to_cpu_storage_owned) })
+        let ys = ys.into_iter().map(T::to_cpu_storage_owned).collect();
+        Ok(Outputs { ys, h: h.map(T::to_cpu_storage_owned) })
     }
 
     fn backward<T: Scalar>(op: &Backward<'_, CpuStorage>) -> Result<Gradients<CpuStorage>> {
-        let (m, k, n, r) = (op.dy.view.rows, op.w.view.cols, op.w.view.rows, op.a.view.rows);
+        let (m, k, r) = (op.x.view.rows, op.x.view.cols, op.a.view.rows);
         let mut dx = if op.dx { Some(zeros::<T>(m, k)?) } else { None };
         let mut da = op.da.map(|precision| Buffer::<T>::new(precision, r, k)).transpose()?;
-        let mut db = op.db.map(|precision| Buffer::<T>::new(precision, n, r)).transpose()?;
-        let mut dbias = op.dbias.map(|precision| Buffer::<T>::new(precision, 1, n)).transpose()?;
-        let mut dm = if op.dm.is_some() { Some(zeros::<f32>(1, n)?) } else { None };
-        cpu::backward(cpu::Backward {
-            dy: matrix(op.dy)?,
-            w: matrix(op.w)?,
-            a: matrix::<T>(op.a)?,
-            b: matrix(op.b)?,
-            scale: op.scale,
+        let mut own = op.projections.iter().map(OwnBuffers::<T>::new).collect::<Result<Vec<_>>>()?;
+        let mut projections = Vec::with_capacity(own.len());
+        for (of, OwnBuffers { db, dbias, dm }) in op.projections.iter().zip(&mut own) {
+            let (n, r) = (of.w.view.rows, of.b.view.cols);
+            projections.push(cpu::BackwardProjection {
+                dy: matrix(of.dy)?,
+                w: matrix(of.w)?,
+                b: matrix::<T>(of.b)?,
+                scale: of.scale,
+                db: db.as_mut().map(|db| db.gradient(n, r)),
+                dbias: dbias.as_mut().map(|dbias| dbias.gradient(1, n)),
+                dm: match (&of.dm, dm) {
+                    (Some(of), Some(dm)) => Some(MagnitudeGradient {
+                        y: matrix(of.y)?,
+                        bias: of.bias.map(matrix).transpose()?,
+                        magnitude: matrix(of.magnitude)?,
+                        dm: MatrixMut::new(dm.as_mut_slice(), 1, n),
+                    }),
+                    _ => None,
+                },
+                gain: of.gain.map(matrix).transpose()?,
+            });
+        }
+        cpu::backward_shared(cpu::BackwardShared {
+            a: matrix(op.a)?,
             x: Some(matrix(op.x)?),
             h: op.h.map(matrix).transpose()?,
             dx: dx.as_mut().map(|dx| MatrixMut::new(dx.as_mut_slice(), m, k)),
             da: da.as_mut().map(|da| da.gradient(r, k)),
-            db: db.as_mut().map(|db| db.gradient(n, r)),
-            dbias: dbias.as_mut().map(|dbias| dbias.gradient(1, n)),
-            dm: match (&op.dm, &mut dm) {
-                (Some(of), Some(dm)) => Some(MagnitudeGradient {
-                    y: matrix(of.y)?,
-                    bias: of.bias.map(matrix).transpose()?,
-                    magnitude: matrix(of.magnitude)?,
-                    dm: MatrixMut::new(dm.as_mut_slice(), 1, n),
-                }),
-                _ => None,
-            },
+            projections,
             accumulate: Accumulate::default(),
-            variant: variant(op.dropout, op.gain.map(matrix).transpose()?),
+            dropout: dropout(op.dropout),
+            routes: None,
         })
         .map_err(wrap)?;
-        Ok(Gradients {
-            dx: dx.map(T::to_cpu_storage_owned),
-            da: da.map(Buffer::into_storage),
+        let own = own.into_iter().map(|OwnBuffers { db, dbias, dm }| Own {
             db: db.map(Buffer::into_storage),
             dbias: dbias.map(Buffer::into_storage),
             dm: dm.map(CpuStorage::F32),
-        })
+        });
+        let (dx, da) = (dx.map(T::to_cpu_storage_owned), da.map(Buffer::into_storage));
+        Ok(Gradients { dx, da, projections: own.collect() })
     }
 
     fn gain<T: Scalar>(op: &Gain<'_, CpuStorage>) -> Result<CpuStorage> {
@@ -144,5 +162,23 @@ impl<T: Scalar> Buffer<T> {
             Self::Storage(data) => T::to_cpu_storage_owned(data),
             Self::F32(data) => CpuStorage::F32(data),
         }
+    }
+}
+
+/// The gradients of one projection in the making.
+struct OwnBuffers<T> {
+    db: Option<Buffer<T>>,
+    dbias: Option<Buffer<T>>,
+    dm: Option<Vec<f32>>,
+}
+
+impl<T: Scalar> OwnBuffers<T> {
+    fn new(of: &BackwardProjection<'_, CpuStorage>) -> Result<Self> {
+        let (n, r) = (of.w.view.rows, of.b.view.cols);
+        let buffer = |precision: Option<Precision>, rows, cols| {
+            precision.map(|precision| Buffer::<T>::new(precision, rows, cols)).transpose()
+        };
+        let dm = if of.dm.is_some() { Some(zeros::<f32>(1, n)?) } else { None };
+        Ok(Self { db: buffer(of.db, n, r)?, dbias: buffer(of.dbias, 1, n)?, dm })
     }
 }

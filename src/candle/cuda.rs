@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use candle_core::cuda::cudarc::driver::{CudaSlice, CudaStream};
 use candle_core::{CudaDevice, CudaStorage, Result, Storage};
 
-use super::backend::{Backend, Backward, Forward, Gain, Gradients, Operand, Outputs, Precision, Scalar, variant};
+use super::backend::{
+    Backend, Backward, BackwardProjection, Forward, Gain, Gradients, Operand, Outputs, Own, Precision, Scalar, dropout,
+};
 use super::recent::Recent;
 use super::wrap;
 use crate::cuda::{self, Kernels, Workspace};
@@ -36,97 +38,108 @@ impl Backend for Cuda {
 
     fn forward<T: Scalar>(op: &Forward<'_, CudaStorage>) -> Result<Outputs<CudaStorage>> {
         let device = &op.x.storage.device;
-        let (m, n, r) = (op.x.view.rows, op.w.view.rows, op.a.view.rows);
-        let mut y = alloc::<T>(device, m, n)?;
+        let (m, r) = (op.x.view.rows, op.a.view.rows);
+        let mut ys =
+            op.projections.iter().map(|of| alloc::<T>(device, m, of.w.view.rows)).collect::<Result<Vec<_>>>()?;
         let mut h = if op.keep_h { Some(alloc::<T>(device, m, r)?) } else { None };
-        let (x, w, a, b) = (slice::<T>(op.x)?, slice::<T>(op.w)?, slice::<T>(op.a)?, slice::<T>(op.b)?);
-        let bias = op.bias.map(|bias| slice::<T>(bias).map(|slice| (slice, bias))).transpose()?;
-        let gain = op.gain.map(|gain| slice::<f32>(gain).map(|slice| (slice, gain))).transpose()?;
+        let (x, a) = (matrix::<T>(op.x)?, matrix::<T>(op.a)?);
+        let mut operands = Vec::with_capacity(ys.len());
+        for of in &op.projections {
+            let (w, b) = (matrix::<T>(of.w)?, matrix::<T>(of.b)?);
+            operands.push((w, b, optional::<T>(of.bias)?, optional::<f32>(of.gain)?));
+        }
         let stream = device.cuda_stream();
         launch(&stream, |kernels, workspace| {
-            let forward = cuda::Forward {
-                x: matrix(x, op.x),
-                w: matrix(w, op.w),
-                a: matrix(a, op.a),
-                b: matrix(b, op.b),
-                scale: op.scale,
-                bias: bias.map(|(slice, bias)| matrix(slice, bias)),
+            let mut projections = Vec::with_capacity(operands.len());
+            for ((of, &(w, b, bias, gain)), y) in op.projections.iter().zip(&operands).zip(&mut ys) {
+                let y = cuda::matrix_mut(y, m, of.w.view.rows);
+                projections.push(cuda::ForwardProjection { w, b, scale: of.scale, bias, gain, y });
+            }
+            let forward = cuda::ForwardShared {
+                x,
+                a,
                 h: h.as_mut().map(|h| cuda::matrix_mut(h, m, r)),
-                y: cuda::matrix_mut(&mut y, m, n),
-                variant: variant(op.dropout, gain.map(|(slice, gain)| matrix(slice, gain))),
+                projections,
+                dropout: dropout(op.dropout),
+                routes: None,
             };
-            kernels.forward::<T, T>(&stream, forward, workspace)
+            kernels.forward_shared::<T, T>(&stream, forward, workspace)
         })?;
         let storage = |slice| CudaStorage::wrap_cuda_slice::<T>(slice, device.clone());
-        Ok(Outputs { y: storage(y), h: h.map(storage) })
+        Ok(Outputs { ys: ys.into_iter().map(storage).collect(), h: h.map(storage) })
     }
 
     fn backward<T: Scalar>(op: &Backward<'_, CudaStorage>) -> Result<Gradients<CudaStorage>> {
-        let device = &op.dy.storage.device;
-        let (m, k, n, r) = (op.dy.view.rows, op.w.view.cols, op.w.view.rows, op.a.view.rows);
+        let device = &op.x.storage.device;
+        let (m, k, r) = (op.x.view.rows, op.x.view.cols, op.a.view.rows);
         let mut dx = if op.dx { Some(alloc::<T>(device, m, k)?) } else { None };
         let mut da = op.da.map(|precision| Buffer::<T>::new(device, precision, r, k)).transpose()?;
-        let mut db = op.db.map(|precision| Buffer::<T>::new(device, precision, n, r)).transpose()?;
-        let mut dbias = op.dbias.map(|precision| Buffer::<T>::new(device, precision, 1, n)).transpose()?;
-        let mut dm = if op.dm.is_some() { Some(alloc::<f32>(device, 1, n)?) } else { None };
-        let (dy, w, a, b) = (slice::<T>(op.dy)?, slice::<T>(op.w)?, slice::<T>(op.a)?, slice::<T>(op.b)?);
-        let x = slice::<T>(op.x)?;
-        let h = op.h.map(|h| slice::<T>(h).map(|slice| (slice, h))).transpose()?;
-        let gain = op.gain.map(|gain| slice::<f32>(gain).map(|slice| (slice, gain))).transpose()?;
-        let of_magnitude = match &op.dm {
-            Some(of) => {
-                let bias = of.bias.map(|bias| slice::<T>(bias).map(|slice| (slice, bias))).transpose()?;
-                Some(((slice::<T>(of.y)?, of.y), bias, (slice::<f32>(of.magnitude)?, of.magnitude)))
-            }
-            None => None,
-        };
+        let mut own = op.projections.iter().map(|of| OwnBuffers::<T>::new(device, of)).collect::<Result<Vec<_>>>()?;
+        let (x, a, h) = (matrix::<T>(op.x)?, matrix::<T>(op.a)?, optional::<T>(op.h)?);
+        let mut operands = Vec::with_capacity(own.len());
+        for of in &op.projections {
+            let of_magnitude = match &of.dm {
+                Some(of) => Some((matrix::<T>(of.y)?, optional::<T>(of.bias)?, matrix::<f32>(of.magnitude)?)),
+                None => None,
+            };
+            let (dy, w, b) = (matrix::<T>(of.dy)?, matrix::<T>(of.w)?, matrix::<T>(of.b)?);
+            operands.push((dy, w, b, optional::<f32>(of.gain)?, of_magnitude));
+        }
         let stream = device.cuda_stream();
         launch(&stream, |kernels, workspace| {
-            let backward = cuda::Backward {
-                dy: matrix(dy, op.dy),
-                w: matrix(w, op.w),
-                a: matrix(a, op.a),
-                b: matrix(b, op.b),
-                scale: op.scale,
-                x: Some(matrix(x, op.x)),
-                h: h.map(|(slice, h)| matrix(slice, h)),
+            let mut projections = Vec::with_capacity(operands.len());
+            for ((of, &(dy, w, b, gain, of_magnitude)), own) in op.projections.iter().zip(&operands).zip(&mut own) {
+                let (n, r) = (of.w.view.rows, of.b.view.cols);
+                let dm = of_magnitude.zip(own.dm.as_mut()).map(|((y, bias, magnitude), dm)| {
+                    let dm = cuda::matrix_mut(dm, 1, n);
+                    MagnitudeGradient { y, bias, magnitude, dm }
+                });
+                projections.push(cuda::BackwardProjection {
+                    dy,
+                    w,
+                    b,
+                    scale: of.scale,
+                    db: own.db.as_mut().map(|db| db.gradient(n, r)),
+                    dbias: own.dbias.as_mut().map(|dbias| dbias.gradient(1, n)),
+                    dm,
+                    gain,
+                });
+            }
+            let backward = cuda::BackwardShared {
+                a,
+                x: Some(x),
+                h,
                 dx: dx.as_mut().map(|dx| cuda::matrix_mut(dx, m, k)),
                 da: da.as_mut().map(|da| da.gradient(r, k)),
-                db: db.as_mut().map(|db| db.gradient(n, r)),
-                dbias: dbias.as_mut().map(|dbias| dbias.gradient(1, n)),
-                dm: of_magnitude.zip(dm.as_mut()).map(|((y, bias, magnitude), dm)| MagnitudeGradient {
-                    y: matrix(y.0, y.1),
-                    bias: bias.map(|(slice, bias)| matrix(slice, bias)),
-                    magnitude: matrix(magnitude.0, magnitude.1),
-                    dm: cuda::matrix_mut(dm, 1, n),
-                }),
+                projections,
                 accumulate: Accumulate::default(),
-                variant: variant(op.dropout, gain.map(|(slice, gain)| matrix(slice, gain))),
+                dropout: dropout(op.dropout),
+                routes: None,
             };
-            kernels.backward::<T, T>(&stream, backward, workspace)
+            kernels.backward_shared::<T, T>(&stream, backward, workspace)
         })?;
-        Ok(Gradients {
-            dx: dx.map(|dx| CudaStorage::wrap_cuda_slice::<T>(dx, device.clone())),
-            da: da.map(|da| da.into_storage(device)),
+        let own = own.into_iter().map(|OwnBuffers { db, dbias, dm }| Own {
             db: db.map(|db| db.into_storage(device)),
             dbias: dbias.map(|dbias| dbias.into_storage(device)),
             dm: dm.map(|dm| CudaStorage::wrap_cuda_slice::<f32>(dm, device.clone())),
-        })
+        });
+        let dx = dx.map(|dx| CudaStorage::wrap_cuda_slice::<T>(dx, device.clone()));
+        Ok(Gradients { dx, da: da.map(|da| da.into_storage(device)), projections: own.collect() })
     }
 
     fn gain<T: Scalar>(op: &Gain<'_, CudaStorage>) -> Result<CudaStorage> {
         let device = &op.w.storage.device;
         let n = op.w.view.rows;
         let mut gain = alloc::<f32>(device, 1, n)?;
-        let (w, magnitude) = (slice::<T>(op.w)?, slice::<f32>(op.magnitude)?);
+        let (w, magnitude) = (matrix::<T>(op.w)?, matrix::<f32>(op.magnitude)?);
         let stream = device.cuda_stream();
         let mut run = |factors: Factors<'_, _, _>| {
             launch(&stream, |kernels, _| {
                 let op = cuda::Gain {
-                    w: matrix(w, op.w),
+                    w,
                     factors: copied(&factors),
                     scale: op.scale,
-                    magnitude: Some(matrix(magnitude, op.magnitude)),
+                    magnitude: Some(magnitude),
                     earlier: None,
                     norm: None,
                     gain: Some(cuda::matrix_mut(&mut gain, 1, n)),
@@ -135,11 +148,9 @@ impl Backend for Cuda {
             })
         };
         if op.f32_factors {
-            let (a, b) = (slice::<f32>(op.a)?, slice::<f32>(op.b)?);
-            run(Factors::F32 { a: matrix(a, op.a), b: matrix(b, op.b) })?;
+            run(Factors::F32 { a: matrix::<f32>(op.a)?, b: matrix::<f32>(op.b)? })?;
         } else {
-            let (a, b) = (slice::<T>(op.a)?, slice::<T>(op.b)?);
-            run(Factors::Storage { a: matrix(a, op.a), b: matrix(b, op.b) })?;
+            run(Factors::Storage { a: matrix::<T>(op.a)?, b: matrix::<T>(op.b)? })?;
         }
         Ok(CudaStorage::wrap_cuda_slice::<f32>(gain, device.clone()))
     }
@@ -153,16 +164,15 @@ fn copied<'a, D: ?Sized, F: ?Sized>(factors: &Factors<'a, D, F>) -> Factors<'a, 
     }
 }
 
-fn slice<'a, T: Scalar>(operand: Operand<'a, CudaStorage>) -> Result<&'a CudaSlice<T>> {
-    operand.storage.as_cuda_slice()
+type CudaMatrix<'a, T> = Matrix<'a, dyn cuda::cudarc::driver::DevicePtr<T> + 'a>;
+
+fn matrix<'a, T: Scalar>(operand: Operand<'a, CudaStorage>) -> Result<CudaMatrix<'a, T>> {
+    let (slice, view): (&CudaSlice<T>, _) = (operand.storage.as_cuda_slice()?, operand.view);
+    Ok(cuda::matrix(slice, view.rows, view.cols).with_row_stride(view.row_stride).with_offset(view.offset))
 }
 
-fn matrix<'a, T: Scalar>(
-    slice: &'a CudaSlice<T>,
-    operand: Operand<'_, CudaStorage>,
-) -> Matrix<'a, dyn cuda::cudarc::driver::DevicePtr<T> + 'a> {
-    let view = operand.view;
-    cuda::matrix(slice, view.rows, view.cols).with_row_stride(view.row_stride).with_offset(view.offset)
+fn optional<'a, T: Scalar>(operand: Option<Operand<'a, CudaStorage>>) -> Result<Option<CudaMatrix<'a, T>>> {
+    operand.map(matrix).transpose()
 }
 
 /// Memory for a matrix; at least one element, because sizes are judged later and CUDA refuses none.
@@ -204,6 +214,24 @@ impl<T: Scalar> Buffer<T> {
             Self::Storage(slice) => CudaStorage::wrap_cuda_slice(slice, device.clone()),
             Self::F32(slice) => CudaStorage::wrap_cuda_slice(slice, device.clone()),
         }
+    }
+}
+
+/// The gradients of one projection in the making.
+struct OwnBuffers<T> {
+    db: Option<Buffer<T>>,
+    dbias: Option<Buffer<T>>,
+    dm: Option<CudaSlice<f32>>,
+}
+
+impl<T: Scalar> OwnBuffers<T> {
+    fn new(device: &CudaDevice, of: &BackwardProjection<'_, CudaStorage>) -> Result<Self> {
+        let (n, r) = (of.w.view.rows, of.b.view.cols);
+        let buffer = |precision: Option<Precision>, rows, cols| {
+            precision.map(|precision| Buffer::<T>::new(device, precision, rows, cols)).transpose()
+        };
+        let dm = if of.dm.is_some() { Some(alloc::<f32>(device, 1, n)?) } else { None };
+        Ok(Self { db: buffer(of.db, n, r)?, dbias: buffer(of.dbias, 1, n)?, dm })
     }
 }
 

@@ -1,14 +1,13 @@
 //! A frozen linear layer with adapters, as a candle module.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{DType, Module, ModuleT, Result, Tensor};
 use candle_nn::{Init, Linear, VarBuilder, init};
 
+use super::passes::Passes;
 use super::view::addressable;
-use super::{Dropout, Training, check, lora_train, wrap};
+use super::{check, projections, wrap};
 use crate::error::Error;
 
 /// Rank and strength of an adapter, as PEFT's `LoraConfig` has them.
@@ -62,23 +61,14 @@ struct Base {
 }
 
 #[derive(Clone, Debug)]
-struct Adapter {
-    a: Tensor,
-    b: Tensor,
+pub(super) struct Adapter {
+    pub(super) a: Tensor,
+    pub(super) b: Tensor,
     /// N, inside the scale.
     b_bias: Option<Tensor>,
     /// N, of DoRA.
-    magnitude: Option<Tensor>,
-    scale: f64,
-}
-
-/// Dropout, and the number of training passes, which is the offset of the next one.
-#[derive(Clone, Debug)]
-struct Passes {
-    p: f32,
-    seed: u64,
-    /// Shared by clones, whose masks would be the same otherwise.
-    made: Arc<AtomicU64>,
+    pub(super) magnitude: Option<Tensor>,
+    pub(super) scale: f64,
 }
 
 /// The adapter of a layer that was made with one, as PEFT calls it.
@@ -114,7 +104,7 @@ impl LoraLinear {
     /// [`Error::Tracked`] for a weight that gradients are asked of; [`Error::Rank`], [`Error::Dimension`],
     /// [`Error::ZeroDimension`], [`Error::ArgumentDtype`].
     pub fn frozen(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
-        check::base(&weight, bias.as_ref()).map_err(wrap)?;
+        check::base(check::ALONE, &weight, bias.as_ref()).map_err(wrap)?;
         // Once, instead of in every forward.
         let base = Base { linear: Linear::new(addressable(&weight)?, None), bias };
         let adapters = BTreeMap::new();
@@ -122,18 +112,17 @@ impl LoraLinear {
     }
 
     /// The same layer with dropout on the adapter branch in training, PEFT's `lora_dropout`: `forward_t(x, true)` drops elements of
-    /// x with probability `p`, as [`Dropout`] says for this seed and, as the offset, the number of training passes before
+    /// x with probability `p`, as [`Dropout`](super::Dropout) says for this seed and, as the offset, the number of training passes before
     /// ([`passes`](Self::passes)). So a seed makes a run repeatable; give each layer another one.
     ///
     /// # Errors
     /// [`Error::Probability`] unless `p` is from 0 to 1.
     pub fn with_dropout(mut self, p: f32, seed: u64) -> Result<Self> {
-        check::probability(p).map_err(wrap)?;
-        self.dropout = Some(Passes { p, seed, made: Arc::default() });
+        self.dropout = Some(Passes::new(p, seed).map_err(wrap)?);
         Ok(self)
     }
 
-    /// The same layer, which keeps no h between forward and backward: [`Training::recompute`].
+    /// The same layer, which keeps no h between forward and backward: [`Training::recompute`](super::Training::recompute).
     #[must_use]
     pub fn with_recompute(mut self) -> Self {
         self.recompute = true;
@@ -142,13 +131,13 @@ impl LoraLinear {
 
     /// Training passes with dropout so far, of this layer and its clones.
     pub fn passes(&self) -> u64 {
-        self.dropout.as_ref().map_or(0, |dropout| dropout.made.load(Ordering::Relaxed))
+        self.dropout.as_ref().map_or(0, Passes::made)
     }
 
     /// Lets the next training pass with dropout be that after `passes` others: a run that is resumed goes on with its masks.
     pub fn set_passes(&self, passes: u64) {
         if let Some(dropout) = &self.dropout {
-            dropout.made.store(passes, Ordering::Relaxed);
+            dropout.set(passes);
         }
     }
 
@@ -161,7 +150,7 @@ impl LoraLinear {
     pub fn add(&mut self, name: &str, config: LoraConfig, vb: VarBuilder) -> Result<()> {
         let (n, k) = self.base.linear.weight().dims2()?;
         let r = config.r;
-        check::ranks(r).and_then(|()| check::scale(config.scale())).map_err(wrap)?;
+        check::ranks("a", r).and_then(|()| check::scale(config.scale())).map_err(wrap)?;
         self.new_name(name)?;
         // With a = √5 the gain √(2 / (1 + a²)) is √⅓, and the bound 1/√K.
         let kaiming = Init::Kaiming {
@@ -182,7 +171,9 @@ impl LoraLinear {
     /// [`Error::ArgumentDtype`], [`Error::Scale`]. The layer is as before.
     pub fn add_tensors(&mut self, name: &str, a: Tensor, b: Tensor, scale: f64) -> Result<()> {
         self.new_name(name)?;
-        check::adapter(self.base.linear.weight(), &a, &b).and_then(|()| check::scale(scale)).map_err(wrap)?;
+        check::adapter(check::ALONE, self.base.linear.weight(), &a, &b)
+            .and_then(|()| check::scale(scale))
+            .map_err(wrap)?;
         self.adapters.insert(name.to_owned(), Adapter { a, b, b_bias: None, magnitude: None, scale });
         Ok(())
     }
@@ -238,7 +229,7 @@ impl LoraLinear {
 
     /// Gives an adapter a magnitude (DoRA, PEFT's `lora_magnitude_vector`), in place of the one it may have: N elements, of the weight's
     /// dtype or f32, tracked where it is trained. y = gain ∘ (x Wᵀ + s · (x Aᵀ) Bᵀ) (+ bias), as
-    /// [`Training::magnitude`] says. A norm is computed in every forward pass; [`merge`](Self::merge) for inference.
+    /// [`Training::magnitude`](super::Training::magnitude) says. A norm is computed in every forward pass; [`merge`](Self::merge) for inference.
     ///
     /// # Errors
     /// [`Error::AdapterName`]; [`Error::Rank`], [`Error::Dimension`], [`Error::ArgumentDtype`]; [`Error::State`] while the
@@ -421,38 +412,35 @@ impl LoraLinear {
         self.forward_t(x, false)
     }
 
-    /// What the next pass does otherwise than [`lora`](super::lora).
-    fn training<'a>(&self, train: bool, adapter: &'a Adapter) -> Result<Training<'a>> {
-        if let (Some(Passes { p, .. }), Some(_)) = (self.dropout.as_ref().filter(|_| train), &adapter.magnitude)
-            && *p != 0.0
-        {
-            let got =
-                format!("adapter `{}` has a magnitude (DoRA) and dropout is {p}", self.active().unwrap_or_default());
-            let expected = "dropout of 0: together they are not computed";
-            return Err(wrap(Error::State { operation: "forward_t", got, expected }));
-        }
-        let dropout = self.dropout.as_ref().filter(|_| train).map(|Passes { p, seed, made }| {
-            let offset = made.fetch_add(1, Ordering::Relaxed);
-            Dropout { p: *p, seed: *seed, offset }
-        });
-        Ok(Training { dropout, recompute: self.recompute, magnitude: adapter.magnitude.as_ref() })
+    pub(super) fn dropout(&self) -> Option<&Passes> {
+        self.dropout.as_ref()
+    }
+
+    pub(super) fn recomputes(&self) -> bool {
+        self.recompute
+    }
+
+    /// The adapter that is computed beside W.
+    pub(super) fn beside(&self) -> Option<&Adapter> {
+        if self.is_merged() { None } else { self.takes_part() }
+    }
+
+    pub(super) fn bias_with(&self, adapter: &Adapter) -> Result<Option<Tensor>> {
+        self.base.bias_with(adapter)
+    }
+
+    /// By the weight alone.
+    pub(super) fn plain(&self, x: &Tensor) -> Result<Tensor> {
+        self.merged.as_ref().unwrap_or(&self.base).forward(x)
     }
 }
 
 impl ModuleT for LoraLinear {
     /// As [`LoraLinear::forward`], with dropout where `train` is set.
     fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
-        match (&self.merged, self.takes_part()) {
-            (Some(merged), _) => merged.forward(x),
-            (None, Some(adapter)) => {
-                let weight = self.base.linear.weight();
-                check::input(weight, x).map_err(wrap)?; // before a pass is counted
-                let bias = self.base.bias_with(adapter)?;
-                let Adapter { a, b, scale, .. } = adapter;
-                lora_train(x, weight, a, b, *scale, bias.as_ref(), self.training(train, adapter)?)
-            }
-            (None, None) => self.base.forward(x),
-        }
+        let dropout = self.dropout.as_ref().filter(|_| train);
+        let y = projections::forward(&[self], x, dropout, self.recompute)?.pop();
+        y.map_or_else(|| self.plain(x), Ok)
     }
 }
 

@@ -13,8 +13,8 @@ use crate::error::{Error, Result};
 use crate::linear::Backend;
 use crate::plan::check_dtype;
 use crate::{
-    Backward, Dropout, Dtype, Element, Factors, Forward, Gain, Gradient, LoraShape, MagnitudeGradient, Matrix,
-    MatrixMut, Merge, Round, Seed,
+    BackwardProjection, BackwardShared, Dropout, Dtype, Element, Factors, ForwardProjection, ForwardShared, Gain,
+    Gradient, LoraShape, MagnitudeGradient, Matrix, MatrixMut, Merge, Round, Seed,
 };
 
 /// The kernels with a stream and a workspace: what [`LoraLinear`](crate::linear::LoraLinear) computes on.
@@ -76,13 +76,12 @@ fn matrix_mut<'a, T>(matrix: MatrixMut<'a, dyn DevicePtrMut<T>>) -> MatrixMut<'a
     MatrixMut { data, offset, rows, cols, row_stride }
 }
 
-fn variant<'a>(given: crate::Variant<'a, dyn DevicePtr<u64>, dyn DevicePtr<f32>>) -> super::Variant<'a> {
-    let seed = |seed| match seed {
+fn dropout<'a>(given: Dropout<'a, dyn DevicePtr<u64>>) -> Dropout<'a, dyn DevicePtr<u64> + 'a> {
+    let seed = match given.seed {
         Seed::Value { seed, offset } => Seed::Value { seed, offset },
         Seed::Memory(state) => Seed::Memory(matrix(state)),
     };
-    let dropout = given.dropout.map(|given| Dropout { p: given.p, seed: seed(given.seed) });
-    super::Variant { dropout, routes: given.routes.map(matrix), gain: given.gain.map(matrix) }
+    Dropout { p: given.p, seed }
 }
 
 type StaticGradient<'a, T> = Gradient<'a, dyn DevicePtrMut<T>, dyn DevicePtrMut<f32>>;
@@ -223,40 +222,48 @@ impl Backend for Queue {
         self.workspace().reserve(&self.stream, bytes)
     }
 
-    fn forward<T: Element, A: Element>(
+    fn forward_shared<T: Element, A: Element>(
         &self,
-        op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words, Self::Read<f32>, Self::Read<A>>,
+        op: ForwardShared<'_, Self::Read<T>, Self::Write<T>, Self::Words, Self::Read<f32>, Self::Read<A>>,
     ) -> Result<()> {
-        let Forward { x, w, a, b, scale, bias, h, y, variant: given } = op;
-        let op = super::Forward {
-            x: matrix(x),
+        let ForwardShared { x, a, h, projections, dropout: given, routes } = op;
+        let projection = |ForwardProjection { w, b, scale, bias, gain, y }| super::ForwardProjection {
             w: matrix(w),
-            a: matrix(a),
             b: matrix(b),
             scale,
             bias: bias.map(matrix),
-            h: h.map(matrix_mut),
+            gain: gain.map(matrix),
             y: matrix_mut(y),
-            variant: variant(given),
         };
-        self.kernels.forward_in(&self.stream, op.into(), &mut self.workspace(), Room::Grows)
+        let op = super::ForwardShared {
+            x: matrix(x),
+            a: matrix(a),
+            h: h.map(matrix_mut),
+            projections: projections.into_iter().map(projection).collect(),
+            dropout: given.map(dropout),
+            routes: routes.map(matrix),
+        };
+        self.kernels.forward_in(&self.stream, op, &mut self.workspace(), Room::Grows)
     }
 
-    fn backward<T: Element, A: Element>(
+    fn backward_shared<T: Element, A: Element>(
         &self,
-        op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words, Self::Read<f32>, Self::Read<A>>,
+        op: BackwardShared<
+            '_,
+            Self::Read<T>,
+            Self::Write<T>,
+            Self::Write<f32>,
+            Self::Words,
+            Self::Read<f32>,
+            Self::Read<A>,
+        >,
     ) -> Result<()> {
-        let Backward { dy, w, a, b, scale, x, h, dx, da, db, dbias, dm, accumulate, variant: given } = op;
-        let op = super::Backward {
+        let BackwardShared { a, x, h, dx, da, projections, accumulate, dropout: given, routes } = op;
+        let projection = |BackwardProjection { dy, w, b, scale, db, dbias, dm, gain }| super::BackwardProjection {
             dy: matrix(dy),
             w: matrix(w),
-            a: matrix(a),
             b: matrix(b),
             scale,
-            x: x.map(matrix),
-            h: h.map(matrix),
-            dx: dx.map(matrix_mut),
-            da: da.map(gradient),
             db: db.map(gradient),
             dbias: dbias.map(gradient),
             dm: dm.map(|MagnitudeGradient { y, bias, magnitude, dm }| MagnitudeGradient {
@@ -265,10 +272,20 @@ impl Backend for Queue {
                 magnitude: matrix(magnitude),
                 dm: matrix_mut(dm),
             }),
-            accumulate,
-            variant: variant(given),
+            gain: gain.map(matrix),
         };
-        self.kernels.backward_in(&self.stream, op.into(), &mut self.workspace(), Room::Grows)
+        let op = super::BackwardShared {
+            a: matrix(a),
+            x: x.map(matrix),
+            h: h.map(matrix),
+            dx: dx.map(matrix_mut),
+            da: da.map(gradient),
+            projections: projections.into_iter().map(projection).collect(),
+            accumulate,
+            dropout: given.map(dropout),
+            routes: routes.map(matrix),
+        };
+        self.kernels.backward_in(&self.stream, op, &mut self.workspace(), Room::Grows)
     }
 
     fn merge<T: Element>(&self, op: Merge<'_, Self::Read<T>, Self::Write<T>, Self::Read<f32>>) -> Result<()> {

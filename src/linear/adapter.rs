@@ -4,7 +4,7 @@ use std::{fmt, mem};
 
 use super::{Backend, check_elements, elements};
 use crate::error::{Error, Result};
-use crate::{Element, Factors, Matrix};
+use crate::{Dtype, Element, Factors, Matrix};
 
 /// How the scale s follows from α and the rank.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -129,6 +129,7 @@ pub struct Adapter<B: Backend, T: Element> {
     rank: usize,
     scale: f32,
     buffers: Buffers<B, T>,
+    at_full_precision: bool,
 }
 
 impl<B: Backend, T: Element> Adapter<B, T> {
@@ -140,7 +141,7 @@ impl<B: Backend, T: Element> Adapter<B, T> {
     pub fn new(rank: usize, scaling: Scaling, buffers: Buffers<B, T>) -> Result<Self, Rejected<Buffers<B, T>>> {
         let scale = scaling.scale(rank);
         if scale.is_finite() {
-            Ok(Self { rank, scale, buffers })
+            Ok(Self { rank, scale, buffers, at_full_precision: false })
         } else {
             Err(Rejected { error: Error::Scale { arg: "scale", got: scale }, value: buffers })
         }
@@ -189,6 +190,24 @@ impl<B: Backend, T: Element> Adapter<B, T> {
     pub fn with_magnitude(mut self, backend: &B, magnitude: &[f32]) -> Result<Self> {
         self.replace_magnitude(Some(backend.upload(magnitude)?));
         Ok(self)
+    }
+
+    /// The same, but products read f32 factors as they are and keep both halves of each number, as PEFT does by default over a
+    /// 16-bit base: y and dx have one rounding, da and db nearly the precision of f32 ([`Forward`](crate::Forward) says how
+    /// exact they are). Forward and backward stay one launch each; h has [`split_columns`](crate::split_columns)(R) columns, and
+    /// no copies in the storage type are held. An adapter in the storage type stays as it is, and so does one of a layer in f32.
+    ///
+    /// It is for an adapter that takes part alone: where several do ([`activate_all`](super::LoraLinear::activate_all)) and in a
+    /// [`Bank`](super::Bank) its factors are rounded copies, and a group of layers
+    /// ([`LoraProjections`](super::LoraProjections)) refuses it.
+    #[must_use]
+    pub fn at_full_precision(self) -> Self {
+        Self { at_full_precision: true, ..self }
+    }
+
+    /// Whether products read f32 factors as they are.
+    pub fn is_at_full_precision(&self) -> bool {
+        self.at_full_precision && T::DTYPE != Dtype::F32 && matches!(self.buffers, Buffers::F32 { .. })
     }
 
     /// Returns the one before.
@@ -293,6 +312,7 @@ impl<B: Backend, T: Element> fmt::Debug for Adapter<B, T> {
             .field("rank", &self.rank)
             .field("scale", &self.scale)
             .field("f32_factors", &f32_factors)
+            .field("at_full_precision", &self.is_at_full_precision())
             .field("b_bias", &self.has_b_bias())
             .field("magnitude", &self.has_magnitude())
             .finish_non_exhaustive()

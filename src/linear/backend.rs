@@ -2,7 +2,7 @@
 
 use crate::cpu::{self, Cpu};
 use crate::error::{Error, Result};
-use crate::{Backward, Dtype, Element, Forward, Gain, LoraShape, Merge, Round};
+use crate::{BackwardShared, Dtype, Element, Forward, ForwardShared, Gain, LoraShape, Merge, Round};
 
 /// Where a layer's buffers live and what runs its operations. A handle: clones share what is behind it.
 ///
@@ -71,24 +71,44 @@ pub trait Backend: Clone {
     /// Those of planning and of [`alloc`](Self::alloc).
     fn reserve(&self, dtype: Dtype, shape: LoraShape) -> Result<()>;
 
-    /// [`Forward`], with A and B of `T` or f32.
+    /// [`ForwardShared`], with A and B of `T` or f32.
     ///
     /// # Errors
-    /// What [`raw::Forward::check`](crate::raw::Forward::check) finds, and the backend's own. Nothing is written then.
+    /// What [`raw::ForwardShared::check`](crate::raw::ForwardShared::check) finds, and the backend's own. Nothing is written then.
+    #[allow(clippy::type_complexity, reason = "an operand type for each kind of argument")]
+    fn forward_shared<T: Element, A: Element>(
+        &self,
+        op: ForwardShared<'_, Self::Read<T>, Self::Write<T>, Self::Words, Self::Read<f32>, Self::Read<A>>,
+    ) -> Result<()>;
+    /// [`BackwardShared`], with A and B of `T` or f32.
+    ///
+    /// # Errors
+    /// What [`raw::BackwardShared::check`](crate::raw::BackwardShared::check) finds, and the backend's own. Nothing is written
+    /// then.
+    #[allow(clippy::type_complexity, reason = "an operand type for each kind of argument")]
+    fn backward_shared<T: Element, A: Element>(
+        &self,
+        op: BackwardShared<
+            '_,
+            Self::Read<T>,
+            Self::Write<T>,
+            Self::Write<f32>,
+            Self::Words,
+            Self::Read<f32>,
+            Self::Read<A>,
+        >,
+    ) -> Result<()>;
+    /// [`Forward`]: the case of one projection.
+    ///
+    /// # Errors
+    /// Those of [`forward_shared`](Self::forward_shared).
     #[allow(clippy::type_complexity, reason = "an operand type for each kind of argument")]
     fn forward<T: Element, A: Element>(
         &self,
         op: Forward<'_, Self::Read<T>, Self::Write<T>, Self::Words, Self::Read<f32>, Self::Read<A>>,
-    ) -> Result<()>;
-    /// [`Backward`], with A and B of `T` or f32.
-    ///
-    /// # Errors
-    /// What [`raw::Backward::check`](crate::raw::Backward::check) finds, and the backend's own. Nothing is written then.
-    #[allow(clippy::type_complexity, reason = "an operand type for each kind of argument")]
-    fn backward<T: Element, A: Element>(
-        &self,
-        op: Backward<'_, Self::Read<T>, Self::Write<T>, Self::Write<f32>, Self::Words, Self::Read<f32>, Self::Read<A>>,
-    ) -> Result<()>;
+    ) -> Result<()> {
+        self.forward_shared(op.into())
+    }
     /// [`Merge`].
     ///
     /// # Errors
@@ -169,11 +189,11 @@ impl Backend for Cpu {
     fn check_dtype(&self, _: Dtype) -> Result<()> {
         Ok(())
     }
-    fn forward<T: Element, A: Element>(&self, op: cpu::Forward<'_, T, A>) -> Result<()> {
-        cpu::forward(op)
+    fn forward_shared<T: Element, A: Element>(&self, op: cpu::ForwardShared<'_, T, A>) -> Result<()> {
+        cpu::forward_shared(op)
     }
-    fn backward<T: Element, A: Element>(&self, op: cpu::Backward<'_, T, A>) -> Result<()> {
-        cpu::backward(op)
+    fn backward_shared<T: Element, A: Element>(&self, op: cpu::BackwardShared<'_, T, A>) -> Result<()> {
+        cpu::backward_shared(op)
     }
     fn merge<T: Element>(&self, op: cpu::Merge<'_, T>) -> Result<()> {
         cpu::merge(op)
@@ -193,11 +213,11 @@ impl Backend for crate::emulator::Emulator {
     fn check_dtype(&self, dtype: Dtype) -> Result<()> {
         crate::plan::check_dtype(dtype)
     }
-    fn forward<T: Element, A: Element>(&self, op: cpu::Forward<'_, T, A>) -> Result<()> {
-        self.forward(op).map(drop)
+    fn forward_shared<T: Element, A: Element>(&self, op: cpu::ForwardShared<'_, T, A>) -> Result<()> {
+        self.forward_shared(op).map(drop)
     }
-    fn backward<T: Element, A: Element>(&self, op: cpu::Backward<'_, T, A>) -> Result<()> {
-        self.backward(op).map(drop)
+    fn backward_shared<T: Element, A: Element>(&self, op: cpu::BackwardShared<'_, T, A>) -> Result<()> {
+        self.backward_shared(op).map(drop)
     }
     fn merge<T: Element>(&self, op: cpu::Merge<'_, T>) -> Result<()> {
         self.merge(op).map(drop)

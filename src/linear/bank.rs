@@ -1,8 +1,11 @@
 //! Many adapters of a layer in one batch: each row of x goes through its own.
 
-use super::{Backend, LoraLinear, Operands, elements};
+use super::factor::Factor;
+use super::pass::Routed;
+use super::sharing::Sharing;
+use super::{Backend, LoraLinear, Operands, Pass, Training, elements, next_version};
 use crate::error::{Error, Result};
-use crate::{Element, Forward, LoraShape, Matrix, MatrixMut, Round, Routing, Slot, Variant};
+use crate::{Element, LoraShape, Matrix, MatrixMut, Round, Routing, Slot};
 
 /// Every adapter starts at a multiple of so many ranks: of what tensor cores sum at once, so that its sums are those of the adapter
 /// alone, and of what the Hopper kernels ask for.
@@ -16,13 +19,16 @@ pub struct Bank<B: Backend, T: Element> {
     rank: usize,
     a: B::Buffer<T>,
     b: B::Buffer<T>,
+    /// Another number whenever it is made anew.
+    version: u64,
 }
 
 /// An adapter of a bank.
 struct Copied {
     name: String,
     id: u64,
-    version: u64,
+    /// None where copying failed.
+    version: Option<u64>,
 }
 
 /// Rows of a batch with the adapters they go through, in the backend's memory. Layers whose banks have the same
@@ -70,8 +76,12 @@ impl<B: Backend, T: Element> Bank<B, T> {
         self.rank
     }
 
+    pub(super) fn version(&self) -> u64 {
+        self.version
+    }
+
     /// Routes must have been made among these slots.
-    fn check_slots(&self, slots: &[Slot]) -> Result<()> {
+    fn check_slots(&self, operation: &'static str, slots: &[Slot]) -> Result<()> {
         let got = match slots.iter().zip(&self.slots).position(|(theirs, ours)| theirs != ours) {
             Some(at) => {
                 let name = self.copied.get(at).map_or("", |copied| &copied.name);
@@ -80,7 +90,7 @@ impl<B: Backend, T: Element> Bank<B, T> {
             None if slots.len() == self.slots.len() => return Ok(()),
             None => format!("the routes were made for {} adapters, the bank has {}", slots.len(), self.slots.len()),
         };
-        Err(Error::State { operation: "forward_routed", got, expected: "routes of the bank's `slots`" })
+        Err(Error::State { operation, got, expected: "routes of the bank's `slots`" })
     }
 }
 
@@ -118,22 +128,43 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         }
         // What lies between the slots is multiplied by zeros, so it must be finite.
         let zeros = |what, rows, cols| Ok::<_, Error>(vec![T::default(); elements(what, rows, cols)?]);
-        let mut a = self.backend.upload(&zeros("the number of elements of a", rank, self.k)?)?;
-        let mut b = self.backend.upload(&zeros("the number of elements of b", self.n, rank)?)?;
-        for (named, slot) in chosen.iter().zip(&slots).filter(|(_, slot)| slot.ranks != 0) {
+        let a = self.backend.upload(&zeros("the number of elements of a", rank, self.k)?)?;
+        let b = self.backend.upload(&zeros("the number of elements of b", self.n, rank)?)?;
+        // No state of an adapter has been copied yet.
+        let copied = chosen.iter().map(|named| Copied { name: named.name.clone(), id: named.id, version: None });
+        let mut bank = Bank { copied: copied.collect(), slots, rank, a, b, version: next_version() };
+        self.refresh_bank(&mut bank)?;
+        Ok(bank)
+    }
+
+    /// Copies the adapters of a bank that have changed since, a launch for each: after [`update`](Self::update), to train them.
+    ///
+    /// # Errors
+    /// [`Error::State`] for an adapter that has left the layer or is another layer's; those of [`Backend::round`]. What could not be
+    /// copied is not computed with until this has succeeded.
+    pub fn refresh_bank(&self, bank: &mut Bank<B, T>) -> Result<()> {
+        bank.version = next_version();
+        for (copied, slot) in bank.copied.iter_mut().zip(&bank.slots) {
+            let named = self.by_id(copied.id).ok_or_else(|| copied.stray("refresh_bank"))?;
+            if copied.version == Some(named.version) {
+                continue;
+            }
+            copied.version = None;
             let (first, ranks) = (slot.first_rank, slot.ranks);
-            self.backend.round(Round {
-                factors: named.adapter.factors(self.n, self.k),
-                scale: 1.0,
-                divisor: None,
-                rounded_a: MatrixMut::new(B::write(&mut a), ranks, self.k).with_offset(first * self.k),
-                rounded_b: MatrixMut::new(B::write(&mut b), self.n, ranks).with_offset(first).with_row_stride(rank),
-            })?;
+            if ranks != 0 {
+                self.backend.round(Round {
+                    factors: named.adapter.factors(self.n, self.k),
+                    scale: 1.0,
+                    divisor: None,
+                    rounded_a: MatrixMut::new(B::write(&mut bank.a), ranks, self.k).with_offset(first * self.k),
+                    rounded_b: MatrixMut::new(B::write(&mut bank.b), self.n, ranks)
+                        .with_offset(first)
+                        .with_row_stride(bank.rank),
+                })?;
+            }
+            copied.version = Some(named.version);
         }
-        let copied =
-            chosen.iter().map(|named| Copied { name: named.name.clone(), id: named.id, version: named.version });
-        let copied = copied.collect();
-        Ok(Bank { copied, slots, rank, a, b })
+        Ok(())
     }
 
     /// Makes the backend's workspace large enough for [`forward_routed`](Self::forward_routed) of up to `tokens` rows through a bank.
@@ -173,32 +204,113 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         routes: &Routes<B>,
         y: MatrixMut<'_, B::Write<T>>,
     ) -> Result<()> {
-        self.check_unmerged("forward_routed")?;
-        self.check_bank(bank)?;
-        if routes.rows != x.rows {
-            return Err(Error::Dimension { arg: "routes", axis: "rows", got: routes.rows, expected: x.rows });
+        self.routed(&[self], bank, routes).forward(x, [y])
+    }
+
+    /// As [`forward_routed`](Self::forward_routed), keeping what [`backward`](Self::backward) needs, with dropout, or without keeping
+    /// h. Allocates h where it is kept, M × the bank's rank.
+    ///
+    /// ```
+    /// # use fused_lora::{Matrix, MatrixMut, Routing, cpu::Cpu};
+    /// # use fused_lora::linear::{Adapter, Gradients, LoraLinear, Routes, Scaling, Training};
+    /// # let mut layer = LoraLinear::upload(Cpu, &[1.0f32; 8], None, 4, 2)?;
+    /// # for (name, r) in [("english", 1), ("french", 2)] {
+    /// #     let factors = (vec![1.0; 2 * r], vec![1.0; 4 * r]);
+    /// #     layer.add(name, Adapter::upload(&Cpu, r, Scaling::Lora { alpha: r as f64 }, &factors.0, &factors.1)?)?;
+    /// # }
+    /// let bank = layer.bank(&["english", "french"])?;
+    /// let routes = Routes::upload(layer.backend(), &Routing::new(bank.slots(), &[Some(1), None, Some(0)])?)?;
+    /// let (x, dy) = ([1.0; 6], [1.0; 12]);
+    /// let x = Matrix::new(&x[..], 3, 2);
+    /// let (_, pass) = layer.forward_routed_train(x, &bank, &routes, Training::default())?;
+    /// let mut db = vec![0.0; 4 * bank.rank()]; // of all adapters, N × R of the bank
+    /// let gradients = Gradients { db: Some(MatrixMut::new(&mut db[..], 4, bank.rank())), ..Gradients::default() };
+    /// layer.backward(&pass, Matrix::new(&dy[..], 3, 4), gradients)?;
+    /// let [english, french] = [0, 1].map(|at| db[bank.slots()[at].first_rank]);
+    /// assert_eq!((english, french), (2.0, 2.0));
+    /// # Ok::<(), fused_lora::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`forward_routed`](Self::forward_routed); [`Error::Probability`].
+    #[allow(clippy::type_complexity, reason = "y and the pass")]
+    pub fn forward_routed_train<'a>(
+        &self,
+        x: Matrix<'a, B::Read<T>>,
+        bank: &'a Bank<B, T>,
+        routes: &'a Routes<B>,
+        training: Training<'a, B>,
+    ) -> Result<(B::Buffer<T>, Pass<'a, B, T>)> {
+        let mut y = self.output(x)?;
+        let into = MatrixMut::new(B::write(&mut y), x.rows, self.n);
+        let pass = self.forward_routed_train_into(x, bank, routes, into, training)?;
+        Ok((y, pass))
+    }
+
+    /// As [`forward_routed_train`](Self::forward_routed_train), into `y`.
+    ///
+    /// # Errors
+    /// As [`forward_routed_into`](Self::forward_routed_into); [`Error::Probability`]; those of [`Backend::alloc`].
+    pub fn forward_routed_train_into<'a>(
+        &self,
+        x: Matrix<'a, B::Read<T>>,
+        bank: &'a Bank<B, T>,
+        routes: &'a Routes<B>,
+        y: MatrixMut<'_, B::Write<T>>,
+        training: Training<'a, B>,
+    ) -> Result<Pass<'a, B, T>> {
+        let pass = self.routed(&[self], bank, routes).forward_train(x, [y], training)?;
+        Ok(pass.through(Routed { bank, routes }))
+    }
+
+    fn routed<'s, 'a>(
+        &'a self,
+        layers: &'s [&'a Self],
+        bank: &'a Bank<B, T>,
+        routes: &'a Routes<B>,
+    ) -> Sharing<'s, 'a, B, T> {
+        Sharing { routed: Some(Routed { bank, routes }), ..self.alone(layers) }
+    }
+
+    /// What a launch reads of the layer and of the bank.
+    pub(super) fn routed_operands<'a>(
+        &'a self,
+        operation: &'static str,
+        Routed { bank, routes }: Routed<'a, B, T>,
+        rows: usize,
+    ) -> Result<Operands<'a, B, T>> {
+        self.check_unmerged(operation)?;
+        self.check_bank(operation, bank)?;
+        if routes.rows != rows {
+            return Err(Error::Dimension { arg: "routes", axis: "rows", got: routes.rows, expected: rows });
         }
-        bank.check_slots(&routes.slots)?;
+        bank.check_slots(operation, &routes.slots)?;
         let plain = self.plain(None);
+        let w = plain.w;
         let (a, b) = match bank.rank {
-            0 => (plain.a, plain.b),
+            // They lie nowhere in particular.
+            0 => (Matrix { rows: 0, ..w }, Matrix { cols: 0, ..w }),
             rank => (Matrix::new(B::read(&bank.a), rank, self.k), Matrix::new(B::read(&bank.b), self.n, rank)),
         };
-        let variant = Variant { routes: Some(routes.view()), ..Variant::default() };
-        let Operands { w, bias, .. } = plain;
-        self.backend.forward::<T, T>(Forward { x, w, a, b, scale: 1.0, bias, h: None, y, variant })
+        Ok(Operands { a: Factor::Storage(a), b: Factor::Storage(b), ..plain })
     }
 
     /// Every adapter of the bank must be the layer's, as it was when it was copied.
-    fn check_bank(&self, bank: &Bank<B, T>) -> Result<()> {
-        for Copied { name, id, version } in &bank.copied {
-            let got = match self.by_id(*id) {
-                Some(named) if named.version == *version => continue,
-                Some(_) => format!("adapter `{name}` has changed since it was copied to the bank"),
-                None => format!("adapter `{name}` of the bank is not in the layer"),
-            };
-            return Err(Error::State { operation: "forward_routed", got, expected: "`bank` anew first" });
+    fn check_bank(&self, operation: &'static str, bank: &Bank<B, T>) -> Result<()> {
+        for copied in &bank.copied {
+            let named = self.by_id(copied.id).ok_or_else(|| copied.stray(operation))?;
+            if copied.version != Some(named.version) {
+                let got = format!("adapter `{}` has changed since it was copied to the bank", copied.name);
+                return Err(Error::State { operation, got, expected: "`bank` anew first" });
+            }
         }
         Ok(())
+    }
+}
+
+impl Copied {
+    fn stray(&self, operation: &'static str) -> Error {
+        let got = format!("adapter `{}` of the bank is not in the layer", self.name);
+        Error::State { operation, got, expected: "`bank` anew first" }
     }
 }

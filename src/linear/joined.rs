@@ -2,8 +2,9 @@
 
 use super::bias::Folded;
 use super::dora::gain_into;
+use super::factor::Factor;
 use super::set::{Named, stale};
-use super::{Adapter, Backend, Base, LoraLinear, Operands, elements};
+use super::{Adapter, Backend, Base, LoraLinear, Operands, elements, next_version};
 use crate::error::{Error, Result};
 use crate::{Element, Matrix, MatrixMut, Round};
 
@@ -22,6 +23,8 @@ pub(super) struct Joined<B: Backend, T: Element> {
     gains: Vec<B::Buffer<f32>>,
     /// An adapter, W or the bias changed, and a copy of it failed.
     pub(super) is_stale: bool,
+    /// Another number whenever it is made anew.
+    version: u64,
 }
 
 impl<B: Backend, T: Element> Joined<B, T> {
@@ -40,6 +43,7 @@ impl<B: Backend, T: Element> Joined<B, T> {
             folded: Folded::new(layer, chosen.iter().map(|named| &named.adapter))?,
             gains: of_dora.map(|_| layer.backend.alloc(layer.n)).collect::<Result<_>>()?,
             is_stale: true,
+            version: next_version(),
         };
         joined.refresh(layer.base(), &layer.adapters)?;
         Ok(joined)
@@ -63,6 +67,7 @@ impl<B: Backend, T: Element> Joined<B, T> {
     pub(super) fn refresh(&mut self, base: Base<'_, B, T>, adapters: &[Named<B, T>]) -> Result<()> {
         let Base { backend, n, k, bias, .. } = base;
         self.is_stale = true;
+        self.version = next_version();
         let (mut first, mut gains, mut earlier) = (0, self.gains.iter_mut(), None::<&B::Buffer<f32>>);
         let chosen = || self.ids.iter().filter_map(|id| adapters.iter().find(|named| named.id == *id));
         for named in chosen() {
@@ -109,9 +114,9 @@ impl<B: Backend, T: Element> Joined<B, T> {
         if self.rank == 0 {
             return Ok(plain);
         }
-        let (a, b) =
-            (Matrix::new(B::read(&self.a), self.rank, layer.k), Matrix::new(B::read(&self.b), layer.n, self.rank));
-        Ok(Operands { a, b, scale: self.scale, ..plain })
+        let a = Factor::Storage(Matrix::new(B::read(&self.a), self.rank, layer.k));
+        let b = Factor::Storage(Matrix::new(B::read(&self.b), layer.n, self.rank));
+        Ok(Operands { a, b, scale: self.scale, version: Some(self.version), ..plain })
     }
 }
 

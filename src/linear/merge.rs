@@ -90,7 +90,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         let active = self.active_ids();
         for named in active.iter().filter_map(|id| self.by_id(*id)).filter(|named| named.gain().is_some()) {
             // Folding multiplies by the adapter's own gain, which can be older than the one of several together.
-            named.in_storage(operation)?;
+            named.check_fresh(operation)?;
             copied = true;
         }
         if copied { self.operands(operation).map(drop) } else { Ok(()) }

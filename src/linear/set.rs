@@ -4,10 +4,11 @@ use std::{iter, mem};
 
 use super::bias::Folded;
 use super::dora::gain_into;
+use super::factor::Factor;
 use super::joined::Joined;
 use super::{Adapter, Backend, Base, Buffers, BuffersMut, LoraLinear, Rejected, next_version};
 use crate::error::{Error, Result};
-use crate::{Element, MatrixMut, Round};
+use crate::{Element, Matrix, MatrixMut, Round};
 
 /// An adapter of a layer.
 pub(super) struct Named<B: Backend, T: Element> {
@@ -17,7 +18,7 @@ pub(super) struct Named<B: Backend, T: Element> {
     /// Another number whenever the factors change.
     pub(super) version: u64,
     pub(super) adapter: Adapter<B, T>,
-    /// A and B in the storage type, where the adapter's own are f32.
+    /// A and B in the storage type, where the adapter's own are f32 and products do not read those.
     rounded: Option<(B::Buffer<T>, B::Buffer<T>)>,
     /// The bias of the layer with the adapter's own, where it has one.
     folded: Option<Folded<B, T>>,
@@ -55,15 +56,31 @@ pub(super) fn stale(operation: &'static str, name: &str) -> Error {
 }
 
 impl<B: Backend, T: Element> Named<B, T> {
-    /// A and B in the storage type; `None` for an adapter whose factors are empty.
-    #[allow(clippy::type_complexity, reason = "two buffers")]
-    pub(super) fn in_storage(&self, operation: &'static str) -> Result<Option<(&B::Buffer<T>, &B::Buffer<T>)>> {
-        match (self.adapter.buffers(), &self.rounded) {
-            _ if self.is_stale => Err(stale(operation, &self.name)),
-            (Buffers::Storage { a, b, .. }, _) => Ok(Some((a, b))),
-            (Buffers::F32 { .. }, Some((a, b))) => Ok(Some((a, b))),
-            (Buffers::F32 { .. }, None) => Ok(None),
-        }
+    /// What is made of the adapter must be as new as it is.
+    pub(super) fn check_fresh(&self, operation: &'static str) -> Result<()> {
+        if self.is_stale { Err(stale(operation, &self.name)) } else { Ok(()) }
+    }
+
+    /// A and B as products read them; `None` at rank 0.
+    #[allow(clippy::type_complexity, reason = "two factors")]
+    pub(super) fn factors(
+        &self,
+        operation: &'static str,
+        n: usize,
+        k: usize,
+    ) -> Result<Option<(Factor<'_, B, T>, Factor<'_, B, T>)>> {
+        self.check_fresh(operation)?;
+        let r = self.adapter.rank();
+        let storage =
+            |a, b| (Factor::Storage(Matrix::new(B::read(a), r, k)), Factor::Storage(Matrix::new(B::read(b), n, r)));
+        Ok(match (self.adapter.buffers(), &self.rounded) {
+            _ if r == 0 => None,
+            (Buffers::Storage { a, b, .. }, _) => Some(storage(a, b)),
+            (Buffers::F32 { .. }, Some((a, b))) => Some(storage(a, b)),
+            (Buffers::F32 { a, b, .. }, None) => {
+                Some((Factor::F32(Matrix::new(B::read(a), r, k)), Factor::F32(Matrix::new(B::read(b), n, r))))
+            }
+        })
     }
 
     /// What its bias makes of the layer's.
@@ -112,7 +129,7 @@ impl<B: Backend, T: Element> Named<B, T> {
 
 impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// Adds an adapter, which takes part once it is activated. For one in f32 this makes the copies in the storage type
-    /// that the products read, for one with a bias on B the sum of the biases, for one with a magnitude the gain.
+    /// that the products read, unless they read f32 ([`Adapter::at_full_precision`]), for one with a bias on B the sum of the biases, for one with a magnitude the gain.
     ///
     /// # Errors
     /// [`Error::AdapterName`] when there is one of that name; [`Error::Dimension`] when a part has another number of
@@ -128,7 +145,9 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             }
             adapter.check(n, k)?;
             let rounded = match adapter.buffers() {
-                Buffers::F32 { .. } if r != 0 => Some((self.backend.alloc(r * k)?, self.backend.alloc(n * r)?)),
+                Buffers::F32 { .. } if r != 0 && !adapter.is_at_full_precision() => {
+                    Some((self.backend.alloc(r * k)?, self.backend.alloc(n * r)?))
+                }
                 _ => None,
             };
             let gain = if adapter.has_magnitude() { Some(self.backend.alloc(n)?) } else { None };

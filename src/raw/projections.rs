@@ -203,7 +203,7 @@ pub(crate) fn named(name: &'static str, at: usize, count: usize) -> &'static str
     if count == 1 {
         return name;
     }
-    table!("w" "b" "scale" "bias" "gain" "y" "dy" "db" "dbias" "magnitude" "dm")
+    table!("w" "a" "b" "scale" "bias" "gain" "y" "dy" "db" "dbias" "magnitude" "dm")
 }
 
 /// The ranks that each projection has of the `r` of all, from the columns of their b in turn: the last has what is left, and

@@ -11,5 +11,6 @@ mod gpu;
 mod gradients;
 mod layer;
 mod matrix;
+mod projections;
 mod refused;
 mod training;

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, OnceLock};
 
 use fused_lora::cuda::cudarc::driver::{CudaSlice, CudaStream};
-use fused_lora::cuda::{self, Kernels, Workspace};
+use fused_lora::cuda::{self, Kernels, Queue, Workspace};
 use fused_lora::{Dropout, Element, Error, Gradient, LoraShape, MagnitudeGradient, Matrix, MatrixMut, Result, Seed};
 
 use super::data::POISON;
@@ -25,6 +25,13 @@ pub fn kernels(test: &str) -> Option<Kernels> {
         }
         Err(error) => fail(test, &error.to_string()),
     }
+}
+
+/// Kernels, a stream and a workspace for layers.
+pub fn queue(test: &str) -> Option<Queue> {
+    let kernels = kernels(test)?;
+    let stream = kernels.context().new_stream().expect("a stream");
+    Some(Queue::new(&kernels, &stream).expect("a queue"))
 }
 
 #[track_caller]

@@ -155,12 +155,12 @@ pub fn computes<B: Backend, T: Element>(backend: &B, spec: &Spec, f32_factors: b
 }
 
 /// Runs a layer's backward on the host's outputs, which are f32 gradients.
-pub fn backward<B: Backend, T: Element>(
+pub fn backward<B: Backend, T: Element, A: Element>(
     backend: &B,
     layer: &LoraLinear<B, T>,
     pass: &fused_lora::linear::Pass<'_, B, T>,
-    start: &HostBackward<T>,
-) -> HostBackward<T> {
+    start: &HostBackward<T, A>,
+) -> HostBackward<T, A> {
     fn in_f32<T>(gradient: &Option<HostGradient<T>>) -> Option<&Host<f32>> {
         match gradient {
             Some(HostGradient::F32(host)) => Some(host),

@@ -215,7 +215,7 @@ pub struct HostDropout {
 }
 
 impl HostDropout {
-    fn view(&self) -> Dropout<'_, [u64]> {
+    pub fn view(&self) -> Dropout<'_, [u64]> {
         let [seed, offset] = self.seed;
         let passed = Seed::Value { seed, offset };
         Dropout {

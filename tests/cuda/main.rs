@@ -18,10 +18,10 @@ use common::data::{
     Placement, Spec, dora_table, dropout_table, integer_table, routes_table, shape_table, subset_table,
 };
 use common::golden::{self, Golden};
-use common::gpu::{self, Gpu, backward_bits, forward_bits, kernels};
+use common::gpu::{self, Gpu, backward_bits, forward_bits, kernels, queue};
 use common::hopper::{self, Case};
 use common::{Backend, check, layers, skipped};
-use fused_lora::cuda::{Kernels, Queue};
+use fused_lora::cuda::Kernels;
 use fused_lora::plan::{Family, Options};
 use fused_lora::{Element, bf16, f16};
 
@@ -99,13 +99,6 @@ fn many_tiles() {
             check::backward::<f16>(&gpu, &spec);
         }
     }
-}
-
-/// Kernels, a stream and a workspace for layers.
-fn queue(test: &str) -> Option<Queue> {
-    let kernels = kernels(test)?;
-    let stream = kernels.context().new_stream().expect("a stream");
-    Some(Queue::new(&kernels, &stream).expect("a queue"))
 }
 
 #[test]

@@ -59,11 +59,11 @@ impl Backend for Failing {
     fn reserve(&self, dtype: Dtype, shape: LoraShape) -> Result<()> {
         Cpu.reserve(dtype, shape)
     }
-    fn forward<T: Element, A: Element>(&self, op: cpu::Forward<'_, T, A>) -> Result<()> {
-        Cpu.forward(op)
+    fn forward_shared<T: Element, A: Element>(&self, op: cpu::ForwardShared<'_, T, A>) -> Result<()> {
+        Cpu.forward_shared(op)
     }
-    fn backward<T: Element, A: Element>(&self, op: cpu::Backward<'_, T, A>) -> Result<()> {
-        Cpu.backward(op)
+    fn backward_shared<T: Element, A: Element>(&self, op: cpu::BackwardShared<'_, T, A>) -> Result<()> {
+        Cpu.backward_shared(op)
     }
     fn merge<T: Element>(&self, op: cpu::Merge<'_, T>) -> Result<()> {
         Cpu.merge(op)

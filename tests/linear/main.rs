@@ -8,6 +8,7 @@ mod common;
 mod computes;
 mod failing;
 mod matrix;
+mod projections;
 mod refused;
 mod states;
 

@@ -28,7 +28,7 @@ enum Fault {
 }
 
 /// A matrix with gaps, in a buffer that ends where it does.
-fn host<T: Copy>(rows: usize, cols: usize, value: T) -> Host<T> {
+pub fn host<T: Copy>(rows: usize, cols: usize, value: T) -> Host<T> {
     let (offset, row_stride) = (2, cols + 3);
     Host { rows, cols, offset, row_stride, data: vec![value; offset + (rows - 1) * row_stride + cols] }
 }

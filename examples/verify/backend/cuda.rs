@@ -45,16 +45,13 @@ impl Cuda {
         self.stream.clone_dtoh(data).map_err(copying)
     }
 
-    fn upload_variant<T>(&self, problem: &Problem<T>) -> Result<Uploaded> {
+    fn upload_variant<T, A>(&self, problem: &Problem<T, A>) -> Result<Uploaded> {
         let routes = problem.routes.as_ref().map(|words| self.stream.clone_htod(words).map_err(copying)).transpose()?;
         let gain = problem.gain.as_ref().map(|gain| self.upload(gain)).transpose()?;
         Ok(Uploaded { routes, gain })
     }
 
-    fn workspace<T>(&self, problem: &Problem<T>) -> Result<Workspace>
-    where
-        T: Element,
-    {
+    fn workspace<T: Element, A>(&self, problem: &Problem<T, A>) -> Result<Workspace> {
         let shape = LoraShape { m: problem.m, n: problem.n, k: problem.k, r: problem.r };
         Workspace::new(&self.stream, self.kernels.workspace_bytes(T::DTYPE, shape)?)
     }
@@ -124,13 +121,14 @@ impl Runner for Cuda {
         dtype != Dtype::F32
     }
 
-    fn forward<T: Element>(&self, problem: &Problem<T>) -> Result<Forward<T>> {
+    fn forward<T: Element, A: Element>(&self, problem: &Problem<T, A>) -> Result<Forward<T>> {
         let Problem { m, n, k, r, scale, .. } = *problem;
         let (x, w) = (self.upload(&problem.x)?, self.upload(&problem.w)?);
         let (a, b) = (self.upload(&problem.a)?, self.upload(&problem.b)?);
         let bias = problem.bias.as_ref().map(|bias| self.upload(bias)).transpose()?;
         let uploaded = self.upload_variant(problem)?;
-        let (mut h, mut y) = (self.zeros::<T>(m * r)?, self.zeros::<T>(m * n)?);
+        let columns = problem.columns_of_h();
+        let (mut h, mut y) = (self.zeros::<T>(m * columns)?, self.zeros::<T>(m * n)?);
         let mut workspace = self.workspace(problem)?;
         let op = cuda::Forward {
             x: Matrix::new(&x, m, k),
@@ -139,7 +137,7 @@ impl Runner for Cuda {
             b: Matrix::new(&b, n, r),
             scale,
             bias: bias.as_ref().map(|bias| cuda::matrix(bias, 1, n)),
-            h: Some(MatrixMut::new(&mut h, m, r)),
+            h: Some(MatrixMut::new(&mut h, m, columns)),
             y: MatrixMut::new(&mut y, m, n),
             variant: uploaded.view(),
         };
@@ -149,7 +147,7 @@ impl Runner for Cuda {
         Ok(Forward { h: self.download(&h)?, y: self.download(&y)?, time: Self::between(&start, &end)? })
     }
 
-    fn backward<T: Element>(&self, problem: &Problem<T>, h: &[T], forms: Forms) -> Result<Backward<T>> {
+    fn backward<T: Element, A: Element>(&self, problem: &Problem<T, A>, h: &[T], forms: Forms) -> Result<Backward<T>> {
         let Problem { m, n, k, r, scale, .. } = *problem;
         let (dy, w) = (self.upload(&problem.dy)?, self.upload(&problem.w)?);
         let (a, b) = (self.upload(&problem.a)?, self.upload(&problem.b)?);
@@ -165,7 +163,7 @@ impl Runner for Cuda {
             b: Matrix::new(&b, n, r),
             scale,
             x: Some(Matrix::new(&x, m, k)),
-            h: Some(Matrix::new(&h, m, r)),
+            h: Some(Matrix::new(&h, m, problem.columns_of_h())),
             dx: Some(MatrixMut::new(&mut dx, m, k)),
             da: Some(da.view(r, k)),
             db: Some(db.view(n, r)),
@@ -205,7 +203,11 @@ impl Runner for Cuda {
         self.download(&gain)
     }
 
-    fn magnitude<T: Element>(&self, problem: &Problem<T>, of: &OfMagnitude<'_, T>) -> Result<(Vec<f32>, Duration)> {
+    fn magnitude<T: Element, A: Element>(
+        &self,
+        problem: &Problem<T, A>,
+        of: &OfMagnitude<'_, T>,
+    ) -> Result<(Vec<f32>, Duration)> {
         let Problem { m, n, k, r, scale, .. } = *problem;
         let (dy, w, y) = (self.upload(&problem.dy)?, self.upload(&problem.w)?, self.upload(of.y)?);
         let (a, b) = (self.upload(&problem.a)?, self.upload(&problem.b)?);

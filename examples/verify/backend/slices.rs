@@ -12,8 +12,8 @@ use super::{Backward, Form, Forms, Forward, Norms, OfMagnitude, Problem, Runner,
 trait OnSlices {
     const NAME: &'static str;
     fn computes(&self, dtype: Dtype) -> bool;
-    fn forward<T: Element>(&self, op: cpu::Forward<'_, T>) -> Result<()>;
-    fn backward<T: Element>(&self, op: cpu::Backward<'_, T>) -> Result<()>;
+    fn forward<T: Element, A: Element>(&self, op: cpu::Forward<'_, T, A>) -> Result<()>;
+    fn backward<T: Element, A: Element>(&self, op: cpu::Backward<'_, T, A>) -> Result<()>;
     fn gain<T: Element>(&self, op: cpu::Gain<'_, T>) -> Result<()>;
 }
 
@@ -27,11 +27,11 @@ impl OnSlices for Cpu {
         true
     }
 
-    fn forward<T: Element>(&self, op: cpu::Forward<'_, T>) -> Result<()> {
+    fn forward<T: Element, A: Element>(&self, op: cpu::Forward<'_, T, A>) -> Result<()> {
         cpu::forward(op)
     }
 
-    fn backward<T: Element>(&self, op: cpu::Backward<'_, T>) -> Result<()> {
+    fn backward<T: Element, A: Element>(&self, op: cpu::Backward<'_, T, A>) -> Result<()> {
         cpu::backward(op)
     }
 
@@ -48,11 +48,11 @@ impl OnSlices for fused_lora::emulator::Emulator {
         dtype != Dtype::F32
     }
 
-    fn forward<T: Element>(&self, op: cpu::Forward<'_, T>) -> Result<()> {
+    fn forward<T: Element, A: Element>(&self, op: cpu::Forward<'_, T, A>) -> Result<()> {
         self.forward(op).map(drop)
     }
 
-    fn backward<T: Element>(&self, op: cpu::Backward<'_, T>) -> Result<()> {
+    fn backward<T: Element, A: Element>(&self, op: cpu::Backward<'_, T, A>) -> Result<()> {
         self.backward(op).map(drop)
     }
 
@@ -70,10 +70,10 @@ impl<S: OnSlices> Runner for S {
         self.computes(dtype)
     }
 
-    fn forward<T: Element>(&self, problem: &Problem<T>) -> Result<Forward<T>> {
+    fn forward<T: Element, A: Element>(&self, problem: &Problem<T, A>) -> Result<Forward<T>> {
         let Problem { m, n, k, r, scale, x, w, a, b, bias, .. } = problem;
-        let (m, n, k, r) = (*m, *n, *k, *r);
-        let (mut h, mut y) = (vec![T::default(); m * r], vec![T::default(); m * n]);
+        let (m, n, k, r, columns) = (*m, *n, *k, *r, problem.columns_of_h());
+        let (mut h, mut y) = (vec![T::default(); m * columns], vec![T::default(); m * n]);
         let start = Instant::now();
         OnSlices::forward(
             self,
@@ -84,7 +84,7 @@ impl<S: OnSlices> Runner for S {
                 b: Matrix::new(&b[..], n, r),
                 scale: *scale,
                 bias: bias.as_ref().map(|bias| Matrix::new(&bias[..], 1, n)),
-                h: Some(MatrixMut::new(&mut h[..], m, r)),
+                h: Some(MatrixMut::new(&mut h[..], m, columns)),
                 y: MatrixMut::new(&mut y[..], m, n),
                 variant: variant(problem),
             },
@@ -92,7 +92,7 @@ impl<S: OnSlices> Runner for S {
         Ok(Forward { h, y, time: start.elapsed() })
     }
 
-    fn backward<T: Element>(&self, problem: &Problem<T>, h: &[T], forms: Forms) -> Result<Backward<T>> {
+    fn backward<T: Element, A: Element>(&self, problem: &Problem<T, A>, h: &[T], forms: Forms) -> Result<Backward<T>> {
         let Problem { m, n, k, r, scale, x, w, a, b, dy, .. } = problem;
         let (m, n, k, r) = (*m, *n, *k, *r);
         let (mut dx, mut da, mut db) = (vec![T::default(); m * k], forms.da.zeros(r * k), forms.db.zeros(n * r));
@@ -107,7 +107,7 @@ impl<S: OnSlices> Runner for S {
                 b: Matrix::new(&b[..], n, r),
                 scale: *scale,
                 x: Some(Matrix::new(&x[..], m, k)),
-                h: Some(Matrix::new(h, m, r)),
+                h: Some(Matrix::new(h, m, problem.columns_of_h())),
                 dx: Some(MatrixMut::new(&mut dx[..], m, k)),
                 da: Some(view(&mut da, r, k)),
                 db: Some(view(&mut db, n, r)),
@@ -138,7 +138,11 @@ impl<S: OnSlices> Runner for S {
         Ok(gain)
     }
 
-    fn magnitude<T: Element>(&self, problem: &Problem<T>, of: &OfMagnitude<'_, T>) -> Result<(Vec<f32>, Duration)> {
+    fn magnitude<T: Element, A: Element>(
+        &self,
+        problem: &Problem<T, A>,
+        of: &OfMagnitude<'_, T>,
+    ) -> Result<(Vec<f32>, Duration)> {
         let Problem { m, n, k, r, scale, w, a, b, bias, dy, .. } = problem;
         let (m, n, k, r) = (*m, *n, *k, *r);
         let mut dm = vec![0.0; n];
@@ -171,7 +175,7 @@ impl<S: OnSlices> Runner for S {
     }
 }
 
-fn variant<T>(problem: &Problem<T>) -> Variant<'_, [u64], [f32]> {
+fn variant<T, A>(problem: &Problem<T, A>) -> Variant<'_, [u64], [f32]> {
     let routes = problem.routes.as_ref().map(|words| Matrix::new(&words[..], 1, words.len()));
     let gain = problem.gain.as_ref().map(|gain| Matrix::new(&gain[..], 1, gain.len()));
     Variant { routes, gain, ..Variant::default() }

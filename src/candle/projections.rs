@@ -1,0 +1,154 @@
+//! Layers that share x, as one module; a layer alone is the case of one.
+
+use candle_core::{Result, Tensor};
+
+use super::linear::{Adapter, LoraLinear};
+use super::op::{Projection, apply};
+use super::passes::Passes;
+use super::{check, wrap};
+use crate::error::Error;
+
+/// Layers that share x, as q, k and v of attention or gate and up of a feed-forward block do: what [`lora_shared`](super::lora_shared)
+/// computes of them, forward of all in one launch and backward in one.
+///
+/// Each layer has its own W, N, bias and adapters, and whatever a [`LoraLinear`] can. Those without an active adapter, and those that
+/// are merged, are computed by themselves, by candle's product. Rows of one fused weight are a layer each:
+/// [`Tensor::narrow`] of it copies nothing.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use candle_nn::{VarBuilder, VarMap};
+/// use fused_lora::candle::{LoraConfig, LoraLinear, LoraProjections};
+///
+/// let (vars, device) = (VarMap::new(), Device::Cpu);
+/// let vb = VarBuilder::from_varmap(&vars, DType::F32, &device);
+/// let w = Tensor::randn(0f32, 0.1, (16, 8), &device)?; // q, k and v in one
+/// let config = LoraConfig { r: 2, alpha: 4.0, rslora: false };
+/// let layer = |name, first, n| LoraLinear::new(w.narrow(0, first, n)?, None, config, vb.pp(name));
+/// let qkv = LoraProjections::new([layer("q", 0, 8)?, layer("k", 8, 4)?, layer("v", 12, 4)?])?.with_dropout(0.1, 42)?;
+///
+/// let x = Tensor::randn(0f32, 1.0, (2, 5, 8), &device)?;
+/// let [q, k, v] = qkv.forward_t(&x, true)?;
+/// assert_eq!((q.dims(), k.dims(), v.dims()), (&[2, 5, 8][..], &[2, 5, 4][..], &[2, 5, 4][..]));
+/// # candle_core::Result::Ok(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct LoraProjections<const P: usize> {
+    layers: [LoraLinear; P],
+    dropout: Option<Passes>,
+    recompute: bool,
+}
+
+impl<const P: usize> LoraProjections<P> {
+    /// Layers of one K and dtype. Dropout and recomputing are the group's to have, not theirs.
+    ///
+    /// # Errors
+    /// [`Error::Projections`] for none and for more than [`MAX_PROJECTIONS`](crate::raw::MAX_PROJECTIONS); [`Error::Dimension`] and
+    /// [`Error::ArgumentDtype`] for a W of another K or dtype than the first's; [`Error::State`] for a layer with dropout, or one
+    /// that recomputes, which it names by its number.
+    pub fn new(layers: [LoraLinear; P]) -> Result<Self> {
+        let weights = layers.each_ref().map(LoraLinear::weight);
+        check::weights(&weights).map_err(wrap)?;
+        if let Some(at) = layers.iter().position(|layer| layer.dropout().is_some() || layer.recomputes()) {
+            let what = if layers[at].recomputes() { "recomputes" } else { "has dropout" };
+            let (operation, got) = ("new", format!("layer {at} {what} by itself"));
+            let expected = "layers that do not, and `with_dropout` and `with_recompute` of the group";
+            return Err(wrap(Error::State { operation, got, expected }));
+        }
+        Ok(Self { layers, dropout: None, recompute: false })
+    }
+
+    /// As [`LoraLinear::with_dropout`], with one mask for all layers; PEFT draws one for each.
+    ///
+    /// # Errors
+    /// [`Error::Probability`] unless `p` is from 0 to 1.
+    pub fn with_dropout(mut self, p: f32, seed: u64) -> Result<Self> {
+        self.dropout = Some(Passes::new(p, seed).map_err(wrap)?);
+        Ok(self)
+    }
+
+    /// As [`LoraLinear::with_recompute`].
+    #[must_use]
+    pub fn with_recompute(mut self) -> Self {
+        self.recompute = true;
+        self
+    }
+
+    /// Training passes with dropout so far, of this group and its clones.
+    pub fn passes(&self) -> u64 {
+        self.dropout.as_ref().map_or(0, Passes::made)
+    }
+
+    /// As [`LoraLinear::set_passes`].
+    pub fn set_passes(&self, passes: u64) {
+        if let Some(dropout) = &self.dropout {
+            dropout.set(passes);
+        }
+    }
+
+    /// The layers.
+    pub fn layers(&self) -> &[LoraLinear; P] {
+        &self.layers
+    }
+
+    /// The layers, to be changed.
+    pub fn layers_mut(&mut self) -> &mut [LoraLinear; P] {
+        &mut self.layers
+    }
+
+    /// Forward for inference, x of … × K, two dimensions or more, to … × N of each layer: nothing is dropped.
+    ///
+    /// # Errors
+    /// As [`lora_shared`](super::lora_shared), and candle's.
+    pub fn forward(&self, x: &Tensor) -> Result<[Tensor; P]> {
+        self.forward_t(x, false)
+    }
+
+    /// As [`forward`](Self::forward), with dropout where `train` is set.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); [`Error::State`] for dropout where a layer's adapter has a magnitude (DoRA).
+    pub fn forward_t(&self, x: &Tensor, train: bool) -> Result<[Tensor; P]> {
+        let dropout = self.dropout.as_ref().filter(|_| train);
+        let ys = forward(&self.layers.each_ref(), x, dropout, self.recompute)?;
+        ys.try_into().map_err(|ys: Vec<_>| wrap(Error::Projections { got: ys.len(), limit: P }))
+    }
+}
+
+/// Those that have an adapter beside W in one, the others by themselves.
+pub(super) fn forward(
+    layers: &[&LoraLinear],
+    x: &Tensor,
+    dropout: Option<&Passes>,
+    recompute: bool,
+) -> Result<Vec<Tensor>> {
+    let mut beside = Vec::with_capacity(layers.len());
+    for (at, layer) in layers.iter().enumerate() {
+        let Some(adapter) = layer.beside() else { continue };
+        let p = dropout.map_or(0.0, |dropout| dropout.p);
+        if adapter.magnitude.is_some() && p != 0.0 {
+            let place = if layers.len() > 1 { format!("in layer {at} ") } else { String::new() };
+            let name = layer.active().unwrap_or_default();
+            let got = format!("{place}adapter `{name}` has a magnitude (DoRA) and dropout is {p}");
+            let expected = "dropout of 0: together they are not computed";
+            return Err(wrap(Error::State { operation: "forward_t", got, expected }));
+        }
+        check::input(layer.weight(), x).map_err(wrap)?; // before a pass is counted
+        beside.push((layer.weight(), adapter, layer.bias_with(adapter)?));
+    }
+    let projections = beside.iter().map(|(w, adapter, bias)| {
+        let Adapter { a, b, magnitude, scale, .. } = adapter;
+        Projection { w, a, b, scale: *scale, bias: bias.as_ref(), magnitude: magnitude.as_ref() }
+    });
+    let projections: Vec<_> = projections.collect();
+    let together = match projections[..] {
+        [] => Vec::new(),
+        _ => apply(x, &projections, dropout.map(Passes::next), recompute)?,
+    };
+    let mut together = together.into_iter();
+    let y = |layer: &&LoraLinear| match layer.beside().and_then(|_| together.next()) {
+        Some(y) => Ok(y),
+        None => layer.plain(x),
+    };
+    layers.iter().map(y).collect()
+}

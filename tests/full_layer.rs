@@ -1,0 +1,235 @@
+//! Layers whose adapter is at full precision: f32 factors over 16 bits.
+
+#![allow(clippy::panic, clippy::unwrap_used)] // how a test fails
+
+mod common;
+
+use common::data::{Placement, Spec};
+use common::layers::{self, Device, assert_same, bits, compact, download};
+use common::{Host, HostBackward, HostDropout, HostForward, HostMagnitude, full};
+use fused_lora::cpu::Cpu;
+use fused_lora::linear::{Adapter, Backend, Buffers, BuffersMut, LoraLinear, LoraProjections, Scaling, Training};
+use fused_lora::reference;
+use fused_lora::{Dropout, Element, Error, Matrix, Result, Seed, bf16, f16, split_columns};
+
+fn table() -> [Spec; 5] {
+    let dropout = Some(HostDropout { p: 0.25, seed: [3, 1 << 40], in_memory: false });
+    [
+        Spec::new(16, 24, 40, 8),
+        Spec { placement: Placement::Strided, scale: -0.5, dropout, ..Spec::new(70, 40, 72, 5) },
+        Spec { bias: false, accumulate: true, ..Spec::new(33, 65, 24, 16) },
+        Spec { dora: true, ..Spec::new(40, 33, 48, 11) },
+        Spec { outputs: [false, true, false, true], ..Spec::new(3, 9, 17, 1) },
+    ]
+}
+
+fn matrix<T>(rows: usize, cols: usize, data: Vec<T>) -> Host<T> {
+    Host { rows, cols, offset: 0, row_stride: cols, data }
+}
+
+/// A layer with the active adapter "one", and what forward reads of it; the gain is what f64 makes of the magnitude.
+struct Made<B: Backend, T: Element> {
+    layer: LoraLinear<B, T>,
+    forward: HostForward<T, f32>,
+    magnitude: Option<Host<f32>>,
+}
+
+fn make<B: Backend, T: Element>(backend: &B, spec: &Spec) -> Made<B, T> {
+    let Spec { n, k, r, .. } = *spec;
+    let mut forward = spec.forward_of::<T, f32>();
+    (forward.w, forward.a, forward.b) = (compact(&forward.w), compact(&forward.a), compact(&forward.b));
+    forward.bias = forward.bias.as_ref().map(compact);
+    let bias = forward.bias.as_ref().map(|bias| &bias.data[..]);
+    let mut layer = LoraLinear::upload(backend.clone(), &forward.w.data, bias, n, k).expect("a layer");
+    let scaling = Scaling::Fixed(f64::from(spec.scale));
+    let adapter = Adapter::upload_f32(backend, r, scaling, &forward.a.data, &forward.b.data).expect("an adapter");
+    let mut adapter = adapter.at_full_precision();
+    let magnitude = forward.gain.as_ref().map(compact).map(|wanted| {
+        let norm =
+            reference::norm(&forward.w.to_mat(), &forward.a.to_mat(), &forward.b.to_mat(), f64::from(spec.scale));
+        let magnitude = (0..n).map(|at| (f64::from(wanted.data[at]) * norm.at(0, at)) as f32).collect::<Vec<_>>();
+        let gain = (0..n).map(|at| (f64::from(magnitude[at]) / norm.at(0, at)) as f32).collect();
+        forward.gain = Some(matrix(1, n, gain));
+        matrix(1, n, magnitude)
+    });
+    if let Some(magnitude) = &magnitude {
+        adapter = adapter.with_magnitude(backend, &magnitude.data).expect("a magnitude");
+    }
+    layer.add("one", adapter).expect("an added adapter");
+    layer.activate("one").expect("an adapter");
+    Made { layer, forward, magnitude }
+}
+
+/// Forward, and forward with backward, that keeps h or computes it again: as exact as the operations are.
+fn computes<B: Backend, T: Element>(backend: &B) {
+    for spec in table() {
+        let Spec { m, n, r, .. } = spec;
+        let Made { layer, forward, magnitude } = make::<B, T>(backend, &spec);
+        layer.reserve(m).expect("a workspace");
+        let judged = |outcome: Result<(), String>| outcome.unwrap_or_else(|wrong| panic!("{spec:?}: {wrong}"));
+        let x = Device::new(backend, &forward.x);
+        let inferred = download(backend, &layer.forward(x.view()).expect("forward"), m * n);
+        let poison = matrix(m, n, vec![T::from_f32(f32::NAN); m * n]);
+        let of = |y, dropout| HostForward { y, h: None, dropout, ..forward.clone() };
+        judged(full::judge_forward(&of(poison.clone(), None), &of(matrix(m, n, inferred.clone()), None)));
+        let seed = |HostDropout { p, seed: [seed, offset], .. }| Dropout { p, seed: Seed::Value { seed, offset } };
+        let dropout = spec.dropout.map(seed);
+        let run =
+            |recompute| layer.forward_train_with(x.view(), Training { dropout, recompute }).expect("forward_train");
+        let (y, kept) = run(false);
+        let y = download(backend, &y, m * n);
+        match spec.dropout {
+            Some(_) => {
+                judged(full::judge_forward(&of(poison, spec.dropout), &of(matrix(m, n, y.clone()), spec.dropout)))
+            }
+            None => assert_same(&bits(&y), &bits(&inferred), "forward_train and forward"),
+        }
+        let h = download(backend, kept.h().expect("h"), m * split_columns(r));
+        for pass in [kept, run(true).1] {
+            let given = spec.backward_of::<T, f32>();
+            let start = HostBackward {
+                w: forward.w.clone(),
+                a: forward.a.clone(),
+                b: forward.b.clone(),
+                x: Some(forward.x.clone()),
+                h: Some(matrix(m, split_columns(r), h.clone())),
+                gain: forward.gain.clone(),
+                magnitude: magnitude.as_ref().zip(given.magnitude.as_ref()).map(|(magnitude, of)| HostMagnitude {
+                    y: matrix(m, n, y.clone()),
+                    bias: forward.bias.clone(),
+                    magnitude: magnitude.clone(),
+                    dm: of.dm.clone(),
+                }),
+                ..given
+            };
+            let end = layers::backward(backend, &layer, &pass, &start);
+            judged(full::judge_backward(&start, &end));
+        }
+    }
+}
+
+#[test]
+fn layers_at_full_precision_on_the_cpu() {
+    computes::<_, bf16>(&Cpu);
+    computes::<_, f16>(&Cpu);
+}
+
+#[cfg(all(feature = "emulator", feature = "cuda"))]
+#[test]
+fn layers_at_full_precision_on_the_emulator() {
+    use fused_lora::emulator::Emulator;
+    use fused_lora::plan::Device;
+    for arch in [80, 90] {
+        computes::<_, bf16>(&Emulator::new(Device::of_arch("emulated", arch, 3)));
+    }
+    computes::<_, f16>(&Emulator::new(Device::of_arch("emulated", 75, 3)));
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn layers_at_full_precision_on_the_gpu() {
+    let Some(queue) = common::gpu::queue("layers_at_full_precision_on_the_gpu") else { return };
+    computes::<_, bf16>(&queue);
+    computes::<_, f16>(&queue);
+}
+
+const K: usize = 40;
+const N: usize = 24;
+
+fn factors(seed: u64) -> (Vec<f32>, Vec<f32>) {
+    let forward = Spec { seed, ..Spec::new(1, N, K, 4) }.forward_of::<bf16, f32>();
+    (compact(&forward.a).data, compact(&forward.b).data)
+}
+
+/// A layer in bf16 with adapters "full" and "rounded" of the same f32 factors.
+fn both() -> (LoraLinear<Cpu, bf16>, Vec<bf16>) {
+    let forward = Spec::new(8, N, K, 4).forward::<bf16>();
+    let mut layer = LoraLinear::upload(Cpu, &compact(&forward.w).data, None, N, K).expect("a layer");
+    let (a, b) = factors(1);
+    let adapter = || Adapter::upload_f32(&Cpu, 4, Scaling::Lora { alpha: 8.0 }, &a, &b).expect("an adapter");
+    layer.add("full", adapter().at_full_precision()).expect("an adapter");
+    layer.add("rounded", adapter()).expect("an adapter");
+    (layer, compact(&forward.x).data)
+}
+
+#[test]
+fn it_is_the_choice_of_an_adapter() {
+    let (mut layer, x) = both();
+    let x = Matrix::new(&x[..], 8, K);
+    let mut y = |name: &str| {
+        layer.activate(name).expect("an adapter");
+        layer.forward(x).expect("forward")
+    };
+    let (full, rounded) = (y("full"), y("rounded"));
+    assert_ne!(full, rounded);
+    assert!(format!("{:?}", layer.adapter("full")).contains("at_full_precision: true"));
+    // Elsewhere it changes nothing.
+    let (a, b) = factors(1);
+    let storage = Adapter::<Cpu, f32>::upload_f32(&Cpu, 4, Scaling::Fixed(1.0), &a, &b).expect("an adapter");
+    assert!(!storage.at_full_precision().is_at_full_precision());
+    let a16: Vec<bf16> = layers::rounded(&a);
+    let b16: Vec<bf16> = layers::rounded(&b);
+    let storage = Adapter::<Cpu, bf16>::upload(&Cpu, 4, Scaling::Fixed(1.0), &a16, &b16).expect("an adapter");
+    assert!(!storage.at_full_precision().is_at_full_precision());
+}
+
+/// Products read the adapter's own buffers: an update shows at once, and there is no copy to be stale.
+#[test]
+fn updates_are_read() {
+    let (mut layer, x) = both();
+    let x = Matrix::new(&x[..], 8, K);
+    layer.activate("full").expect("an adapter");
+    let (_, pass) = layer.forward_train(x).expect("forward_train");
+    let (a, b) = factors(2);
+    layer
+        .update("full", |parts| match parts {
+            BuffersMut::F32 { a: own_a, b: own_b, .. } => {
+                own_a.copy_from_slice(&a);
+                own_b.copy_from_slice(&b);
+                Ok::<(), Error>(())
+            }
+            BuffersMut::Storage { .. } => panic!("f32 factors"),
+        })
+        .expect("an update");
+    let after = layer.forward(x).expect("forward");
+    let scaling = Scaling::Lora { alpha: 8.0 };
+    let fresh = Adapter::upload_f32(&Cpu, 4, scaling, &a, &b).expect("an adapter").at_full_precision();
+    layer.add("fresh", fresh).expect("an adapter");
+    layer.activate("fresh").expect("an adapter");
+    assert_eq!(after, layer.forward(x).expect("forward"));
+    let dy = vec![bf16::from_f32(1.0); 8 * N];
+    let refused = layer.backward(&pass, Matrix::new(&dy[..], 8, N), Default::default());
+    assert!(matches!(refused, Err(Error::State { .. })), "{refused:?}");
+}
+
+/// Merging reads f32 factors in any case; several adapters and banks read rounded copies; a group refuses.
+#[test]
+fn elsewhere_factors_are_rounded_or_refused() {
+    let (mut layer, x) = both();
+    let x = Matrix::new(&x[..], 8, K);
+    let mut merged = |name: &str| {
+        layer.activate(name).expect("an adapter");
+        layer.merge().expect("a merge");
+        let merged = layer.weight().clone();
+        layer.unmerge().expect("an unmerge");
+        merged
+    };
+    assert_eq!(merged("full"), merged("rounded"));
+    let Some(Buffers::F32 { a, b, .. }) = layer.adapter("full").map(Adapter::buffers) else { panic!("f32 factors") };
+    assert_eq!((a.len(), b.len()), (4 * K, N * 4));
+
+    let mut together = |names: [&str; 2]| {
+        layer.activate_all(&names).expect("two adapters");
+        layer.forward(x).expect("forward")
+    };
+    let first = together(["full", "rounded"]);
+    assert_eq!(first, together(["rounded", "full"]), "copies of the same numbers");
+    let bank = layer.bank(&["full", "rounded"]).expect("a bank");
+    let (a, half) = (bank.a(), 16 * K);
+    assert_eq!(a[..4 * K], a[half..half + 4 * K]);
+
+    layer.activate("full").expect("an adapter");
+    let plain = both().0;
+    let refused = LoraProjections::new([plain, layer]).err().expect("a refusal").error.to_string();
+    assert!(refused.contains("in layer 1") && refused.contains("`full` is at full precision"), "{refused}");
+}
