@@ -203,8 +203,6 @@ fn every_defect_of_the_sources_is_noticed() {
         .collect();
     let missed = Mutex::new(Vec::new());
     DEFECTS.par_iter().enumerate().for_each(|(at, Defect { what, image, tile, edits })| {
-            return;
-        }
         let kernel = (*image, *tile);
         let module = parse(&compile(image, *tile, edits, &folder.join(at.to_string())));
         let right = KERNELS.iter().zip(&rights).find(|(of, _)| **of == kernel).expect("a kernel of the list").1;
