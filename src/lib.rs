@@ -110,7 +110,7 @@
 //!   Accumulating adds in f32 before the rounding.
 //!
 //! Adapter products take 16-bit operands, as PEFT's do under autocast. f32 factors over a 16-bit base, PEFT's default, are
-//! rounded for them ([`Round`]), and their gradients are f32; products with more than 16 bits of them are not offered yet.
+//! rounded for them ([`Round`]), and their gradients are f32; or operations take them as they are, at full precision ([`Forward`]).
 //! [`Merge`] sums in f32 in an order of its own, which gives the same bits on every backend.
 //!
 //! # What may be counted on

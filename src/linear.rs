@@ -63,6 +63,12 @@
 //! other method drops. [`Gradients::accumulate`] adds a pass's gradients to those of others, in f32. A pass that is told not to
 //! keep h computes it again where db is asked for.
 //!
+//! # Full precision
+//!
+//! f32 factors over a 16-bit weight are rounded for the products, into copies that every change renews. An adapter that is
+//! [`at_full_precision`](Adapter::at_full_precision) has none: the products read its factors as they are, at more than 16 bits, as
+//! PEFT's do by default.
+//!
 //! # Biases
 //!
 //! Forward adds one bias. Where active adapters have biases of their own ([`Adapter::with_b_bias`], PEFT's `lora_bias`) that is

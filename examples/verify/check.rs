@@ -288,9 +288,9 @@ fn alone<T: Element, A: Element>(
 /// Adapters that rows choose among start at multiples of so many ranks, as those of a `Bank`.
 const ALIGN: usize = 16;
 
-/// How exact the halves of a number are, relative to it.
+/// How exact a product of two numbers in halves is, relative to it: B and dh in dA.
 fn halves(storage: fused_lora::Dtype) -> f64 {
-    if storage == fused_lora::Dtype::F16 { 2f64.powi(-22) } else { 2f64.powi(-17) }
+    if storage == fused_lora::Dtype::F16 { 2f64.powi(-22) } else { 2f64.powi(-16) }
 }
 
 /// The inputs of the case with some of its adapters, rounded to `T` as PEFT rounds them in this mode, and the place of each.
