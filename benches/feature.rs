@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use fused_lora::split_columns;
 use serde_json::{Value, json};
 
 /// What a call has beside the plain adapter.
@@ -13,13 +14,15 @@ pub struct Feature {
     pub adapters: usize,
     /// A gain, and the gradient of the magnitude.
     pub dora: bool,
+    /// Factors in f32.
+    pub full: bool,
     /// That share x.
     pub projections: usize,
 }
 
 impl Default for Feature {
     fn default() -> Self {
-        Self { dropout: 0.0, adapters: 1, dora: false, projections: 1 }
+        Self { dropout: 0.0, adapters: 1, dora: false, full: false, projections: 1 }
     }
 }
 
@@ -27,6 +30,11 @@ impl Feature {
     /// Of the plain product.
     pub fn without_adapter(self) -> Self {
         Self { projections: self.projections, ..Self::default() }
+    }
+
+    /// Of all projections, with `r` ranks each.
+    pub fn columns_of_h(&self, r: usize) -> usize {
+        if self.full { split_columns(r) } else { self.projections * r }
     }
 
     /// Nothing: what separate products compute as well.
@@ -40,6 +48,7 @@ impl Feature {
         row["dropout"] = json!(self.dropout.to_string().parse::<f64>().unwrap_or_default());
         row["adapters"] = json!(self.adapters);
         row["dora"] = json!(self.dora);
+        row["full"] = json!(self.full);
         row["projections"] = json!(self.projections);
         row
     }
@@ -48,11 +57,12 @@ impl Feature {
 impl fmt::Display for Feature {
     /// In the words of `scripts/report`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { dropout, adapters, dora, projections } = *self;
+        let Self { dropout, adapters, dora, full, projections } = *self;
         let parts = [
             (dropout > 0.0).then(|| format!("dropout {dropout}")),
             (adapters > 1).then(|| format!("{adapters} adapters")),
             dora.then(|| "DoRA".to_owned()),
+            full.then(|| "f32 factors".to_owned()),
             (projections > 1).then(|| format!("{projections} projections")),
         ];
         f.write_str(&parts.into_iter().flatten().collect::<Vec<_>>().join(", "))

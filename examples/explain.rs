@@ -9,11 +9,11 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use fused_lora::plan::{Device, Family, Options, Params, Plan};
-use fused_lora::{Accumulate, Dtype, raw};
+use fused_lora::{Accumulate, Dtype, raw, split_columns};
 use serde_json::json;
 
 const HELP: &str = "\
-Usage: explain --m M --n N --k K --r R --gpu GPU [--dtype bf16|f16] [--op forward|backward]
+Usage: explain --m M --n N --k K --r R --gpu GPU [--dtype bf16|f16] [--full] [--op forward|backward]
                [--family F] [--tile T] [--cluster C] [--bundle U] [--chunks C] [--group-m G] [--json]
 
 Prints the plan of one call for contiguous, aligned matrices: x is M x K, w is N x K, a is R x K, b is N x R.
@@ -22,6 +22,7 @@ Prints the plan of one call for contiguous, aligned matrices: x is M x K, w is N
   --r            rank; 0 for the plain product
   --gpu GPU      one of the GPUs below
   --dtype DTYPE  storage type, default bf16
+  --full         a and b in f32, used at more than 16-bit precision
   --op OP        default forward; backward computes dx, da and db, the last two in f32
   --family F     portable or sm90, instead of the faster one by the planner's model
   --tile T       large or small (portable); 256, 192 or 128 columns (sm90)
@@ -43,6 +44,7 @@ struct Arguments {
     r: usize,
     device: Device,
     dtype: Dtype,
+    full: bool,
     backward: bool,
     json: bool,
     options: Options,
@@ -79,7 +81,7 @@ fn gpus() -> String {
 fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>, Failure> {
     use lexopt::prelude::{Long, Short, ValueExt};
     let (mut m, mut n, mut k, mut r, mut gpu) = (None, None, None, None, None);
-    let (mut dtype, mut backward, mut json) = (Dtype::Bf16, false, false);
+    let (mut dtype, mut full, mut backward, mut json) = (Dtype::Bf16, false, false, false);
     let mut options = Options::default();
     let mut parser = lexopt::Parser::from_args(arguments);
     while let Some(argument) = parser.next()? {
@@ -97,6 +99,7 @@ fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>, Failure> {
                     _ => Err("expected bf16 or f16"),
                 })?;
             }
+            Long("full") => full = true,
             Long("op") => {
                 backward = parser.value()?.parse_with(|name| match name {
                     "forward" => Ok(false),
@@ -123,6 +126,7 @@ fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>, Failure> {
         r: r.ok_or(Failure::Missing("r"))?,
         device: Device::named(&gpu).ok_or(Failure::Gpu { got: gpu })?,
         dtype,
+        full,
         backward,
         json,
         options,
@@ -146,22 +150,25 @@ impl Addresses {
 }
 
 fn plan(arguments: &Arguments) -> Result<Plan, fused_lora::Error> {
-    let &Arguments { m, n, k, r, ref device, dtype, backward, options, .. } = arguments;
+    let &Arguments { m, n, k, r, ref device, dtype, full, backward, options, .. } = arguments;
     let mut addresses = Addresses { next: 256 };
+    let of_factors = if full { 4 } else { dtype.size() };
+    let (a, b) = (addresses.matrix(r, k, of_factors), addresses.matrix(n, r, of_factors));
     let mut matrix = |rows, cols| addresses.matrix(rows, cols, dtype.size());
-    let (x, w, a, b) = (matrix(m, k), matrix(n, k), matrix(r, k), matrix(n, r));
+    let (x, w) = (matrix(m, k), matrix(n, k));
     if !backward {
         let (y, variant) = (matrix(m, n), raw::Variant::default());
-        let op = raw::Forward { dtype, x, w, f32_factors: false, a, b, scale: 1.0, bias: None, h: None, y, variant };
+        let op = raw::Forward { dtype, x, w, f32_factors: full, a, b, scale: 1.0, bias: None, h: None, y, variant };
         return Plan::forward_with(&op, device, options);
     }
-    let (dy, h, dx) = (matrix(m, n), matrix(m, r), matrix(m, k));
+    let columns = if full && dtype != Dtype::F32 { split_columns(r) } else { r };
+    let (dy, h, dx) = (matrix(m, n), matrix(m, columns), matrix(m, k));
     let mut gradient = |rows, cols| raw::Gradient { matrix: addresses.matrix(rows, cols, 4), f32: true };
     let op = raw::Backward {
         dtype,
         dy,
         w,
-        f32_factors: false,
+        f32_factors: full,
         a,
         b,
         scale: 1.0,
@@ -184,7 +191,7 @@ fn print(arguments: &Arguments, out: &mut dyn Write) -> Result<(), Failure> {
         out.write_all(plan.explain().as_bytes())?;
         return Ok(());
     }
-    let Arguments { m, n, k, r, device, dtype, backward, .. } = arguments;
+    let Arguments { m, n, k, r, device, dtype, full, backward, .. } = arguments;
     // Past every matrix: a workspace lies on no argument.
     let launch = plan.launch(1 << 63, plan.workspace_bytes())?;
     let floor = plan.floor();
@@ -198,6 +205,7 @@ fn print(arguments: &Arguments, out: &mut dyn Write) -> Result<(), Failure> {
     let object = json!({
         "op": if *backward { "backward" } else { "forward" },
         "dtype": dtype.name(),
+        "f32_factors": full,
         "m": m,
         "n": n,
         "k": k,

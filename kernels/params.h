@@ -120,7 +120,7 @@ typedef struct LoraSplit {
   uint32_t r;       /* 0: a and b are of the storage type, and are not split */
   uint32_t a_units; /* of a, numbered along K first */
   uint32_t units;   /* a_units, then those of b, numbered along N first */
-  uint32_t padding;
+  uint32_t tickets; /* of those units: one each, or one for each CTA of a cluster */
 } LoraSplit;
 
 /* A projection of forward. Blocks of columns are numbered over all projections, and so are ranks. */
@@ -321,9 +321,9 @@ typedef struct LoraSm90ForwardProjection {
   uint32_t padding;
 } LoraSm90ForwardProjection;
 
-/* A unit of work belongs to a cluster: its CTAs take neighbouring blocks of rows. Tickets hand out bundles of h units
- * first, then single y units. Numbers of blocks are multiples of the cluster's size; blocks past the matrix are empty.
- */
+/* A unit of work belongs to a cluster: its CTAs take neighbouring blocks of rows, or neighbouring units that split factors.
+ * Tickets hand out the latter first, then bundles of h units, then single y units. Numbers of blocks are multiples of the
+ * cluster's size; blocks past the matrix are empty. Of factors that are split r and h are as in LoraForwardParams. */
 typedef struct LoraSm90ForwardParams {
   LoraMatrix h; /* as it is written */
   uint64_t sync;
@@ -336,14 +336,14 @@ typedef struct LoraSm90ForwardParams {
   uint32_t r_blocks;   /* narrow tiles along R */
   uint32_t h_units;    /* m_groups x r_blocks */
   uint32_t h_tickets;  /* ticket t hands out h units t, t + h_tickets, ... */
-  uint32_t tickets;    /* h_tickets + m_groups x n_blocks */
+  uint32_t tickets;    /* those of split + h_tickets + m_groups x n_blocks */
   uint32_t group_m;    /* m_groups that share a pass over w */
   uint32_t flag_shift; /* 2^flag_shift M-blocks share a flag */
   uint32_t sync_words;
   uint32_t padding;
   LoraDropout dropout;
   uint64_t routes; /* address of the table; 0 when absent, and with more than one projection */
-  LoraSplit split; /* not yet: all zero */
+  LoraSplit split;
   LoraSm90ForwardProjection projections[LORA_MAX_PROJECTIONS];
 } LoraSm90ForwardParams;
 
@@ -368,8 +368,9 @@ typedef struct LoraSm90BackwardProjection {
   float scale;
 } LoraSm90BackwardProjection;
 
-/* Tickets hand out bundles of dh units, then dx, db (with dbias) and da units. RN and RB are those of most_r for dh and
- * db, of r for da. */
+/* Tickets hand out units that split factors, which are not counted but in `tickets`, then bundles of dh units, then dx, db
+ * (with dbias) and da units. RN and RB are those of most_r for dh and db, of r for da, or of most_r where factors are
+ * split: r and dh are as in LoraBackwardParams, most_r counts pairs. */
 typedef struct LoraSm90BackwardParams {
   LoraMatrix dh; /* as it is written */
   LoraMatrix dx; /* as it is read to accumulate */
@@ -390,7 +391,7 @@ typedef struct LoraSm90BackwardParams {
   uint32_t dh_tickets; /* ticket t hands out dh units t, t + dh_tickets, ... */
   uint32_t dx_end;     /* first ticket past dx: dh_tickets + m_groups x k_blocks */
   uint32_t db_end;     /* first ticket past db: dx_end + tiles of all projections x chunks */
-  uint32_t tickets;    /* first ticket past da: db_end + k_groups x blocks of R x chunks */
+  uint32_t tickets;    /* those of split + db_end + k_groups x blocks of R x chunks */
   uint32_t chunks;
   uint32_t chunk_rows; /* tokens per chunk, a multiple of the block of rows */
   uint32_t partial_stride;
@@ -402,7 +403,7 @@ typedef struct LoraSm90BackwardParams {
   uint32_t padding;
   LoraDropout dropout;
   uint64_t routes; /* address of the table; 0 when absent, and with more than one projection */
-  LoraSplit split; /* not yet: all zero */
+  LoraSplit split;
   LoraSm90BackwardProjection projections[LORA_MAX_PROJECTIONS];
 } LoraSm90BackwardParams;
 

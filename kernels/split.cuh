@@ -41,6 +41,49 @@ struct HalvesOfTwo {
   }
 };
 
+// Stores two neighbours of h or dh in row `row`, of `r` ranks in all: halves of scale times what products with high
+// halves gave, in column `col` and the next, and with low ones of the same ranks; as pairs and as triples, each where
+// there is a place for it.
+template <typename T>
+__device__ __forceinline__ void store_halves(const LoraMatrix& pairs, const LoraMatrix& triples, uint32_t row,
+                                             uint32_t col, uint32_t r, float2 high, float2 low, float scale) {
+  constexpr uint32_t kRanks = LORA_SPLIT_RANKS;
+  const uint32_t group = col / (2 * kRanks);
+  const uint32_t within = col % kRanks;
+  const uint32_t rank = group * kRanks + within;
+  if (group * kRanks >= r) return;
+  // Ranks that fill up the last group are zeros, whatever is in x.
+  const HalvesOfTwo<T> halves(rank < r ? whole<T>(high.x, low.x) * scale : 0.0f,
+                              rank + 1 < r ? whole<T>(high.y, low.y) * scale : 0.0f);
+  if (pairs.ptr != 0) {
+    const bool at_once = ((pairs.ptr | static_cast<uint64_t>(pairs.row_stride) * 2) & 3) == 0;
+    const auto store_two = [&](uint16_t* gmem, uint32_t two) {
+      if (at_once) {
+        *reinterpret_cast<uint32_t*>(gmem) = two;
+      } else {
+        gmem[0] = static_cast<uint16_t>(two);
+        gmem[1] = static_cast<uint16_t>(two >> 16);
+      }
+    };
+    uint16_t* const gmem =
+        reinterpret_cast<uint16_t*>(pairs.ptr) + row * pairs.row_stride + group * 2 * kRanks + within;
+    store_two(gmem, halves.high);
+    store_two(gmem + kRanks, halves.low_scaled);
+  }
+  if (triples.ptr != 0) {
+    uint32_t* const gmem = reinterpret_cast<uint32_t*>(
+        reinterpret_cast<uint16_t*>(triples.ptr) + row * triples.row_stride + group * 3 * kRanks + within);
+    gmem[0] = halves.high;
+    gmem[kRanks / 2] = halves.high_damped;
+    gmem[kRanks] = halves.low;
+  }
+}
+
+// The rank of a column of pairs.
+__device__ __forceinline__ uint32_t rank_of(uint32_t col) {
+  return col / (2 * LORA_SPLIT_RANKS) * LORA_SPLIT_RANKS + col % LORA_SPLIT_RANKS;
+}
+
 // One unit: some ranks of a over some columns, or of b over some rows. In forward a becomes pairs and b triples.
 template <typename T, bool kForward>
 __device__ __forceinline__ void split_factors(const LoraSplit& p, uint32_t n, uint32_t k, uint32_t unit,

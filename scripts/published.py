@@ -18,7 +18,7 @@ def find(rows, field, op, way, shape, r=16, dropout=0.0):
     for row in rows:
         if (row["op"], row["way"], row["m"], row["n"], row["k"], row["r"]) == (op, way, m, n, k, r) and \
                 row.get("dtype", "bf16") == "bf16" and (row.get("dropout") or 0.0) == dropout and row.get(field) is not None and \
-                not row.get("dora") and (row.get("adapters") or 1) == (row.get("projections") or 1) == 1:
+                not row.get("dora") and not row.get("full") and (row.get("adapters") or 1) == (row.get("projections") or 1) == 1:
             return row[field]
     if op == "step" and way in ("fused", "unfused", "cublaslt"):
         parts = [find(rows, field, part, way, shape, r, dropout) for part in ("forward", "backward")]

@@ -124,11 +124,11 @@ class Report(unittest.TestCase):
         self.assertIn("| step | 8192 × 4096 × 4096 | bf16 | 16 | dropout 0.1 |  | 2 |", text)
 
     def test_what_a_call_has_beside_the_plain_adapter_keeps_rows_apart(self):
-        features = [{}, {"adapters": 8}, {"dora": True}, {"projections": 3}, {"dora": True, "projections": 2}, {"dropout": 0.0, "adapters": 1}]
+        features = [{}, {"adapters": 8}, {"dora": True}, {"projections": 3}, {"dora": True, "projections": 2}, {"dropout": 0.0, "adapters": 1}, {"full": True}]
         self.write(NAME, run_file("2026-01-01", [row("fused", 16, 100 + at) | of for at, of in enumerate(features)]))
         self.report()
         text = self.readme.read_text()
-        for line in ("16 | 8 adapters | 101.0", "16 | DoRA | 102.0", "16 | 3 projections | 103.0", "16 | DoRA, 2 projections | 104.0"):
+        for line in ("16 | 8 adapters | 101.0", "16 | DoRA | 102.0", "16 | 3 projections | 103.0", "16 | DoRA, 2 projections | 104.0", "16 | f32 factors | 106.0"):
             self.assertIn(line, text)
         self.assertIn("16 |  | 105.0", text, "what is written out is what is absent")
 

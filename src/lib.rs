@@ -109,8 +109,8 @@
 //! - da, db and dbias: [`Gradient::F32`] holds the f32 sums as they are, [`Gradient::Storage`] the same rounded once.
 //!   Accumulating adds in f32 before the rounding.
 //!
-//! Adapter products take 16-bit operands, as PEFT's do under autocast. f32 factors over a 16-bit base, PEFT's default, are
-//! rounded for them ([`Round`]), and their gradients are f32; or operations take them as they are, at full precision ([`Forward`]).
+//! Adapter products take 16-bit operands, as PEFT's do under autocast; f32 factors can be rounded for them ([`Round`]). Or they take
+//! f32 factors over a 16-bit base, PEFT's default, at more than 16-bit precision: [`Forward`] says how exact that is.
 //! [`Merge`] sums in f32 in an order of its own, which gives the same bits on every backend.
 //!
 //! # What may be counted on

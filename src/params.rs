@@ -67,8 +67,8 @@ pub struct LoraSplit {
     pub a_units: u32,
     /// Units that split A or B.
     pub units: u32,
-    /// Zero: the struct ends at a multiple of 8 bytes.
-    pub padding: u32,
+    /// Tickets of those units: one each, or one for each CTA of a cluster.
+    pub tickets: u32,
 }
 
 /// A projection of forward. Blocks of columns are numbered over all projections, and so are ranks.
@@ -446,7 +446,7 @@ mod header {
         same_layout!(LoraMatrix: ptr row_stride);
         same_layout!(LoraDropout: seed offset state threshold padding);
         same_layout!(LoraMagnitude: y bias magnitude dm);
-        same_layout!(LoraSplit: a b split_a split_b pairs r a_units units padding);
+        same_layout!(LoraSplit: a b split_a split_b pairs r a_units units tickets);
         same_layout!(LoraForwardProjection: w b y bias gain n r first_rank first_block scale padding);
         same_layout!(LoraForwardParams: x a h sync m k r projection_count m_blocks n_blocks h_units units group_m
             flag_shift sync_words padding dropout routes split projections);

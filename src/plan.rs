@@ -12,6 +12,7 @@ mod launch;
 mod operands;
 mod options;
 mod portable;
+mod scratch;
 mod sm90;
 mod split;
 
@@ -26,6 +27,8 @@ pub use launch::{Launch, Swizzle, TensorMap};
 pub use options::{Family, Options, TileSize};
 #[cfg(feature = "cuda")]
 pub(crate) use sm90::IMAGES as SM90_IMAGES;
+
+use scratch::Scratch;
 
 use crate::error::{Error, Result};
 use crate::params::*;
@@ -130,35 +133,6 @@ struct Draft {
     notes: Vec<String>,
     /// Predicted by the family's model, where it has a figure.
     microseconds: Option<f64>,
-}
-
-/// Byte offsets into the workspace of what the call did not bring along.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Scratch {
-    h: Option<u64>,
-    partials: Option<u64>,
-    split: Option<split::Places>,
-    end: u64,
-}
-
-impl Scratch {
-    /// Nothing but the synchronisation words.
-    fn new() -> Scratch {
-        Scratch { end: SYNC_BYTES as u64, ..Scratch::default() }
-    }
-
-    /// h or dh, whose address only a launch knows. Its rows start on 16 bytes, so that the fast loads apply.
-    fn reserve_middle(&mut self, m: usize, r: usize, dtype: Dtype) -> raw::Matrix {
-        let row_stride = r.next_multiple_of(8);
-        self.h = Some(self.reserve((m * row_stride * dtype.size()) as u64));
-        raw::Matrix { ptr: 0, rows: m, cols: r, row_stride }
-    }
-
-    fn reserve(&mut self, bytes: u64) -> u64 {
-        let offset = self.end;
-        self.end = (offset + bytes).next_multiple_of(WORKSPACE_ALIGN);
-        offset
-    }
 }
 
 /// Bytes of workspace that suffice for every call of up to `m` tokens and up to `r` ranks of all its projections, whatever else it
@@ -331,7 +305,7 @@ impl Plan {
         let (shape, ranges) = op.judge()?;
         let parts = Part::of_forward(op);
         check(op.dtype, device, &options)?;
-        let departs = (op.routes.is_some(), &*operands::gains(&op.projections, |of| of.gain), op.is_split());
+        let departs = (op.routes.is_some(), op.is_split(), &*operands::gains(&op.projections, |of| of.gain));
         let obstacles = sm90::obstacles(device, shape.k, &parts, departs, &sm90::forward_operands(op));
         let draft = draft(
             device,
@@ -378,7 +352,7 @@ impl Plan {
         let (shape, ranges) = op.judge()?;
         let parts = Part::of_backward(op);
         check(op.dtype, device, &options)?;
-        let departs = (op.routes.is_some(), &*operands::gains(&op.projections, |of| of.gain), op.is_split());
+        let departs = (op.routes.is_some(), op.is_split(), &*operands::gains(&op.projections, |of| of.gain));
         let obstacles = sm90::obstacles(device, shape.k, &parts, departs, &sm90::backward_operands(op));
         let draft = draft(
             device,
@@ -467,46 +441,7 @@ impl Plan {
             return Err(Error::Overlap { output: "workspace", other });
         }
         let mut launch = self.launch.clone();
-        // What is in the workspace is told from its start so far.
-        let place = |ptr: &mut u64, offset: Option<u64>| *ptr += offset.map_or(0, |offset| workspace + offset);
-        let of_ranks = |at: usize| LORA_SM90_FORWARD_FIRST + at as u32 * LORA_SM90_FORWARD_EACH + LORA_SM90_FORWARD_H;
-        let maps: Vec<u32> = match &mut launch.params {
-            Params::Forward(params) => {
-                params.sync = workspace;
-                place(&mut params.h.ptr, self.scratch.h);
-                if let Some(places) = self.scratch.split {
-                    places.fill(workspace, &mut params.split, &mut params.a, &mut params.projections[0].b);
-                }
-                Vec::new()
-            }
-            Params::Backward(params) => {
-                params.sync = workspace;
-                place(&mut params.dh.ptr, self.scratch.h);
-                place(&mut params.partials, self.scratch.partials);
-                if let Some(places) = self.scratch.split {
-                    places.fill(workspace, &mut params.split, &mut params.a, &mut params.projections[0].b);
-                }
-                Vec::new()
-            }
-            Params::Sm90Forward(params) => {
-                params.sync = workspace;
-                place(&mut params.h.ptr, self.scratch.h);
-                (0..self.parts.len()).map(of_ranks).collect()
-            }
-            Params::Sm90Backward(params) => {
-                params.sync = workspace;
-                place(&mut params.dh.ptr, self.scratch.h);
-                place(&mut params.partials, self.scratch.partials);
-                vec![LORA_SM90_BACKWARD_DH, LORA_SM90_BACKWARD_DH_TOKENS]
-            }
-            // Launches of these need no workspace, and no plan.
-            Params::Merge(_) | Params::Round(_) | Params::Gain(_) => Vec::new(),
-        };
-        for index in maps {
-            if let Some(Some(map)) = launch.maps.get_mut(index as usize) {
-                place(&mut map.address, self.scratch.h);
-            }
-        }
+        self.scratch.place(&mut launch, workspace);
         Ok(launch)
     }
 }

@@ -40,6 +40,7 @@ fn cases(image: &str, tile: TileSize) -> Vec<Case> {
     let options = Options::default().with_tile(tile).with_cluster(2);
     let spec = |m, n, k, r| Spec { placement: Placement::Aligned, ..Spec::new(m, n, k, r) };
     let case = |sms, spec: Spec| Case { layers: spec.into(), sms, options };
+    let split = |sms, spec: Spec| Case { layers: Layers::Split(spec), sms, options };
     let sharing = |sms, spec, others: &[(usize, usize)]| Case { layers: Layers::shared(spec, others), sms, options };
     let chunks = |chunks, case: Case| Case { options: case.options.with_chunks(chunks), ..case };
     let dropout = |in_memory| Some(HostDropout { p: 0.5, seed: [5, 1 << 33], in_memory });
@@ -66,6 +67,8 @@ fn cases(image: &str, tile: TileSize) -> Vec<Case> {
             dropping(true, (300, 72, 136, 40)),
             dropping(false, (130, 72, 200, 136)),
             sharing(4, spec(300, 72, 136, 24), &[(136, 0), (264, 104)]),
+            split(4, spec(200, 136, 264, 5)),
+            split(6, spec(300, 264, 72, 68)),
         ];
     }
     let strided = Spec { accumulate: true, placement: Placement::Strided, ..spec(390, 72, 264, 16) };
@@ -89,6 +92,8 @@ fn cases(image: &str, tile: TileSize) -> Vec<Case> {
         dropping(true, (390, 72, 584, 40)),
         dropping(false, (300, 72, 584, 136)),
         chunks(2, sharing(4, spec(300, 72, 136, 24), &[(136, 0), (200, 136)])),
+        chunks(3, split(4, spec(300, 136, 264, 13))),
+        chunks(1, split(6, Spec { accumulate: true, ..gained(spec(200, 264, 72, 68)) })),
         // Tiles of few tokens one after the other: the ring does not keep their sums of dm apart.
         few_tokens(16, true),
         few_tokens(24, true),
@@ -197,6 +202,9 @@ fn every_defect_of_the_sources_is_noticed() {
         .collect();
     let missed = Mutex::new(Vec::new());
     DEFECTS.par_iter().enumerate().for_each(|(at, Defect { what, image, tile, edits })| {
+        if std::env::var("ONLY").is_ok_and(|only| !only.split('|').any(|only| what.contains(only))) {
+            return;
+        }
         let kernel = (*image, *tile);
         let module = parse(&compile(image, *tile, edits, &folder.join(at.to_string())));
         let right = KERNELS.iter().zip(&rights).find(|(of, _)| **of == kernel).expect("a kernel of the list").1;

@@ -22,6 +22,13 @@ fn a_plan_in_words() {
     {
         assert!(out.contains(part), "`{part}` is missing from\n{out}");
     }
+    for operation in ["forward", "backward"] {
+        let (_, full, _) = run(&format!("--m 8192 --n 4096 --k 4096 --r 12 --gpu h200 --full --op {operation}"));
+        assert!(
+            full.contains("family sm90") && full.contains("factors    f32, as high and low halves of Bf16"),
+            "{full}"
+        );
+    }
     let (_, ragged, _) = run("--m 8192 --n 4096 --k 4095 --r 16 --gpu h200");
     assert!(ragged.contains("x is read element by element"), "{ragged}");
     assert!(ragged.contains("not the Hopper family: K is 4095, not a multiple of 8"), "{ragged}");
@@ -114,6 +121,9 @@ fn nothing_that_is_typed_panics() {
             line.extend([(*flag).to_owned(), numbers[draw(choices)].to_owned()]);
         }
         line.extend(["--gpu".to_owned(), gpus[draw(gpus.len())].to_owned()]);
+        if draw(4) == 0 {
+            line.push("--full".to_owned());
+        }
         for _ in 0..draw(4) {
             let value = if draw(2) == 0 { words[draw(words.len())] } else { numbers[draw(numbers.len())] };
             line.extend([flags[draw(flags.len())].to_owned(), value.to_owned()]);

@@ -50,7 +50,7 @@ fn kept_adapters_are_refused_or_read_correctly() {
     run_kept("adapter", |input| drop(common::fuzz_peft::adapter(input)));
 }
 
-/// So many random problems, four operations each.
+/// So many random problems, of several operations each.
 fn random_problems(count: u64) {
     let mut sum = Outcome::default();
     for seed in 0..count {

@@ -16,7 +16,7 @@ const SHAPES: &[(usize, usize, usize)] = &[(512, 4096, 4096), (16, 2048, 2048)];
 
 /// Each by itself, on the first shape.
 const FEATURES: [Feature; 4] = {
-    let plain = Feature { dropout: 0.0, adapters: 1, dora: false, projections: 1 };
+    let plain = Feature { dropout: 0.0, adapters: 1, dora: false, full: false, projections: 1 };
     [
         Feature { dropout: 0.1, ..plain },
         Feature { adapters: 4, ..plain },

@@ -12,7 +12,7 @@ use super::report::Op;
 
 pub const HELP: &str = "\
 Usage: tax [--m M,..] [--nk NxK,..] [--ranks R,..] [--dtype bf16|f16] [--op forward|backward] [--dropout P | --adapters N | --dora]
-           [--projections P] [--rounds N] [--quick] [--once] [--no-unfused] [--hot]
+           [--full] [--projections P] [--rounds N] [--quick] [--once] [--no-unfused] [--hot]
            [--family F] [--tile T] [--cluster C] [--bundle U] [--chunks C] [--group-m G]
            [--json FILE] [--label TEXT]
 
@@ -28,6 +28,8 @@ operations as separate products of cuBLASLt.
   --adapters N   a batch that goes through N adapters, each of a rank of the row, in runs of equal length; default 1. Separate
                  products are left out for more
   --dora         with a gain, and in backward the gradient of the magnitude; separate products are left out
+  --full         a and b in f32, used at more than 16-bit precision, beside dropout or DoRA if asked for; separate products are left
+                 out
   --projections P
                  the layer's N as P projections that share x, each with its own adapter; default 1. The plain product is that
                  of all, separate products are left out for more
@@ -52,6 +54,9 @@ fn check(feature: Feature, layers: &[(usize, usize)]) -> Result<(), lexopt::Erro
         return Err(
             "--dropout, --adapters and --dora exclude one another, and --adapters excludes --projections".into()
         );
+    }
+    if feature.full && (feature.adapters > 1 || feature.projections > 1) {
+        return Err("--full excludes --adapters and --projections".into());
     }
     if feature.projections > MAX_PROJECTIONS {
         return Err(format!("--projections is {}, expected {MAX_PROJECTIONS} at most", feature.projections).into());
@@ -129,6 +134,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Arg
             Long("dropout") => parsed.feature.dropout = parser.value()?.parse_with(probability)?,
             Long("adapters") => parsed.feature.adapters = parser.value()?.parse_with(positive)?,
             Long("dora") => parsed.feature.dora = true,
+            Long("full") => parsed.feature.full = true,
             Long("projections") => parsed.feature.projections = parser.value()?.parse_with(positive)?,
             Long("rounds") => parsed.rounds = parser.value()?.parse_with(positive)?,
             Long("quick") => parsed.quick = true,

@@ -94,9 +94,9 @@ impl Layer {
         Ok(raw::ForwardShared {
             dtype,
             x: raw::Matrix::new(self.x, m, k),
-            f32_factors: false,
+            f32_factors: self.feature.full && r != 0,
             a: raw::Matrix::new(self.a, all * r, k),
-            h: Some(raw::Matrix::new(self.h, m, all * r)).filter(|_| r != 0),
+            h: Some(raw::Matrix::new(self.h, m, self.feature.columns_of_h(r))).filter(|_| r != 0),
             projections: raw::Projections::new(&(0..all).map(projection).collect::<Vec<_>>())?,
             dropout: self.dropout(r),
             routes: routes.filter(|_| r != 0).map(|at| raw::Matrix::new(at, 1, Routing::words_for(m))),
@@ -131,10 +131,10 @@ impl Layer {
         };
         Ok(raw::BackwardShared {
             dtype,
-            f32_factors: false,
+            f32_factors: self.feature.full && r != 0,
             a: raw::Matrix::new(self.a, all * r, k),
             x: Some(raw::Matrix::new(self.x, m, k)),
-            h: Some(raw::Matrix::new(self.h, m, all * r)).filter(|_| r != 0),
+            h: Some(raw::Matrix::new(self.h, m, self.feature.columns_of_h(r))).filter(|_| r != 0),
             dx: Some(raw::Matrix::new(self.dx, m, k)),
             da: gradient(self.da, all * r, k),
             projections: raw::Projections::new(&(0..all).map(projection).collect::<Vec<_>>())?,
@@ -211,6 +211,8 @@ impl Gpu {
         let LoraShape { m, n, k, r } = shape;
         // Ranks of a and h, over all projections, and of b, which has one projection's for each row.
         let (ranks, own) = (r * feature.adapters * feature.projections, r * feature.adapters);
+        // Elements of 16 bits that one of a and b takes; bits of two are some number of f32.
+        let width = if feature.full { 2 } else { 1 };
         let bytes = 2 * (m * k + n * k + m * n);
         let copies = if hot { 1 } else { 2 * self.l2_bytes / bytes + 2 };
         let mut memory = Vec::new();
@@ -225,9 +227,9 @@ impl Gpu {
             layers.push(Layer {
                 x: at(m * k, 1)?,
                 w: at(n * k, 2)?,
-                a: at(ranks * k, 3)?,
-                b: at(n * own, 4)?,
-                h: at(m * ranks, 5)?,
+                a: at(width * ranks * k, 3)?,
+                b: at(width * n * own, 4)?,
+                h: at(m * feature.columns_of_h(own), 5)?,
                 dh: at(m * ranks, 6)?,
                 y: at(m * n, 7)?,
                 dy: at(m * n, 8)?,

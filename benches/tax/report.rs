@@ -100,8 +100,9 @@ impl Row {
     }
 
     pub fn goal(&self) -> Option<f64> {
-        // Many adapters have more ranks than the row says, and projections more than one adapter.
-        let is_aimed_at = self.way == Way::Fused && self.feature.adapters == 1 && self.feature.projections == 1;
+        // Many adapters have more ranks than the row says, factors in f32 more products, and projections more than one adapter.
+        let Feature { adapters, full, projections, .. } = self.feature;
+        let is_aimed_at = self.way == Way::Fused && (adapters, full, projections) == (1, false, 1);
         let goal = GOALS.iter().find(|goal| is_aimed_at && goal.0 == self.shape.r)?;
         Some(if self.op == Op::Forward { goal.1 } else { goal.2 })
     }

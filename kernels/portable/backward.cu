@@ -177,7 +177,7 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, co
         float value = tile.acc[0][j][2 * half + e];
         if (p.split.r != 0) {  // fragments of high and low halves take turns
           if (j % 2 != 0) continue;
-          col = col / (2 * LORA_SPLIT_RANKS) * LORA_SPLIT_RANKS + col % LORA_SPLIT_RANKS;
+          col = rank_of(col);
           value = whole<T>(value, tile.acc[0][j + 1 - j % 2][2 * half + e]);
         }
         store_gradient<T>(out, row, col, value * gain);

@@ -91,23 +91,9 @@ __device__ __forceinline__ void store_tile(const Tile& tile, const LoraMatrix& o
 template <class Tile, typename T = typename Tile::T>
 __device__ __forceinline__ void store_halves(const Tile& tile, const LoraMatrix& pairs, const LoraMatrix& triples,
                                              uint32_t m, uint32_t n, uint32_t rows, uint32_t r, float scale) {
-  constexpr uint32_t kRanks = LORA_SPLIT_RANKS;
   const uint32_t thread = ptx::thread_index();
-  const bool paired = ((pairs.ptr | static_cast<uint64_t>(pairs.row_stride) * 2) & 3) == 0;
-  const auto store_two = [](uint16_t* gmem, uint32_t two, bool at_once) {
-    if (at_once) {
-      *reinterpret_cast<uint32_t*>(gmem) = two;
-    } else {
-      gmem[0] = static_cast<uint16_t>(two);
-      gmem[1] = static_cast<uint16_t>(two >> 16);
-    }
-  };
 #pragma unroll
   for (int j = 0; j < Tile::kFragsN; j += 2) {
-    const uint32_t group = (n + Tile::col_of(thread, j)) / (2 * kRanks);
-    const uint32_t within = Tile::col_of(thread, j) % kRanks;
-    const uint32_t rank = group * kRanks + within;
-    if (group * kRanks >= r) continue;
 #pragma unroll
     for (int i = 0; i < Tile::kFragsM; ++i) {
 #pragma unroll
@@ -116,22 +102,8 @@ __device__ __forceinline__ void store_halves(const Tile& tile, const LoraMatrix&
         if (row >= rows) continue;
         const float* const high = tile.acc[i][j] + 2 * half;
         const float* const low = tile.acc[i][j + 1] + 2 * half;
-        // Ranks that fill up the last group are zeros, whatever is in x.
-        const HalvesOfTwo<T> halves(rank < r ? whole<T>(high[0], low[0]) * scale : 0.0f,
-                                    rank + 1 < r ? whole<T>(high[1], low[1]) * scale : 0.0f);
-        if (pairs.ptr != 0) {
-          uint16_t* const gmem =
-              reinterpret_cast<uint16_t*>(pairs.ptr) + row * pairs.row_stride + group * 2 * kRanks + within;
-          store_two(gmem, halves.high, paired);
-          store_two(gmem + kRanks, halves.low_scaled, paired);
-        }
-        if (triples.ptr != 0) {
-          uint16_t* const gmem =
-              reinterpret_cast<uint16_t*>(triples.ptr) + row * triples.row_stride + group * 3 * kRanks + within;
-          store_two(gmem, halves.high, true);
-          store_two(gmem + kRanks, halves.high_damped, true);
-          store_two(gmem + 2 * kRanks, halves.low, true);
-        }
+        store_halves<T>(pairs, triples, row, n + Tile::col_of(thread, j), r, make_float2(high[0], high[1]),
+                        make_float2(low[0], low[1]), scale);
       }
     }
   }

@@ -17,6 +17,7 @@ class Backward : Operation<LoraSm90Backward> {
 
   __device__ __forceinline__ void produce(Producer<Shape>& producer, uint32_t ticket) const {
     if (ticket < p_.dh_tickets) {
+      wait_for_factors();
       for_each_narrow(ticket, p_.dh_tickets, p_.dh_units, [&](uint32_t m, uint32_t block) LORA_INLINE {
         const uint32_t at = projection_at(block);
         const uint32_t n = (block - p_.projections[at].first_narrow) * kNarrowN;
@@ -53,6 +54,10 @@ class Backward : Operation<LoraSm90Backward> {
                         picks, picks.steps(kBlockK, unit.tokens),
                         with_dm(unit, is_db) ? &own_map(unit.at, LORA_SM90_BACKWARD_Y_TOKENS) : nullptr);
     }
+  }
+
+  __device__ __forceinline__ void split(const Consumer<Shape>& consumer, uint32_t ticket) const {
+    this->template split_unit<false>(consumer, ticket);
   }
 
   __device__ __forceinline__ void consume(Consumer<Shape>& consumer, uint32_t ticket) const {
@@ -102,7 +107,7 @@ class Backward : Operation<LoraSm90Backward> {
   // Columns of the narrow tiles of dh and db, and of a gradient's.
   __device__ __forceinline__ uint32_t width() const { return narrow_width(p_.most_r); }
   __device__ __forceinline__ uint32_t gradient_width(bool is_db) const {
-    return narrow_width(is_db ? p_.most_r : p_.r);
+    return narrow_width(is_db || is_split() ? p_.most_r : p_.r);
   }
 
   // Blocks that a dh unit at (m, n) of a projection reduces over.
@@ -164,9 +169,14 @@ class Backward : Operation<LoraSm90Backward> {
     } else {
       consumer.template narrow<Kind>(acc, no_sums, wanted(m, n, at));
     }
-    store_narrow<Shape, kN>(
-        acc, columns_from(p_.dh, projection.first_rank), m + consumer.slab() * kSlabM, n, p_.m, projection.r,
-        [&](uint32_t) { return projection.scale; }, routes());
+    const uint32_t row = m + consumer.slab() * kSlabM;
+    if (is_split()) {
+      store_narrow_halves<Shape, kN>(acc, p_.split, p_.dh, row, n, p_.m, projection.scale);
+    } else {
+      store_narrow<Shape, kN>(
+          acc, columns_from(p_.dh, projection.first_rank), row, n, p_.m, projection.r,
+          [&](uint32_t) { return projection.scale; }, routes());
+    }
     publish_narrow(consumer, m);
   }
 
@@ -244,9 +254,15 @@ class Backward : Operation<LoraSm90Backward> {
 #pragma unroll
         for (uint32_t j = 0; j < kAtOnce; ++j) {  // register 4 f + 2 half + e of fragment f
           if (i + j >= registers) continue;
-          const uint32_t col = unit.n + Consumer<Shape>::col_of((i + j) / 4) + j % 2;
+          uint32_t col = unit.n + Consumer<Shape>::col_of((i + j) / 4) + j % 2;
+          float value = sum[j];
+          if (is_split()) {  // fragments of high and low halves take turns
+            if (j / 4 % 2 != 0) continue;
+            col = rank_of(col);
+            value = whole<T>(value, sum[j + 4 - j / 4 % 2 * 4]);
+          }
           const int half = j / 2 % 2;
-          store_gradient<T>(out, m + Consumer<Shape>::row_of(half), col, sum[j] * factors[half]);
+          store_gradient<T>(out, m + Consumer<Shape>::row_of(half), col, value * factors[half]);
         }
       }
     }
@@ -320,7 +336,7 @@ class Backward : Operation<LoraSm90Backward> {
             is_db ? projection.db.row_stride : 1,
             is_db ? 1 : p_.da.row_stride,
             is_db ? projection.n : p_.k,
-            is_db ? projection.r : p_.r,
+            is_split() ? p_.split.r : is_db ? projection.r : p_.r,
             is_db ? (projection.flags & LORA_DB_F32) != 0 : (p_.flags & LORA_DA_F32) != 0,
             (p_.flags & (is_db ? LORA_ACCUMULATE_DB : LORA_ACCUMULATE_DA)) != 0};
   }

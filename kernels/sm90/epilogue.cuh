@@ -3,6 +3,7 @@
 
 #include "../element.cuh"
 #include "../routes.cuh"
+#include "../split.cuh"
 #include "consumer.cuh"
 
 namespace lora::sm90 {
@@ -92,11 +93,30 @@ __device__ __forceinline__ void store_narrow(const float (&acc)[kN / 2], const L
   }
 }
 
-// Makes the slab of h or dh that the warpgroup has stored visible to those who wait for flag `flag`.
+// The same of products with pairs, as pairs and triples: fragments of high and low halves take turns.
+template <class Shape, int kN>
+__device__ __forceinline__ void store_narrow_halves(const float (&acc)[kN / 2], const LoraSplit& split,
+                                                    const LoraMatrix& triples, uint32_t m, uint32_t n, uint32_t rows,
+                                                    float scale) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t row = m + Consumer<Shape>::row_of(half);
+    if (row >= rows) continue;
+#pragma unroll
+    for (int j = 0; j < kN / 8; j += 2) {
+      const int high = 4 * j + 2 * half, low = high + 4;
+      store_halves<typename Shape::T>(split.pairs, triples, row, n + Consumer<Shape>::col_of(j), split.r,
+                                      make_float2(acc[high], acc[high + 1]), make_float2(acc[low], acc[low + 1]),
+                                      scale);
+    }
+  }
+}
+
+// Makes what the warpgroup has stored visible to those who wait for `word`.
 template <class Shape>
-__device__ __forceinline__ void publish(const Consumer<Shape>& consumer, uint64_t sync, uint32_t flag) {
+__device__ __forceinline__ void publish(const Consumer<Shape>& consumer, uint64_t sync, uint32_t word) {
   consumer.barrier();
-  if (consumer.is_first_thread()) ptx::add_release(sync_word(sync, LORA_SYNC_FLAGS + flag), 1);
+  if (consumer.is_first_thread()) ptx::add_release(sync_word(sync, word), 1);
 }
 
 // Counts the warpgroup's arrival at a word, after all it has stored; true in the one that completes `total` arrivals,

@@ -17,6 +17,7 @@ class Forward : Operation<LoraSm90Forward> {
 
   __device__ __forceinline__ void produce(Producer<Shape>& producer, uint32_t ticket) const {
     if (ticket < p_.h_tickets) {
+      wait_for_factors();
       for_each_narrow(ticket, p_.h_tickets, p_.h_units, [&](uint32_t m, uint32_t block) LORA_INLINE {
         const uint32_t n = block * kNarrowN;
         producer.template narrow<Major::kK>(map(LORA_SM90_FORWARD_X), map(LORA_SM90_FORWARD_A), m, n, width(),
@@ -35,6 +36,10 @@ class Forward : Operation<LoraSm90Forward> {
     wait_for_block(flags(p_.r_blocks), m / kBlockM);
     producer.template wide<Major::kK>(own_map(at, LORA_SM90_FORWARD_H), own_map(at, LORA_SM90_FORWARD_B), m, n,
                                       ranks_read(m, r), r);
+  }
+
+  __device__ __forceinline__ void split(const Consumer<Shape>& consumer, uint32_t ticket) const {
+    this->template split_unit<true>(consumer, ticket);
   }
 
   __device__ __forceinline__ void consume(Consumer<Shape>& consumer, uint32_t ticket) const {
@@ -82,20 +87,23 @@ class Forward : Operation<LoraSm90Forward> {
 
   template <int kN>
   __device__ __forceinline__ void h(Consumer<Shape>& consumer, uint32_t m, uint32_t n) const {
+    const uint32_t row = m + consumer.slab() * kSlabM;
     float acc[kN / 2];
     float no_sums[4];
     using Kind = Narrow<kN, 0, 0, true, false>;
     if (this->drops()) {
       const Dropout dropout = this->template dropout<Shape>();
-      const uint32_t row = m + consumer.slab() * kSlabM;
       consumer.template narrow_altered<Kind>(acc, wanted(m, n, k_steps()),
                                              [&](uint32_t slab, uint32_t block)
                                                  LORA_INLINE { drop_slab(dropout, slab, row, block * kBlockK); });
     } else {
       consumer.template narrow<Kind>(acc, no_sums, wanted(m, n, k_steps()));
     }
-    store_narrow<Shape, kN>(acc, p_.h, m + consumer.slab() * kSlabM, n, p_.m, p_.r,
-                            RankScale<LoraSm90ForwardParams>{p_}, routes());
+    if (is_split()) {
+      store_narrow_halves<Shape, kN>(acc, p_.split, p_.h, row, n, p_.m, p_.projections[0].scale);
+    } else {
+      store_narrow<Shape, kN>(acc, p_.h, row, n, p_.m, p_.r, RankScale<LoraSm90ForwardParams>{p_}, routes());
+    }
     publish_narrow(consumer, m);
   }
 };

@@ -100,7 +100,25 @@ class Operation {
   // A consumer, when it has stored its slab of h or dh.
   template <class Shape>
   __device__ __forceinline__ void publish_narrow(const Consumer<Shape>& consumer, uint32_t m) const {
-    publish(consumer, p_.sync, m / kBlockM >> p_.flag_shift);
+    publish(consumer, p_.sync, LORA_SYNC_FLAGS + (m / kBlockM >> p_.flag_shift));
+  }
+
+  __device__ __forceinline__ bool is_split() const { return p_.split.r != 0; }
+
+  // The consumers of a ticket of units that split factors: each CTA of the cluster has one.
+  template <bool kForward, class Shape>
+  __device__ __forceinline__ void split_unit(const Consumer<Shape>& consumer, uint32_t ticket) const {
+    const uint32_t unit = ticket * place_.size + place_.rank;
+    if (unit >= p_.split.units) return;
+    split_factors<typename Shape::T, kForward>(p_.split, p_.projections[0].n, p_.k, unit, threadIdx.x - kWarpgroup,
+                                               kSlabs * kWarpgroup);
+    publish(consumer, p_.sync, LORA_SYNC_SPLIT);
+  }
+
+  // For the producer, before it reads the factor of a narrow unit. Whoever reads h or dh has the other factor with it:
+  // they were published after this.
+  __device__ __forceinline__ void wait_for_factors() const {
+    if (p_.split.units != 0) wait_for(sync_word(p_.sync, LORA_SYNC_SPLIT), kSlabs * p_.split.units);
   }
 
   const Params& p_;
@@ -117,7 +135,8 @@ constexpr uint32_t kOnes<__half> = 0x3c003c00u;
 template <>
 constexpr uint32_t kOnes<__nv_bfloat16> = 0x3f803f80u;
 
-// `Op` has `produce(producer, ticket)` and `consume(consumer, ticket)`; both go through the same steps.
+// `Op` has `produce(producer, ticket)` and `consume(consumer, ticket)`, which both go through the same steps, and
+// `split(consumer, ticket)` for the tickets that come first, in which nothing is copied.
 template <class Shape, class Op, class Launch>
 __device__ __forceinline__ void run(const Launch& launch) {
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -129,14 +148,20 @@ __device__ __forceinline__ void run(const Launch& launch) {
     ptx::give_registers<kProducerRegs>();
     if (threadIdx.x == 0) {
       Producer<Shape> producer(place);
-      for_each_ticket_produced<Shape>(place, p.sync, p.tickets,
-                                      [&](uint32_t ticket) LORA_INLINE { operation.produce(producer, ticket); });
+      for_each_ticket_produced<Shape>(place, p.sync, p.tickets, [&](uint32_t ticket) LORA_INLINE {
+        if (ticket >= p.split.tickets) operation.produce(producer, ticket - p.split.tickets);
+      });
     }
   } else {
     ptx::take_registers<kConsumerRegs>();
     Consumer<Shape> consumer(place);
-    for_each_ticket_consumed<Shape>(place, p.tickets,
-                                    [&](uint32_t ticket) LORA_INLINE { operation.consume(consumer, ticket); });
+    for_each_ticket_consumed<Shape>(place, p.tickets, [&](uint32_t ticket) LORA_INLINE {
+      if (ticket < p.split.tickets) {
+        operation.split(consumer, ticket);
+      } else {
+        operation.consume(consumer, ticket - p.split.tickets);
+      }
+    });
     if (consumer.is_first_thread()) ptx::store_wait_read<0>();  // shared memory must outlive what reads it
   }
   finish(p.sync, p.sync_words);

@@ -118,11 +118,16 @@ struct Flags {
   }
 };
 
-// The producer waits until M-block `block` is published, and copies that follow may read it.
+// The producer waits until `word` has counted so many arrivals, and copies that follow may read what they published.
+__device__ __forceinline__ void wait_for(const uint32_t* word, uint32_t arrivals) {
+  while (ptx::load_acquire(word) < arrivals) __nanosleep(64);
+  ptx::fence_async_global();
+}
+
+// The same until M-block `block` is published.
 __device__ __forceinline__ void wait_for_block(const Flags& flags, uint32_t block) {
   const uint32_t flag = block >> flags.shift;
-  while (ptx::load_acquire(flags.word(flag)) < flags.target(flag)) __nanosleep(64);
-  ptx::fence_async_global();
+  wait_for(flags.word(flag), flags.target(flag));
 }
 
 // The same for M-blocks [first, first + count).

@@ -68,7 +68,7 @@ macro_rules! write_fields {
 
 write_fields!(LoraDropout: matrices; words seed offset state threshold padding);
 write_fields!(LoraMagnitude: matrices y; words bias magnitude dm);
-write_fields!(LoraSplit: matrices a b split_a split_b pairs; words r a_units units padding);
+write_fields!(LoraSplit: matrices a b split_a split_b pairs; words r a_units units tickets);
 write_fields!(LoraForwardProjection: matrices w b y; words bias gain n r first_rank first_block scale padding);
 write_fields!(LoraForwardParams: matrices x a h;
     words sync m k r projection_count m_blocks n_blocks h_units units group_m flag_shift sync_words padding;

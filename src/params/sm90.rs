@@ -24,8 +24,9 @@ pub struct LoraSm90ForwardProjection {
     pub padding: u32,
 }
 
-/// The parameter of a forward kernel of the Hopper family, after its tensor maps. Tickets hand out bundles of h units
-/// first, then single y units; a unit belongs to a cluster, whose CTAs take neighbouring blocks of rows.
+/// The parameter of a forward kernel of the Hopper family, after its tensor maps. Tickets hand out units that split f32 factors
+/// first, then bundles of h units, then single y units; a unit belongs to a cluster, whose CTAs take neighbouring blocks of rows.
+/// Of factors that are split `h` and `r` are as in [`LoraForwardParams`](super::LoraForwardParams).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LoraSm90ForwardParams {
@@ -51,7 +52,7 @@ pub struct LoraSm90ForwardParams {
     pub h_units: u32,
     /// Tickets of h: ticket t hands out units t, t + `h_tickets` and so on.
     pub h_tickets: u32,
-    /// All tickets: `h_tickets` + `m_groups` × `n_blocks`.
+    /// All tickets: those of `split` + `h_tickets` + `m_groups` × `n_blocks`.
     pub tickets: u32,
     /// Groups of M-blocks that pass over w together, for reuse in L2.
     pub group_m: u32,
@@ -101,8 +102,9 @@ pub struct LoraSm90BackwardProjection {
     pub scale: f32,
 }
 
-/// The parameter of a backward kernel of the Hopper family, after its tensor maps. Tickets hand out bundles of dh units,
-/// then dx, db (with dbias) and da units.
+/// The parameter of a backward kernel of the Hopper family, after its tensor maps. Tickets hand out units that split f32 factors,
+/// which are not counted but in `tickets`, then bundles of dh units, then dx, db (with dbias) and da units. Of factors that are
+/// split `dh` and `r` are as in [`LoraBackwardParams`](super::LoraBackwardParams).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LoraSm90BackwardParams {
@@ -122,7 +124,8 @@ pub struct LoraSm90BackwardParams {
     pub k: u32,
     /// Ranks of all projections.
     pub r: u32,
-    /// The largest rank of a projection, which the narrow tiles of dh and db are as wide as.
+    /// The largest rank of a projection, which the narrow tiles of dh and db are as wide as; of factors that are split their pairs,
+    /// and those of da too.
     pub most_r: u32,
     /// Projections that are there, at least 1.
     pub projection_count: u32,
@@ -144,7 +147,7 @@ pub struct LoraSm90BackwardParams {
     pub dx_end: u32,
     /// First ticket past db: `dx_end` + tiles of db × `chunks`.
     pub db_end: u32,
-    /// First ticket past da, the number of tickets: `db_end` + tiles of da × `chunks`.
+    /// All tickets: those of `split` + `db_end` + tiles of da × `chunks`.
     pub tickets: u32,
     /// Chunks in which db and da reduce over tokens.
     pub chunks: u32,

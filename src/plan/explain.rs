@@ -249,12 +249,13 @@ impl Plan {
                     "  units      {} of h ({} a ticket), then {} of y, each of {} CTA(s)",
                     p.h_units,
                     p.h_units.div_ceil(p.h_tickets.max(1)),
-                    p.tickets - p.h_tickets,
+                    p.tickets - p.split.tickets - p.h_tickets,
                     choice.cluster
                 );
             }
             Params::Sm90Backward(p) => {
-                let units = [p.dh_units, p.dx_end - p.dh_tickets, p.db_end - p.dx_end, p.tickets - p.db_end];
+                let units =
+                    [p.dh_units, p.dx_end - p.dh_tickets, p.db_end - p.dx_end, p.tickets - p.split.tickets - p.db_end];
                 explain_backward(out, units, p.chunks, p.chunk_rows);
                 line!(
                     out,

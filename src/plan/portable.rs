@@ -44,7 +44,7 @@ pub(super) fn forward(
     // What the caller keeps of halves are pairs; y reads triples.
     let kept = op.h.filter(|_| !op.is_split());
     let h = kept.or_else(|| (r != 0).then(|| scratch.reserve_middle(m, ranks.triples(r), op.dtype)));
-    let split = split::forward(op, shape, &mut scratch)?;
+    let split = split::forward(op, shape, 1, &mut scratch)?;
     let all_units = check_units(u64::from(split.units) + u64::from(units))?;
     let factor = raw::Dropout::factor(op.dropout);
     let params = LoraForwardParams {
@@ -171,7 +171,7 @@ pub(super) fn backward(
     if chunks.count > 1 {
         scratch.partials = Some(scratch.reserve(chunks.bytes(gradient_tiles)));
     }
-    let split = split::backward(op, &wanted, shape, &mut scratch)?;
+    let split = split::backward(op, &wanted, shape, 1, &mut scratch)?;
     let all_units = check_units(u64::from(split.units) + u64::from(units))?;
     let counters = LORA_SYNC_FLAGS + flag_count as u32;
     let counter_words = if chunks.count > 1 { gradient_tiles as u32 } else { 0 };

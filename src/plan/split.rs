@@ -37,15 +37,14 @@ impl Ranks {
 /// Byte offsets of halves into the workspace.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Places {
-    a: Option<u64>,
-    b: Option<u64>,
-    pairs: Option<u64>,
+    pub a: Option<u64>,
+    pub b: Option<u64>,
+    pub pairs: Option<u64>,
 }
 
 impl Places {
-    /// Puts the halves where they lie, given the address of the workspace; `a` and `b` are what the products read in place of the
-    /// factors.
-    pub(super) fn fill(self, workspace: u64, split: &mut LoraSplit, a: &mut LoraMatrix, b: &mut LoraMatrix) {
+    /// Puts the halves where they lie, given the address of the workspace.
+    pub(super) fn fill(self, workspace: u64, split: &mut LoraSplit) {
         let place = |matrix: &mut LoraMatrix, offset: Option<u64>| {
             if let Some(offset) = offset {
                 matrix.ptr = workspace + offset;
@@ -54,13 +53,24 @@ impl Places {
         place(&mut split.split_a, self.a);
         place(&mut split.split_b, self.b);
         place(&mut split.pairs, self.pairs);
-        (*a, *b) = (split.split_a, split.split_b);
     }
 }
 
 /// Units of one factor that is `length` long.
 fn units(r: usize, length: usize) -> u64 {
     blocks(r, LORA_SPLIT_RANKS) * blocks(length, LORA_SPLIT_LENGTH)
+}
+
+/// Units that forward splits factors in.
+pub(super) fn forward_units(op: &raw::ForwardShared, LoraShape { n, k, r, .. }: LoraShape) -> u64 {
+    if op.is_split() { units(r, k) + units(r, n) } else { 0 }
+}
+
+/// The same of backward, for the outputs that are wanted: b for dh, and a for dx.
+pub(super) fn backward_units(op: &raw::BackwardShared, wanted: &Wanted, shape: LoraShape) -> u64 {
+    let LoraShape { n, k, r, .. } = shape;
+    let of = |is_read: bool, length| if op.is_split() && is_read { units(r, length) } else { 0 };
+    of(wanted.dh && wanted.dx, k) + of(wanted.dh, n)
 }
 
 /// A matrix in the workspace, whose address only a launch knows.
@@ -70,8 +80,45 @@ fn reserve(scratch: &mut Scratch, rows: usize, cols: usize) -> (Option<u64>, Lor
     (Some(offset), LoraMatrix { ptr: 0, row_stride: row_stride as i64 })
 }
 
-/// What forward splits, with places for it.
-pub(super) fn forward(op: &raw::ForwardShared, shape: LoraShape, scratch: &mut Scratch) -> Result<LoraSplit> {
+/// A matrix of halves as the products of the Hopper family read it, by its place in the workspace.
+fn halves(of: LoraMatrix, rows: usize, cols: usize) -> raw::Matrix {
+    raw::Matrix { ptr: 0, rows, cols, row_stride: of.row_stride as usize }
+}
+
+/// A call of forward whose A and B are the halves that its products read, by their places in the workspace, if it splits any.
+pub(super) fn halved_forward(op: &raw::ForwardShared, split: &LoraSplit) -> raw::ForwardShared {
+    let mut op = *op;
+    if op.is_split() {
+        let (r, b) = (op.a.rows, &mut op.projections[0].b);
+        *b = halves(split.split_b, b.rows, split_ranks(r));
+        op.a = halves(split.split_a, split_columns(r), op.a.cols);
+    }
+    op
+}
+
+/// The same of backward.
+pub(super) fn halved_backward(op: &raw::BackwardShared, split: &LoraSplit) -> raw::BackwardShared {
+    let mut op = *op;
+    if op.is_split() {
+        let (r, b) = (op.a.rows, &mut op.projections[0].b);
+        *b = halves(split.split_b, b.rows, split_columns(r));
+        op.a = halves(split.split_a, split_ranks(r), op.a.cols);
+    }
+    op
+}
+
+/// dh as the products over tokens read it: `dh`, or in pairs.
+pub(super) fn dh_of_tokens(dh: Option<raw::Matrix>, split: &LoraSplit, m: usize) -> Option<raw::Matrix> {
+    if split.r == 0 { dh } else { Some(halves(split.pairs, m, split_columns(split.r as usize))) }
+}
+
+/// What forward splits, with places for it; a ticket hands out a unit to each CTA of a cluster.
+pub(super) fn forward(
+    op: &raw::ForwardShared,
+    shape: LoraShape,
+    cluster: u32,
+    scratch: &mut Scratch,
+) -> Result<LoraSplit> {
     let LoraShape { n, k, r, .. } = shape;
     if !op.is_split() {
         return Ok(LoraSplit::default());
@@ -79,7 +126,7 @@ pub(super) fn forward(op: &raw::ForwardShared, shape: LoraShape, scratch: &mut S
     let (a, split_a) = reserve(scratch, split_columns(r), k);
     let (b, split_b) = reserve(scratch, n, split_ranks(r));
     scratch.split = Some(Places { a, b, pairs: None });
-    let all = check_units(units(r, k) + units(r, n))?;
+    let all = check_units(forward_units(op, shape))?;
     Ok(LoraSplit {
         a: matrix(op.a),
         b: matrix(op.projections[0].b),
@@ -89,15 +136,16 @@ pub(super) fn forward(op: &raw::ForwardShared, shape: LoraShape, scratch: &mut S
         r: r as u32,
         a_units: units(r, k) as u32,
         units: all,
-        padding: 0,
+        tickets: all.div_ceil(cluster),
     })
 }
 
-/// What backward splits for the outputs that are wanted: b for dh, and a for dx.
+/// The same of backward, for the outputs that are wanted.
 pub(super) fn backward(
     op: &raw::BackwardShared,
     wanted: &Wanted,
     shape: LoraShape,
+    cluster: u32,
     scratch: &mut Scratch,
 ) -> Result<LoraSplit> {
     let LoraShape { m, n, k, r } = shape;
@@ -117,9 +165,7 @@ pub(super) fn backward(
     let split_b = when(wanted.dh, &mut places.b, n, split_columns(r));
     let pairs = when(wanted.da, &mut places.pairs, m, split_columns(r));
     scratch.split = Some(places);
-    let of = |place: Option<u64>, length| if place.is_some() { units(r, length) } else { 0 };
-    let a_units = of(places.a, k);
-    let all = check_units(a_units + of(places.b, n))?;
+    let all = check_units(backward_units(op, wanted, shape))?;
     Ok(LoraSplit {
         a: matrix(op.a),
         b: matrix(op.projections[0].b),
@@ -127,9 +173,9 @@ pub(super) fn backward(
         split_b,
         pairs,
         r: r as u32,
-        a_units: a_units as u32,
+        a_units: if places.a.is_some() { units(r, k) as u32 } else { 0 },
         units: all,
-        padding: 0,
+        tickets: all.div_ceil(cluster),
     })
 }
 

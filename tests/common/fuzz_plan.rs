@@ -4,16 +4,20 @@
 #![allow(clippy::panic)] // fails as tests do
 
 use arbitrary::{Result, Unstructured};
-use fused_lora::plan::{Device, Family, Launch, Options, Peak, Plan, TileSize};
-use fused_lora::{Accumulate, Dtype, Error, LoraShape, MAX_DIMENSION, Routing, raw};
+use fused_lora::plan::{Device, Family, Launch, Options, Plan};
+use fused_lora::{Accumulate, Dtype, Error, LoraShape, MAX_DIMENSION, Routing, raw, split_columns};
 
 use super::legal;
 
+#[path = "fuzz_plan/drawn.rs"]
+mod drawn;
 #[path = "fuzz_plan/shared.rs"]
 mod shared;
 
+use drawn::{device, dtype, options, scale, shape};
+
 /// Bytes that a problem reads at most; those that lack are zero.
-pub const BYTES: usize = 2048;
+pub const BYTES: usize = 3072;
 
 /// What became of a problem's operations.
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,29 +43,50 @@ fn solve(u: &mut Unstructured<'_>, outcome: &mut Outcome) -> Result<()> {
     let (shape, mut place) = (shape(u)?, Place::new(u)?);
     let call = Call { device: &device, options: &options };
 
-    let op = forward(u, &mut place, dtype, shape)?;
-    let inputs =
-        [("x", op.x), ("w", op.w), ("a", op.a), ("b", op.b)].into_iter().chain(op.bias.map(|bias| ("bias", bias)));
+    operations(u, &mut place, dtype, (shape, false), &call, outcome)?;
+    factors(u, &mut place, dtype, shape, outcome)?;
+    shared::solve(u, &mut place, dtype, &call, outcome)?;
+    operations(u, &mut place, dtype, (shape, true), &call, outcome)
+}
+
+/// Forward and backward, with factors in f32 or of the storage type.
+fn operations(
+    u: &mut Unstructured<'_>,
+    place: &mut Place,
+    dtype: Dtype,
+    problem: (LoraShape, bool),
+    call: &Call<'_>,
+    outcome: &mut Outcome,
+) -> Result<()> {
+    let op = forward(u, place, dtype, problem)?;
+    let of_factors = if op.f32_factors { 4 } else { dtype.size() };
+    let inputs = [("x", op.x), ("w", op.w)].into_iter().chain(op.bias.map(|bias| ("bias", bias)));
+    let factors = [("a", op.a), ("b", op.b)].map(|(name, matrix)| Argument::new(name, matrix, of_factors, false));
     let outputs = [("y", op.y)].into_iter().chain(op.h.map(|h| ("h", h)));
     let arguments: Vec<Argument> = (inputs.map(|(name, matrix)| Argument::new(name, matrix, dtype.size(), false)))
+        .chain(factors)
         .chain(variant_arguments(&op.variant))
         .chain(outputs.map(|(name, matrix)| Argument::new(name, matrix, dtype.size(), true)))
         .collect();
-    let plan = || Plan::forward_with(&op, &device, options);
+    let plan = || Plan::forward_with(&op, call.device, *call.options);
     if let Some(plan) = call.judge(plan, op.check(), dtype, &arguments, outcome) {
-        let judge = |at| legal::forward(&plan, &op, &device, &options, at);
+        let judge = |at| legal::forward(&plan, &op, call.device, call.options, at);
         call.place(u, &plan, &arguments, judge, outcome)?;
     }
 
-    let op = backward(u, &mut place, dtype, shape)?;
+    let op = backward(u, place, dtype, problem)?;
     let arguments = backward_arguments(&op);
-    let plan = || Plan::backward_with(&op, &device, options);
+    let plan = || Plan::backward_with(&op, call.device, *call.options);
     if let Some(plan) = call.judge(plan, op.check(), dtype, &arguments, outcome) {
-        let judge = |at| legal::backward(&plan, &op, &device, &options, at);
+        let judge = |at| legal::backward(&plan, &op, call.device, call.options, at);
         call.place(u, &plan, &arguments, judge, outcome)?;
     }
-    factors(u, &mut place, dtype, shape, outcome)?;
-    shared::solve(u, &mut place, dtype, &call, outcome)
+    Ok(())
+}
+
+/// Columns of h.
+fn columns_of_h(dtype: Dtype, (shape, f32_factors): (LoraShape, bool)) -> usize {
+    if f32_factors && dtype != Dtype::F32 { split_columns(shape.r) } else { shape.r }
 }
 
 /// Launches for an adapter's factors: nothing is chosen.
@@ -337,41 +362,6 @@ impl Place {
     }
 }
 
-fn dtype(u: &mut Unstructured<'_>) -> Result<Dtype> {
-    Ok(if u.ratio(1, 20)? { Dtype::F32 } else { *u.choose(&[Dtype::F16, Dtype::Bf16])? })
-}
-
-fn dimension(u: &mut Unstructured<'_>) -> Result<usize> {
-    Ok(match u.int_in_range(0..=63)? {
-        0 => *u.choose(&[0, MAX_DIMENSION, MAX_DIMENSION + 1, 1 << 61, usize::MAX])?,
-        1 | 2 => u.int_in_range(1..=MAX_DIMENSION)?,
-        3 | 4 => 8 * u.int_in_range(1..=MAX_DIMENSION / 8)?,
-        5..=12 => u.int_in_range(1..=20_000)?,
-        13..=20 => 64 * u.int_in_range(1..=64)? + u.int_in_range(0..=2)? - 1,
-        21..=28 => u.int_in_range(1..=70)?,
-        29..=44 => 8 * u.int_in_range(1..=40)?,
-        _ => 8 * u.int_in_range(1..=2500)?,
-    })
-}
-
-fn shape(u: &mut Unstructured<'_>) -> Result<LoraShape> {
-    let (m, n, k) = (dimension(u)?, dimension(u)?, dimension(u)?);
-    let r = match u.int_in_range(0..=15)? {
-        0 | 1 => 0,
-        2 => dimension(u)?,
-        3..=6 => u.int_in_range(1..=300)?,
-        _ => 8 * u.int_in_range(1..=33)?,
-    };
-    // As tensor maps need them.
-    let is_whole = u.ratio(3, 4)?;
-    let round = |extent: usize| if is_whole { extent.checked_next_multiple_of(8).unwrap_or(extent) } else { extent };
-    Ok(LoraShape { m, n: round(n), k: round(k), r: round(r) })
-}
-
-fn scale(u: &mut Unstructured<'_>) -> Result<f32> {
-    Ok(if u.ratio(1, 60)? { f32::from_bits(u.arbitrary()?) } else { 2.0 })
-}
-
 /// Dropout in a third of the calls, routes in as many.
 fn variant(u: &mut Unstructured<'_>, place: &mut Place, m: usize) -> Result<raw::Variant> {
     let mut variant = raw::Variant::default();
@@ -398,36 +388,53 @@ fn variant_arguments(variant: &raw::Variant) -> impl Iterator<Item = Argument> {
     read.map(|(name, matrix)| Argument::new(name, matrix, 8, false))
 }
 
-fn forward(u: &mut Unstructured<'_>, place: &mut Place, dtype: Dtype, shape: LoraShape) -> Result<raw::Forward> {
-    let LoraShape { m, n, k, r } = shape;
+fn forward(
+    u: &mut Unstructured<'_>,
+    place: &mut Place,
+    dtype: Dtype,
+    problem: (LoraShape, bool),
+) -> Result<raw::Forward> {
+    let (LoraShape { m, n, k, r }, f32_factors) = problem;
+    let of_factors = if f32_factors { 4 } else { dtype.size() };
     let mut matrix = |u: &mut Unstructured<'_>, rows, cols| place.matrix(u, rows, cols, dtype.size());
     let (keeps_h, has_bias) = (u.arbitrary()?, u.arbitrary()?);
+    let (x, w) = (matrix(u, m, k)?, matrix(u, n, k)?);
+    let (a, b) = (place.matrix(u, r, k, of_factors)?, place.matrix(u, n, r, of_factors)?);
+    let mut matrix = |u: &mut Unstructured<'_>, rows, cols| place.matrix(u, rows, cols, dtype.size());
     Ok(raw::Forward {
         dtype,
-        x: matrix(u, m, k)?,
-        w: matrix(u, n, k)?,
-        f32_factors: false,
-        a: matrix(u, r, k)?,
-        b: matrix(u, n, r)?,
+        x,
+        w,
+        f32_factors,
+        a,
+        b,
         scale: scale(u)?,
         bias: if has_bias { Some(matrix(u, 1, n)?) } else { None },
-        h: if keeps_h { Some(matrix(u, m, r)?) } else { None },
+        h: if keeps_h { Some(matrix(u, m, columns_of_h(dtype, problem))?) } else { None },
         y: matrix(u, m, n)?,
         variant: variant(u, place, m)?,
     })
 }
 
-fn backward(u: &mut Unstructured<'_>, place: &mut Place, dtype: Dtype, shape: LoraShape) -> Result<raw::Backward> {
-    let LoraShape { m, n, k, r } = shape;
+fn backward(
+    u: &mut Unstructured<'_>,
+    place: &mut Place,
+    dtype: Dtype,
+    problem: (LoraShape, bool),
+) -> Result<raw::Backward> {
+    let (LoraShape { m, n, k, r }, f32_factors) = problem;
+    let of_factors = if f32_factors { 4 } else { dtype.size() };
     let [dx, da, db, dbias]: [bool; 4] = u.arbitrary()?;
     // Now and then without what an output needs, or without any output.
     let is_given: [bool; 2] = [!u.ratio(1, 30)?, !u.ratio(1, 30)?];
+    let mut required = |u: &mut Unstructured<'_>, rows, cols, bytes| place.matrix(u, rows, cols, bytes);
+    let (dy, w) = (required(u, m, n, dtype.size())?, required(u, n, k, dtype.size())?);
+    let (a, b) = (required(u, r, k, of_factors)?, required(u, n, r, of_factors)?);
     let mut matrix = |u: &mut Unstructured<'_>, is_there: bool, rows, cols| {
         if is_there { place.matrix(u, rows, cols, dtype.size()).map(Some) } else { Ok(None) }
     };
-    let mut required = |u: &mut Unstructured<'_>, rows, cols| matrix(u, true, rows, cols).map(Option::unwrap);
-    let (dy, w, a, b) = (required(u, m, n)?, required(u, n, k)?, required(u, r, k)?, required(u, n, r)?);
-    let (x, h, dx) = (matrix(u, is_given[0], m, k)?, matrix(u, is_given[1], m, r)?, matrix(u, dx, m, k)?);
+    let (x, h) = (matrix(u, is_given[0], m, k)?, matrix(u, is_given[1], m, columns_of_h(dtype, problem))?);
+    let dx = matrix(u, dx, m, k)?;
     let mut gradient = |u: &mut Unstructured<'_>, is_there: bool, rows, cols| {
         let f32 = u.arbitrary()?;
         let bytes = if f32 { 4 } else { dtype.size() };
@@ -444,7 +451,7 @@ fn backward(u: &mut Unstructured<'_>, place: &mut Place, dtype: Dtype, shape: Lo
         dtype,
         dy,
         w,
-        f32_factors: false,
+        f32_factors,
         a,
         b,
         scale: scale(u)?,
@@ -462,9 +469,17 @@ fn backward(u: &mut Unstructured<'_>, place: &mut Place, dtype: Dtype, shape: Lo
 
 fn backward_arguments(op: &raw::Backward) -> Vec<Argument> {
     let bytes = op.dtype.size();
+    let of_factors = if op.f32_factors { 4 } else { bytes };
+    let inputs = [
+        ("dy", Some(op.dy), bytes),
+        ("w", Some(op.w), bytes),
+        ("a", Some(op.a), of_factors),
+        ("b", Some(op.b), of_factors),
+        ("x", op.x, bytes),
+        ("h", op.h, bytes),
+    ];
     let inputs =
-        [("dy", Some(op.dy)), ("w", Some(op.w)), ("a", Some(op.a)), ("b", Some(op.b)), ("x", op.x), ("h", op.h)];
-    let inputs = inputs.into_iter().filter_map(|(name, matrix)| Some(Argument::new(name, matrix?, bytes, false)));
+        inputs.into_iter().filter_map(|(name, matrix, bytes)| Some(Argument::new(name, matrix?, bytes, false)));
     let gradients = [("da", op.da), ("db", op.db), ("dbias", op.dbias)];
     let gradients = gradients.into_iter().filter_map(|(name, gradient)| {
         let raw::Gradient { matrix, f32 } = gradient?;
@@ -472,48 +487,4 @@ fn backward_arguments(op: &raw::Backward) -> Vec<Argument> {
     });
     let inputs = inputs.chain(variant_arguments(&op.variant));
     inputs.chain(op.dx.map(|dx| Argument::new("dx", dx, bytes, true))).chain(gradients).collect()
-}
-
-fn device(u: &mut Unstructured<'_>) -> Result<Device> {
-    let sms = u.int_in_range(1..=300)?;
-    let arch = *u.choose(&[75, 80, 86, 89, 90, 90, 90, 90, 90, 100, 120])?;
-    let mut device = Device::of_arch("a device", arch, sms);
-    if u.ratio(1, 2)? {
-        device.peak =
-            Some(Peak { teraflops: u.int_in_range(0..=3000)?, gigabytes_per_second: u.int_in_range(0..=9000)? });
-    }
-    // The fields are public.
-    if u.ratio(1, 12)? {
-        match u.int_in_range(0..=4)? {
-            0 => device.arch = u.arbitrary()?,
-            1 => device.sms = u.arbitrary()?,
-            2 => device.shared_per_block = u.arbitrary()?,
-            3 => device.shared_per_sm = u.arbitrary()?,
-            _ => device.peak = Some(Peak { teraflops: u.arbitrary()?, gigabytes_per_second: u.arbitrary()? }),
-        }
-    }
-    Ok(device)
-}
-
-fn options(u: &mut Unstructured<'_>) -> Result<Options> {
-    let mut options = Options::default();
-    if u.ratio(1, 2)? {
-        return Ok(options);
-    }
-    options.without_sm90 = u.ratio(1, 10)?;
-    options.family = *u.choose(&[None, Some(Family::Portable), Some(Family::Sm90)])?;
-    if u.ratio(1, 3)? {
-        let tiles = [TileSize::Large, TileSize::Small, TileSize::Sm90N256, TileSize::Sm90N192, TileSize::Sm90N128];
-        options.tile = Some(*u.choose(&tiles)?);
-    }
-    for (option, usual) in
-        [(&mut options.cluster, 2), (&mut options.bundle, 70), (&mut options.chunks, 40), (&mut options.group_m, 20)]
-    {
-        *option = match u.int_in_range(0..=15)? {
-            0 => Some(u.arbitrary()?),
-            1..=4 => Some(u.int_in_range(1..=usual)?),
-            _ => None,
-        };
-    }
-    Ok(options)
 }

@@ -126,15 +126,15 @@ pub const DEFECTS: &[Defect] = defects! {
     FORWARD Sm90N128 "a flag raised without release":
         (SYNC "red.release.gpu" => "red.relaxed.gpu");
     FORWARD Sm90N128 "a flag waited for one slab short":
-        (SCHEDULE "< flags.target(flag)) __nanosleep" => "< flags.target(flag) - 1) __nanosleep");
+        (SCHEDULE "wait_for(flags.word(flag), flags.target(flag));" => "wait_for(flags.word(flag), flags.target(flag) - 1);");
     FORWARD Sm90N128 "a flag waited for without end":
-        (SCHEDULE "< flags.target(flag)) __nanosleep" => "<= flags.target(flag)) __nanosleep");
+        (SCHEDULE "< arrivals) __nanosleep" => "<= arrivals) __nanosleep");
     FORWARD Sm90N128 "another block's flag":
         (FORWARD_CU "wait_for_block(flags(p_.r_blocks), m / kBlockM);" => "wait_for_block(flags(p_.r_blocks), (m / kBlockM) ^ 1);");
     FORWARD Sm90N128 "copies of h not fenced":
         (SCHEDULE "__nanosleep(64);\n  ptx::fence_async_global();" => "__nanosleep(64);");
     FORWARD Sm90N128 "h published before it is written":
-        (EPILOGUE "uint32_t flag) {\n  consumer.barrier();" => "uint32_t flag) {");
+        (EPILOGUE "uint32_t word) {\n  consumer.barrier();" => "uint32_t word) {");
     // Boxes on their way out.
     FORWARD Sm90N128 "boxes stored without a fence":
         (EPILOGUE "    ptx::fence_async_shared();\n" => "");
@@ -193,7 +193,7 @@ pub const DEFECTS: &[Defect] = defects! {
     FORWARD Sm90N128 "ranks past the end stored":
         (EPILOGUE "if (col >= cols) continue;" => "");
     FORWARD Sm90N128 "rows past the end stored":
-        (EPILOGUE "if (row >= rows) continue;" => "");
+        (EPILOGUE "if (row >= rows) continue;\n    T* const" => "T* const");
     // Gradients.
     BACKWARD Sm90N128 "the constants of the sums not fenced":
         (RING "\n    ptx::fence_async_shared();" => "");
@@ -258,7 +258,7 @@ pub const DEFECTS: &[Defect] = defects! {
     FORWARD Sm90N128 "dropped from the other slab":
         (CONSUMER "* kRowBytes) + slab_ * kSlabBytes" => "* kRowBytes) + (slab_ ^ 1) * kSlabBytes");
     FORWARD Sm90N128 "the mask of the first slab for both":
-        (FORWARD_CU "const uint32_t row = m + consumer.slab() * kSlabM;" => "const uint32_t row = m;");
+        (FORWARD_CU "drop_slab(dropout, slab, row, block" => "drop_slab(dropout, slab, m, block");
     BACKWARD Sm90N128 "the mask of the first slab for both, backward":
         (BACKWARD_CU "const uint32_t col = unit.m + consumer.slab() * kSlabM;" => "const uint32_t col = unit.m;");
     BACKWARD Sm90N128 "the mask of the first chunk for all":
@@ -351,6 +351,43 @@ pub const DEFECTS: &[Defect] = defects! {
         (BACKWARD_CU "        consumer.barrier();  // what the tile before left in the same place was read\n" => "");
     BACKWARD Sm90N128 "dm without the last warp":
         (GAIN "warp < kWarpgroup / 32; ++warp" => "warp < kWarpgroup / 32 - 1; ++warp");
+    // f32 factors.
+    FORWARD Sm90N128 "split: h begun before factors are split":
+        (FORWARD_CU "      wait_for_factors();\n" => "");
+    BACKWARD Sm90N128 "split: dh begun before factors are split":
+        (BACKWARD_CU "      wait_for_factors();\n" => "");
+    FORWARD Sm90N128 "split: one slab of threads not waited for":
+        (ROLES "kSlabs * p_.split.units);" => "kSlabs * p_.split.units - 1);");
+    FORWARD Sm90N128 "split: waited for without acquire":
+        (ROLES "wait_for(sync_word(p_.sync, LORA_SYNC_SPLIT), kSlabs * p_.split.units);"
+            => "{ while (ptx::load_relaxed(sync_word(p_.sync, LORA_SYNC_SPLIT)) < kSlabs * p_.split.units) __nanosleep(64); ptx::fence_async_global(); }");
+    BACKWARD Sm90N128 "split: copies of halves not fenced":
+        (ROLES "wait_for(sync_word(p_.sync, LORA_SYNC_SPLIT), kSlabs * p_.split.units);"
+            => "while (ptx::load_acquire(sync_word(p_.sync, LORA_SYNC_SPLIT)) < kSlabs * p_.split.units) __nanosleep(64);");
+    FORWARD Sm90N128 "split: published before it is written":
+        (ROLES "publish(consumer, p_.sync, LORA_SYNC_SPLIT);"
+            => "if (consumer.is_first_thread()) ptx::add_release(sync_word(p_.sync, LORA_SYNC_SPLIT), 1);");
+    BACKWARD Sm90N128 "split: published without release":
+        (ROLES "publish(consumer, p_.sync, LORA_SYNC_SPLIT);"
+            => "consumer.barrier(); if (consumer.is_first_thread()) ptx::atomic_add_relaxed(sync_word(p_.sync, LORA_SYNC_SPLIT), 1);");
+    FORWARD Sm90N128 "split: one unit for both CTAs":
+        (ROLES "ticket * place_.size + place_.rank;" => "ticket * place_.size;");
+    BACKWARD Sm90N128 "split: units past the last":
+        (ROLES "    if (unit >= p_.split.units) return;\n" => "");
+    FORWARD Sm90N128 "split: one slab of threads for both":
+        (ROLES "unit, threadIdx.x - kWarpgroup," => "unit, threadIdx.x % kWarpgroup,");
+    FORWARD Sm90N128 "split: high halves of h taken for low ones":
+        (EPILOGUE "low = high + 4;" => "low = high;");
+    FORWARD Sm90N128 "split: h of rows past the end":
+        (EPILOGUE "if (row >= rows) continue;\n#pragma unroll\n    for (int j = 0; j < kN / 8; j += 2)" => "\n#pragma unroll\n    for (int j = 0; j < kN / 8; j += 2)");
+    BACKWARD Sm90N128 "split: gradients of high halves alone":
+        (BACKWARD_CU "value = whole<T>(value, sum[j + 4 - j / 4 % 2 * 4]);" => "");
+    BACKWARD Sm90N128 "split: gradients where pairs are":
+        (BACKWARD_CU "col = rank_of(col);" => "");
+    BACKWARD Sm90N128 "split: tiles of da as wide as triples":
+        (BACKWARD_CU "is_db || is_split() ?" => "is_db ?");
+    BACKWARD Sm90N128 "split: gradients of ranks past the last":
+        (BACKWARD_CU "is_split() ? p_.split.r : is_db" => "is_db");
     // Instructions that have a stronger relative.
     FORWARD Sm90N128 "the cluster does not release at the end":
         (MBARRIER "barrier.cluster.arrive.release.aligned" => "barrier.cluster.arrive.relaxed.aligned");

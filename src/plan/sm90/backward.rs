@@ -8,6 +8,7 @@ use super::{Choice, Tile, candidates, check_tickets, ctas, groups, narrow_column
 use crate::error::Result;
 use crate::params::*;
 use crate::plan::operands::{Wanted, gradient, magnitude, optional, read_by_backward, results_of_dora};
+use crate::plan::split::{self, Ranks};
 use crate::plan::{
     Device, Draft, Options, Part, Scratch, TensorMap, blocks, each, flags, gradient_flags, numbered, projection_flags,
 };
@@ -30,19 +31,32 @@ pub(in crate::plan) fn backward(
     let wanted = Wanted::of(op);
     let dropout = raw::Dropout::params(op.dropout);
     let alters = Alters::of(&dropout, op.projections.iter().any(|of| of.gain.is_some()));
-    let Setup { tile, cluster, bundle, chunks, clocks } = choose(wanted, shape, parts, alters, device, options)?;
-    let counts = Counts::of(wanted, shape, parts, &tile, cluster);
+    let ranks = Ranks::of(op.is_split());
+    let (pairs, deep) = (ranks.pairs(r), ranks.triples(r));
+    let parts = &Ranks::parts(parts, |r| ranks.pairs(r))[..];
+    let problem = Problem {
+        wanted,
+        shape: LoraShape { r: pairs, ..shape },
+        deep,
+        parts,
+        splits: split::backward_units(op, &wanted, shape),
+        alters,
+    };
+    let Setup { tile, cluster, bundle, chunks, clocks } = choose(&problem, device, options)?;
+    let counts = Counts::of(&problem, &tile, cluster);
     let slabs = counts.slabs(cluster);
     let dh_tickets = counts.dh_units.div_ceil(bundle);
     let dx_end = dh_tickets + counts.dx_tiles(wanted);
     let db_end = dx_end + counts.db.1 * chunks.count;
-    let tickets = check_tickets(db_end + counts.da_tiles * chunks.count)?;
-    let ctas = ctas(tickets, cluster, device);
     let (flag_shift, flag_count) = flags(counts.m_groups * u64::from(cluster));
 
     let mut scratch = Scratch::new();
-    let dh = wanted.dh.then(|| scratch.reserve_middle(m, r, op.dtype));
-    let partial_stride = chunks::partial_stride(r, wanted.any_dm());
+    // Of halves dx reads triples; of pairs there is a place of their own.
+    let dh = (wanted.dh && (wanted.dx || !op.is_split())).then(|| scratch.reserve_middle(m, deep, op.dtype));
+    let split = split::backward(op, &wanted, shape, cluster, &mut scratch)?;
+    let tickets = check_tickets(u64::from(split.tickets) + db_end + counts.da_tiles * chunks.count)?;
+    let ctas = ctas(tickets, cluster, device);
+    let partial_stride = chunks::partial_stride(pairs, wanted.any_dm());
     if slabs > 0 {
         scratch.partials = Some(scratch.reserve(chunks::partial_bytes(chunks, partial_stride, slabs, ctas)));
     }
@@ -55,7 +69,7 @@ pub(in crate::plan) fn backward(
         sync: 0,
         m: m as u32,
         k: k as u32,
-        r: r as u32,
+        r: deep as u32,
         most_r: most_rank(parts) as u32,
         projection_count: parts.len() as u32,
         n_steps: parts.iter().map(|part| blocks(part.n, LORA_SM90_BLOCK_K)).sum::<u64>() as u32,
@@ -79,10 +93,11 @@ pub(in crate::plan) fn backward(
         padding: 0,
         dropout,
         routes: op.routes.map_or(0, |routes| routes.ptr),
-        split: LoraSplit::default(),
+        split,
         projections: projections(op, parts, wanted, &counts),
     };
-    let maps = maps(op, parts, dh, wanted);
+    let of_tokens = split::dh_of_tokens(dh, &split, m);
+    let maps = maps(&split::halved_backward(op, &split), parts, [dh, of_tokens], wanted);
     let is_bf16 = op.dtype == Dtype::Bf16;
     let launch = tile.launch(cluster, tickets, device, maps, Params::Sm90Backward(params), is_bf16);
     let choice = crate::plan::Choice::Sm90(Choice { tile, cluster });
@@ -129,6 +144,20 @@ fn main_depth(parts: &[Part]) -> usize {
     parts.iter().map(|part| part.n.next_multiple_of(LORA_SM90_BLOCK_K as usize)).sum()
 }
 
+/// What a call computes, and how it counts ranks.
+struct Problem<'a> {
+    wanted: Wanted,
+    /// With the ranks that dh is computed in, and da.
+    shape: LoraShape,
+    /// Ranks that dx reduces over.
+    deep: usize,
+    /// With ranks as those of `shape`.
+    parts: &'a [Part],
+    /// Units that split factors before.
+    splits: u64,
+    alters: Alters,
+}
+
 /// Units and tiles of a call, for one tile shape and cluster size.
 struct Counts {
     m_groups: u64,
@@ -145,8 +174,8 @@ struct Counts {
 }
 
 impl Counts {
-    fn of(wanted: Wanted, shape: LoraShape, parts: &[Part], tile: &Tile, cluster: u32) -> Counts {
-        let LoraShape { m, k, r, .. } = shape;
+    fn of(problem: &Problem, tile: &Tile, cluster: u32) -> Counts {
+        let Problem { wanted, shape: LoraShape { m, k, r, .. }, parts, .. } = *problem;
         let r_blocks = |part: &Part| blocks(part.r, LORA_SM90_NARROW_N);
         let [m_groups, k_groups] = [m, k].map(|extent| groups(extent, cluster));
         let n_groups: Vec<u64> = parts.iter().map(|part| groups(part.n, cluster)).collect();
@@ -190,16 +219,9 @@ struct Setup {
 }
 
 /// The way with the shortest predicted time among those that the options leave.
-fn choose(
-    wanted: Wanted,
-    shape: LoraShape,
-    parts: &[Part],
-    alters: Alters,
-    device: &Device,
-    options: &Options,
-) -> Result<Setup> {
-    let mut candidates = candidates(options, device, shape.m)?;
-    if !wanted.dx {
+fn choose(problem: &Problem, device: &Device, options: &Options) -> Result<Setup> {
+    let mut candidates = candidates(options, device, problem.shape.m)?;
+    if !problem.wanted.dx {
         // No main tile: the shapes differ in nothing.
         let size = candidates.first().map(|(tile, _)| tile.size);
         candidates.retain(|(tile, _)| Some(tile.size) == size);
@@ -207,23 +229,15 @@ fn choose(
     shortest(
         options,
         candidates,
-        |tile, cluster| choose_for(wanted, shape, parts, alters, device, options, (tile, cluster)),
+        |tile, cluster| choose_for(problem, device, options, (tile, cluster)),
         |setup| setup.clocks,
     )
 }
 
 /// Bundle and chunks for one tile shape and cluster size.
-fn choose_for(
-    wanted: Wanted,
-    shape: LoraShape,
-    parts: &[Part],
-    alters: Alters,
-    device: &Device,
-    options: &Options,
-    (tile, cluster): (Tile, u32),
-) -> Result<Setup> {
-    let LoraShape { m, r, .. } = shape;
-    let counts = Counts::of(wanted, shape, parts, &tile, cluster);
+fn choose_for(problem: &Problem, device: &Device, options: &Options, (tile, cluster): (Tile, u32)) -> Result<Setup> {
+    let Problem { wanted, shape: LoraShape { m, r, .. }, deep, parts, splits, alters } = *problem;
+    let counts = Counts::of(problem, &tile, cluster);
     let dx_tiles = counts.dx_tiles(wanted);
     let gradient_tiles = counts.db.1 + counts.da_tiles;
     // Chunks are counted further down; they do not make fewer clusters.
@@ -232,13 +246,14 @@ fn choose_for(
     let partial_stride = chunks::partial_stride(r, wanted.any_dm());
     let cuts = Chunks::candidates(options, (m, partial_stride), gradient_tiles, cluster, device.sms / cluster);
     let middle = |machine: &Machine| Middle {
+        splits: splits.div_ceil(cluster.into()),
         groups: counts.m_groups,
         columns: dx_tiles / counts.m_groups,
         units: counts.dh_units,
         depth: mean_depth(parts),
         rank: most_rank(parts),
         alters: alters.of_dy(),
-        main: machine.main(&tile, main_depth(parts), r).altered(alters, &tile, main_depth(parts), r),
+        main: machine.main(&tile, main_depth(parts), deep).altered(alters, &tile, main_depth(parts), deep),
         group_m: options.group_m(counts.m_groups),
     };
     let whole = Chunks::cut(m, 1);
@@ -278,22 +293,28 @@ fn choose_for(
     if best.clocks.is_finite() { Ok(best) } else { refused.map(|_| best) }
 }
 
-fn maps(op: &raw::BackwardShared, parts: &[Part], dh: Option<raw::Matrix>, wanted: Wanted) -> Vec<Option<TensorMap>> {
+/// `dh` as dx reads it, and as da does.
+fn maps(
+    op: &raw::BackwardShared,
+    parts: &[Part],
+    dh: [Option<raw::Matrix>; 2],
+    wanted: Wanted,
+) -> Vec<Option<TensorMap>> {
     let maps = Maps { dtype: op.dtype };
     let rows = [LORA_SM90_BLOCK_K, LORA_SM90_BLOCK_M];
     // A matrix that is read across its rows: blocks of 64 columns.
     let across = [LORA_SM90_SLAB_M, LORA_SM90_BLOCK_K];
     let narrow = |rank| [narrow_columns(rank).min(LORA_SM90_BLOCK_K), LORA_SM90_BLOCK_K];
-    let (own, of_da) = (narrow(most_rank(parts)), narrow(op.a.rows));
+    let (own, of_da) = (narrow(most_rank(parts)), narrow(dh[1].map_or(0, |dh| dh.cols)));
     let when = |condition: bool, matrix: raw::Matrix| Some(matrix).filter(|_| condition);
     let mut all = vec![None; LORA_SM90_BACKWARD_MAPS as usize];
     for (index, map) in [
-        (LORA_SM90_BACKWARD_DH, maps.read(dh.filter(|_| wanted.dx), rows)),
+        (LORA_SM90_BACKWARD_DH, maps.read(dh[0].filter(|_| wanted.dx), rows)),
         (LORA_SM90_BACKWARD_A, maps.read(when(wanted.dx, op.a), across)),
         (LORA_SM90_BACKWARD_DX, maps.written(op.dx)),
         (LORA_SM90_BACKWARD_H_TOKENS, maps.read(op.h.filter(|_| wanted.any_db()), own)),
         (LORA_SM90_BACKWARD_X_TOKENS, maps.read(op.x.filter(|_| wanted.da), across)),
-        (LORA_SM90_BACKWARD_DH_TOKENS, maps.read(dh.filter(|_| wanted.da), of_da)),
+        (LORA_SM90_BACKWARD_DH_TOKENS, maps.read(dh[1].filter(|_| wanted.da), of_da)),
     ] {
         all[index as usize] = map;
     }

@@ -7,6 +7,7 @@ use super::{Choice, Tile, candidates, check_tickets, ctas, groups, narrow_column
 use crate::error::Result;
 use crate::params::*;
 use crate::plan::operands::{optional, ranks_of, read_by_forward, written_by_forward};
+use crate::plan::split::{self, Ranks};
 use crate::plan::{Device, Draft, Options, Part, Scratch, blocks, each, flags, mean_rank, numbered};
 use crate::{Dtype, LoraShape, raw};
 
@@ -26,24 +27,30 @@ pub(in crate::plan) fn forward(
     let LoraShape { m, k, r, .. } = shape;
     let dropout = raw::Dropout::params(op.dropout);
     let alters = Alters::of(&dropout, op.projections.iter().any(|of| of.gain.is_some()));
-    let Setup { tile, cluster, bundle, clocks } = choose(shape, parts, alters, device, options)?;
+    let ranks = Ranks::of(op.is_split());
+    let (pairs, deep) = (ranks.pairs(r), Ranks::parts(parts, |r| ranks.triples(r)));
+    let Setup { tile, cluster, bundle, clocks } =
+        choose(LoraShape { r: pairs, ..shape }, &deep, split::forward_units(op, shape), alters, device, options)?;
     let m_groups = groups(m, cluster);
-    let r_blocks = blocks(r, LORA_SM90_NARROW_N);
+    let r_blocks = blocks(pairs, LORA_SM90_NARROW_N);
     let (first_blocks, n_blocks) = numbered(parts.iter().map(|part| blocks(part.n, tile.columns)));
     let h_units = m_groups * r_blocks;
     let h_tickets = h_units.div_ceil(bundle);
-    let tickets = check_tickets(h_tickets + m_groups * n_blocks)?;
     let (flag_shift, flag_count) = flags(m_groups * u64::from(cluster));
 
     let mut scratch = Scratch::new();
-    let h = op.h.filter(|_| r != 0).or_else(|| (r != 0).then(|| scratch.reserve_middle(m, r, op.dtype)));
+    // What the caller keeps of halves are pairs; y reads triples.
+    let kept = op.h.filter(|_| r != 0 && !op.is_split());
+    let h = kept.or_else(|| (r != 0).then(|| scratch.reserve_middle(m, ranks.triples(r), op.dtype)));
+    let split = split::forward(op, shape, cluster, &mut scratch)?;
+    let tickets = check_tickets(u64::from(split.tickets) + h_tickets + m_groups * n_blocks)?;
     let factor = raw::Dropout::factor(op.dropout);
     let params = LoraSm90ForwardParams {
         h: optional(h),
         sync: 0,
         m: m as u32,
         k: k as u32,
-        r: r as u32,
+        r: pairs as u32,
         projection_count: parts.len() as u32,
         m_groups: m_groups as u32,
         n_blocks: n_blocks as u32,
@@ -57,19 +64,19 @@ pub(in crate::plan) fn forward(
         padding: 0,
         dropout,
         routes: op.routes.map_or(0, |routes| routes.ptr),
-        split: LoraSplit::default(),
+        split,
         projections: each(&op.projections, |at, of| LoraSm90ForwardProjection {
             bias: of.bias.map_or(0, |bias| bias.ptr),
             gain: of.gain.map_or(0, |gain| gain.ptr),
             n: parts[at].n as u32,
-            r: parts[at].r as u32,
+            r: deep[at].r as u32,
             first_rank: parts[at].first_rank as u32,
             first_block: first_blocks[at] as u32,
             scale: of.scale * factor,
             padding: 0,
         }),
     };
-    let maps = maps(op, parts, h, &tile);
+    let maps = maps(&split::halved_forward(op, &split), &deep, h, &tile);
     let is_bf16 = op.dtype == Dtype::Bf16;
     let launch = tile.launch(cluster, tickets, device, maps, Params::Sm90Forward(params), is_bf16);
     let choice = crate::plan::Choice::Sm90(Choice { tile, cluster });
@@ -85,13 +92,21 @@ struct Setup {
     clocks: f64,
 }
 
-/// The way with the shortest predicted time among those that the options leave.
-fn choose(shape: LoraShape, parts: &[Part], alters: Alters, device: &Device, options: &Options) -> Result<Setup> {
+/// The way with the shortest predicted time among those that the options leave. `shape` has the ranks that h is computed in, `parts`
+/// those that y goes through; `splits` units split factors before.
+fn choose(
+    shape: LoraShape,
+    parts: &[Part],
+    splits: u64,
+    alters: Alters,
+    device: &Device,
+    options: &Options,
+) -> Result<Setup> {
     let candidates = candidates(options, device, shape.m)?;
     shortest(
         options,
         candidates,
-        |tile, cluster| choose_for(shape, parts, alters, device, options, tile, cluster),
+        |tile, cluster| choose_for(shape, parts, splits, alters, device, options, (tile, cluster)),
         |setup| setup.clocks,
     )
 }
@@ -100,11 +115,11 @@ fn choose(shape: LoraShape, parts: &[Part], alters: Alters, device: &Device, opt
 fn choose_for(
     shape: LoraShape,
     parts: &[Part],
+    splits: u64,
     alters: Alters,
     device: &Device,
     options: &Options,
-    tile: Tile,
-    cluster: u32,
+    (tile, cluster): (Tile, u32),
 ) -> Result<Setup> {
     let LoraShape { m, k, r, .. } = shape;
     let (m_groups, n_blocks) = (groups(m, cluster), parts.iter().map(|part| blocks(part.n, tile.columns)).sum::<u64>());
@@ -115,7 +130,8 @@ fn choose_for(
         let machine = Machine::new(device, cluster, clusters);
         let main = machine.main(&tile, k, mean_rank(parts));
         let alters = alters.of_x();
-        let middle = Middle { groups: m_groups, columns: n_blocks, units, depth: k, rank: r, alters, main, group_m };
+        let (groups, columns, splits) = (m_groups, n_blocks, splits.div_ceil(cluster.into()));
+        let middle = Middle { splits, groups, columns, units, depth: k, rank: r, alters, main, group_m };
         (middle, machine, Setup { tile, cluster, bundle, clocks: f64::INFINITY })
     };
     let (middle, machine, mut best) = setup(1, most);

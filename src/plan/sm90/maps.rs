@@ -15,12 +15,12 @@ const ALIGN_ELEMENTS: usize = 8;
 const MAX_ROW_BYTES: u64 = 1 << 40;
 
 /// What keeps the family from running a call, in words; nothing when it can. `operands` are the matrices that the call
-/// copies through tensor maps; what departs from the plain formula are routes, gains, and f32 factors.
+/// copies through tensor maps; what departs from the plain formula are routes, f32 factors, and gains.
 pub(in crate::plan) fn obstacles(
     device: &Device,
     k: usize,
     parts: &[Part],
-    (is_routed, gains, is_split): (bool, &[(&'static str, Option<raw::Matrix>)], bool),
+    (is_routed, is_split, gains): (bool, bool, &[(&'static str, Option<raw::Matrix>)]),
     operands: &[(&'static str, Option<raw::Matrix>)],
 ) -> Vec<String> {
     let mut found = Vec::new();
@@ -36,7 +36,9 @@ pub(in crate::plan) fn obstacles(
     let most = if is_routed { MAX_ROUTED_RANK } else { MAX_RANK };
     for (at, part) in parts.iter().enumerate() {
         let of = if parts.len() == 1 { String::new() } else { format!(" of projection {at}") };
-        for (name, value) in [("N", part.n), ("K", k), ("R", part.r)] {
+        // Halves come in whole groups of ranks.
+        let r = if is_split { 0 } else { part.r };
+        for (name, value) in [("N", part.n), ("K", k), ("R", r)] {
             if !value.is_multiple_of(ALIGN_ELEMENTS) {
                 found.push(format!("{name}{of} is {value}, not a multiple of {ALIGN_ELEMENTS}"));
             }
@@ -49,9 +51,6 @@ pub(in crate::plan) fn obstacles(
         if !gain.ptr.is_multiple_of(ALIGN) {
             found.push(format!("the address of {arg} is {:#x}, not a multiple of {ALIGN} bytes", gain.ptr));
         }
-    }
-    if is_split {
-        found.push("f32 factors over a 16-bit layer are not built yet".to_owned());
     }
     for (name, matrix) in operands {
         let Some(matrix) = matrix.filter(|matrix| matrix.rows != 0 && matrix.cols != 0) else { continue };

@@ -1,4 +1,4 @@
-//! The first two kinds of tickets, h and y in forward or dh and dx in backward, and how long they take.
+//! The first kinds of tickets, h and y in forward or dh and dx in backward, after those that split factors, and how long they take.
 
 use super::model::{Alters, Machine, MainTile};
 use super::schedule::Timeline;
@@ -6,6 +6,8 @@ use super::schedule::Timeline;
 /// Units of h (or dh), and the main tiles that read it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Middle {
+    /// Tickets of units that split factors, which h waits for.
+    pub splits: u64,
     /// Groups of blocks of rows.
     pub groups: u64,
     /// Main tiles per group; 0 when none is wanted.
@@ -22,7 +24,7 @@ pub(super) struct Middle {
     pub group_m: u32,
 }
 
-/// What remains to be told after both kinds.
+/// What remains to be told after them.
 pub(super) struct Ran {
     pub timeline: Timeline,
     /// When the last unit of h is done.
@@ -62,25 +64,32 @@ impl Middle {
         bundles
     }
 
-    /// Lists the tickets of both kinds.
+    /// Lists the tickets of all these kinds.
     pub(super) fn run(&self, machine: &Machine, bundle: u64) -> Ran {
         let mut timeline = Timeline::new(machine.clusters);
         let (tickets, unit) = (self.tickets(bundle), self.unit(machine, bundle));
+        timeline.draw(self.splits, machine.split());
+        let all_split = timeline.end();
+        // With few tickets of h main tiles begin meanwhile.
+        let late = if tickets < u64::from(machine.clusters) { all_split - timeline.next() } else { 0.0 };
+        if late == 0.0 {
+            timeline.wait(all_split);
+        }
         if let Some(each) = self.units.checked_div(tickets) {
             // The first tickets have a unit more where they do not come out even.
             let more = self.units - each * tickets;
-            timeline.draw(more, unit * (each + 1) as f64);
-            timeline.draw(tickets - more, unit * each as f64);
+            timeline.draw(more, late + unit * (each + 1) as f64);
+            timeline.draw(tickets - more, late + unit * each as f64);
         }
         let ready = timeline.end();
-        let stall = if self.tiles() == 0 { 0.0 } else { self.stall(machine, tickets, unit, &timeline) };
+        let stall = if self.tiles() == 0 { 0.0 } else { self.stall(machine, tickets, (all_split, unit), &timeline) };
         timeline.draw(self.tiles(), self.main.clocks);
         Ran { timeline, ready, stall }
     }
 
     /// The longest that a main tile waits. Tiles come in passes of `group_m` groups of rows over all columns, so each
     /// pass wants the next few units of h; looked at are passes 0, 1, 3, 7 and so on.
-    fn stall(&self, machine: &Machine, tickets: u64, unit: f64, after_h: &Timeline) -> f64 {
+    fn stall(&self, machine: &Machine, tickets: u64, (start, unit): (f64, f64), after_h: &Timeline) -> f64 {
         if self.units == 0 {
             return 0.0;
         }
@@ -95,9 +104,9 @@ impl Middle {
         let bundle = self.units.div_ceil(tickets);
         let ready = |index: u64| {
             let round = index % tickets / u64::from(machine.clusters);
-            (round * bundle + index / tickets + 1) as f64 * unit
+            start + (round * bundle + index / tickets + 1) as f64 * unit
         };
-        let all_ready = (rounds * bundle) as f64 * unit;
+        let all_ready = start + (rounds * bundle) as f64 * unit;
         let passes = self.groups.div_ceil(group_m);
         let (mut timeline, mut stall, mut pass) = (after_h.clone(), 0.0_f64, 0);
         let mut drawn = 0;

@@ -130,6 +130,12 @@ impl Machine {
         (alters.step(columns) + c.step / 2.0).max(fetched / c.stream).max(from_memory)
     }
 
+    /// A unit that splits factors: what others take beside their steps, and f32 to be read and up to three halves of each written.
+    pub(super) fn split(&self) -> f64 {
+        let bytes = f64::from(LORA_SPLIT_RANKS * LORA_SPLIT_LENGTH * (4 + 3 * 2));
+        whole(SM90.unit + bytes / SM90.stream)
+    }
+
     fn streaming(&self, tickets: u64) -> u64 {
         tickets.min(u64::from(self.clusters)) * u64::from(self.cluster)
     }

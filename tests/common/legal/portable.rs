@@ -60,6 +60,7 @@ pub(super) fn forward(planned: &Planned<'_>, op: &raw::ForwardShared, shape: Lor
     assert_eq!((p.x.ptr, p.sync), (op.x.ptr, planned.workspace));
     let (a, b) = ((&op.a, true, k), (&op.projections[0].b, true, n));
     let split_units = Factors { a, b, read: [p.a.ptr, p.projections[0].b.ptr] }.check(&p.split, counted, r);
+    assert_eq!(p.split.tickets, p.split.units);
     check_variant((p.dropout, p.routes), op.dropout, op.routes);
     assert_covers("M", p.m_blocks, block, m);
     let (first_ranks, ranks) = numbered(op.projections.iter().map(|of| of.b.cols as u128));
@@ -141,6 +142,7 @@ pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: L
     let da_tiles = if wants_da { k_blocks * counted.pairs.div_ceil(NARROW) as u128 } else { 0 };
     let (a, b) = ((&op.a, wants_dh && op.dx.is_some(), k), (&op.projections[0].b, wants_dh, n));
     let split_units = Factors { a, b, read: [p.a.ptr, p.projections[0].b.ptr] }.check(&p.split, counted, r);
+    assert_eq!(p.split.tickets, p.split.units);
     let mut end = if wants_dh { m_blocks * narrow } else { 0 };
     assert_eq!(u128::from(p.dh_units), end);
     end += if op.dx.is_some() { m_blocks * k_blocks } else { 0 };

@@ -1,8 +1,9 @@
 //! The Hopper family.
 
-use fused_lora::plan::{LoraSm90BackwardParams, LoraSm90ForwardParams, Params, Swizzle, TileSize};
+use fused_lora::plan::{LoraSm90BackwardParams, LoraSm90ForwardParams, LoraSplit, Params, Swizzle, TileSize};
 use fused_lora::{Dtype, LoraShape, raw};
 
+use super::split::{self, Factors, Ranks};
 use super::{
     Planned, Region, address, assert_covers, check_flags, check_tickets, check_variant, db_blocks, numbered, pointer,
     ranks_of, scaled,
@@ -82,16 +83,33 @@ fn check_bundles(planned: &Planned<'_>, units: u32, tickets: u32) {
     }
 }
 
+/// The tickets of units that split what is wanted of `factors`, each with its length: a unit for each CTA of a cluster.
+fn check_split(
+    planned: &Planned<'_>,
+    split: &LoraSplit,
+    counted: Ranks,
+    r: usize,
+    [a, b]: [(&raw::Matrix, bool, usize); 2],
+) -> u128 {
+    let read = if counted.is_split { [split.split_a, split.split_b].map(|of| of.ptr) } else { [a.0.ptr, b.0.ptr] };
+    let units = Factors { a, b, read }.check(split, counted, r);
+    let tickets = units.div_ceil(planned.launch.cluster[0].into());
+    assert_eq!(u128::from(split.tickets), tickets);
+    tickets
+}
+
 pub(super) fn forward(planned: &Planned<'_>, op: &raw::ForwardShared, shape: LoraShape) {
     let columns = check_launch(planned, op.dtype, "forward");
     let p = forward_params(&planned.launch.params);
-    let LoraShape { m, k, r, .. } = shape;
+    let LoraShape { m, n, k, r } = shape;
+    let counted = Ranks::of(op.f32_factors, op.dtype, r);
     let cluster = planned.launch.cluster[0];
-    assert_eq!([p.m, p.k, p.r, p.projection_count].map(|count| count as usize), [m, k, r, op.projections.len()]);
+    let [got_m, got_k, pairs, projections] = [p.m, p.k, p.r, p.projection_count].map(|count| count as usize);
+    assert_eq!([got_m, got_k, pairs, projections], [m, k, counted.pairs, op.projections.len()]);
     assert_eq!(p.sync, planned.workspace);
     check_variant((p.dropout, p.routes), op.dropout, op.routes);
     assert_covers("M", p.m_groups, BLOCK * cluster, m);
-    assert_eq!(p.r_blocks as usize, r.div_ceil(NARROW));
+    assert_eq!(p.r_blocks as usize, pairs.div_ceil(NARROW));
     let (first_ranks, ranks) = numbered(op.projections.iter().map(|of| of.b.cols as u128));
     let (first_blocks, n_blocks) =
         numbered(op.projections.iter().map(|of| of.w.rows.div_ceil(columns as usize) as u128));
@@ -100,34 +118,47 @@ pub(super) fn forward(planned: &Planned<'_>, op: &raw::ForwardShared, shape: Lor
     assert_eq!(u128::from(p.h_units), m_groups * r_blocks);
     check_bundles(planned, p.h_units, p.h_tickets);
     planned.check_order(p.group_m, p.m_groups, p.n_blocks);
-    check_tickets(p.tickets, u128::from(p.h_tickets) + m_groups * n_blocks, &planned.launch);
+    let split_tickets = check_split(planned, &p.split, counted, r, [(&op.a, true, k), (&op.projections[0].b, true, n)]);
+    check_tickets(p.tickets, split_tickets + u128::from(p.h_tickets) + m_groups * n_blocks, &planned.launch);
     check_flags(m_groups * u128::from(cluster), p.flag_shift, p.sync_words, p.sync_words);
 
-    let h = op.h.filter(|_| r != 0).or_else(|| (r != 0).then(|| planned.scratch(p.h, shape)));
+    let kept = op.h.filter(|_| r != 0 && !counted.is_split);
+    let of_y = LoraShape { r: counted.triples, ..shape };
+    let h = kept.or_else(|| (r != 0).then(|| planned.scratch(p.h, of_y)));
     assert_eq!(p.h.ptr, h.map_or(0, |h| h.ptr));
-    planned.check_regions(h.filter(|_| op.h.is_none()).map(Region::of));
+    let [a, b] = [(p.split.split_a, counted.pairs, k), (p.split.split_b, n, counted.triples)]
+        .map(|(halves, rows, cols)| counted.is_split.then(|| split::matrix(halves, rows, cols)));
+    if counted.is_split {
+        split::check_kept(&p.split, op.h);
+    }
+    planned.check_regions([h.filter(|_| kept.is_none()), a, b].into_iter().flatten().map(Region::of));
     assert_eq!(planned.launch.maps.len(), 2 + 4 * 4);
     check_map(planned, 0, Some(op.x), [64, 128]);
-    check_map(planned, 1, Some(op.a), [64, narrow_columns(r)]);
+    check_map(planned, 1, a.or(Some(op.a)), [64, narrow_columns(pairs)]);
     for (at, (of, got)) in op.projections.iter().zip(p.projections).enumerate() {
         assert_eq!((got.bias, got.gain), (address(of.bias), address(of.gain)));
-        assert_eq!((got.n as usize, got.r as usize), (of.w.rows, of.b.cols));
+        let ranks = if counted.is_split { counted.triples } else { of.b.cols };
+        assert_eq!((got.n as usize, got.r as usize), (of.w.rows, ranks));
         assert_eq!([got.first_rank, got.first_block].map(u128::from), [first_ranks[at], first_blocks[at]]);
         assert_eq!(got.scale, scaled(of.scale, op.dropout));
-        let (first, own_h) = (2 + 4 * at, h.map(|h| ranks_of(h, got.first_rank as usize, of.b.cols)));
+        let (first, own_h) = (2 + 4 * at, h.map(|h| ranks_of(h, got.first_rank as usize, ranks)));
         check_map(planned, first, Some(of.w), [64, columns / 2]);
         check_map(planned, first + 1, own_h, [64, 128]);
-        check_map(planned, first + 2, Some(of.b), [64, columns / 2]);
+        check_map(planned, first + 2, b.or(Some(of.b)), [64, columns / 2]);
         check_map(planned, first + 3, Some(of.y), [64, 64]);
     }
 }
 
 /// The tickets of db and da, their counters and sums; the region of the sums.
-fn check_gradients(planned: &Planned<'_>, p: &LoraSm90BackwardParams, tiles: [u128; 2]) -> Option<Region> {
-    let [db_tiles, da_tiles] = tiles;
+fn check_gradients(
+    planned: &Planned<'_>,
+    p: &LoraSm90BackwardParams,
+    (split_tickets, [db_tiles, da_tiles]): (u128, [u128; 2]),
+    ranks: usize,
+) -> Option<Region> {
     let (cluster, chunks) = (u128::from(planned.launch.cluster[0]), u128::from(p.chunks));
     assert_eq!(u128::from(p.db_end), u128::from(p.dx_end) + db_tiles * chunks);
-    let tickets = u128::from(p.db_end) + da_tiles * chunks;
+    let tickets = split_tickets + u128::from(p.db_end) + da_tiles * chunks;
     if tickets == 0 {
         // Nothing is wanted but da or db without ranks: one cluster finds no ticket.
         assert_eq!((p.tickets, planned.launch.grid[0]), (0, planned.launch.cluster[0]));
@@ -142,7 +173,7 @@ fn check_gradients(planned: &Planned<'_>, p: &LoraSm90BackwardParams, tiles: [u1
     assert_eq!(u128::from(p.sync_words), u128::from(p.counters) + counters);
     // Per thread: a register for each two columns of the narrow tile, two sums, and two of the gradient of the magnitude.
     let sums = if p.projections.iter().all(|of| of.magnitude.dm == 0) { 2 } else { 4 };
-    assert_eq!(p.partial_stride, 128 * (narrow_columns(p.r as usize) / 2 + sums));
+    assert_eq!(p.partial_stride, 128 * (narrow_columns(ranks) / 2 + sums));
     let places = if chunks > 1 { slabs * chunks } else { u128::from(planned.launch.grid[0]) * 2 };
     let bytes = 4 * u128::from(p.partial_stride) * places;
     assert!(slabs == 0 || bytes <= 32 << 20, "{bytes} bytes of sums");
@@ -153,9 +184,11 @@ fn check_gradients(planned: &Planned<'_>, p: &LoraSm90BackwardParams, tiles: [u1
 pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: LoraShape) {
     let columns = check_launch(planned, op.dtype, "backward");
     let p = backward_params(&planned.launch.params);
-    let LoraShape { m, k, r, .. } = shape;
+    let LoraShape { m, n, k, r } = shape;
+    let counted = Ranks::of(op.f32_factors, op.dtype, r);
     let cluster = planned.launch.cluster[0];
-    assert_eq!([p.m, p.k, p.r, p.projection_count].map(|count| count as usize), [m, k, r, op.projections.len()]);
+    let [got_m, got_k, deep, projections] = [p.m, p.k, p.r, p.projection_count].map(|count| count as usize);
+    assert_eq!([got_m, got_k, deep, projections], [m, k, counted.triples, op.projections.len()]);
     assert_eq!(p.sync, planned.workspace);
     check_variant((p.dropout, p.routes), op.dropout, op.routes);
     for (what, groups, extent) in [("M", p.m_groups, m), ("K", p.k_groups, k)] {
@@ -165,54 +198,69 @@ pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: L
     let [m_groups, k_groups, k_blocks] = [p.m_groups, p.k_groups, p.k_blocks].map(u128::from);
     let (wants_dx, wants_da) = (op.dx.is_some(), op.da.is_some() && r > 0);
     let wants_dh = r > 0 && (wants_dx || wants_da);
-    let (narrow, db_tiles) = check_projections(op, &p, cluster);
+    let (narrow, db_tiles) = check_projections(op, &p, cluster, counted);
     assert_eq!(u128::from(p.dh_units), if wants_dh { m_groups * narrow } else { 0 });
     check_bundles(planned, p.dh_units, p.dh_tickets);
     planned.check_order(p.group_m, p.m_groups, if wants_dx { p.k_blocks } else { 1 });
     let dx_tiles = if wants_dx { m_groups * k_blocks } else { 0 };
     assert_eq!(u128::from(p.dx_end), u128::from(p.dh_tickets) + dx_tiles);
-    let da_tiles = if wants_da { k_groups * r.div_ceil(NARROW) as u128 } else { 0 };
-    let sums = check_gradients(planned, &p, [db_tiles, da_tiles]);
+    let da_tiles = if wants_da { k_groups * counted.pairs.div_ceil(NARROW) as u128 } else { 0 };
+    let factors = [(&op.a, wants_dh && wants_dx, k), (&op.projections[0].b, wants_dh, n)];
+    let split_tickets = check_split(planned, &p.split, counted, r, factors);
+    let sums = check_gradients(planned, &p, (split_tickets, [db_tiles, da_tiles]), counted.pairs);
     check_flags(m_groups * u128::from(cluster), p.flag_shift, p.counters, p.sync_words);
 
-    let dh = wants_dh.then(|| planned.scratch(p.dh, shape));
-    planned.check_regions(dh.map(Region::of).into_iter().chain(sums));
+    let dh = (wants_dh && (wants_dx || !counted.is_split))
+        .then(|| planned.scratch(p.dh, LoraShape { r: counted.triples, ..shape }));
+    let [a, b, of_tokens] = [
+        (wants_dh && wants_dx, p.split.split_a, counted.triples, k),
+        (wants_dh, p.split.split_b, n, counted.pairs),
+        (wants_da, p.split.pairs, m, counted.pairs),
+    ]
+    .map(|(wanted, halves, rows, cols)| (counted.is_split && wanted).then(|| split::matrix(halves, rows, cols)));
+    planned.check_regions([dh, a, b, of_tokens].into_iter().flatten().map(Region::of).chain(sums));
     assert_eq!((p.da.ptr, p.dx.ptr), (pointer(wants_da, op.da), address(op.dx)));
-    let (own, of_da) = ([narrow_columns(p.most_r as usize).min(64), 64], [narrow_columns(r).min(64), 64]);
+    let (own, of_da) = ([narrow_columns(p.most_r as usize).min(64), 64], [narrow_columns(counted.pairs).min(64), 64]);
     let when = |condition: bool, matrix: raw::Matrix| condition.then_some(matrix);
     assert_eq!(planned.launch.maps.len(), 6 + 5 * 4);
     check_map(planned, 0, dh.filter(|_| wants_dx), [64, 128]);
-    check_map(planned, 1, when(wants_dx, op.a), [64, 64]);
+    check_map(planned, 1, a.or(when(wants_dx, op.a)), [64, 64]);
     check_map(planned, 2, op.dx, [64, 64]);
     let wants_db = |of: &raw::BackwardProjection| of.db.is_some() && of.b.cols > 0;
     check_map(planned, 3, op.h.filter(|_| op.projections.iter().any(wants_db)), own);
     check_map(planned, 4, op.x.filter(|_| wants_da), [64, 64]);
-    check_map(planned, 5, dh.filter(|_| wants_da), of_da);
+    check_map(planned, 5, of_tokens.or(dh).filter(|_| wants_da), of_da);
     for (at, of) in op.projections.iter().enumerate() {
         let first = 6 + 5 * at;
         let has_tiles = wants_db(of) || of.dbias.is_some() || of.dm.is_some();
         check_map(planned, first, when(wants_dh || wants_dx, of.dy), [64, 128]);
         check_map(planned, first + 1, when(wants_dx, of.w), [64, 64]);
-        check_map(planned, first + 2, when(wants_dh, of.b), own);
+        check_map(planned, first + 2, b.or(when(wants_dh, of.b)), own);
         check_map(planned, first + 3, when(has_tiles, of.dy), [64, 64]);
         check_map(planned, first + 4, of.dm.map(|dm| dm.y), [64, 64]);
     }
 }
 
 /// What the kernel has for each projection; the narrow tiles of dh in a block of rows, and the tiles of db.
-fn check_projections(op: &raw::BackwardShared, p: &LoraSm90BackwardParams, cluster: u32) -> (u128, u128) {
+fn check_projections(
+    op: &raw::BackwardShared,
+    p: &LoraSm90BackwardParams,
+    cluster: u32,
+    counted: Ranks,
+) -> (u128, u128) {
+    let pairs = |of: &raw::BackwardProjection| if counted.is_split { counted.pairs } else { of.b.cols };
     let all = op.projections.iter();
     let n_groups = |of: &raw::BackwardProjection| of.w.rows.div_ceil((BLOCK * cluster) as usize) as u128;
     let (first_ranks, ranks) = numbered(all.clone().map(|of| of.b.cols as u128));
-    let (first_narrow, narrow) = numbered(all.clone().map(|of| of.b.cols.div_ceil(NARROW) as u128));
-    let (first_tiles, tiles) = numbered(all.clone().map(|of| n_groups(of) * db_blocks(of, of.b.cols, NARROW)));
+    let (first_narrow, narrow) = numbered(all.clone().map(|of| pairs(of).div_ceil(NARROW) as u128));
+    let (first_tiles, tiles) = numbered(all.clone().map(|of| n_groups(of) * db_blocks(of, pairs(of), NARROW)));
     let steps: u128 = all.clone().map(|of| of.w.rows.div_ceil(64) as u128).sum();
-    let most = all.clone().map(|of| of.b.cols).max().unwrap_or(0);
-    assert_eq!((ranks, steps, narrow), (p.r.into(), p.n_steps.into(), p.dh_blocks.into()));
+    let most = all.clone().map(pairs).max().unwrap_or(0);
+    assert_eq!((ranks, steps, narrow), (op.a.rows as u128, p.n_steps.into(), p.dh_blocks.into()));
     assert_eq!(p.most_r as usize, most);
     for (at, (of, got)) in all.zip(p.projections).enumerate() {
         assert_eq!((got.db.ptr, got.dbias), (pointer(of.b.cols > 0, of.db), pointer(true, of.dbias)));
-        assert_eq!((got.n as usize, got.r as usize), (of.w.rows, of.b.cols));
+        assert_eq!((got.n as usize, got.r as usize), (of.w.rows, pairs(of)));
         let firsts = [got.first_rank, got.first_narrow, got.first_db_tile].map(u128::from);
         assert_eq!(firsts, [first_ranks[at], first_narrow[at], first_tiles[at]]);
         assert_eq!((u128::from(got.n_groups), got.scale), (n_groups(of), scaled(of.scale, op.dropout)));

@@ -28,13 +28,17 @@ impl Ranks {
 }
 
 /// A matrix of 16-bit elements in the workspace.
-pub fn region(matrix: LoraMatrix, rows: usize, cols: usize) -> Region {
+pub fn matrix(matrix: LoraMatrix, rows: usize, cols: usize) -> raw::Matrix {
     let row_stride = matrix.row_stride as usize;
     assert!(
         row_stride >= cols && row_stride.is_multiple_of(8),
         "rows of {cols} elements start on 16 bytes: {row_stride}"
     );
-    Region::of(raw::Matrix { ptr: matrix.ptr, rows, cols, row_stride })
+    raw::Matrix { ptr: matrix.ptr, rows, cols, row_stride }
+}
+
+pub fn region(halves: LoraMatrix, rows: usize, cols: usize) -> Region {
+    Region::of(matrix(halves, rows, cols))
 }
 
 fn units(r: usize, length: usize) -> u128 {
