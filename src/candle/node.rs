@@ -136,14 +136,14 @@ impl Node {
             let shape = (op.x.view.rows, op.columns_of_h());
             let _ = self.h.set(Tensor::from_storage(B::wrap(h), shape, BackpropOp::none(), false));
         }
-        match (&self.split, outputs.ys.pop()) {
-            (None, Some(y)) => Ok((y, features(inputs[0].1.dims(), op.projections[0].w.view.rows))),
-            (Some(split), Some(last)) => {
-                split.computed(outputs.ys.into_iter().chain([last]).map(B::wrap));
-                let shape = Split::token();
-                Ok((inputs[0].0.device().zeros_impl(&shape, DType::F32)?, shape))
-            }
-            (_, None) => candle_core::bail!("{NAME}: no projection"),
+        if let Some(split) = &self.split {
+            split.computed(outputs.ys.into_iter().map(B::wrap));
+            let shape = Split::token();
+            return Ok((inputs[0].0.device().zeros_impl(&shape, DType::F32)?, shape));
+        }
+        match outputs.ys.pop() {
+            Some(y) => Ok((y, features(inputs[0].1.dims(), op.projections[0].w.view.rows))),
+            None => candle_core::bail!("{NAME}: no projection"),
         }
     }
 
