@@ -104,11 +104,11 @@ typedef struct LoraMagnitude {
 } LoraMagnitude;
 
 /* f32 factors over a 16-bit layer. A number is two of the storage type: the nearest, its high half, and the nearest to
- * what is left of it times a power of two, its low half. They lie in groups of LORA_SPLIT_RANKS ranks, of which the last
- * is filled up with zeros: as pairs [high | low] where they are multiplied by x or dy, and as triples, for which a product
- * over ranks needs to know nothing of halves: [high | high / 2^s | low] of h and dh, [high | low, times 2^s | high] of a
- * and b. In forward a is split into pairs and b into triples, in backward b into pairs and a into triples; h as arguments
- * have it is pairs. */
+ * what is left of it times a power of two, its low half. They lie in groups of LORA_SPLIT_RANKS ranks, of which the
+ * last is filled up with zeros: as pairs [high | low] where they are multiplied by x or dy, and as triples, for which a
+ * product over ranks needs to know nothing of halves: [high | high / 2^s | low] of h and dh, [high | low, times 2^s |
+ * high] of a and b. In forward a is split into pairs and b into triples, in backward b into pairs and a into triples; h
+ * as arguments have it is pairs. */
 #define LORA_SPLIT_RANKS 8
 #define LORA_SPLIT_LENGTH 256 /* columns of a, or rows of b, that a unit splits, of LORA_SPLIT_RANKS ranks */
 typedef struct LoraSplit {
@@ -139,8 +139,8 @@ typedef struct LoraForwardProjection {
 } LoraForwardProjection;
 
 /* Units of work are numbered h first, then y; those that split factors come before them and are not counted in `units`.
- * Of factors that are split a, b and h are what h and y units read: a in pairs, b and h in triples. r is the columns of the
- * former, that of the projection those of the latter. */
+ * Of factors that are split a, b and h are what h and y units read: a in pairs, b and h in triples. r is the columns of
+ * the former, that of the projection those of the latter. */
 typedef struct LoraForwardParams {
   LoraMatrix x;
   LoraMatrix a;
@@ -186,9 +186,9 @@ typedef struct LoraBackwardProjection {
   uint32_t padding;
 } LoraBackwardProjection;
 
-/* Units of work are numbered dh, dx, db (with dbias), da, after those that split factors, as in forward. Of factors that are
- * split b, read by dh, and h, read by db, are in pairs, a and dh, read by dx, in triples. r is the columns of the latter, that
- * of the projection those of the former. */
+/* Units of work are numbered dh, dx, db (with dbias), da, after those that split factors, as in forward. Of factors
+ * that are split b, read by dh, and h, read by db, are in pairs, a and dh, read by dx, in triples. r is the columns of
+ * the latter, that of the projection those of the former. */
 typedef struct LoraBackwardParams {
   LoraMatrix a;
   LoraMatrix x;
@@ -321,9 +321,10 @@ typedef struct LoraSm90ForwardProjection {
   uint32_t padding;
 } LoraSm90ForwardProjection;
 
-/* A unit of work belongs to a cluster: its CTAs take neighbouring blocks of rows, or neighbouring units that split factors.
- * Tickets hand out the latter first, then bundles of h units, then single y units. Numbers of blocks are multiples of the
- * cluster's size; blocks past the matrix are empty. Of factors that are split r and h are as in LoraForwardParams. */
+/* A unit of work belongs to a cluster: its CTAs take neighbouring blocks of rows, or neighbouring units that split
+ * factors. Tickets hand out the latter first, then bundles of h units, then single y units. Numbers of blocks are
+ * multiples of the cluster's size; blocks past the matrix are empty. Of factors that are split r and h are as in
+ * LoraForwardParams. */
 typedef struct LoraSm90ForwardParams {
   LoraMatrix h; /* as it is written */
   uint64_t sync;
@@ -368,9 +369,9 @@ typedef struct LoraSm90BackwardProjection {
   float scale;
 } LoraSm90BackwardProjection;
 
-/* Tickets hand out units that split factors, which are not counted but in `tickets`, then bundles of dh units, then dx, db
- * (with dbias) and da units. RN and RB are those of most_r for dh and db, of r for da, or of most_r where factors are
- * split: r and dh are as in LoraBackwardParams, most_r counts pairs. */
+/* Tickets hand out units that split factors, which are not counted but in `tickets`, then bundles of dh units, then dx,
+ * db (with dbias) and da units. RN and RB are those of most_r for dh and db, of r for da, or of most_r where factors
+ * are split: r and dh are as in LoraBackwardParams, most_r counts pairs. */
 typedef struct LoraSm90BackwardParams {
   LoraMatrix dh; /* as it is written */
   LoraMatrix dx; /* as it is read to accumulate */

@@ -71,8 +71,8 @@ __device__ __forceinline__ void store_halves(const LoraMatrix& pairs, const Lora
     store_two(gmem + kRanks, halves.low_scaled);
   }
   if (triples.ptr != 0) {
-    uint32_t* const gmem = reinterpret_cast<uint32_t*>(
-        reinterpret_cast<uint16_t*>(triples.ptr) + row * triples.row_stride + group * 3 * kRanks + within);
+    uint32_t* const gmem = reinterpret_cast<uint32_t*>(reinterpret_cast<uint16_t*>(triples.ptr) +
+                                                       row * triples.row_stride + group * 3 * kRanks + within);
     gmem[0] = halves.high;
     gmem[kRanks / 2] = halves.high_damped;
     gmem[kRanks] = halves.low;
@@ -101,7 +101,8 @@ __device__ __forceinline__ void split_factors(const LoraSplit& p, uint32_t n, ui
   const int64_t from_rank = is_a ? p.a.row_stride : 1, from_next = is_a ? 1 : p.b.row_stride;
   const int64_t to_rank = is_a ? p.split_a.row_stride : 1, to_next = is_a ? 1 : p.split_b.row_stride;
   const float* const from = reinterpret_cast<const float*>(is_a ? p.a.ptr : p.b.ptr);
-  T* const to = reinterpret_cast<T*>(is_a ? p.split_a.ptr : p.split_b.ptr) + first_rank * (is_tripled ? 3 : 2) * to_rank;
+  T* const to =
+      reinterpret_cast<T*>(is_a ? p.split_a.ptr : p.split_b.ptr) + first_rank * (is_tripled ? 3 : 2) * to_rank;
 #pragma unroll 4
   for (uint32_t i = thread; i < kRanks * kLength; i += threads) {
     // Neighbouring threads take neighbouring elements in memory.

@@ -200,13 +200,8 @@ __device__ __forceinline__ void backward_gradient(const LoraBackwardParams& p, T
   const bool is_split = p.split.r != 0;
   const uint32_t narrow_cols = is_db ? (of.db.ptr != 0 ? of.r : 0) : is_split ? of.r : p.r;
   const uint32_t ranks = is_split ? p.split.r : narrow_cols;
-  const GradientOut db = {of.db.ptr,
-                          of.db.row_stride,
-                          1,
-                          of.n,
-                          ranks,
-                          (of.flags & LORA_DB_F32) != 0,
-                          (p.flags & LORA_ACCUMULATE_DB) != 0};
+  const GradientOut db = {
+      of.db.ptr, of.db.row_stride, 1, of.n, ranks, (of.flags & LORA_DB_F32) != 0, (p.flags & LORA_ACCUMULATE_DB) != 0};
   const GradientOut da = {
       p.da.ptr, 1, p.da.row_stride, p.k, ranks, (p.flags & LORA_DA_F32) != 0, (p.flags & LORA_ACCUMULATE_DA) != 0};
   const GradientOut dbias = {

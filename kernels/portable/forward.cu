@@ -3,8 +3,8 @@
 //
 // x [M][K], w [N][K], a [R][K], b [N][R], h [M][R], y [M][N], row-major with any row stride, fp16 or bf16, f32
 // accumulation. Units of work: h tiles (block of rows x up to 64 ranks of all projections, full K), then y tiles, whose
-// last steps read h; before both those that split f32 factors, where there are any. A y tile is of one projection; those
-// of all go through grouped rows of x together.
+// last steps read h; before both those that split f32 factors, where there are any. A y tile is of one projection;
+// those of all go through grouped rows of x together.
 #include "epilogue.cuh"
 #include "middle.cuh"
 #include "schedule.cuh"

@@ -9,8 +9,8 @@
 namespace lora {
 
 // A tile of h or dh at (m, n) into `out`, which has `r` columns: zeros where the rows do not go through a rank, which
-// nobody computes where none of the tile's rows does. With factors that are split the r columns are products with pairs,
-// and `out` has triples.
+// nobody computes where none of the tile's rows does. With factors that are split the r columns are products with
+// pairs, and `out` has triples.
 template <class Tile, class Params, class Scale>
 __device__ __forceinline__ void narrow_tile(Tile& tile, const Segment& product, const Params& p, const LoraMatrix& out,
                                             uint32_t m, uint32_t n, uint32_t r, const Scale& scale, const OnTheWay& way,

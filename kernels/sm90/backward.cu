@@ -331,12 +331,13 @@ class Backward : Operation<LoraSm90Backward> {
   }
 
   __device__ __forceinline__ GradientOut gradient_out(const LoraSm90BackwardProjection& projection, bool is_db) const {
+    const uint32_t ranks = is_split() ? p_.split.r : is_db ? projection.r : p_.r;
     // Field by field: a choice between two structs would put them on the stack.
     return {is_db ? projection.db.ptr : p_.da.ptr,
             is_db ? projection.db.row_stride : 1,
             is_db ? 1 : p_.da.row_stride,
             is_db ? projection.n : p_.k,
-            is_split() ? p_.split.r : is_db ? projection.r : p_.r,
+            ranks,
             is_db ? (projection.flags & LORA_DB_F32) != 0 : (p_.flags & LORA_DA_F32) != 0,
             (p_.flags & (is_db ? LORA_ACCUMULATE_DB : LORA_ACCUMULATE_DA)) != 0};
   }

@@ -42,12 +42,13 @@ const FORWARD_CU: &str = "sm90/forward.cu";
 const BACKWARD_CU: &str = "sm90/backward.cu";
 
 /// Defects that some orders of events do not bring out: a producer that is not far enough ahead for it, stores that were
-/// waited for anyway, a cluster that is last in the chunk that it should begin with.
+/// waited for anyway, a cluster that is last in the chunk that it should begin with, slabs that are done at the same time.
 pub const BY_CHANCE: &[&str] = &[
     "a stage expected before it is free",
     "a ticket expected before its slot is free",
     "no empty groups",
     "partial sums added from another chunk on",
+    "split: one slab of threads not waited for",
 ];
 
 #[rustfmt::skip]
@@ -358,6 +359,8 @@ pub const DEFECTS: &[Defect] = defects! {
         (BACKWARD_CU "      wait_for_factors();\n" => "");
     FORWARD Sm90N128 "split: one slab of threads not waited for":
         (ROLES "kSlabs * p_.split.units);" => "kSlabs * p_.split.units - 1);");
+    FORWARD Sm90N128 "split: half of the units not waited for":
+        (ROLES "kSlabs * p_.split.units);" => "p_.split.units);");
     FORWARD Sm90N128 "split: waited for without acquire":
         (ROLES "wait_for(sync_word(p_.sync, LORA_SYNC_SPLIT), kSlabs * p_.split.units);"
             => "{ while (ptx::load_relaxed(sync_word(p_.sync, LORA_SYNC_SPLIT)) < kSlabs * p_.split.units) __nanosleep(64); ptx::fence_async_global(); }");
