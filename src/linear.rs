@@ -166,8 +166,10 @@ mod projections;
 mod set;
 mod sharing;
 mod train;
+mod weight;
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use adapter::{Adapter, Buffers, BuffersMut, Rejected, Scaling};
@@ -183,6 +185,7 @@ use crate::{Element, LoraShape, Matrix, MatrixMut};
 use bias::Folded;
 use factor::Factor;
 use set::{Active, Named};
+use weight::Weight;
 
 /// A linear layer y = x Wᵀ (+ bias) with adapters; see the [module](self).
 ///
@@ -191,7 +194,7 @@ pub struct LoraLinear<B: Backend, T: Element> {
     backend: B,
     n: usize,
     k: usize,
-    w: B::Buffer<T>,
+    w: Weight<B, T>,
     /// W' of the active adapters, while they are merged.
     merged: Option<B::Buffer<T>>,
     bias: Option<B::Buffer<T>>,
@@ -228,7 +231,7 @@ struct Base<'a, B: Backend, T: Element> {
     backend: &'a B,
     n: usize,
     k: usize,
-    w: &'a B::Buffer<T>,
+    w: Matrix<'a, B::Read<T>>,
     bias: Option<&'a B::Buffer<T>>,
 }
 
@@ -258,6 +261,23 @@ fn elements(what: &'static str, rows: usize, cols: usize) -> Result<usize> {
     }
 }
 
+/// What a layer is made of but its weight, whose number of elements it returns.
+fn check_weight<B: Backend, T: Element>(
+    backend: &B,
+    bias: Option<&B::Buffer<T>>,
+    (n, k): (usize, usize),
+) -> Result<usize> {
+    for (axis, size) in [("rows", n), ("columns", k)] {
+        if size == 0 {
+            return Err(Error::ZeroDimension { arg: "w", axis });
+        }
+    }
+    backend.check_dtype(T::DTYPE)?;
+    let size = elements("the number of elements of w", n, k)?;
+    bias.map_or(Ok(()), |bias| check_elements("bias", B::len(bias), n))?;
+    Ok(size)
+}
+
 impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// A layer of the weight `w` (N × K, contiguous) and a bias of N elements.
     ///
@@ -273,30 +293,62 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         k: usize,
     ) -> Result<Self, Rejected<(B::Buffer<T>, Option<B::Buffer<T>>)>> {
         let check = || {
-            for (axis, size) in [("rows", n), ("columns", k)] {
-                if size == 0 {
-                    return Err(Error::ZeroDimension { arg: "w", axis });
-                }
-            }
-            backend.check_dtype(T::DTYPE)?;
-            check_elements("w", B::len(&w), elements("the number of elements of w", n, k)?)?;
-            bias.as_ref().map_or(Ok(()), |bias| check_elements("bias", B::len(bias), n))
+            let size = check_weight(&backend, bias.as_ref(), (n, k))?;
+            check_elements("w", B::len(&w), size)
         };
         match check() {
-            Ok(()) => Ok(Self {
-                backend,
-                n,
-                k,
-                w,
-                merged: None,
-                bias,
-                adapters: Vec::new(),
-                active: Active::None,
-                disabled: Active::None,
-                version: next_version(),
-                bias_version: next_version(),
-            }),
+            Ok(()) => Ok(Self::over(backend, Weight::new(Arc::new(w), 0, n, k), bias, (n, k))),
             Err(error) => Err(Rejected { error, value: (w, bias) }),
+        }
+    }
+
+    /// A layer of `n` rows of a weight that several layers share, contiguous rows of K elements, from `first_row` on: q, k and v as
+    /// one checkpoint has them. Nothing is copied; a layer that is [merged for good](Self::merge_for_good) gets a buffer of its own
+    /// while others have this one.
+    ///
+    /// ```
+    /// # use fused_lora::{cpu::Cpu, linear::{LoraLinear, LoraProjections}};
+    /// # use std::sync::Arc;
+    /// let w = Arc::new(vec![0.5f32; 10 * 8]); // 6 rows of gate, 4 of up
+    /// let gate = LoraLinear::of_rows(Cpu, &w, 0, None, 6, 8)?;
+    /// let up = LoraLinear::of_rows(Cpu, &w, 6, None, 4, 8)?;
+    /// let both = LoraProjections::new([gate, up])?;
+    /// # assert_eq!(both.layers()[1].weight_offset(), 48);
+    /// # Ok::<(), fused_lora::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), but [`Error::BufferTooShort`] for a weight that ends before the rows do.
+    pub fn of_rows(
+        backend: B,
+        w: &Arc<B::Buffer<T>>,
+        first_row: usize,
+        bias: Option<B::Buffer<T>>,
+        n: usize,
+        k: usize,
+    ) -> Result<Self> {
+        let size = check_weight(&backend, bias.as_ref(), (n, k))?;
+        let offset = elements("the number of elements of w", first_row, k)?;
+        let (got, needed) = (B::len(w), offset.saturating_add(size));
+        if got < needed {
+            return Err(Error::BufferTooShort { arg: "w", got, needed });
+        }
+        Ok(Self::over(backend, Weight::new(w.clone(), offset, n, k), bias, (n, k)))
+    }
+
+    fn over(backend: B, w: Weight<B, T>, bias: Option<B::Buffer<T>>, (n, k): (usize, usize)) -> Self {
+        Self {
+            backend,
+            n,
+            k,
+            w,
+            merged: None,
+            bias,
+            adapters: Vec::new(),
+            active: Active::None,
+            disabled: Active::None,
+            version: next_version(),
+            bias_version: next_version(),
         }
     }
 
@@ -325,9 +377,14 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         &self.backend
     }
 
-    /// N × K, contiguous: W, or W' while adapters are merged.
+    /// The buffer that holds W, or W' while adapters are merged: N × K, contiguous, from [`weight_offset`](Self::weight_offset) on.
     pub fn weight(&self) -> &B::Buffer<T> {
-        self.merged.as_ref().unwrap_or(&self.w)
+        self.merged.as_ref().unwrap_or(self.w.buffer())
+    }
+
+    /// The element of its buffer at which W starts: 0, but for [rows of a weight](Self::of_rows) that several layers share.
+    pub fn weight_offset(&self) -> usize {
+        if self.is_merged() { 0 } else { self.w.offset() }
     }
 
     /// Makes the backend's workspace large enough for forward and backward of up to `tokens` rows of x with any of the
@@ -400,10 +457,11 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
 
     /// No adapter, but for what it made of the bias: matrices without elements, which lie nowhere in particular.
     fn plain<'a>(&'a self, folded: Option<&'a B::Buffer<T>>) -> Operands<'a, B, T> {
-        let w = B::read(self.weight());
-        let (a, b) = (Factor::Storage(Matrix::new(w, 0, self.k)), Factor::Storage(Matrix::new(w, self.n, 0)));
+        let merged = self.merged.as_ref().map(|merged| Matrix::new(B::read(merged), self.n, self.k));
+        let w = merged.unwrap_or_else(|| self.w.view());
+        let (a, b) = (Factor::Storage(Matrix { rows: 0, ..w }), Factor::Storage(Matrix { cols: 0, ..w }));
         let bias = folded.or(self.bias.as_ref()).map(|bias| Matrix::new(B::read(bias), 1, self.n));
-        Operands { w: Matrix::new(w, self.n, self.k), a, b, scale: 1.0, bias, gain: None, version: None }
+        Operands { w, a, b, scale: 1.0, bias, gain: None, version: None }
     }
 
     fn with_adapter<'a>(&'a self, operation: &'static str, named: &'a Named<B, T>) -> Result<Operands<'a, B, T>> {
@@ -415,7 +473,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     }
 
     fn base(&self) -> Base<'_, B, T> {
-        Base { backend: &self.backend, n: self.n, k: self.k, w: &self.w, bias: self.bias.as_ref() }
+        Base { backend: &self.backend, n: self.n, k: self.k, w: self.w.view(), bias: self.bias.as_ref() }
     }
 }
 

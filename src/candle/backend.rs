@@ -5,7 +5,7 @@ use candle_core::{Result, Storage, WithDType};
 
 use super::op::Dropout;
 use super::view::View;
-use crate::{Element, Seed};
+use crate::{Element, Seed, split_columns};
 
 /// A matrix in one of candle's storages.
 #[derive(Debug)]
@@ -31,9 +31,17 @@ impl<S> Operand<'_, S> {
 pub(super) struct Forward<'a, S> {
     pub(super) x: Operand<'a, S>,
     pub(super) a: Operand<'a, S>,
+    /// A and B are in f32, not in the type of W.
+    pub(super) f32_factors: bool,
     pub(super) projections: Vec<ForwardProjection<'a, S>>,
     pub(super) dropout: Option<Dropout>,
     pub(super) keep_h: bool,
+}
+
+impl<S> Forward<'_, S> {
+    pub(super) fn columns_of_h(&self) -> usize {
+        if self.f32_factors { split_columns(self.a.view.rows) } else { self.a.view.rows }
+    }
 }
 
 /// [`crate::ForwardProjection`] that allocates y.
@@ -98,7 +106,7 @@ pub(super) struct Gain<'a, S> {
     pub(super) w: Operand<'a, S>,
     pub(super) a: Operand<'a, S>,
     pub(super) b: Operand<'a, S>,
-    /// a and b are in f32, not in the type of w.
+    /// As in [`Forward`].
     pub(super) f32_factors: bool,
     pub(super) scale: f32,
     /// In f32.
@@ -149,8 +157,10 @@ pub(super) trait Backend {
     /// The storage of this backend; an error for another's.
     fn of(storage: &Storage) -> Result<&Self::Storage>;
     fn wrap(storage: Self::Storage) -> Storage;
-    fn forward<T: Scalar>(op: &Forward<'_, Self::Storage>) -> Result<Outputs<Self::Storage>>;
-    fn backward<T: Scalar>(op: &Backward<'_, Self::Storage>) -> Result<Gradients<Self::Storage>>;
+    /// With A and B of `A`.
+    fn forward<T: Scalar, A: Scalar>(op: &Forward<'_, Self::Storage>) -> Result<Outputs<Self::Storage>>;
+    /// With A and B of `A`.
+    fn backward<T: Scalar, A: Scalar>(op: &Backward<'_, Self::Storage>) -> Result<Gradients<Self::Storage>>;
     /// N elements of f32.
     fn gain<T: Scalar>(op: &Gain<'_, Self::Storage>) -> Result<Self::Storage>;
 }

@@ -25,15 +25,15 @@ impl Backend for Cpu {
         Storage::Cpu(storage)
     }
 
-    fn forward<T: Scalar>(op: &Forward<'_, CpuStorage>) -> Result<Outputs<CpuStorage>> {
-        let (m, r) = (op.x.view.rows, op.a.view.rows);
+    fn forward<T: Scalar, A: Scalar>(op: &Forward<'_, CpuStorage>) -> Result<Outputs<CpuStorage>> {
+        let (m, columns) = (op.x.view.rows, op.columns_of_h());
         let mut ys = op.projections.iter().map(|of| zeros::<T>(m, of.w.view.rows)).collect::<Result<Vec<_>>>()?;
-        let mut h = if op.keep_h { Some(zeros::<T>(m, r)?) } else { None };
+        let mut h = if op.keep_h { Some(zeros::<T>(m, columns)?) } else { None };
         let mut projections = Vec::with_capacity(ys.len());
         for (of, y) in op.projections.iter().zip(&mut ys) {
             projections.push(cpu::ForwardProjection {
                 w: matrix(of.w)?,
-                b: matrix::<T>(of.b)?,
+                b: matrix::<A>(of.b)?,
                 scale: of.scale,
                 bias: of.bias.map(matrix).transpose()?,
                 gain: of.gain.map(matrix).transpose()?,
@@ -43,7 +43,7 @@ impl Backend for Cpu {
         cpu::forward_shared(cpu::ForwardShared {
             x: matrix(op.x)?,
             a: matrix(op.a)?,
-            h: h.as_mut().map(|h| MatrixMut::new(h.as_mut_slice(), m, r)),
+            h: h.as_mut().map(|h| MatrixMut::new(h.as_mut_slice(), m, columns)),
             projections,
             dropout: dropout(op.dropout),
             routes: None,
@@ -53,7 +53,7 @@ impl Backend for Cpu {
         Ok(Outputs { ys, h: h.map(T::to_cpu_storage_owned) })
     }
 
-    fn backward<T: Scalar>(op: &Backward<'_, CpuStorage>) -> Result<Gradients<CpuStorage>> {
+    fn backward<T: Scalar, A: Scalar>(op: &Backward<'_, CpuStorage>) -> Result<Gradients<CpuStorage>> {
         let (m, k, r) = (op.x.view.rows, op.x.view.cols, op.a.view.rows);
         let mut dx = if op.dx { Some(zeros::<T>(m, k)?) } else { None };
         let mut da = op.da.map(|precision| Buffer::<T>::new(precision, r, k)).transpose()?;
@@ -64,7 +64,7 @@ impl Backend for Cpu {
             projections.push(cpu::BackwardProjection {
                 dy: matrix(of.dy)?,
                 w: matrix(of.w)?,
-                b: matrix::<T>(of.b)?,
+                b: matrix::<A>(of.b)?,
                 scale: of.scale,
                 db: db.as_mut().map(|db| db.gradient(n, r)),
                 dbias: dbias.as_mut().map(|dbias| dbias.gradient(1, n)),

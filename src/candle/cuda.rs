@@ -36,16 +36,16 @@ impl Backend for Cuda {
         Storage::Cuda(storage)
     }
 
-    fn forward<T: Scalar>(op: &Forward<'_, CudaStorage>) -> Result<Outputs<CudaStorage>> {
+    fn forward<T: Scalar, A: Scalar>(op: &Forward<'_, CudaStorage>) -> Result<Outputs<CudaStorage>> {
         let device = &op.x.storage.device;
-        let (m, r) = (op.x.view.rows, op.a.view.rows);
+        let (m, columns) = (op.x.view.rows, op.columns_of_h());
         let mut ys =
             op.projections.iter().map(|of| alloc::<T>(device, m, of.w.view.rows)).collect::<Result<Vec<_>>>()?;
-        let mut h = if op.keep_h { Some(alloc::<T>(device, m, r)?) } else { None };
-        let (x, a) = (matrix::<T>(op.x)?, matrix::<T>(op.a)?);
+        let mut h = if op.keep_h { Some(alloc::<T>(device, m, columns)?) } else { None };
+        let (x, a) = (matrix::<T>(op.x)?, matrix::<A>(op.a)?);
         let mut operands = Vec::with_capacity(ys.len());
         for of in &op.projections {
-            let (w, b) = (matrix::<T>(of.w)?, matrix::<T>(of.b)?);
+            let (w, b) = (matrix::<T>(of.w)?, matrix::<A>(of.b)?);
             operands.push((w, b, optional::<T>(of.bias)?, optional::<f32>(of.gain)?));
         }
         let stream = device.cuda_stream();
@@ -58,31 +58,31 @@ impl Backend for Cuda {
             let forward = cuda::ForwardShared {
                 x,
                 a,
-                h: h.as_mut().map(|h| cuda::matrix_mut(h, m, r)),
+                h: h.as_mut().map(|h| cuda::matrix_mut(h, m, columns)),
                 projections,
                 dropout: dropout(op.dropout),
                 routes: None,
             };
-            kernels.forward_shared::<T, T>(&stream, forward, workspace)
+            kernels.forward_shared::<T, A>(&stream, forward, workspace)
         })?;
         let storage = |slice| CudaStorage::wrap_cuda_slice::<T>(slice, device.clone());
         Ok(Outputs { ys: ys.into_iter().map(storage).collect(), h: h.map(storage) })
     }
 
-    fn backward<T: Scalar>(op: &Backward<'_, CudaStorage>) -> Result<Gradients<CudaStorage>> {
+    fn backward<T: Scalar, A: Scalar>(op: &Backward<'_, CudaStorage>) -> Result<Gradients<CudaStorage>> {
         let device = &op.x.storage.device;
         let (m, k, r) = (op.x.view.rows, op.x.view.cols, op.a.view.rows);
         let mut dx = if op.dx { Some(alloc::<T>(device, m, k)?) } else { None };
         let mut da = op.da.map(|precision| Buffer::<T>::new(device, precision, r, k)).transpose()?;
         let mut own = op.projections.iter().map(|of| OwnBuffers::<T>::new(device, of)).collect::<Result<Vec<_>>>()?;
-        let (x, a, h) = (matrix::<T>(op.x)?, matrix::<T>(op.a)?, optional::<T>(op.h)?);
+        let (x, a, h) = (matrix::<T>(op.x)?, matrix::<A>(op.a)?, optional::<T>(op.h)?);
         let mut operands = Vec::with_capacity(own.len());
         for of in &op.projections {
             let of_magnitude = match &of.dm {
                 Some(of) => Some((matrix::<T>(of.y)?, optional::<T>(of.bias)?, matrix::<f32>(of.magnitude)?)),
                 None => None,
             };
-            let (dy, w, b) = (matrix::<T>(of.dy)?, matrix::<T>(of.w)?, matrix::<T>(of.b)?);
+            let (dy, w, b) = (matrix::<T>(of.dy)?, matrix::<T>(of.w)?, matrix::<A>(of.b)?);
             operands.push((dy, w, b, optional::<f32>(of.gain)?, of_magnitude));
         }
         let stream = device.cuda_stream();
@@ -116,7 +116,7 @@ impl Backend for Cuda {
                 dropout: dropout(op.dropout),
                 routes: None,
             };
-            kernels.backward_shared::<T, T>(&stream, backward, workspace)
+            kernels.backward_shared::<T, A>(&stream, backward, workspace)
         })?;
         let own = own.into_iter().map(|OwnBuffers { db, dbias, dm }| Own {
             db: db.map(|db| db.into_storage(device)),

@@ -50,6 +50,7 @@ pub struct LoraLinear {
     merged: Option<Base>,
     dropout: Option<Passes>,
     recompute: bool,
+    full_precision: bool,
 }
 
 /// What is there without adapters.
@@ -108,7 +109,16 @@ impl LoraLinear {
         // Once, instead of in every forward.
         let base = Base { linear: Linear::new(addressable(&weight)?, None), bias };
         let adapters = BTreeMap::new();
-        Ok(Self { base, adapters, active: None, enabled: true, merged: None, dropout: None, recompute: false })
+        Ok(Self {
+            base,
+            adapters,
+            active: None,
+            enabled: true,
+            merged: None,
+            dropout: None,
+            recompute: false,
+            full_precision: false,
+        })
     }
 
     /// The same layer with dropout on the adapter branch in training, PEFT's `lora_dropout`: `forward_t(x, true)` drops elements of
@@ -127,6 +137,19 @@ impl LoraLinear {
     pub fn with_recompute(mut self) -> Self {
         self.recompute = true;
         self
+    }
+
+    /// The same layer, which reads f32 adapters over a 16-bit weight as they are, at more than 16 bits, as PEFT does by default:
+    /// [`Training::full_precision`](super::Training::full_precision).
+    #[must_use]
+    pub fn with_full_precision(mut self) -> Self {
+        self.full_precision = true;
+        self
+    }
+
+    /// Whether f32 adapters are read as they are.
+    pub fn is_at_full_precision(&self) -> bool {
+        self.full_precision
     }
 
     /// Training passes with dropout so far, of this layer and its clones.
@@ -439,7 +462,7 @@ impl ModuleT for LoraLinear {
     /// As [`LoraLinear::forward`], with dropout where `train` is set.
     fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
         let dropout = self.dropout.as_ref().filter(|_| train);
-        let y = projections::forward(&[self], x, dropout, self.recompute)?.pop();
+        let y = projections::forward(&[self], x, dropout, (self.recompute, self.full_precision))?.pop();
         y.map_or_else(|| self.plain(x), Ok)
     }
 }

@@ -34,6 +34,20 @@ macro_rules! by_dtype {
 }
 pub(super) use by_dtype;
 
+/// Runs `$call::<T, A>`, with `A` f32 where factors are and the type of the others where not.
+macro_rules! by_dtypes {
+    ($dtype:expr, $f32_factors:expr, $backend:ident::$call:ident, $op:expr) => {
+        match ($dtype, $f32_factors) {
+            (DType::F32, _) => $backend::$call::<f32, f32>($op),
+            (DType::F16, false) => $backend::$call::<half::f16, half::f16>($op),
+            (DType::F16, true) => $backend::$call::<half::f16, f32>($op),
+            (DType::BF16, false) => $backend::$call::<half::bf16, half::bf16>($op),
+            (DType::BF16, true) => $backend::$call::<half::bf16, f32>($op),
+            (dtype, _) => Err(CandleError::UnsupportedDTypeForOp(dtype, NAME).bt()),
+        }
+    };
+}
+
 /// One application of the op: candle's graph holds x, A of all projections and the third input.
 pub(super) struct Node {
     pub(super) own: Vec<Own>,
@@ -42,6 +56,8 @@ pub(super) struct Node {
     /// For the inputs of the graph.
     pub(super) stand_ins: [Option<Tensor>; 3],
     pub(super) keep_h: bool,
+    /// A and B are read in f32 beside a W of 16 bits.
+    pub(super) f32_factors: bool,
     /// What forward keeps for backward, which may come more than once.
     pub(super) h: OnceLock<Tensor>,
     /// Where there are several projections.
@@ -113,21 +129,21 @@ impl Node {
                 scale: own.scale,
             });
         }
-        let (dropout, keep_h) = (self.dropout, self.keep_h);
-        let op = Forward { x: input(0)?, a: input(1)?, projections, dropout, keep_h };
-        let mut outputs = by_dtype!(self.dtype(), B::forward, &op)?;
+        let Self { dropout, keep_h, f32_factors, .. } = *self;
+        let op = Forward { x: input(0)?, a: input(1)?, f32_factors, projections, dropout, keep_h };
+        let mut outputs = by_dtypes!(self.dtype(), f32_factors, B::forward, &op)?;
         if let Some(h) = outputs.h {
-            let shape = (op.x.view.rows, op.a.view.rows);
+            let shape = (op.x.view.rows, op.columns_of_h());
             let _ = self.h.set(Tensor::from_storage(B::wrap(h), shape, BackpropOp::none(), false));
         }
-        match (&self.split, outputs.ys.pop()) {
-            (None, Some(y)) => Ok((y, features(inputs[0].1.dims(), op.projections[0].w.view.rows))),
-            (Some(split), Some(last)) => {
-                split.computed(outputs.ys.into_iter().chain([last]).map(B::wrap));
-                let shape = Split::token();
-                Ok((inputs[0].0.device().zeros_impl(&shape, DType::F32)?, shape))
-            }
-            (_, None) => candle_core::bail!("{NAME}: no projection"),
+        if let Some(split) = &self.split {
+            split.computed(outputs.ys.into_iter().map(B::wrap));
+            let shape = Split::token();
+            return Ok((inputs[0].0.device().zeros_impl(&shape, DType::F32)?, shape));
+        }
+        match outputs.ys.pop() {
+            Some(y) => Ok((y, features(inputs[0].1.dims(), op.projections[0].w.view.rows))),
+            None => candle_core::bail!("{NAME}: no projection"),
         }
     }
 
@@ -171,9 +187,10 @@ impl Node {
         };
         let hs = self.h.get().or(again.as_ref()).map(Tensor::storage_and_layout);
         let h = hs.as_ref().map(|(storage, layout)| operand::<B>(storage, layout)).transpose()?;
-        let (dx, da, dropout) = (x.track_op(), self.precision(a), self.dropout);
+        let Self { dropout, f32_factors, .. } = *self;
+        let (dx, da) = (x.track_op(), self.precision(a));
         let op = Backward { a: a_operand, x: x_operand, h, projections, dropout, dx, da };
-        let gradients = by_dtype!(self.dtype(), B::backward, &op)?;
+        let gradients = by_dtypes!(self.dtype(), f32_factors, B::backward, &op)?;
         let tensor = |gradient: Option<B::Storage>, shape: &Shape| {
             gradient.map(|gradient| Tensor::from_storage(B::wrap(gradient), shape, BackpropOp::none(), false))
         };
@@ -202,10 +219,11 @@ impl Node {
         projections: &[BackwardProjection<'_, B::Storage>],
     ) -> Result<Tensor> {
         let projections = projections.iter().map(BackwardProjection::first_columns).collect();
-        let op = Forward { x, a, projections, dropout: self.dropout, keep_h: true };
-        match by_dtype!(self.dtype(), B::forward, &op)?.h {
+        let Self { dropout, f32_factors, .. } = *self;
+        let op = Forward { x, a, f32_factors, projections, dropout, keep_h: true };
+        match by_dtypes!(self.dtype(), f32_factors, B::forward, &op)?.h {
             Some(h) => {
-                let shape = (x.view.rows, a.view.rows);
+                let shape = (x.view.rows, op.columns_of_h());
                 Ok(Tensor::from_storage(B::wrap(h), shape, BackpropOp::none(), false))
             }
             None => candle_core::bail!("{NAME}: forward kept no h"),

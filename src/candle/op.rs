@@ -36,6 +36,10 @@ pub struct Training<'a> {
     /// gain = magnitude / ‖W + scale · B A‖, by rows of W, is computed in every application from the factors as they are, in one
     /// launch more that reads W. Gradients take the norm for a constant. Beside it no probability of dropout but 0.
     pub magnitude: Option<&'a Tensor>,
+    /// Read f32 `a` and `b` over a 16-bit x as they are, at more than 16 bits, as PEFT does by default: y and dx have one rounding,
+    /// da and db nearly the precision of f32 ([`Forward`](crate::Forward) says how exact they are). h takes twice the columns. Where
+    /// one of the two is of x's type it is widened; where both are nothing changes.
+    pub full_precision: bool,
 }
 
 /// y = x Wᵀ + scale · (x Aᵀ) Bᵀ (+ bias) as one node of candle's graph, with gradients for x, `a`, `b` and `bias`.
@@ -49,8 +53,8 @@ pub struct Training<'a> {
 /// | `bias` | N | as x, or f32 |
 /// | result | … × N | as x |
 ///
-/// `scale` is α/r or α/√r. f32 adapters and biases over a 16-bit x are rounded to its type; their gradients are
-/// the f32 sums. Only the gradients of tracked inputs are computed, and h (M × R, in x's type) is kept for that of `b`. What is
+/// `scale` is α/r or α/√r. f32 adapters and biases over a 16-bit x are rounded to its type, or adapters read as they are
+/// ([`Training::full_precision`]); their gradients are the f32 sums. Only the gradients of tracked inputs are computed, and h (M × R, in x's type) is kept for that of `b`. What is
 /// tracked of `b`, `bias` and a magnitude is copied behind each other where it is more than one of them, at most N · (R + 2) elements:
 /// candle's graph has room for three inputs.
 ///
@@ -95,9 +99,9 @@ pub fn lora_train(
     bias: Option<&Tensor>,
     training: Training<'_>,
 ) -> Result<Tensor> {
-    let Training { dropout, recompute, magnitude } = training;
-    let [y] = lora_shared(x, [Projection { w, a, b, scale, bias, magnitude }], dropout, recompute)?;
-    Ok(y)
+    let Training { dropout, recompute, magnitude, full_precision } = training;
+    let projection = Projection { w, a, b, scale, bias, magnitude };
+    one(apply(x, &[projection], Pass { dropout, recompute, full_precision })?)
 }
 
 /// One of the projections of [`lora_shared`]; all as in [`lora_train`].
@@ -148,17 +152,28 @@ pub fn lora_shared<const P: usize>(
     dropout: Option<Dropout>,
     recompute: bool,
 ) -> Result<[Tensor; P]> {
-    let ys = apply(x, &projections, dropout, recompute)?;
+    let ys = apply(x, &projections, Pass { dropout, recompute, full_precision: false })?;
     ys.try_into().map_err(|ys: Vec<_>| wrap(Error::Projections { got: ys.len(), limit: P }))
 }
 
+/// How all projections depart from the default.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pass {
+    pub(super) dropout: Option<Dropout>,
+    pub(super) recompute: bool,
+    /// Of one projection alone.
+    pub(super) full_precision: bool,
+}
+
+/// The y of one projection.
+pub(super) fn one(ys: Vec<Tensor>) -> Result<Tensor> {
+    let [y] = <[Tensor; 1]>::try_from(ys).map_err(|ys| wrap(Error::Projections { got: ys.len(), limit: 1 }))?;
+    Ok(y)
+}
+
 /// As [`lora_shared`].
-pub(super) fn apply(
-    x: &Tensor,
-    projections: &[Projection<'_>],
-    dropout: Option<Dropout>,
-    recompute: bool,
-) -> Result<Vec<Tensor>> {
+pub(super) fn apply(x: &Tensor, projections: &[Projection<'_>], pass: Pass) -> Result<Vec<Tensor>> {
+    let Pass { dropout, recompute, full_precision } = pass;
     check::projections(x, projections, dropout).map_err(wrap)?;
     let used = projections.iter().flat_map(|of| [of.w, of.a, of.b].into_iter().chain(of.bias).chain(of.magnitude));
     for other in used {
@@ -173,16 +188,20 @@ pub(super) fn apply(
         Ok(Own { w, gain, scale })
     };
     let own = projections.iter().map(own).collect::<Result<Vec<_>>>()?;
-    let (a, third) = (below(projections)?, Third::new(projections, x.dtype())?);
+    let are_f32 = projections.iter().any(|of| [of.a, of.b].iter().any(|factor| factor.dtype() == DType::F32));
+    let f32_factors = full_precision && are_f32 && x.dtype() != DType::F32;
+    let factors = if f32_factors { DType::F32 } else { x.dtype() };
+    let (a, third) = (below(projections)?, Third::new(projections, x.dtype(), factors)?);
     let input = third.input.clone();
     let split = (own.len() > 1).then(Arc::<Split>::default);
     let node = Node {
-        stand_ins: [stand_in(x, x.dtype())?, stand_in(&a, x.dtype())?, third.stand_in(x.dtype())?],
+        stand_ins: [stand_in(x, x.dtype())?, stand_in(&a, factors)?, third.stand_in(x.dtype(), factors)?],
         own,
         third,
         // Beside a magnitude its probability is 0.
         dropout: dropout.filter(|_| projections.iter().all(|of| of.magnitude.is_none())),
         keep_h: projections.iter().any(|of| of.b.track_op()) && !recompute,
+        f32_factors,
         h: OnceLock::new(),
         split: split.clone(),
     };

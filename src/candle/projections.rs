@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::linear::{Adapter, LoraLinear};
-use super::op::{Projection, apply};
+use super::op::{Pass, Projection, apply};
 use super::passes::Passes;
 use super::{check, wrap};
 use crate::error::Error;
@@ -44,16 +44,23 @@ impl<const P: usize> LoraProjections<P> {
     ///
     /// # Errors
     /// [`Error::Projections`] for none and for more than [`MAX_PROJECTIONS`](crate::raw::MAX_PROJECTIONS); [`Error::Dimension`] and
-    /// [`Error::ArgumentDtype`] for a W of another K or dtype than the first's; [`Error::State`] for a layer with dropout, or one
-    /// that recomputes, which it names by its number.
+    /// [`Error::ArgumentDtype`] for a W of another K or dtype than the first's; [`Error::State`] for a layer with dropout, one that
+    /// recomputes, or one at full precision, which it names by its number.
     pub fn new(layers: [LoraLinear; P]) -> Result<Self> {
         let weights = layers.each_ref().map(LoraLinear::weight);
         check::weights(&weights).map_err(wrap)?;
-        if let Some(at) = layers.iter().position(|layer| layer.dropout().is_some() || layer.recomputes()) {
-            let what = if layers[at].recomputes() { "recomputes" } else { "has dropout" };
-            let (operation, got) = ("new", format!("layer {at} {what} by itself"));
-            let expected = "layers that do not, and `with_dropout` and `with_recompute` of the group";
-            return Err(wrap(Error::State { operation, got, expected }));
+        for (at, layer) in layers.iter().enumerate() {
+            let own = "layers that do not, and `with_dropout` and `with_recompute` of the group";
+            let (what, expected) = match layer {
+                _ if layer.recomputes() => ("recomputes by itself", own),
+                _ if layer.dropout().is_some() => ("has dropout by itself", own),
+                _ if layer.is_at_full_precision() => {
+                    ("is at full precision", "layers that are not: it is for a layer alone")
+                }
+                _ => continue,
+            };
+            let got = format!("layer {at} {what}");
+            return Err(wrap(Error::State { operation: "new", got, expected }));
         }
         Ok(Self { layers, dropout: None, recompute: false })
     }
@@ -110,7 +117,7 @@ impl<const P: usize> LoraProjections<P> {
     /// As [`forward`](Self::forward); [`Error::State`] for dropout where a layer's adapter has a magnitude (DoRA).
     pub fn forward_t(&self, x: &Tensor, train: bool) -> Result<[Tensor; P]> {
         let dropout = self.dropout.as_ref().filter(|_| train);
-        let ys = forward(&self.layers.each_ref(), x, dropout, self.recompute)?;
+        let ys = forward(&self.layers.each_ref(), x, dropout, (self.recompute, false))?;
         ys.try_into().map_err(|ys: Vec<_>| wrap(Error::Projections { got: ys.len(), limit: P }))
     }
 }
@@ -120,7 +127,7 @@ pub(super) fn forward(
     layers: &[&LoraLinear],
     x: &Tensor,
     dropout: Option<&Passes>,
-    recompute: bool,
+    (recompute, full_precision): (bool, bool),
 ) -> Result<Vec<Tensor>> {
     let mut beside = Vec::with_capacity(layers.len());
     for (at, layer) in layers.iter().enumerate() {
@@ -143,7 +150,7 @@ pub(super) fn forward(
     let projections: Vec<_> = projections.collect();
     let together = match projections[..] {
         [] => Vec::new(),
-        _ => apply(x, &projections, dropout.map(Passes::next), recompute)?,
+        _ => apply(x, &projections, Pass { dropout: dropout.map(Passes::next), recompute, full_precision })?,
     };
     let mut together = together.into_iter();
     let y = |layer: &&LoraLinear| match layer.beside().and_then(|_| together.next()) {

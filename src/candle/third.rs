@@ -32,8 +32,8 @@ pub(super) struct Beside {
 }
 
 impl Third {
-    /// `dtype` is that of B and the bias in the kernels.
-    pub(super) fn new(projections: &[Projection<'_>], dtype: DType) -> Result<Self> {
+    /// `dtype` is that of the bias in the kernels, `factors` that of B.
+    pub(super) fn new(projections: &[Projection<'_>], dtype: DType, factors: DType) -> Result<Self> {
         let parts = projections.iter().enumerate().flat_map(|(at, &Projection { b, bias, magnitude, .. })| {
             let parts = [(Part::B, Some(b)), (Part::Bias, bias), (Part::Magnitude, magnitude)];
             parts.into_iter().filter_map(move |(part, tensor)| Some(((at, part), tensor?)))
@@ -51,7 +51,7 @@ impl Third {
         };
         let of = |(at, &Projection { b, bias, magnitude, .. }): (usize, &Projection<'_>)| {
             Ok(Beside {
-                b: beside((at, Part::B), Some(b), dtype)?,
+                b: beside((at, Part::B), Some(b), factors)?,
                 bias: beside((at, Part::Bias), bias, dtype)?,
                 magnitude: beside((at, Part::Magnitude), magnitude, DType::F32)?,
             })
@@ -61,8 +61,9 @@ impl Third {
     }
 
     /// What the kernels read in place of the input, where it is a part that they cannot read as it lies.
-    pub(super) fn stand_in(&self, dtype: DType) -> Result<Option<Tensor>> {
+    pub(super) fn stand_in(&self, dtype: DType, factors: DType) -> Result<Option<Tensor>> {
         match self.holds[..] {
+            [(_, Part::B)] => stand_in(&self.input, factors),
             [(_, Part::Magnitude)] => stand_in(&self.input, DType::F32),
             [_] => stand_in(&self.input, dtype),
             _ => Ok(None),

@@ -14,7 +14,7 @@ pub(super) fn gain_into<B: Backend, T: Element>(
     let Base { backend, n, k, w, .. } = base;
     let row = |vector| Matrix::new(B::read(vector), 1, n);
     backend.gain::<T>(Gain {
-        w: Matrix::new(B::read(w), n, k),
+        w,
         factors: adapter.factors(n, k),
         scale: adapter.scale(),
         magnitude: adapter.magnitude().map(row),
@@ -48,7 +48,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         adapter.check(n, k)?;
         let mut norm = self.backend.alloc::<f32>(n)?;
         self.backend.gain::<T>(Gain {
-            w: Matrix::new(B::read(&self.w), n, k),
+            w: self.w.view(),
             factors: adapter.factors(n, k),
             scale: adapter.scale(),
             magnitude: None,

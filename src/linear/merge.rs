@@ -24,7 +24,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         self.check_mergeable("merge")?;
         let mut merged = self.backend.alloc(self.n * self.k)?;
         for (at, id) in self.active_ids().iter().enumerate() {
-            let w = (at == 0).then(|| Matrix::new(B::read(&self.w), self.n, self.k));
+            let w = (at == 0).then(|| self.w.view());
             fold(&self.backend, self.by_id(*id), (self.n, self.k), w, &mut merged)?;
         }
         self.merged = Some(merged);
@@ -42,7 +42,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
 
     /// As [`merge`](Self::merge), or after it, without a way back: W' takes the place of W, the bias with those of the adapters
     /// that of the bias, and the merged adapters leave the layer and are returned with their names. One adapter is folded in
-    /// place, without a second buffer; several take one until they are done.
+    /// place, without a second buffer, where W is the layer's alone; several take one until they are done.
     ///
     /// Adapters that stay and have a bias of their own get their sum with the new bias, and those with a magnitude their gain over the
     /// new W; where that cannot be made, forward with them is refused until [`refresh`](Self::refresh) has made it.
@@ -51,18 +51,21 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// [`Error::State`] when no adapter is active; those of [`merge`](Self::merge). The layer is as before then.
     #[allow(clippy::type_complexity, reason = "adapters with their names")]
     pub fn merge_for_good(&mut self) -> Result<Vec<(String, Adapter<B, T>)>> {
+        let in_place = self.w.own().is_some();
         match (&self.active, self.merged.take()) {
-            (_, Some(merged)) => self.w = merged,
-            (&Active::One(id), None) => {
+            (_, Some(merged)) => self.w.replace(merged),
+            (&Active::One(id), None) if in_place => {
                 self.check_current("merge_for_good")?;
                 let named = self.adapters.iter().find(|named| named.id == id);
-                fold(&self.backend, named, (self.n, self.k), None, &mut self.w)?;
+                if let Some(w) = self.w.own() {
+                    fold(&self.backend, named, (self.n, self.k), None, w)?;
+                }
             }
             (_, None) => {
                 self.check_mergeable("merge_for_good")?;
                 self.merge()?;
                 if let Some(merged) = self.merged.take() {
-                    self.w = merged;
+                    self.w.replace(merged);
                 }
             }
         }

@@ -23,12 +23,12 @@ use crate::{Accumulate, Element, LoraShape, Matrix, MatrixMut};
 /// # use fused_lora::{Matrix, MatrixMut, cpu::Cpu};
 /// use fused_lora::linear::{Adapter, LoraLinear, LoraProjections, ProjectionGradients, Scaling};
 ///
-/// let layer = |n: usize, rank: usize| {
+/// let layer = |n: usize, rank: usize| -> fused_lora::Result<_> {
 ///     let mut layer = LoraLinear::upload(Cpu, &vec![1.0f32; n * 2], None, n, 2)?; // N × K
 ///     let (a, b) = (vec![0.5; rank * 2], vec![2.0; n * rank]);
 ///     layer.add("default", Adapter::upload(&Cpu, rank, Scaling::Fixed(1.0), &a, &b)?)?;
 ///     layer.activate("default")?;
-///     fused_lora::Result::Ok(layer)
+///     Ok(layer)
 /// };
 /// let qkv = LoraProjections::new([layer(4, 2)?, layer(2, 1)?, layer(2, 0)?])?;
 ///
@@ -43,7 +43,7 @@ use crate::{Accumulate, Element, LoraShape, Matrix, MatrixMut};
 ///     ..ProjectionGradients::default()
 /// };
 /// qkv.backward(&pass, [Matrix::new(&q[..], 3, 4), Matrix::new(&k[..], 3, 2), Matrix::new(&v[..], 3, 2)], gradients)?;
-/// assert_eq!((dx[0], da[0], da[4]), (84.0, 144.0, 48.0));
+/// assert_eq!((dx[0], da[0], da[4]), (92.0, 144.0, 48.0));
 /// # Ok::<(), fused_lora::Error>(())
 /// ```
 pub struct LoraProjections<B: Backend, T: Element, const P: usize> {

@@ -332,7 +332,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
 
     pub(super) fn renew(&mut self, at: usize) -> Result<()> {
         let Self { backend, n, k, w, bias, adapters, active, disabled, .. } = self;
-        let base = Base { backend, n: *n, k: *k, w, bias: bias.as_ref() };
+        let base = Base { backend, n: *n, k: *k, w: w.view(), bias: bias.as_ref() };
         adapters[at].refresh(base)?;
         for chosen in [active, disabled] {
             match chosen {

@@ -57,7 +57,7 @@ fn composed(case: &Case, [x, a, b, bias, magnitude]: &[Tensor; 5]) -> Result<Ten
 }
 
 fn fused(case: &Case, [x, a, b, bias, magnitude]: &[Tensor; 5], recompute: bool) -> Result<Tensor> {
-    let training = Training { dropout: None, recompute, magnitude: Some(magnitude) };
+    let training = Training { dropout: None, recompute, magnitude: Some(magnitude), ..Training::default() };
     lora_train(x, &case.w, a, b, case.scale, Some(bias), training)
 }
 
@@ -177,7 +177,7 @@ fn what_does_not_go_with_a_magnitude() -> Result<()> {
     let (good, short) = (magnitude(8, DType::F32)?, magnitude(7, DType::F32)?);
     let op = |magnitude: &Tensor, p: Option<f32>| {
         let dropout = p.map(|p| Dropout { p, seed: 1, offset: 2 });
-        let training = Training { dropout, recompute: false, magnitude: Some(magnitude) };
+        let training = Training { dropout, recompute: false, magnitude: Some(magnitude), ..Training::default() };
         lora_train(&case.x, &case.w, &case.a, &case.b, case.scale, None, training)
     };
     let elements = Error::Dimension { arg: "magnitude", axis: "elements", got: 7, expected: 8 };

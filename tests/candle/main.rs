@@ -6,6 +6,7 @@ mod biases;
 mod case;
 mod dora;
 mod dropout;
+mod full;
 #[cfg(feature = "candle-cuda")]
 mod gpu;
 mod gradients;

@@ -1,6 +1,7 @@
 //! Layers that share x: against the oracle, bit by bit as layers alone, and what they refuse.
 
 use std::array;
+use std::sync::Arc;
 
 use fused_lora::cpu::Cpu;
 use fused_lora::linear::{
@@ -19,9 +20,15 @@ type Group<B, T, const P: usize> = LoraProjections<B, T, P>;
 
 /// A layer with an adapter of its factors, which are f32 where `wide` is set.
 fn layer<B: Backend, T: Element>(backend: &B, op: &HostForward<T>, wide: bool) -> LoraLinear<B, T> {
-    let [w, a, b] = [&op.w, &op.a, &op.b].map(|host| compact(host).data);
+    let w = compact(&op.w).data;
     let bias = op.bias.as_ref().map(|bias| compact(bias).data);
     let mut layer = LoraLinear::upload(backend.clone(), &w, bias.as_deref(), op.w.rows, op.w.cols).expect("a layer");
+    with_adapter(backend, &mut layer, op, wide);
+    layer
+}
+
+fn with_adapter<B: Backend, T: Element>(backend: &B, layer: &mut LoraLinear<B, T>, op: &HostForward<T>, wide: bool) {
+    let [a, b] = [&op.a, &op.b].map(|host| compact(host).data);
     let f32 = |factor: &[T]| factor.iter().map(|value| value.to_f32()).collect::<Vec<_>>();
     let scaling = Scaling::Fixed(f64::from(op.scale));
     let adapter = match wide {
@@ -30,7 +37,6 @@ fn layer<B: Backend, T: Element>(backend: &B, op: &HostForward<T>, wide: bool) -
     };
     layer.add("one", adapter.expect("an adapter")).expect("an added adapter");
     layer.activate("one").expect("an adapter");
-    layer
 }
 
 fn group<B: Backend, T: Element, const P: usize>(backend: &B, op: &SharedForward<T>) -> Group<B, T, P> {
@@ -397,4 +403,72 @@ fn states_that_are_wrong() {
     let (_, pass) = group.forward_train(x.view()).expect("forward");
     let without = state("backward", "in layer 0 dm is asked for", "a pass of an adapter with a magnitude (DoRA)");
     assert_eq!(group.backward(&pass, dys.each_ref().map(Host::view), magnitude), Err(without));
+}
+
+/// Rows of one weight, which several layers share: all that layers do is what it is for a weight of their own.
+#[test]
+fn rows_of_one_weight() {
+    let spec = SharedSpec::new(M, K, &SHAPES);
+    let op = spec.forward::<bf16>();
+    let rows = SHAPES.iter().map(|(n, _)| n).sum::<usize>();
+    let w: Vec<bf16> = op.own.iter().flat_map(|op| compact(&op.w).data).collect();
+    let w = Arc::new(w);
+    let mut first = [0; 3];
+    (first[1], first[2]) = (SHAPES[0].0, SHAPES[0].0 + SHAPES[1].0);
+    let of_rows = |at: usize| -> LoraLinear<Cpu, bf16> {
+        let bias = op.own[at].bias.as_ref().map(|bias| compact(bias).data);
+        let mut of_rows = LoraLinear::of_rows(Cpu, &w, first[at], bias, SHAPES[at].0, K).expect("a layer");
+        with_adapter(&Cpu, &mut of_rows, &op.own[at], at == 1);
+        assert_eq!(of_rows.weight_offset(), first[at] * K);
+        of_rows
+    };
+    let own: [_; 3] = array::from_fn(|at| layer(&Cpu, &op.own[at], at == 1));
+    let (mut shared, mut own) = (
+        LoraProjections::new(array::from_fn(of_rows)).expect("layers that share x"),
+        LoraProjections::new(own).expect("layers that share x"),
+    );
+    let x = values(M, K);
+    let x = Matrix::new(&x[..], M, K);
+    let same = |shared: &Group<Cpu, bf16, 3>, own: &Group<Cpu, bf16, 3>, what: &str| {
+        assert_eq!(shared.forward(x), own.forward(x), "{what}");
+        same_as_alone(shared, what);
+    };
+    same(&shared, &own, "at first");
+    type Change = fn(&mut LoraLinear<Cpu, bf16>) -> Result<()>;
+    let changes: [(&str, Change); 5] = [
+        ("DoRA", |layer| {
+            let rank = layer.adapter("one").map_or(0, Adapter::rank);
+            let (n, k) = (layer.out_features(), layer.in_features());
+            let adapter = Adapter::upload(&Cpu, rank, Scaling::Fixed(0.5), &values(rank, k), &values(n, rank))?;
+            layer.add_dora("dora", adapter)?;
+            layer.activate("dora")
+        }),
+        ("merged", LoraLinear::merge),
+        ("unmerged", LoraLinear::unmerge),
+        ("merged for good", |layer| layer.merge_for_good().map(drop)),
+        ("another adapter", |layer| layer.activate("one")),
+    ];
+    for (what, change) in changes {
+        for group in [&mut shared, &mut own] {
+            group.layers_mut().iter_mut().try_for_each(change).expect(what);
+            group.refresh().expect(what);
+        }
+        same(&shared, &own, what);
+    }
+    assert_eq!(w[..], op.own.iter().flat_map(|op| compact(&op.w).data).collect::<Vec<_>>(), "the shared weight");
+    assert_eq!(shared.layers().each_ref().map(LoraLinear::weight_offset), [0; 3]);
+
+    let refused = |first, bias: Option<usize>, n, k| {
+        let bias = bias.map(|bias| vec![bf16::ONE; bias]);
+        LoraLinear::of_rows(Cpu, &w, first, bias, n, k).map(drop).expect_err("a refusal")
+    };
+    let short = |needed| Error::BufferTooShort { arg: "w", got: rows * K, needed };
+    assert_eq!(refused(rows, None, 1, K), short((rows + 1) * K));
+    assert_eq!(refused(0, None, rows + 1, K), short((rows + 1) * K));
+    assert_eq!(refused(1, None, 0, K), Error::ZeroDimension { arg: "w", axis: "rows" });
+    assert_eq!(refused(1, None, 1, 0), Error::ZeroDimension { arg: "w", axis: "columns" });
+    let elements = Error::Dimension { arg: "bias", axis: "elements", got: 2, expected: 3 };
+    assert_eq!(refused(0, Some(2), 3, K), elements);
+    let (what, limit) = ("the number of elements of w", isize::MAX as u64 / 8);
+    assert_eq!(refused(usize::MAX, None, 1, K), Error::TooLarge { what, got: u64::MAX, limit });
 }
