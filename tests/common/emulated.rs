@@ -8,7 +8,7 @@ use super::data::Spec;
 use super::shared::{self, SharedBackward, SharedForward, SharedSpec};
 use super::{Backend, HostBackward, HostForward, check, full};
 
-/// One layer, one with f32 factors, or projections that share x.
+/// One layer, the adapter alone of one with f32 factors, where no base product hides what halves leave out, or projections that share x.
 #[derive(Clone, Debug)]
 pub enum Layers {
     One(Spec),
@@ -41,7 +41,9 @@ impl Layers {
                 Ok((format!("{:?}{:?}", after.y.data, after.h.map(|h| h.data)), run))
             }
             Self::Split(spec) => {
-                let before = spec.forward_of::<T, f32>();
+                let mut before = spec.forward_of::<T, f32>();
+                before.w.fill(|_, _| 0.0);
+                before.bias = None;
                 let mut after = before.clone();
                 let run = emulator.forward(after.views()).map_err(said)?;
                 full::judge_forward(&before, &after)?;
@@ -72,7 +74,8 @@ impl Layers {
                 Ok((format!("{:?}{da:?}{db:?}{dbias:?}{dm:?}", dx.map(|dx| dx.data)), run))
             }
             Self::Split(spec) => {
-                let before = spec.backward_of::<T, f32>();
+                let mut before = spec.backward_of::<T, f32>();
+                before.w.fill(|_, _| 0.0);
                 let mut after = before.clone();
                 let run = emulator.backward(after.views()).map_err(said)?;
                 full::judge_backward(&before, &after)?;

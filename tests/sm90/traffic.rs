@@ -76,8 +76,8 @@ fn a_cluster_fetches_weights_once() {
             let [forward, _] = counted(4, options, &spec);
             let (rows, weights) = (n / columns * m * k * 2, m / 128 / cluster as usize * n * k * 2);
             assert_eq!(forward.global_loaded, (rows + weights) as u64, "{options:?}");
-            // Beside y only words: tickets and arrivals, and the clearing of all at the end.
-            let words = forward.atomics + (m / 128 + 2) as u64;
+            // Beside y only words: tickets and arrivals, and the clearing of all at the end: three (LORA_SYNC_FLAGS) and the flags.
+            let words = forward.atomics + (m / 128 + 3) as u64;
             assert_eq!(forward.global_stored, (m * n * 2) as u64 + 4 * words, "{options:?}");
             assert_eq!(forward.local_loaded + forward.local_stored, 0, "{options:?}");
         }
