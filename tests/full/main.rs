@@ -8,7 +8,7 @@ mod hopper;
 use common::data::{Placement, Spec};
 use common::golden::{self, Golden};
 use common::{Backend, Cpu, HostDropout, full, legal, raw as ops};
-use fused_lora::plan::{Device, Family, Options, Plan, TileSize};
+use fused_lora::plan::{Device, Family, Options, Plan};
 use fused_lora::{Dtype, Element, Error, LoraShape, Routing, bf16, cpu, f16, raw, split_columns};
 use proptest::prelude::*;
 
@@ -359,6 +359,7 @@ mod emulated {
     use super::common::emulated::Emulated;
     use super::*;
     use fused_lora::emulator::Emulator;
+    use fused_lora::plan::TileSize;
 
     const TILES: [TileSize; 2] = [TileSize::Large, TileSize::Small];
 
