@@ -33,6 +33,7 @@ impl Feature {
     }
 
     /// Of all projections, with `r` ranks each.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // only what runs on a GPU keeps h
     pub fn columns_of_h(&self, r: usize) -> usize {
         if self.full { split_columns(r) } else { self.projections * r }
     }
