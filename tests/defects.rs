@@ -39,6 +39,8 @@ fn specs(image: &str) -> Vec<(Layers, u32)> {
         (Spec { routes: Some(Routes::Tiles(64)), dropout: dropout(false), n: 20, r: 200, ..base }, 3),
         (Spec { placement: Placement::Aligned, dora: true, ..base }, 4),
         (Spec { placement: Placement::Unaligned, dora: true, accumulate: true, r: 70, ..base }, 8),
+        // More steps over k than the ring has stages, the last of them ragged.
+        (Spec { placement: Placement::Aligned, k: 139, ..base }, 4),
         // A tail in the prologue of the ring, and more who wait for it than compute what it waits for.
         (Spec { placement: Placement::Aligned, n: 70, k: 30, outputs: [true, false, false, false], ..base }, 12),
     ];
@@ -60,7 +62,8 @@ fn specs(image: &str) -> Vec<(Layers, u32)> {
     let split = Spec { placement: Placement::Aligned, n: 270, k: 280, r: 40, ..base };
     // Sums so short that what halves leave out of them is more than f32 does.
     let short = Spec { placement: Placement::Aligned, n: 24, k: 16, r: 5, ..base };
-    let split = [(Layers::Split(split), 4), (Layers::Split(short), 3)];
+    // With few CTAs whoever is last to split computes h, and finds everything split when it first looks.
+    let split = [(Layers::Split(split), 4), (Layers::Split(split), 1), (Layers::Split(short), 3)];
     alone.chain([(Layers::shared(shared, &others), 4)]).chain(split).collect()
 }
 
