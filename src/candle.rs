@@ -42,6 +42,7 @@
 //! [`Device`](candle_core::Device), not from two that were made for the same GPU.
 
 mod backend;
+mod base;
 mod check;
 mod cpu;
 #[cfg(feature = "candle-cuda")]

@@ -1,9 +1,11 @@
 //! The one place that judges dimensions, strides, alignment and overlap.
 
+mod adapter;
+
 use crate::error::{Error, Result};
 use crate::raw::{
-    Backward, BackwardShared, Dropout, Forward, ForwardShared, Gain, Gradient, MagnitudeGradient, Matrix, Merge, Round,
-    Seed, named, share_ranks,
+    Backward, BackwardShared, Dropout, Forward, ForwardShared, Gradient, MagnitudeGradient, Matrix, Seed, named,
+    share_ranks,
 };
 use crate::split::{RANKS as SPLIT_RANKS, split_columns, split_ranks};
 use crate::{Dtype, Element, MAX_ROUTED_RANK, Routing};
@@ -431,84 +433,4 @@ fn factor_bytes(dtype: Dtype, f32_factors: bool) -> usize {
 fn sized(arg: &'static str, matrix: Matrix, element_bytes: usize, rows: usize, cols: usize) -> Result<Operand> {
     let operand = Operand { arg, matrix, element_bytes };
     operand.check_dims(rows, cols).map(|()| operand)
-}
-
-impl Merge {
-    /// Dimensions, strides, addresses, overlap and scale; returns the shape, with M = 1, when all are right.
-    ///
-    /// # Errors
-    /// [`Error::ZeroDimension`], [`Error::Dimension`], [`Error::TooLarge`], [`Error::Scale`], [`Error::Stride`],
-    /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
-    pub fn check(&self) -> Result<LoraShape> {
-        nonzero("merged", &self.merged)?;
-        let shape = LoraShape { m: 1, n: self.merged.rows, k: self.merged.cols, r: self.a.rows };
-        let LoraShape { n, k, r, .. } = shape;
-        let (storage, factor) = (self.dtype.size(), factor_bytes(self.dtype, self.f32_factors));
-        let mut inputs = vec![sized("a", self.a, factor, r, k)?, sized("b", self.b, factor, n, r)?];
-        if let Some(w) = self.w {
-            inputs.push(sized("w", w, storage, n, k)?);
-        }
-        if let Some(gain) = self.gain {
-            inputs.push(sized("gain", gain, 4, 1, n)?);
-        }
-        let outputs = [sized("merged", self.merged, storage, n, k)?];
-        check_operands(shape, &[("scale", self.scale)], &inputs, &outputs).map(|(shape, _)| shape)
-    }
-}
-
-impl Round {
-    /// Dimensions, strides, addresses, overlap and scale; returns the shape, with M = 1, when all are right.
-    ///
-    /// # Errors
-    /// Matrices may be empty: [`Error::Dimension`], [`Error::TooLarge`], [`Error::Scale`], [`Error::Stride`],
-    /// [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
-    pub fn check(&self) -> Result<LoraShape> {
-        let shape = LoraShape { m: 1, n: self.b.rows, k: self.a.cols, r: self.a.rows };
-        let LoraShape { n, k, r, .. } = shape;
-        let (storage, factor) = (self.dtype.size(), factor_bytes(self.dtype, self.f32_factors));
-        let mut inputs = vec![sized("a", self.a, factor, r, k)?, sized("b", self.b, factor, n, r)?];
-        if let Some(divisor) = self.divisor {
-            inputs.push(sized("divisor", divisor, 4, 1, n)?);
-        }
-        let outputs =
-            [sized("rounded_a", self.rounded_a, storage, r, k)?, sized("rounded_b", self.rounded_b, storage, n, r)?];
-        check_operands(shape, &[("scale", self.scale)], &inputs, &outputs).map(|(shape, _)| shape)
-    }
-}
-
-impl Gain {
-    /// Dimensions, strides, addresses, overlap, scale and presence; returns the shape, with M = 1, when all are right.
-    ///
-    /// # Errors
-    /// [`Error::NoOutput`], [`Error::Missing`], [`Error::ZeroDimension`], [`Error::Dimension`], [`Error::TooLarge`],
-    /// [`Error::Scale`], [`Error::Stride`], [`Error::NullPointer`], [`Error::Misaligned`], [`Error::Overlap`].
-    pub fn check(&self) -> Result<LoraShape> {
-        nonzero("w", &self.w)?;
-        let shape = LoraShape { m: 1, n: self.w.rows, k: self.w.cols, r: self.a.rows };
-        let LoraShape { n, k, r, .. } = shape;
-        if self.norm.is_none() && self.gain.is_none() {
-            return Err(Error::NoOutput { expected: "norm, gain" });
-        }
-        if self.gain.is_some() && self.magnitude.is_none() {
-            return Err(Error::Missing { arg: "magnitude", output: "gain" });
-        }
-        let factor = factor_bytes(self.dtype, self.f32_factors);
-        let mut inputs = vec![
-            sized("w", self.w, self.dtype.size(), n, k)?,
-            sized("a", self.a, factor, r, k)?,
-            sized("b", self.b, factor, n, r)?,
-        ];
-        for (arg, input) in [("magnitude", self.magnitude), ("earlier", self.earlier)] {
-            if let Some(vector) = input {
-                inputs.push(sized(arg, vector, 4, 1, n)?);
-            }
-        }
-        let mut outputs = Vec::new();
-        for (arg, output) in [("norm", self.norm), ("gain", self.gain)] {
-            if let Some(matrix) = output {
-                outputs.push(sized(arg, matrix, 4, 1, n)?);
-            }
-        }
-        check_operands(shape, &[("scale", self.scale)], &inputs, &outputs).map(|(shape, _)| shape)
-    }
 }

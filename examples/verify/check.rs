@@ -12,42 +12,8 @@ use super::backend::{Backend, Backward, Form, Forms, Kind, Norms, OfMagnitude, P
 use super::case::{AdapterInfo, Case};
 use super::failure::{Failure, Outcome};
 use super::measure::{self, Error};
+use super::mode::{Factors, MODES, Mode};
 use super::tensors::Tensor;
-
-/// A recorded way of computing the layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Mode {
-    name: &'static str,
-    /// The mode that holds the truth for this one.
-    truth: &'static str,
-    storage: fused_lora::Dtype,
-    factors: Factors,
-}
-
-/// How a mode keeps an adapter, and what its products read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Factors {
-    /// Both in the storage type.
-    Storage,
-    /// Kept in f32 (`A_f32`, `B_f32`), and rounded to the storage type for the products.
-    Rounded,
-    /// Both in f32: full precision.
-    Full,
-}
-
-const fn mode(name: &'static str, storage: fused_lora::Dtype, factors: Factors) -> Mode {
-    let truth = if matches!(factors, Factors::Storage) { "f64" } else { "f64_a32" };
-    Mode { name, truth, storage, factors }
-}
-
-const MODES: [Mode; 6] = [
-    mode("f32", fused_lora::Dtype::F32, Factors::Storage),
-    mode("bf16", fused_lora::Dtype::Bf16, Factors::Storage),
-    mode("f16", fused_lora::Dtype::F16, Factors::Storage),
-    mode("bf16_amp", fused_lora::Dtype::Bf16, Factors::Rounded),
-    mode("bf16_a32", fused_lora::Dtype::Bf16, Factors::Full),
-    mode("f16_a32", fused_lora::Dtype::F16, Factors::Full),
-];
 
 /// One result held to its bound.
 pub struct Row {

@@ -14,6 +14,7 @@ mod case;
 mod check;
 mod failure;
 mod measure;
+mod mode;
 mod table;
 mod tensors;
 

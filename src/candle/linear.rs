@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Module, ModuleT, Result, Tensor};
+use candle_core::{DType, ModuleT, Result, Tensor};
 use candle_nn::{Init, Linear, VarBuilder, init};
 
+use super::base::Base;
 use super::passes::Passes;
 use super::view::addressable;
 use super::{check, projections, wrap};
@@ -53,20 +54,12 @@ pub struct LoraLinear {
     full_precision: bool,
 }
 
-/// What is there without adapters.
-#[derive(Clone, Debug)]
-struct Base {
-    /// N × K, without the bias.
-    linear: Linear,
-    bias: Option<Tensor>,
-}
-
 #[derive(Clone, Debug)]
 pub(super) struct Adapter {
     pub(super) a: Tensor,
     pub(super) b: Tensor,
     /// N, inside the scale.
-    b_bias: Option<Tensor>,
+    pub(super) b_bias: Option<Tensor>,
     /// N, of DoRA.
     pub(super) magnitude: Option<Tensor>,
     pub(super) scale: f64,
@@ -252,7 +245,8 @@ impl LoraLinear {
 
     /// Gives an adapter a magnitude (DoRA, PEFT's `lora_magnitude_vector`), in place of the one it may have: N elements, of the weight's
     /// dtype or f32, tracked where it is trained. y = gain ∘ (x Wᵀ + s · (x Aᵀ) Bᵀ) (+ bias), as
-    /// [`Training::magnitude`](super::Training::magnitude) says. A norm is computed in every forward pass; [`merge`](Self::merge) for inference.
+    /// [`Training::magnitude`](super::Training::magnitude) says. A norm is computed in every forward pass; [`merge`](Self::merge) for
+    /// inference.
     ///
     /// # Errors
     /// [`Error::AdapterName`]; [`Error::Rank`], [`Error::Dimension`], [`Error::ArgumentDtype`]; [`Error::State`] while the
@@ -321,8 +315,8 @@ impl LoraLinear {
     }
 
     /// Folds the active adapter into a second weight, W + s · B A, with DoRA times its gain, formed in f32 and rounded once to W's
-    /// type, and a second bias where it has its own. W is kept, for [`unmerge`](Self::unmerge). Until then forward is the plain product by the second
-    /// weight, and the adapter and the bias get no gradient.
+    /// type, and a second bias where it has its own. W is kept, for [`unmerge`](Self::unmerge). Until then forward is the plain
+    /// product by the second weight, and the adapter and the bias get no gradient.
     ///
     /// # Errors
     /// [`Error::State`] when no adapter is active or one is merged already; candle's. The layer is as before then.
@@ -464,39 +458,6 @@ impl ModuleT for LoraLinear {
         let dropout = self.dropout.as_ref().filter(|_| train);
         let y = projections::forward(&[self], x, dropout, (self.recompute, self.full_precision))?.pop();
         y.map_or_else(|| self.plain(x), Ok)
-    }
-}
-
-impl Base {
-    /// The bias and the adapter's own inside its scale, in f32 where there are both; tracked where one of them is.
-    fn bias_with(&self, adapter: &Adapter) -> Result<Option<Tensor>> {
-        let Some(b_bias) = &adapter.b_bias else { return Ok(self.bias.clone()) };
-        let own = b_bias.to_dtype(DType::F32)?.affine(adapter.scale, 0.0)?;
-        match &self.bias {
-            Some(bias) => (bias.to_dtype(DType::F32)? + own).map(Some),
-            None => Ok(Some(own)),
-        }
-    }
-
-    /// W + s · B A in f32, outside of the graph.
-    fn folded(&self, a: &Tensor, b: &Tensor, scale: f64) -> Result<Tensor> {
-        let f32 = |tensor: &Tensor| tensor.detach().to_dtype(DType::F32);
-        f32(self.linear.weight())? + f32(b)?.matmul(&f32(a)?)?.affine(scale, 0.0)?
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = match x.dims() {
-            // candle's linear layer knows at most four dimensions.
-            [tokens @ .., _] if tokens.len() > 3 => {
-                let y = self.linear.forward(&x.flatten(0, tokens.len() - 1)?)?;
-                y.reshape([tokens, &[self.linear.weight().dim(0)?]].concat())?
-            }
-            _ => self.linear.forward(x)?,
-        };
-        match &self.bias {
-            Some(bias) => y.broadcast_add(&bias.to_dtype(y.dtype())?),
-            None => Ok(y),
-        }
     }
 }
 

@@ -54,8 +54,8 @@ pub struct Training<'a> {
 /// | result | … × N | as x |
 ///
 /// `scale` is α/r or α/√r. f32 adapters and biases over a 16-bit x are rounded to its type, or adapters read as they are
-/// ([`Training::full_precision`]); their gradients are the f32 sums. Only the gradients of tracked inputs are computed, and h (M × R, in x's type) is kept for that of `b`. What is
-/// tracked of `b`, `bias` and a magnitude is copied behind each other where it is more than one of them, at most N · (R + 2) elements:
+/// ([`Training::full_precision`]); their gradients are the f32 sums. Only the gradients of tracked inputs are computed, and h
+/// (M × R, in x's type) is kept for that of `b`. What is tracked of `b`, `bias` and a magnitude is copied behind each other where it is more than one of them, at most N · (R + 2) elements:
 /// candle's graph has room for three inputs.
 ///
 /// Rows may lie any distance apart and start anywhere. A tensor that is no such matrix (transposed, broadcast, cut in two
@@ -166,7 +166,7 @@ pub(super) struct Pass {
 }
 
 /// The y of one projection.
-pub(super) fn one(ys: Vec<Tensor>) -> Result<Tensor> {
+fn one(ys: Vec<Tensor>) -> Result<Tensor> {
     let [y] = <[Tensor; 1]>::try_from(ys).map_err(|ys| wrap(Error::Projections { got: ys.len(), limit: 1 }))?;
     Ok(y)
 }

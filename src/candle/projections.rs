@@ -47,21 +47,7 @@ impl<const P: usize> LoraProjections<P> {
     /// [`Error::ArgumentDtype`] for a W of another K or dtype than the first's; [`Error::State`] for a layer with dropout, one that
     /// recomputes, or one at full precision, which it names by its number.
     pub fn new(layers: [LoraLinear; P]) -> Result<Self> {
-        let weights = layers.each_ref().map(LoraLinear::weight);
-        check::weights(&weights).map_err(wrap)?;
-        for (at, layer) in layers.iter().enumerate() {
-            let own = "layers that do not, and `with_dropout` and `with_recompute` of the group";
-            let (what, expected) = match layer {
-                _ if layer.recomputes() => ("recomputes by itself", own),
-                _ if layer.dropout().is_some() => ("has dropout by itself", own),
-                _ if layer.is_at_full_precision() => {
-                    ("is at full precision", "layers that are not: it is for a layer alone")
-                }
-                _ => continue,
-            };
-            let got = format!("layer {at} {what}");
-            return Err(wrap(Error::State { operation: "new", got, expected }));
-        }
+        check_layers("new", &layers)?;
         Ok(Self { layers, dropout: None, recompute: false })
     }
 
@@ -98,7 +84,7 @@ impl<const P: usize> LoraProjections<P> {
         &self.layers
     }
 
-    /// The layers, to be changed.
+    /// The layers, to be changed; forward asks of them what [`new`](Self::new) does.
     pub fn layers_mut(&mut self) -> &mut [LoraLinear; P] {
         &mut self.layers
     }
@@ -106,7 +92,7 @@ impl<const P: usize> LoraProjections<P> {
     /// Forward for inference, x of … × K, two dimensions or more, to … × N of each layer: nothing is dropped.
     ///
     /// # Errors
-    /// As [`lora_shared`](super::lora_shared), and candle's.
+    /// As [`lora_shared`](super::lora_shared), and candle's; those of [`new`](Self::new).
     pub fn forward(&self, x: &Tensor) -> Result<[Tensor; P]> {
         self.forward_t(x, false)
     }
@@ -116,10 +102,30 @@ impl<const P: usize> LoraProjections<P> {
     /// # Errors
     /// As [`forward`](Self::forward); [`Error::State`] for dropout where a layer's adapter has a magnitude (DoRA).
     pub fn forward_t(&self, x: &Tensor, train: bool) -> Result<[Tensor; P]> {
+        check_layers("forward_t", &self.layers)?;
         let dropout = self.dropout.as_ref().filter(|_| train);
         let ys = forward(&self.layers.each_ref(), x, dropout, (self.recompute, false))?;
         ys.try_into().map_err(|ys: Vec<_>| wrap(Error::Projections { got: ys.len(), limit: P }))
     }
+}
+
+/// One K and dtype, and nothing by itself that is the group's to have, or that a group has not.
+fn check_layers<const P: usize>(operation: &'static str, layers: &[LoraLinear; P]) -> Result<()> {
+    check::weights(&layers.each_ref().map(LoraLinear::weight)).map_err(wrap)?;
+    for (at, layer) in layers.iter().enumerate() {
+        let own = "layers that do not, and `with_dropout` and `with_recompute` of the group";
+        let (what, expected) = match layer {
+            _ if layer.recomputes() => ("recomputes by itself", own),
+            _ if layer.dropout().is_some() => ("has dropout by itself", own),
+            _ if layer.is_at_full_precision() => {
+                ("is at full precision", "layers that are not: it is for a layer alone")
+            }
+            _ => continue,
+        };
+        let got = format!("layer {at} {what}");
+        return Err(wrap(Error::State { operation, got, expected }));
+    }
+    Ok(())
 }
 
 /// Those that have an adapter beside W in one, the others by themselves.

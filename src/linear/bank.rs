@@ -301,7 +301,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             let named = self.by_id(copied.id).ok_or_else(|| copied.stray(operation))?;
             if copied.version != Some(named.version) {
                 let got = format!("adapter `{}` has changed since it was copied to the bank", copied.name);
-                return Err(Error::State { operation, got, expected: "`bank` anew first" });
+                return Err(Error::State { operation, got, expected: "`refresh_bank` first" });
             }
         }
         Ok(())

@@ -72,8 +72,8 @@ pub struct Kept<B: Backend, T: Element> {
 /// One forward pass, for [`LoraLinear::backward`](super::LoraLinear::backward) or
 /// [`LoraProjections::backward`](super::LoraProjections::backward): x and what forward kept. It may be used any number of times.
 ///
-/// It borrows x, bank and routes where rows went through one, and the seed of dropout where that lies in memory. A caller that cannot keep the borrow takes it apart with
-/// [`into_kept`](Self::into_kept) and puts it together again with [`Kept::with`].
+/// It borrows x, bank and routes where rows went through one, and the seed of dropout where that lies in memory. A caller that
+/// cannot keep the borrow takes it apart with [`into_kept`](Self::into_kept) and puts it together again with [`Kept::with`].
 pub struct Pass<'a, B: Backend, T: Element> {
     pub(super) x: Matrix<'a, B::Read<T>>,
     pub(super) dropout: Option<Dropout<'a, B::Words>>,
@@ -111,7 +111,8 @@ impl<'a, B: Backend, T: Element> Pass<'a, B, T> {
     }
 
     /// M × R, as forward wrote it: s · x Aᵀ in the storage type, of what dropout left of x; of several layers their ranks side by
-    /// side, and at full precision M × [`split_columns`](crate::split_columns)(R). `None` without an adapter, at rank 0, and where backward is to compute it.
+    /// side, and at full precision M × [`split_columns`](crate::split_columns)(R). `None` without an
+    /// adapter, at rank 0, and where backward is to compute it.
     pub fn h(&self) -> Option<&B::Buffer<T>> {
         self.kept.h.as_ref()
     }

@@ -129,7 +129,8 @@ impl<B: Backend, T: Element> Named<B, T> {
 
 impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// Adds an adapter, which takes part once it is activated. For one in f32 this makes the copies in the storage type
-    /// that the products read, unless they read f32 ([`Adapter::at_full_precision`]), for one with a bias on B the sum of the biases, for one with a magnitude the gain.
+    /// that the products read, unless they read f32 ([`Adapter::at_full_precision`]), for one with a bias on B the sum of the
+    /// biases, for one with a magnitude the gain.
     ///
     /// # Errors
     /// [`Error::AdapterName`] when there is one of that name; [`Error::Dimension`] when a part has another number of

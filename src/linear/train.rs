@@ -96,7 +96,8 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// # Errors
     /// Those of the backend's backward (`cpu::backward`, `cuda::Kernels::backward`); [`Error::State`] when the layer is not
     /// the pass's, when the adapter or W has changed since, or with dm the bias, when dm is asked of an adapter without a
-    /// magnitude, and while adapters are merged. Nothing is written then, and the pass can be used again. Where h is computed again, [`Backend::forward`] and [`Backend::alloc`] can fail as well.
+    /// magnitude, and while adapters are merged. Nothing is written then, and the pass can be used again. Where h is
+    /// computed again, [`Backend::forward`] and [`Backend::alloc`] can fail as well.
     pub fn backward(
         &self,
         pass: &Pass<'_, B, T>,

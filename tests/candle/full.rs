@@ -110,9 +110,16 @@ fn a_layer_can_be_at_full_precision() -> Result<()> {
     assert_eq!(bits(&full.forward(&case.x)?), bits(&op(FULL)?));
     assert_eq!(bits(&layer.forward(&case.x)?), bits(&op(Training::default())?));
     assert_ne!(bits(&full.forward(&case.x)?), bits(&layer.forward(&case.x)?));
-    let refused = LoraProjections::new([layer, full]).expect_err("a group");
-    let Some(Error::State { got, .. }) = cause(&refused) else { panic!("{refused}") };
-    assert_eq!(got, "layer 1 is at full precision");
+    let refused = |outcome: Result<()>, operation| match cause(&outcome.expect_err("a group")) {
+        Some(Error::State { operation: of, got, .. }) => {
+            assert_eq!((*of, &**got), (operation, "layer 1 is at full precision"));
+        }
+        other => panic!("{other:?}"),
+    };
+    refused(LoraProjections::new([layer.clone(), full.clone()]).map(drop), "new");
+    let mut group = LoraProjections::new([layer.clone(), layer])?;
+    group.layers_mut()[1] = full;
+    refused(group.forward(&case.x).map(drop), "forward_t");
     Ok(())
 }
 

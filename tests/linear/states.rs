@@ -273,7 +273,7 @@ fn banks_that_do_not_fit_name_the_adapter() {
     assert_eq!(forward(&foreign, &bank, &routes), refused("forward_routed", gone, "`bank` anew first"));
     layer.refresh("other").expect("a change");
     let changed = "adapter `other` has changed since it was copied to the bank";
-    assert_eq!(forward(&layer, &bank, &routes), refused("forward_routed", changed, "`bank` anew first"));
+    assert_eq!(forward(&layer, &bank, &routes), refused("forward_routed", changed, "`refresh_bank` first"));
     layer.remove("one").expect("an adapter");
     assert_eq!(forward(&layer, &bank, &routes), refused("forward_routed", gone, "`bank` anew first"));
 
