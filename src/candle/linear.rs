@@ -37,7 +37,7 @@ impl LoraConfig {
 /// [`Var`](candle_core::Var)'s tensor, or constants.
 ///
 /// It is a [`ModuleT`], whose `forward_t` drops in training what [`with_dropout`](Self::with_dropout) says. It is no
-/// [`Module`]: candle makes a `ModuleT` of each that ignores the flag. [`forward`](Self::forward) is that of inference.
+/// [`Module`](candle_core::Module): candle makes a `ModuleT` of each that ignores the flag. [`forward`](Self::forward) is that of inference.
 ///
 /// Without an active adapter, and while one is merged, forward is that of `candle_nn::Linear`, for x of more than four dimensions
 /// as well.

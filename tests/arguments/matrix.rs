@@ -314,7 +314,7 @@ fn shown(op: Op) -> BTreeSet<String> {
 /// What `# Errors` of each check lists is what the matrix shows.
 #[test]
 fn the_documentation_lists_what_the_matrix_shows() {
-    let source = include_str!("../../src/shape.rs");
+    let source = concat!(include_str!("../../src/shape.rs"), include_str!("../../src/shape/adapter.rs"));
     for (op, start) in [
         (Op::Forward, "impl Forward {"),
         (Op::Backward, "impl Backward {"),
