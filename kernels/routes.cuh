@@ -65,21 +65,21 @@ class Routes {
   __device__ __forceinline__ Row row(uint32_t row) const { return Row(words_[row]); }
 
   // Blocks of LORA_ROUTE_RANKS of `ranks` that rows [row, row + count) keep anything of, from a multiple of
-  // LORA_ROUTE_ROWS on.
-  __device__ __forceinline__ Picks ranks_of(uint32_t row, uint32_t count, uint32_t ranks) const {
+  // LORA_ROUTE_ROWS on; of each rank the reduction has `columns`.
+  __device__ __forceinline__ Picks ranks_of(uint32_t row, uint32_t count, uint32_t ranks, uint32_t columns) const {
     uint64_t mask = 0;
     const uint32_t end = min(row + count, rows_);
 #pragma unroll 2
     for (uint32_t at = row; at < end; at += LORA_ROUTE_ROWS) mask |= block(at);
-    return {mask & valid(ranks), LORA_ROUTE_RANKS};
+    return {mask & up_to(ranks), columns * LORA_ROUTE_RANKS};
   }
 
-  // Blocks of [row, row + count) with a row that keeps anything of ranks [rank, rank + width), from multiples of
-  // LORA_ROUTE_ROWS and LORA_ROUTE_RANKS on; as many rows to a block as leave 64 blocks at most. By a whole warp.
+  // Blocks of [row, row + count), from a multiple of LORA_ROUTE_ROWS on, with a row that keeps anything of the blocks of
+  // ranks that have some of [rank, rank + width); as many rows to a block as leave 64 blocks at most. By a whole warp.
   __device__ __forceinline__ Picks rows_of(uint32_t row, uint32_t count, uint32_t rank, uint32_t width) const {
     const uint32_t blocks = (count + LORA_ROUTE_ROWS - 1) / LORA_ROUTE_ROWS;
     const uint32_t per_pick = (blocks + 63) / 64;
-    const uint64_t wanted = valid(rank + width) & ~valid(rank);
+    const uint64_t wanted = blocks_of(rank, width);
     uint64_t mask = 0;
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half) {
@@ -95,7 +95,7 @@ class Routes {
   __device__ __forceinline__ Picks rows_of_alone(uint32_t row, uint32_t count, uint32_t rank, uint32_t width) const {
     const uint32_t blocks = (count + LORA_ROUTE_ROWS - 1) / LORA_ROUTE_ROWS;
     const uint32_t per_pick = (blocks + 63) / 64;
-    const uint64_t wanted = valid(rank + width) & ~valid(rank);
+    const uint64_t wanted = blocks_of(rank, width);
     uint64_t mask = 0;
     uint64_t bit = 1;
     uint32_t left = per_pick;
@@ -110,13 +110,29 @@ class Routes {
     return {mask, per_pick * LORA_ROUTE_ROWS};
   }
 
+  // Whether any row keeps anything of the block of ranks that has `rank`. By a whole warp.
+  __device__ __forceinline__ bool any_row_of(uint32_t rank) const {
+    bool found = false;
+    for (uint32_t first = 0; first < rows_ && !found; first += 32 * LORA_ROUTE_ROWS) {
+      const uint32_t row = first + threadIdx.x % 32 * LORA_ROUTE_ROWS;
+      const uint64_t mask = row < rows_ ? block(row) : 0;
+      found = __any_sync(0xffffffffu, (mask >> rank / LORA_ROUTE_RANKS & 1) != 0);
+    }
+    return found;
+  }
+
  private:
   __device__ __forceinline__ uint64_t block(uint32_t row) const { return words_[rows_ + row / LORA_ROUTE_ROWS]; }
 
   // Bits of the blocks that begin below `ranks`.
-  static __device__ __forceinline__ uint64_t valid(uint32_t ranks) {
+  static __device__ __forceinline__ uint64_t up_to(uint32_t ranks) {
     const uint32_t blocks = (ranks + LORA_ROUTE_RANKS - 1) / LORA_ROUTE_RANKS;
     return blocks >= 64 ? ~0ull : (1ull << blocks) - 1;
+  }
+
+  // Bits of the blocks that have any of [rank, rank + width).
+  static __device__ __forceinline__ uint64_t blocks_of(uint32_t rank, uint32_t width) {
+    return up_to(rank + width) & ~((1ull << rank / LORA_ROUTE_RANKS) - 1);
   }
 
   const uint64_t* words_;

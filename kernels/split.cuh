@@ -3,6 +3,7 @@
 
 #include "element.cuh"
 #include "params.h"
+#include "routes.cuh"
 
 namespace lora {
 
@@ -41,20 +42,20 @@ struct HalvesOfTwo {
   }
 };
 
-// Stores two neighbours of h or dh in row `row`, of `r` ranks in all: halves of scale times what products with high
-// halves gave, in column `col` and the next, and with low ones of the same ranks; as pairs and as triples, each where
-// there is a place for it.
-template <typename T>
+// Stores two neighbours of h or dh in row `row`, of `r` ranks in all: halves of what `keep(value, rank)` makes of the
+// products with high halves, in column `col` and the next, and with low ones of the same ranks; as pairs and as triples,
+// each where there is a place for it.
+template <typename T, class Keep>
 __device__ __forceinline__ void store_halves(const LoraMatrix& pairs, const LoraMatrix& triples, uint32_t row,
-                                             uint32_t col, uint32_t r, float2 high, float2 low, float scale) {
+                                             uint32_t col, uint32_t r, float2 high, float2 low, const Keep& keep) {
   constexpr uint32_t kRanks = LORA_SPLIT_RANKS;
   const uint32_t group = col / (2 * kRanks);
   const uint32_t within = col % kRanks;
   const uint32_t rank = group * kRanks + within;
   if (group * kRanks >= r) return;
   // Ranks that fill up the last group are zeros, whatever is in x.
-  const HalvesOfTwo<T> halves(rank < r ? whole<T>(high.x, low.x) * scale : 0.0f,
-                              rank + 1 < r ? whole<T>(high.y, low.y) * scale : 0.0f);
+  const HalvesOfTwo<T> halves(rank < r ? keep(whole<T>(high.x, low.x), rank) : 0.0f,
+                              rank + 1 < r ? keep(whole<T>(high.y, low.y), rank + 1) : 0.0f);
   if (pairs.ptr != 0) {
     const bool at_once = ((pairs.ptr | static_cast<uint64_t>(pairs.row_stride) * 2) & 3) == 0;
     const auto store_two = [&](uint16_t* gmem, uint32_t two) {
@@ -84,10 +85,11 @@ __device__ __forceinline__ uint32_t rank_of(uint32_t col) {
   return col / (2 * LORA_SPLIT_RANKS) * LORA_SPLIT_RANKS + col % LORA_SPLIT_RANKS;
 }
 
-// One unit: some ranks of a over some columns, or of b over some rows. In forward a becomes pairs and b triples.
+// One unit: some ranks of a over some columns, or of b over some rows. In forward a becomes pairs and b triples. Ranks
+// that no row goes through stay as they are: nobody reads them.
 template <typename T, bool kForward>
-__device__ __forceinline__ void split_factors(const LoraSplit& p, uint32_t n, uint32_t k, uint32_t unit,
-                                              uint32_t thread, uint32_t threads) {
+__device__ __forceinline__ void split_factors(const LoraSplit& p, const Routes& routes, uint32_t n, uint32_t k,
+                                              uint32_t unit, uint32_t thread, uint32_t threads) {
   constexpr uint32_t kRanks = LORA_SPLIT_RANKS;
   constexpr uint32_t kLength = LORA_SPLIT_LENGTH;
   const bool is_a = unit < p.a_units;
@@ -95,6 +97,7 @@ __device__ __forceinline__ void split_factors(const LoraSplit& p, uint32_t n, ui
   const uint32_t length = is_a ? k : n;
   const uint32_t blocks = (length + kLength - 1) / kLength;
   const uint32_t first_rank = at / blocks * kRanks;
+  if (routes.is_on() && !routes.any_row_of(first_rank)) return;
   const uint32_t first = at % blocks * kLength;
   const bool is_tripled = is_a != kForward;
   // Elements from one rank to the next, and from one column of a or row of b to the next.

@@ -181,7 +181,7 @@ impl<U: ?Sized, F: ?Sized> Default for Variant<'_, U, F> {
 /// both halves. y and dx are rounded once, at their end; da and db are exact to about 2⁻¹⁷ of h and dh in bf16 and to those of f32
 /// in f16, where numbers below 2⁻³⁶ are lost. h is the same halves in the storage type, for backward to read and nobody else:
 /// M × [`split_columns`](crate::split_columns)(R). An h or dh, or an element of A or B, that is beyond the storage type's largest
-/// number is infinite. It is for one projection alone, and not for routes.
+/// number is infinite. It is for one projection alone.
 #[derive(Debug)]
 pub struct Forward<'a, D: ?Sized, O: ?Sized, U: ?Sized, F: ?Sized, A: ?Sized = D> {
     /// M × K, input activations.

@@ -234,7 +234,7 @@ impl ForwardShared {
         let gains: Vec<_> = all.iter().map(|projection| projection.gain).collect();
         let departures = Departures { dropout: self.dropout, routes: self.routes, gains: &gains, scales: &scales };
         departures.operands(shape, &columns, &mut inputs)?;
-        let middle = middle_columns(r, self.is_split(), all.len(), self.routes)?;
+        let middle = middle_columns(r, self.is_split(), all.len())?;
         let mut outputs = Vec::new();
         for (at, projection) in all.iter().enumerate() {
             outputs.push(sized(name("y", at), projection.y, bytes, m, projection.w.rows)?);
@@ -363,7 +363,7 @@ impl BackwardShared {
         if let Some(x) = self.x {
             inputs.push(sized("x", x, bytes, m, k)?);
         }
-        let middle = middle_columns(r, self.is_split(), all.len(), self.routes)?;
+        let middle = middle_columns(r, self.is_split(), all.len())?;
         if let Some(h) = self.h {
             inputs.push(sized("h", h, bytes, m, middle)?);
         }
@@ -402,16 +402,15 @@ impl BackwardShared {
 }
 
 /// Columns of h for so many ranks.
-fn middle_columns(r: usize, is_split: bool, projections: usize, routes: Option<Matrix>) -> Result<usize> {
-    match (is_split, routes) {
-        (false, _) => Ok(r),
-        (true, Some(_)) => Err(Error::Exclusive { arg: "routes", other: "factors in f32" }),
-        (true, None) if projections > 1 => Err(Error::SplitProjections { got: projections }),
-        (true, None) if split_ranks(r) > MAX_DIMENSION => {
+fn middle_columns(r: usize, is_split: bool, projections: usize) -> Result<usize> {
+    match is_split {
+        false => Ok(r),
+        true if projections > 1 => Err(Error::SplitProjections { got: projections }),
+        true if split_ranks(r) > MAX_DIMENSION => {
             let limit = (MAX_DIMENSION / 3 / SPLIT_RANKS * SPLIT_RANKS) as u64;
             Err(Error::TooLarge { what: "R (rows of a) of f32 factors", got: r as u64, limit })
         }
-        (true, None) => Ok(split_columns(r)),
+        true => Ok(split_columns(r)),
     }
 }
 

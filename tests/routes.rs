@@ -6,7 +6,7 @@ mod common;
 use common::data::{Placement, Rng, Routes, Spec, routes_table};
 use common::emulated::Emulated;
 use common::hopper::{COLUMNS, PLACEMENTS, ROWS, variants};
-use common::{Backend, HostBackward, HostDropout, HostForward, HostGradient, check};
+use common::{Backend, HostBackward, HostDropout, HostForward, HostGradient, check, full};
 use fused_lora::emulator::{Checks, Counters, Emulator, Timing};
 use fused_lora::plan::{Device, Options, TileSize};
 use fused_lora::{Element, Routing, Slot, bf16, f16};
@@ -25,6 +25,8 @@ fn each_row_through_its_own_adapter() {
                 check::backward::<f16>(&backend, &spec);
                 check::backward::<bf16>(&backend, &spec);
             }
+            full::check::<f16>(&backend, &spec);
+            full::check::<bf16>(&backend, &spec);
         }
     }
 }
@@ -40,6 +42,7 @@ fn many_tokens_and_many_adapters() {
         {
             check::forward::<bf16>(&backend, &spec);
             check::backward::<bf16>(&backend, &spec);
+            full::check::<bf16>(&backend, &spec);
         }
     }
 }
@@ -51,10 +54,10 @@ fn rows<T: Element>(host: &common::Host<T>, from: usize, count: usize) -> Vec<u3
 
 /// Of several adapters in whole tiles: y, h and dx have the bits of each adapter alone, and so have da and db where its rows are
 /// the only ones.
-fn each_has_the_bits_of_itself_alone(backend: &impl Backend, tile: usize) {
+fn each_has_the_bits_of_itself_alone<A: Element>(backend: &impl Backend, tile: usize) {
     let m = 3 * tile;
     let all = Spec { placement: Placement::Aligned, routes: Some(Routes::Tiles(tile)), ..Spec::new(m, 48, 64, 96) };
-    let (mut forward, mut backward) = (all.forward::<bf16>(), all.backward::<bf16>());
+    let (mut forward, mut backward) = (all.forward_of::<bf16, A>(), all.backward_of::<bf16, A>());
     backend.forward(&mut forward).expect("it runs");
     backend.backward(&mut backward).expect("it runs");
     for (id, slot) in Routes::Tiles(tile).slots(96).into_iter().enumerate() {
@@ -62,7 +65,7 @@ fn each_has_the_bits_of_itself_alone(backend: &impl Backend, tile: usize) {
         assert!(first % 16 == 0 && ranks % 16 == 0, "whole steps of ranks");
         let own = |row: usize| id * tile + row;
         let alone = Spec { m: tile, r: ranks, routes: None, scale: all.scale * slot.scale, ..all };
-        let (mut one, mut back) = (alone.forward::<bf16>(), alone.backward::<bf16>());
+        let (mut one, mut back) = (alone.forward_of::<bf16, A>(), alone.backward_of::<bf16, A>());
         let HostForward { x, w, a, b, bias, .. } = &mut one;
         let HostBackward { dy, w: dw, a: da, b: db, x: dx, h, .. } = &mut back;
         x.fill(|i, j| forward.x.data[forward.x.index(own(i), j)].to_f64());
@@ -78,7 +81,8 @@ fn each_has_the_bits_of_itself_alone(backend: &impl Backend, tile: usize) {
         *dw = backward.w.clone();
         let (all_x, all_h) = (backward.x.as_ref().expect("x"), backward.h.as_ref().expect("h"));
         dx.as_mut().expect("x").fill(|i, j| all_x.data[all_x.index(own(i), j)].to_f64());
-        h.as_mut().expect("h").fill(|i, j| all_h.data[all_h.index(own(i), first + j)].to_f64());
+        let first_column = if full::is_split::<bf16, A>() { 2 * first } else { first };
+        h.as_mut().expect("h").fill(|i, j| all_h.data[all_h.index(own(i), first_column + j)].to_f64());
         backend.backward(&mut back).expect("it runs");
         let (got, expected) = (back.dx.as_ref().expect("dx"), backward.dx.as_ref().expect("dx"));
         assert_eq!(rows(got, 0, tile), rows(expected, own(0), tile), "dx of adapter {id} on {}", backend.name());
@@ -99,7 +103,9 @@ fn each_has_the_bits_of_itself_alone(backend: &impl Backend, tile: usize) {
 #[test]
 fn sorted_rows_have_the_bits_of_each_adapter_alone() {
     for (tile, rows) in [(TileSize::Large, 128), (TileSize::Small, 64)] {
-        each_has_the_bits_of_itself_alone(&Emulated::new(80, 3).with_tile(tile), rows);
+        let backend = Emulated::new(80, 3).with_tile(tile);
+        each_has_the_bits_of_itself_alone::<bf16>(&backend, rows);
+        each_has_the_bits_of_itself_alone::<f32>(&backend, rows);
     }
 }
 
@@ -144,10 +150,23 @@ fn each_row_through_its_own_adapter_on_hopper() {
 }
 
 #[test]
+fn each_row_through_its_own_f32_factors_on_hopper() {
+    on_hopper().par_iter().enumerate().for_each(|(turn, (backend, spec))| {
+        if turn % 2 == 0 {
+            full::check::<bf16>(backend, spec);
+        } else {
+            full::check::<f16>(backend, spec);
+        }
+    });
+}
+
+#[test]
 fn sorted_rows_have_the_bits_of_each_adapter_alone_on_hopper() {
     for options in variants() {
         let emulator = Emulator::new(Device::of_arch("emulated", 90, 5)).with_plan_options(options);
-        each_has_the_bits_of_itself_alone(&Emulated(emulator), 128);
+        let backend = Emulated(emulator);
+        each_has_the_bits_of_itself_alone::<bf16>(&backend, 128);
+        each_has_the_bits_of_itself_alone::<f32>(&backend, 128);
     }
 }
 
@@ -166,14 +185,19 @@ fn any_table_stays_inside_the_matrices() {
         }
     }
     tables.par_iter().for_each(|(options, r, words)| {
-        let spec = Spec { placement: Placement::Aligned, ..Spec::new(300, 72, 64, *r) };
-        let (mut forward, mut backward) = (spec.forward::<bf16>(), spec.backward::<bf16>());
-        (forward.routes, backward.routes) = (Some(words.clone()), Some(words.clone()));
         let emulator = Emulator::new(Device::of_arch("emulated", if options.is_some() { 90 } else { 80 }, 3));
         let emulator = emulator.with_plan_options(options.unwrap_or_default());
-        emulator.forward(forward.views()).expect("forward runs");
-        emulator.backward(backward.views()).expect("backward runs");
+        runs_with::<bf16>(&emulator, *r, words);
+        runs_with::<f32>(&emulator, *r, words);
     });
+}
+
+fn runs_with<A: Element>(emulator: &Emulator, r: usize, words: &[u64]) {
+    let spec = Spec { placement: Placement::Aligned, ..Spec::new(300, 72, 64, r) };
+    let (mut forward, mut backward) = (spec.forward_of::<bf16, A>(), spec.backward_of::<bf16, A>());
+    (forward.routes, backward.routes) = (Some(words.to_vec()), Some(words.to_vec()));
+    emulator.forward(forward.views()).expect("forward runs");
+    emulator.backward(backward.views()).expect("backward runs");
 }
 
 /// Sectors of global memory: what reads the table, and everything else but looks at flags, which depend on who is late.
@@ -186,58 +210,72 @@ fn sectors(counters: &Counters) -> (u64, u64) {
     sum
 }
 
+/// Forward and backward of `spec`, with a table of routes or without; what they counted.
+fn counted<A: Element>(tile: TileSize, spec: &Spec, routing: Option<&Routing>) -> [Counters; 2] {
+    let checks = Checks { counters: true, ..Checks::default() };
+    let emulator = Emulated::new(80, 4).with_tile(tile).0.with_checks(checks);
+    let (mut forward, mut backward) = (spec.forward_of::<bf16, A>(), spec.backward_of::<bf16, A>());
+    if let Some(routing) = routing {
+        forward.routes = Some(routing.words().to_vec());
+        backward.routes = Some(routing.words().to_vec());
+    }
+    [emulator.forward(forward.views()), emulator.backward(backward.views())]
+        .map(|run| run.expect("the kernel runs").counters)
+}
+
 /// One adapter for all rows: what is read beyond a call without routes is the table.
 #[test]
 fn routes_add_no_traffic_but_the_table() {
-    let checks = Checks { counters: true, ..Checks::default() };
-    let none = Spec { placement: Placement::Aligned, ..Spec::new(256, 192, 128, 16) };
-    let slot = Slot { first_rank: 0, ranks: 16, scale: 1.0 };
-    let routing = Routing::new(&[slot], &[Some(0); 256]).expect("a routing");
-    for tile in TILES {
-        let run = |routed: bool| {
-            let emulator = Emulated::new(80, 4).with_tile(tile).0.with_checks(checks);
-            let (mut forward, mut backward) = (none.forward::<bf16>(), none.backward::<bf16>());
-            if routed {
-                forward.routes = Some(routing.words().to_vec());
-                backward.routes = Some(routing.words().to_vec());
+    fn check<A: Element>() {
+        let none = Spec { placement: Placement::Aligned, ..Spec::new(256, 192, 128, 16) };
+        let slot = Slot { first_rank: 0, ranks: 16, scale: 1.0 };
+        let routing = Routing::new(&[slot], &[Some(0); 256]).expect("a routing");
+        for tile in TILES {
+            let (without, with) = (counted::<A>(tile, &none, None), counted::<A>(tile, &none, Some(&routing)));
+            for (none, routed) in without.iter().zip(&with) {
+                assert_eq!((none.copied, none.global_stored), (routed.copied, routed.global_stored));
+                let ((nothing, other), (table, same)) = (sectors(none), sectors(routed));
+                assert_eq!((nothing, other), (0, same));
+                assert!(table > 0 && table * 5 < other, "{table} beside {other}");
             }
-            [emulator.forward(forward.views()), emulator.backward(backward.views())]
-                .map(|run| run.expect("the kernel runs").counters)
-        };
-        for (none, routed) in run(false).iter().zip(&run(true)) {
-            assert_eq!((none.copied, none.global_stored), (routed.copied, routed.global_stored));
-            let ((nothing, other), (table, same)) = (sectors(none), sectors(routed));
-            assert_eq!((nothing, other), (0, same));
-            assert!(table > 0 && table * 5 < other, "{table} beside {other}");
         }
     }
+    check::<bf16>();
+    check::<f32>();
 }
 
 /// Rows of one adapter in long runs: blocks of rows and of ranks that have nothing to do with one another are left out.
 #[test]
 fn long_runs_cost_about_one_adapter() {
-    let checks = Checks { counters: true, ..Checks::default() };
-    let one = Spec {
-        placement: Placement::Aligned,
-        bias: false,
-        outputs: [true, true, true, false],
-        ..Spec::new(1024, 64, 64, 64)
-    };
-    let many = Spec { r: 256, ..one };
+    fn check<A: Element>() {
+        let one = Spec {
+            placement: Placement::Aligned,
+            bias: false,
+            outputs: [true, true, true, false],
+            ..Spec::new(1024, 64, 64, 64)
+        };
+        let many = Spec { r: 256, ..one };
+        let slots: Vec<Slot> = (0..4).map(|at| Slot { first_rank: at * 64, ranks: 64, scale: 1.0 }).collect();
+        let ids: Vec<Option<usize>> = (0..1024).map(|row| Some(row / 256)).collect();
+        let routing = Routing::new(&slots, &ids).expect("a routing");
+        let run = |spec: Spec, routing| counted::<A>(TileSize::Large, &spec, routing).map(|counters| counters.mma);
+        let (alone, routed, dense) = (run(one, None), run(many, Some(&routing)), run(many, None));
+        assert_eq!(alone, routed, "products");
+        assert!(dense.iter().zip(&routed).all(|(dense, routed)| dense > routed));
+    }
+    check::<bf16>();
+    check::<f32>();
+}
+
+/// Of f32 factors those are split that some row goes through: of the others no half is stored.
+#[test]
+fn factors_of_nobody_are_not_split() {
+    let many = Spec { placement: Placement::Aligned, keep_h: false, ..Spec::new(64, 64, 320, 256) };
     let slots: Vec<Slot> = (0..4).map(|at| Slot { first_rank: at * 64, ranks: 64, scale: 1.0 }).collect();
-    let ids: Vec<Option<usize>> = (0..1024).map(|row| Some(row / 256)).collect();
-    let routing = Routing::new(&slots, &ids).expect("a routing");
-    let run = |spec: Spec, routed: bool| {
-        let emulator = Emulated::new(80, 4).with_tile(TileSize::Large).0.with_checks(checks);
-        let (mut forward, mut backward) = (spec.forward::<bf16>(), spec.backward::<bf16>());
-        if routed {
-            forward.routes = Some(routing.words().to_vec());
-            backward.routes = Some(routing.words().to_vec());
-        }
-        [emulator.forward(forward.views()), emulator.backward(backward.views())]
-            .map(|run| run.expect("the kernel runs").counters.mma)
-    };
-    let (alone, routed, dense) = (run(one, false), run(many, true), run(many, false));
-    assert_eq!(alone, routed, "products");
-    assert!(dense.iter().zip(&routed).all(|(dense, routed)| dense > routed));
+    let routing = Routing::new(&slots, &[Some(2); 64]).expect("a routing");
+    let stored = |routing| counted::<f32>(TileSize::Small, &many, routing).map(|counters| counters.global_stored);
+    let (dense, routed) = (stored(None), stored(Some(&routing)));
+    // Bytes of three adapters: in forward A in pairs and B in triples, in backward the other way round.
+    let halves = [(2, 3), (3, 2)].map(|(of_a, of_b)| 3 * 64 * (of_a * 320 + of_b * 64) * 2);
+    assert_eq!([0, 1].map(|at| dense[at] - routed[at]), halves);
 }

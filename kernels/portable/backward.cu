@@ -148,8 +148,10 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, co
   // Rows that go through other adapters add nothing, but to dbias.
   const Routes routes(p.routes, p.m);
   const uint32_t count = token_end - token;
-  const Picks picks =
-      routes.is_on() && !tile.wants_sums ? routes.rows_of(token, count, n, kNarrowN) : everything(count);
+  const uint32_t per_rank = p.split.r != 0 ? 2 : 1;  // columns
+  const Picks picks = routes.is_on() && !tile.wants_sums
+                          ? routes.rows_of(token, count, n / per_rank, kNarrowN / per_rank)
+                          : everything(count);
   const Segment tokens =
       segment(operand(wide, out.rows, token_end), operand(narrow, narrow_cols, token_end), token, picks);
   OnTheWay way = {p.dropout, nullptr, of.magnitude};
@@ -233,7 +235,8 @@ __device__ __forceinline__ void backward(const LoraBackwardParams& p) {
     schedule.draw();
     const uint32_t unit = ticket - p.split.units;
     if (ticket < p.split.units) {
-      split_factors<T, false>(p.split, p.projections[0].n, p.k, ticket, ptx::thread_index(), Shape::kThreads);
+      split_factors<T, false>(p.split, Routes(p.routes, p.m), p.projections[0].n, p.k, ticket, ptx::thread_index(),
+                              Shape::kThreads);
       schedule.publish_split();
     } else if (unit < p.dh_units) {
       backward_dh<T, Shape>(p, schedule, unit, smem);

@@ -53,7 +53,8 @@ __device__ __forceinline__ void forward(const LoraForwardParams& p) {
     schedule.draw();
     const uint32_t unit = ticket - p.split.units;
     if (ticket < p.split.units) {
-      split_factors<T, true>(p.split, p.projections[0].n, p.k, ticket, ptx::thread_index(), Shape::kThreads);
+      split_factors<T, true>(p.split, Routes(p.routes, p.m), p.projections[0].n, p.k, ticket, ptx::thread_index(),
+                             Shape::kThreads);
       schedule.publish_split();
     } else if (unit < p.h_units) {
       forward_h<T, Shape>(p, schedule, unit, smem);

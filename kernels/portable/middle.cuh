@@ -10,19 +10,21 @@ namespace lora {
 
 // A tile of h or dh at (m, n) into `out`, which has `r` columns: zeros where the rows do not go through a rank, which
 // nobody computes where none of the tile's rows does. With factors that are split the r columns are products with
-// pairs, and `out` has triples.
+// pairs, two for each rank, and `out` has triples.
 template <class Tile, class Params, class Scale>
 __device__ __forceinline__ void narrow_tile(Tile& tile, const Segment& product, const Params& p, const LoraMatrix& out,
                                             uint32_t m, uint32_t n, uint32_t r, const Scale& scale, const OnTheWay& way,
                                             uint32_t smem) {
-  static_assert(kNarrowN == LORA_ROUTE_RANKS && Tile::kBlockM % LORA_ROUTE_ROWS == 0, "a tile is a block of routes");
+  static_assert(kNarrowN == LORA_ROUTE_RANKS && Tile::kBlockM % LORA_ROUTE_ROWS == 0,
+                "a tile is a block of routes, or with pairs half of one");
   const Routes routes(p.routes, p.m);
-  const bool is_wanted = !routes.is_on() || (routes.ranks_of(m, Tile::kBlockM, r).mask >> (n / kNarrowN) & 1) != 0;
+  const uint32_t block = p.split.r != 0 ? n / kNarrowN / 2 : n / kNarrowN;
+  const bool is_wanted = !routes.is_on() || (routes.ranks_of(m, Tile::kBlockM, r, 1).mask >> block & 1) != 0;
   if (p.split.units != 0) wait_for(depends_on_split(p.sync, p.split.units));
   if (is_wanted) tile.accumulate(product, Segment{}, m, n, r - n, {}, way, smem);
   const typename Tile::T* const no_bias = nullptr;
   if (p.split.r != 0) {
-    store_halves(tile, p.split.pairs, out, m, n, p.m, p.split.r, p.projections[0].scale);
+    store_halves(tile, p.split.pairs, out, routes, m, n, p.m, p.split.r, p.projections[0].scale);
   } else if (routes.is_on()) {
     keep_routed(tile, routes, m, n, p.m, p.projections[0].scale);
     store_tile(tile, out, m, n, p.m, r, NoScale{}, no_bias, false);
@@ -49,8 +51,8 @@ struct MiddleAwaited {
   }
 };
 
-// The ranks that a main tile of rows from m on reads. Found anew for each step of the tail: a mask kept through the
-// loop would cost it registers.
+// The ranks that a main tile of rows from m on reads, in `r` columns. Found anew for each step of the tail: a mask kept
+// through the loop would cost it registers.
 template <class Shape, class Params>
 struct RanksRead {
   const Params& p;
@@ -59,7 +61,9 @@ struct RanksRead {
 
   __device__ __forceinline__ Picks picks() const {
     const Routes routes(p.routes, p.m);
-    return routes.is_on() ? routes.ranks_of(m, Shape::kBlock, r) : everything(r);
+    if (!routes.is_on()) return everything(r);
+    const bool is_split = p.split.r != 0;
+    return routes.ranks_of(m, Shape::kBlock, is_split ? p.split.r : r, is_split ? 3 : 1);
   }
   __device__ __forceinline__ uint32_t operator()(uint32_t step) const {
     return p.routes != 0 ? picks().start(step, kBlockK) : step * kBlockK;

@@ -47,8 +47,10 @@ class Backward : Operation<LoraSm90Backward> {
       const LoraTensorMap& narrow = map(is_db ? LORA_SM90_BACKWARD_H_TOKENS : LORA_SM90_BACKWARD_DH_TOKENS);
       const bool product = has_product(unit, is_db);
       const uint32_t columns = gradient_width(is_db);
-      const Picks picks = reads_all(unit, is_db) ? everything(unit.tokens)
-                                                 : routes().rows_of_alone(unit.token, unit.tokens, unit.n, columns);
+      const Picks picks =
+          reads_all(unit, is_db)
+              ? everything(unit.tokens)
+              : routes().rows_of_alone(unit.token, unit.tokens, unit.n / per_rank(), columns / per_rank());
       const uint32_t first_rank = is_db ? p_.projections[unit.at].first_rank : 0;
       producer.gradient(wide, narrow, unit.m, first_rank + unit.n, product ? columns : kSumsN, product, unit.token,
                         picks, picks.steps(kBlockK, unit.tokens),
@@ -171,7 +173,7 @@ class Backward : Operation<LoraSm90Backward> {
     }
     const uint32_t row = m + consumer.slab() * kSlabM;
     if (is_split()) {
-      store_narrow_halves<Shape, kN>(acc, p_.split, p_.dh, row, n, p_.m, projection.scale);
+      store_narrow_halves<Shape, kN>(acc, p_.split, p_.dh, row, n, p_.m, projection.scale, routes());
     } else {
       store_narrow<Shape, kN>(
           acc, columns_from(p_.dh, projection.first_rank), row, n, p_.m, projection.r,
@@ -221,8 +223,9 @@ class Backward : Operation<LoraSm90Backward> {
     const uint32_t columns = gradient_width(is_db);
     const uint32_t slab = p_.chunks == 1 ? blockIdx.x * kSlabs + consumer.slab() : unit.slab + consumer.slab();
     float* const mine = partial(slab, unit.chunk);
-    const Picks picks =
-        reads_all(unit, is_db) ? everything(unit.tokens) : routes().rows_of(unit.token, unit.tokens, unit.n, columns);
+    const Picks picks = reads_all(unit, is_db)
+                            ? everything(unit.tokens)
+                            : routes().rows_of(unit.token, unit.tokens, unit.n / per_rank(), columns / per_rank());
     if (!product) {
       multiply<Narrow<kSumsN, 1, 1, false, true>>(consumer, unit, picks, mine, false);
     } else if (with_sums) {

@@ -97,17 +97,20 @@ __device__ __forceinline__ void store_narrow(const float (&acc)[kN / 2], const L
 template <class Shape, int kN>
 __device__ __forceinline__ void store_narrow_halves(const float (&acc)[kN / 2], const LoraSplit& split,
                                                     const LoraMatrix& triples, uint32_t m, uint32_t n, uint32_t rows,
-                                                    float scale) {
+                                                    float scale, const Routes& routes) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const uint32_t row = m + Consumer<Shape>::row_of(half);
     if (row >= rows) continue;
+    const Routes::Row route = routes.is_on() ? routes.row(row) : Routes::Row(0);
 #pragma unroll
     for (int j = 0; j < kN / 8; j += 2) {
       const int high = 4 * j + 2 * half, low = high + 4;
       store_halves<typename Shape::T>(split.pairs, triples, row, n + Consumer<Shape>::col_of(j), split.r,
                                       make_float2(acc[high], acc[high + 1]), make_float2(acc[low], acc[low + 1]),
-                                      scale);
+                                      [&](float value, uint32_t rank) {
+                                        return routes.is_on() ? route.keep(value * scale, rank) : value * scale;
+                                      });
     }
   }
 }

@@ -61,19 +61,23 @@ class Operation {
 
   __device__ __forceinline__ Routes routes() const { return Routes(p_.routes, p_.m); }
 
-  // Of `r` ranks those that main tiles of rows from m on read. All CTAs of a cluster take the same steps, so they read
-  // what any of them needs.
+  // Of `r` columns of ranks those that main tiles of rows from m on read. All CTAs of a cluster take the same steps, so
+  // they read what any of them needs.
   __device__ __forceinline__ Picks ranks_read(uint32_t m, uint32_t r) const {
     if (!routes().is_on()) return everything(r);
     const uint32_t rows = place_.size * kBlockM;
-    return routes().ranks_of(m / rows * rows, rows, r);
+    return routes().ranks_of(m / rows * rows, rows, is_split() ? p_.split.r : r, is_split() ? 3 : 1);
   }
 
-  // Whether any row of the cluster goes through the ranks of a narrow unit at (m, n), `width` of them.
+  // Columns that a rank has in narrow tiles.
+  __device__ __forceinline__ uint32_t per_rank() const { return is_split() ? 2 : 1; }
+
+  // Whether any row of the cluster goes through the ranks of a narrow unit at (m, n), of `width` columns.
   __device__ __forceinline__ bool goes_through(uint32_t m, uint32_t n, uint32_t width) const {
     if (!routes().is_on()) return true;
-    const uint64_t ranks = (1u << (width + LORA_ROUTE_RANKS - 1) / LORA_ROUTE_RANKS) - 1;
-    return (ranks_read(m, p_.r).mask >> n / LORA_ROUTE_RANKS & ranks) != 0;
+    const uint32_t block = per_rank() * LORA_ROUTE_RANKS;
+    const uint64_t blocks = (1u << (width + block - 1) / block) - 1;
+    return (ranks_read(m, p_.r).mask >> n / block & blocks) != 0;
   }
 
   // Main tile `index`: `columns` blocks side by side.
@@ -110,8 +114,8 @@ class Operation {
   __device__ __forceinline__ void split_unit(const Consumer<Shape>& consumer, uint32_t ticket) const {
     const uint32_t unit = ticket * place_.size + place_.rank;
     if (unit >= p_.split.units) return;
-    split_factors<typename Shape::T, kForward>(p_.split, p_.projections[0].n, p_.k, unit, threadIdx.x - kWarpgroup,
-                                               kSlabs * kWarpgroup);
+    split_factors<typename Shape::T, kForward>(p_.split, routes(), p_.projections[0].n, p_.k, unit,
+                                               threadIdx.x - kWarpgroup, kSlabs * kWarpgroup);
     publish(consumer, p_.sync, LORA_SYNC_SPLIT);
   }
 

@@ -45,9 +45,9 @@ fn variants(r: usize, at: &mut Addresses, m: usize) -> Result<Vec<raw::Variant>>
     Ok(all)
 }
 
-/// The types of A and B that go with a variant: the storage type, and f32.
-fn factors(r: usize, variant: &raw::Variant) -> Vec<bool> {
-    if r == 0 || variant.routes.is_some() { vec![false] } else { vec![false, true] }
+/// The types of A and B: the storage type, and f32.
+fn factors(r: usize) -> &'static [bool] {
+    if r == 0 { &[false] } else { &[false, true] }
 }
 
 /// The most that any of the plans needs. A family that the caller decided on may be able to do some of the calls only; the error is
@@ -84,7 +84,7 @@ pub(super) fn forward(dtype: Dtype, shape: LoraShape, device: &Device, options: 
     let variants = variants(r, &mut at, m)?;
     let mut plans = Vec::new();
     for variant in variants {
-        for f32_factors in factors(r, &variant) {
+        for &f32_factors in factors(r) {
             let op = raw::Forward { f32_factors, variant, ..op };
             plans.extend(possibilities(options).into_iter().map(|way| Plan::forward_with(&op, device, way)));
         }
@@ -128,7 +128,7 @@ pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device, options:
         let gained = raw::Variant { gain: Some(vector), ..raw::Variant::default() };
         let others = if wants(4) { &[][..] } else { &variants[..] };
         for &variant in others.iter().chain([&gained]) {
-            for f32_factors in factors(r, &variant) {
+            for &f32_factors in factors(r) {
                 let h = if f32_factors { Some(pairs) } else { op.h };
                 let op = raw::Backward { f32_factors, h, variant, ..op };
                 plans.extend(possibilities(options).into_iter().map(|way| Plan::backward_with(&op, device, way)));
@@ -207,14 +207,12 @@ mod tests {
                     raw::Forward { dtype: Dtype::F16, x, w, f32_factors, a, b, scale: 1.0, bias: None, h, y, variant };
                 let plan = Plan::forward(&op, &device).expect("a plan");
                 assert!(plan.workspace_bytes() <= forward_bound, "{}", plan.explain());
-                // f32 factors, which routes rule out, and h in their halves.
+                // f32 factors, and h in their halves.
                 let wide = |index: u64, rows, cols| raw::Matrix::new(index << 40, rows, cols);
                 let (wide_a, wide_b, pairs) = (wide(3, r, k), wide(4, n, r), at(5, m, split_columns(r)));
-                if variant.routes.is_none() {
-                    let op = raw::Forward { f32_factors: true, a: wide_a, b: wide_b, h: op.h.map(|_| pairs), ..op };
-                    let plan = Plan::forward(&op, &device).expect("a plan");
-                    assert!(plan.workspace_bytes() <= forward_bound, "{}", plan.explain());
-                }
+                let op = raw::Forward { f32_factors: true, a: wide_a, b: wide_b, h: op.h.map(|_| pairs), ..op };
+                let plan = Plan::forward(&op, &device).expect("a plan");
+                assert!(plan.workspace_bytes() <= forward_bound, "{}", plan.explain());
                 if case / 2 % 16 == 0 {
                     continue;
                 }
@@ -239,11 +237,9 @@ mod tests {
                 };
                 let plan = Plan::backward(&op, &device).expect("a plan");
                 assert!(plan.workspace_bytes() <= backward_bound, "{}", plan.explain());
-                if variant.routes.is_none() {
-                    let op = raw::Backward { f32_factors: true, a: wide_a, b: wide_b, h: Some(pairs), ..op };
-                    let plan = Plan::backward(&op, &device).expect("a plan");
-                    assert!(plan.workspace_bytes() <= backward_bound, "{}", plan.explain());
-                }
+                let split = raw::Backward { f32_factors: true, a: wide_a, b: wide_b, h: Some(pairs), ..op };
+                let plan = Plan::backward(&split, &device).expect("a plan");
+                assert!(plan.workspace_bytes() <= backward_bound, "{}", plan.explain());
                 // Vectors of f32 lie at multiples of their element.
                 let vector = |index: u64| raw::Matrix::new((index << 40) + case % 2 * 4, 1, n);
                 let gain = Some(vector(12));

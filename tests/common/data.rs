@@ -276,7 +276,7 @@ impl Fill<'_> {
 
     /// h of f32 factors as forward writes it: high and low halves.
     fn halves<T: Element>(&mut self, m: usize, r: usize) -> Host<T> {
-        let wide = self.input::<f32>(m, r, 1.0, 8);
+        let wide = self.middle::<f32>(m, r);
         let mut host = self.spec.place(m, split_columns(r), T::from_f32(f32::NAN));
         host.fill(|_, _| 0.0);
         for (row, rank) in (0..m * r).map(|at| (at / r, at % r)) {

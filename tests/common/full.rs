@@ -103,6 +103,15 @@ fn of_adapter(halves: Halves, middle: &Mat, factor: &Mat, relative: f64, absolut
     })
 }
 
+/// What routes multiply an element of h and dh by, and the most of all.
+fn gate(inputs: &Inputs, i: usize, j: usize) -> f64 {
+    inputs.gate.as_ref().map_or(1.0, |gate| gate.at(i, j))
+}
+
+fn most_of_gate(magnitudes: &Inputs) -> f64 {
+    magnitudes.gate.as_ref().map_or(1.0, |gate| gate.data.iter().fold(0.0f64, |most, &factor| most.max(factor)))
+}
+
 fn zeros(rows: usize, cols: usize) -> Mat {
     Mat::from_fn(rows, cols, |_, _| 0.0)
 }
@@ -154,7 +163,7 @@ impl<O: Element> Judge<'_, O> {
 
 /// What forward made of `before`, held to the oracle.
 pub fn judge_forward<T: Element>(before: &HostForward<T, f32>, after: &HostForward<T, f32>) -> Result<(), String> {
-    let HostForward { x, w, a, b, scale, bias, h, y, dropout, gain, .. } = before;
+    let HostForward { x, w, a, b, scale, bias, h, y, dropout, routes, gain } = before;
     let (m, n, k, r) = (x.rows, w.rows, w.cols, a.rows);
     let inputs = Inputs {
         x: x.to_mat(),
@@ -165,7 +174,7 @@ pub fn judge_forward<T: Element>(before: &HostForward<T, f32>, after: &HostForwa
         dy: zeros(m, n),
         scale: f64::from(*scale),
         keep: dropout.map(|dropout| dropout.keep(m, k)),
-        gate: None,
+        gate: routes.as_ref().map(|words| reference::gate(words, m, r)),
         gain: gain.as_ref().map(Host::to_mat),
     };
     let halves = Halves::of(T::DTYPE);
@@ -174,9 +183,11 @@ pub fn judge_forward<T: Element>(before: &HostForward<T, f32>, after: &HostForwa
     let (size_h, size_y) = reference::forward(&magnitudes);
     let most =
         magnitudes.keep.as_ref().map_or(1.0, |keep| keep.data.iter().fold(0.0f64, |most, &factor| most.max(factor)));
-    let (relative, absolute) = of_middle(halves, &magnitudes.x, magnitudes.scale * most, k);
+    let (relative, absolute) = of_middle(halves, &magnitudes.x, magnitudes.scale * most * most_of_gate(&magnitudes), k);
     if let (Some(before), Some(after)) = (h, &after.h) {
-        let bound = Mat::from_fn(m, r, |i, j| relative * size_h.at(i, j) + absolute[i]);
+        // What a row does not keep is zero, and nothing near it.
+        let bound = |i, j| if gate(&inputs, i, j) == 0.0 { 0.0 } else { relative * size_h.at(i, j) + absolute[i] };
+        let bound = Mat::from_fn(m, r, bound);
         let got = whole(after, r)?;
         for (at, (got, truth)) in got.data.iter().zip(&truth_h.data).enumerate() {
             let is_same = got == truth || (got.is_nan() && truth.is_nan()) || (got - truth).abs() <= bound.data[at];
@@ -200,7 +211,7 @@ pub fn judge_forward<T: Element>(before: &HostForward<T, f32>, after: &HostForwa
 
 /// The truth of backward, and the bounds of dx, da and db.
 fn backward_bounds<T: Element>(op: &HostBackward<T, f32>) -> Result<([Bound; 4], [Mat; 2]), String> {
-    let HostBackward { dy, w, a, b, scale, x, h, dropout, gain, .. } = op;
+    let HostBackward { dy, w, a, b, scale, x, h, dropout, routes, gain, .. } = op;
     let (m, n, k, r) = (dy.rows, w.rows, w.cols, a.rows);
     let inputs = Inputs {
         x: x.as_ref().map_or_else(|| zeros(m, k), Host::to_mat),
@@ -211,7 +222,7 @@ fn backward_bounds<T: Element>(op: &HostBackward<T, f32>) -> Result<([Bound; 4],
         dy: dy.to_mat(),
         scale: f64::from(*scale),
         keep: dropout.map(|dropout| dropout.keep(m, k)),
-        gate: None,
+        gate: routes.as_ref().map(|words| reference::gate(words, m, r)),
         gain: gain.as_ref().map(Host::to_mat),
     };
     let h = h.as_ref().map_or_else(|| Ok(zeros(m, r)), |h| whole(h, r))?;
@@ -225,9 +236,10 @@ fn backward_bounds<T: Element>(op: &HostBackward<T, f32>) -> Result<([Bound; 4],
     let dz = Mat::from_fn(m, n, gained);
     // With a gain dz is rounded to the storage type.
     let of_dz = if gain.is_some() { halves.roundoff } else { 0.0 };
-    let (relative, absolute) = of_middle(halves, &dz, magnitudes.scale * most, n);
+    let (relative, absolute) = of_middle(halves, &dz, magnitudes.scale * most * most_of_gate(&magnitudes), n);
     let relative = relative + of_dz;
-    let size_dh = dz.times(&magnitudes.b).map(|v| magnitudes.scale * v);
+    let product = dz.times(&magnitudes.b);
+    let size_dh = Mat::from_fn(m, r, |i, j| magnitudes.scale * gate(&magnitudes, i, j) * product.at(i, j));
     let adapter = of_adapter(halves, &size_dh, &magnitudes.a, relative, &absolute, most);
     let kept = Mat::from_fn(m, k, |i, j| adapter.at(i, j) * most);
     let sums = (2 * n + 3 * r.next_multiple_of(8) + 4) as f64 * E + of_dz;

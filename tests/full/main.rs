@@ -9,7 +9,7 @@ use common::data::{Placement, Spec};
 use common::golden::{self, Golden};
 use common::{Backend, Cpu, HostDropout, full, legal, raw as ops};
 use fused_lora::plan::{Device, Family, Options, Plan};
-use fused_lora::{Dtype, Element, Error, LoraShape, Routing, bf16, cpu, f16, raw, split_columns};
+use fused_lora::{Dtype, Element, Error, LoraShape, bf16, cpu, f16, raw, split_columns};
 use proptest::prelude::*;
 
 const RANKS: [usize; 9] = [1, 8, 13, 16, 17, 32, 40, 64, 100];
@@ -52,7 +52,7 @@ fn subsets() -> Vec<Spec> {
 
 #[test]
 fn on_the_cpu() {
-    for spec in table().iter().chain(&subsets()) {
+    for spec in table().iter().chain(&subsets()).chain(&common::data::routes_table()) {
         full::check::<f16>(&Cpu, spec);
         full::check::<bf16>(&Cpu, spec);
     }
@@ -281,11 +281,6 @@ fn what_is_refused() {
     let error = Error::Misaligned { arg: "a", address: misaligned.ptr, align: 4 };
     assert_eq!(raw::Forward { a: misaligned, ..forward }.check(), Err(error.clone()));
     assert_eq!(raw::Backward { a: misaligned, ..backward }.check(), Err(error));
-    let routes = Some(raw::Matrix::new(1 << 45, 1, Routing::words_for(9)));
-    let error = Error::Exclusive { arg: "routes", other: "factors in f32" };
-    let variant = raw::Variant { routes, ..raw::Variant::default() };
-    assert_eq!(raw::Forward { variant, ..forward }.check(), Err(error.clone()));
-    assert_eq!(raw::Backward { variant, h: None, db: None, ..backward }.check(), Err(error));
     let mut shared = raw::ForwardShared::from(&forward);
     let [one] = shared.projections[..] else { unreachable!("one projection") };
     let y = raw::Matrix { ptr: 1 << 44, ..one.y };
