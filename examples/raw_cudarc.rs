@@ -90,7 +90,7 @@ fn train(kernels: &Kernels) -> Result<()> {
             rounded_a: MatrixMut::new(&mut a, r, k),
             rounded_b: MatrixMut::new(&mut b, n, r),
         };
-        kernels.round::<bf16>(&stream, round)?;
+        kernels.round::<bf16, bf16>(&stream, round)?;
         let forward = Forward {
             x: Matrix::new(&x, m, k),
             w: Matrix::new(&w, n, k),

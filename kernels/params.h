@@ -69,6 +69,8 @@
 #define LORA_GAIN_THREADS 256
 /* LoraMergeParams::flags, LoraRoundParams::flags, LoraGainParams::flags: a and b are f32. */
 #define LORA_FACTORS_F32 1u
+/* LoraRoundParams::flags: rounded_a and rounded_b are f32. */
+#define LORA_ROUNDED_F32 2u
 
 /* A row-major matrix: address of element (0, 0), 0 when absent, and elements between row starts. */
 typedef struct LoraMatrix {
@@ -239,8 +241,8 @@ typedef struct LoraMergeParams {
   uint32_t flags;
 } LoraMergeParams;
 
-/* rounded_a = a, rounded_b = scale b, or scale b / divisor, in the storage type. A CTA does one tile, of a first, then
- * of b. */
+/* rounded_a = a, rounded_b = scale b, or scale b / divisor, in the storage type or in f32. A CTA does one tile, of a
+ * first, then of b. */
 typedef struct LoraRoundParams {
   LoraMatrix a;
   LoraMatrix b;

@@ -74,8 +74,9 @@ class Routes {
     return {mask & up_to(ranks), columns * LORA_ROUTE_RANKS};
   }
 
-  // Blocks of [row, row + count), from a multiple of LORA_ROUTE_ROWS on, with a row that keeps anything of the blocks of
-  // ranks that have some of [rank, rank + width); as many rows to a block as leave 64 blocks at most. By a whole warp.
+  // Blocks of [row, row + count), from a multiple of LORA_ROUTE_ROWS on, with a row that keeps anything of the blocks
+  // of ranks that have some of [rank, rank + width); as many rows to a block as leave 64 blocks at most. By a whole
+  // warp.
   __device__ __forceinline__ Picks rows_of(uint32_t row, uint32_t count, uint32_t rank, uint32_t width) const {
     const uint32_t blocks = (count + LORA_ROUTE_ROWS - 1) / LORA_ROUTE_ROWS;
     const uint32_t per_pick = (blocks + 63) / 64;

@@ -43,8 +43,8 @@ struct HalvesOfTwo {
 };
 
 // Stores two neighbours of h or dh in row `row`, of `r` ranks in all: halves of what `keep(value, rank)` makes of the
-// products with high halves, in column `col` and the next, and with low ones of the same ranks; as pairs and as triples,
-// each where there is a place for it.
+// products with high halves, in column `col` and the next, and with low ones of the same ranks; as pairs and as
+// triples, each where there is a place for it.
 template <typename T, class Keep>
 __device__ __forceinline__ void store_halves(const LoraMatrix& pairs, const LoraMatrix& triples, uint32_t row,
                                              uint32_t col, uint32_t r, float2 high, float2 low, const Keep& keep) {

@@ -46,8 +46,8 @@ pub type BackwardShared<'a, T, A = T> = crate::BackwardShared<'a, [T], [T], [f32
 pub type Variant<'a> = crate::Variant<'a, [u64], [f32]>;
 /// [`crate::Merge`] over slices; factors are `[T]` or `[f32]`.
 pub type Merge<'a, T> = crate::Merge<'a, [T], [T], [f32]>;
-/// [`crate::Round`] over slices; factors are `[T]` or `[f32]`.
-pub type Round<'a, T> = crate::Round<'a, [T], [T], [f32]>;
+/// [`crate::Round`] over slices; factors are `[T]` or `[f32]`, and so are outputs.
+pub type Round<'a, T, A = T> = crate::Round<'a, [T], [A], [f32]>;
 
 /// [`crate::Gain`] over slices; factors are `[T]` or `[f32]`.
 pub type Gain<'a, T> = crate::Gain<'a, [T], [f32], [f32]>;
@@ -298,7 +298,7 @@ fn fits_if_there<T>((arg, matrix): (&'static str, Option<Matrix<'_, [T]>>)) -> R
 }
 
 pub(crate) fn check_forward<T: Element, A: Element>(op: &ForwardShared<'_, T, A>) -> Result<LoraShape> {
-    check_factors::<T, A>()?;
+    check_factors::<T, A>("a")?;
     let ForwardShared { x, a, ref h, ref projections, ref dropout, routes } = *op;
     let h = h.as_ref().map(shared);
     let count = projections.len();
@@ -360,7 +360,7 @@ fn magnitude_fits<T: Element>(
 }
 
 pub(crate) fn check_backward<T: Element, A: Element>(op: &BackwardShared<'_, T, A>) -> Result<LoraShape> {
-    check_factors::<T, A>()?;
+    check_factors::<T, A>("a")?;
     let BackwardShared { a, x, h, ref dx, ref da, ref projections, accumulate, ref dropout, routes } = *op;
     let dx = dx.as_ref().map(shared);
     let count = projections.len();

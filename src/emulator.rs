@@ -321,11 +321,11 @@ impl Emulator {
         Ok(counters)
     }
 
-    /// rounded_a = A and rounded_b = scale · B, or that over a divisor, in the storage type.
+    /// rounded_a = A and rounded_b = scale · B, or that over a divisor, in the storage type or in f32.
     ///
     /// # Errors
     /// As [`cpu::round`], what [`Launch::round`] finds, and [`Error::Emulator`].
-    pub fn round<T: Element>(&self, op: cpu::Round<'_, T>) -> Result<Counters> {
+    pub fn round<T: Element, A: Element>(&self, op: cpu::Round<'_, T, A>) -> Result<Counters> {
         cpu::check_round(&op)?;
         let cpu::Round { factors, scale, divisor, mut rounded_a, mut rounded_b } = op;
         let mut memory = Memory::new();
@@ -333,6 +333,7 @@ impl Emulator {
         let uploaded = raw::Round {
             dtype: T::DTYPE,
             f32_factors,
+            f32_rounded: A::DTYPE == Dtype::F32,
             a,
             b,
             scale,

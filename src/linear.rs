@@ -67,7 +67,7 @@
 //!
 //! f32 factors over a 16-bit weight are rounded for the products, into copies that every change renews. An adapter that is
 //! [`at_full_precision`](Adapter::at_full_precision) has none: the products read its factors as they are, at more than 16 bits, as
-//! PEFT's do by default.
+//! PEFT's do by default. So they do of several adapters, and of a bank of many, of which one is at full precision.
 //!
 //! # Biases
 //!
@@ -105,7 +105,7 @@
 //!
 //! Among several active adapters their order matters, as it does in PEFT: each of DoRA multiplies the contributions of those before it, too,
 //! and its norm is that of W with itself alone. The one launch multiplies everything by all gains, so rows of B of an adapter behind
-//! one of DoRA are divided by the gains before it, in f32, and rounded to the storage type: a row whose gain is 0, or not finite,
+//! one of DoRA are divided by the gains before it, in f32, and, without full precision, rounded to the storage type: a row whose gain is 0, or not finite,
 //! has no such quotient, and what stands behind it becomes NaN there. An adapter with a bias on B cannot stand before one of DoRA.
 //!
 //! # Many adapters in one batch

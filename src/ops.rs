@@ -404,10 +404,10 @@ pub struct Merge<'a, D: ?Sized, O: ?Sized, F: ?Sized> {
 }
 
 /// rounded_a = A and rounded_b = scale · B in the storage type: the 16-bit copies of f32 factors, or a part of several adapters
-/// side by side.
+/// side by side. Or both in f32, for adapters side by side of which some are of f32.
 ///
 /// The product by the scale is rounded to f32 and then to the storage type, to nearest with ties to even; a scale of 1 leaves
-/// one rounding. With a divisor the product is divided before, and rounded to f32 once more: B of an adapter that adds to the
+/// one rounding, and in f32 none. With a divisor the product is divided before, and rounded to f32 once more: B of an adapter that adds to the
 /// result of DoRA takes no part in that gain, which multiplies the columns of everything.
 #[derive(Debug)]
 pub struct Round<'a, D: ?Sized, O: ?Sized, F: ?Sized> {

@@ -314,7 +314,7 @@ pub struct LoraRoundParams {
     pub k_blocks: u32,
     /// Tiles along the columns of B.
     pub r_blocks: u32,
-    /// `LORA_FACTORS_F32` or 0.
+    /// `LORA_FACTORS_F32`, `LORA_ROUNDED_F32`.
     pub flags: u32,
 }
 
@@ -412,6 +412,7 @@ constants! {
     LORA_GAIN_ROWS = 16;
     LORA_GAIN_THREADS = 256;
     LORA_FACTORS_F32 = 1;
+    LORA_ROUNDED_F32 = 2;
     LORA_ROUTE_ROWS = 64;
     LORA_ROUTE_RANKS = 64;
     LORA_SYNC_BYTES = 65536;

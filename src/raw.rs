@@ -175,10 +175,12 @@ pub struct Merge {
 /// Arguments of round; fields as in [`crate::Round`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Round {
-    /// Storage type of the outputs.
+    /// Storage type of the layer.
     pub dtype: Dtype,
     /// `true`: A and B are f32; `false`: the storage type.
     pub f32_factors: bool,
+    /// The same of both outputs.
+    pub f32_rounded: bool,
     /// R × K.
     pub a: Matrix,
     /// N × R.

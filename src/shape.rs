@@ -414,13 +414,13 @@ fn middle_columns(r: usize, is_split: bool, projections: usize) -> Result<usize>
     }
 }
 
-/// A and B are of the storage type, or of f32.
-pub(crate) fn check_factors<T: Element, A: Element>() -> Result<()> {
+/// A and B are of the storage type, or of f32; `arg` is A.
+pub(crate) fn check_factors<T: Element, A: Element>(arg: &'static str) -> Result<()> {
     if A::DTYPE == T::DTYPE || A::DTYPE == Dtype::F32 {
         return Ok(());
     }
     let expected = format!("{}, the storage type of the layer, or f32", T::DTYPE.name());
-    Err(Error::ArgumentDtype { arg: "a", got: A::DTYPE.name().to_owned(), expected })
+    Err(Error::ArgumentDtype { arg, got: A::DTYPE.name().to_owned(), expected })
 }
 
 /// Bytes of an element of A and B.

@@ -62,8 +62,12 @@ fn specs(image: &str) -> Vec<(Layers, u32)> {
     let split = Spec { placement: Placement::Aligned, n: 270, k: 280, r: 40, ..base };
     // Sums so short that what halves leave out of them is more than f32 does.
     let short = Spec { placement: Placement::Aligned, n: 24, k: 16, r: 5, ..base };
+    // Tiles of half a block of ranks, blocks that no row goes through, and some that few do.
+    let runs = Spec { placement: Placement::Aligned, routes: Some(Routes::Tiles(64)), r: 200, ..base };
+    let mixed = Spec { routes: Some(Routes::Mixed(3)), n: 40, k: 40, r: 150, ..base };
     // With few CTAs whoever is last to split computes h, and finds everything split when it first looks.
-    let split = [(Layers::Split(split), 4), (Layers::Split(split), 1), (Layers::Split(short), 3)];
+    let split =
+        [(split, 4), (split, 1), (short, 3), (runs, 4), (mixed, 3)].map(|(spec, sms)| (Layers::Split(spec), sms));
     alone.chain([(Layers::shared(shared, &others), 4)]).chain(split).collect()
 }
 

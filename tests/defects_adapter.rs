@@ -20,7 +20,7 @@ const IMAGE: &str = "portable_adapter";
 const SOURCE: &str = "portable/adapter.cu";
 
 /// What is wrong, and the edits that make it so.
-const DEFECTS: [(&str, Edit<'static>); 15] = [
+const DEFECTS: [(&str, Edit<'static>); 16] = [
     edit(
         "product and sum rounded at once",
         "__fadd_rn(sums[i][e], product)",
@@ -42,6 +42,11 @@ const DEFECTS: [(&str, Edit<'static>); 15] = [
     edit("the gain of the first row for all", "(p.gain)[row] : 1.0f", "(p.gain)[0] : 1.0f"),
     edit("the gain left out", "round_to<T>(__fmul_rn(gain, sum))", "round_to<T>(sum)"),
     edit("the gain times each part", "__fmul_rn(gain, sum)", "__fmaf_rn(gain, widen(w[e]), gain * p.scale * sums[e])"),
+    edit(
+        "f32 rounded on its way",
+        "reinterpret_cast<float*>(out.ptr)[to + i] = result",
+        "reinterpret_cast<float*>(out.ptr)[to + i] = widen(round_to<T>(result))",
+    ),
     edit("the divisor left out", "divisors != 0 ? __fdiv_rn(product, divisor) : product", "product"),
     edit("the divisor as a reciprocal", "__fdiv_rn(product, divisor)", "product * __frcp_rn(divisor)"),
 ];
@@ -58,7 +63,8 @@ fn round_all<T: Element>(emulator: &Emulator) {
         layers::matrix_of(&values, rows, cols)
     };
     let factors = [factor(9, 259), factor(17, 9)];
-    layers::rounds(emulator, &factors, 0.7, |value| T::from_f64(f64::from(value)));
+    layers::rounds::<_, T, T>(emulator, &factors, 0.7, |value| T::from_f64(f64::from(value)));
+    layers::rounds::<_, T, f32>(emulator, &factors, 0.7, |value| value);
 }
 
 fn all<T: Element>(emulator: &Emulator) {

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 
 use common::HostDropout;
 use common::altered::{self, Edit, Site};
-use common::data::{Placement, Spec};
+use common::data::{Placement, Routes, Spec};
 use common::emulated::Layers;
 use common::hopper_defects::{BACKWARD, BY_CHANCE, DEFECTS, Defect, FORWARD};
 use fused_lora::bf16;
@@ -70,6 +70,7 @@ fn cases(image: &str, tile: TileSize) -> Vec<Case> {
             sharing(4, spec(300, 72, 136, 24), &[(136, 0), (264, 104)]),
             split(4, spec(200, 136, 264, 5)),
             split(8, spec(300, 264, 72, 68)),
+            split(4, Spec { routes: Some(Routes::Tiles(128)), ..spec(390, 136, 72, 200) }),
         ];
     }
     let strided = Spec { accumulate: true, placement: Placement::Strided, ..spec(390, 72, 264, 16) };
@@ -95,6 +96,7 @@ fn cases(image: &str, tile: TileSize) -> Vec<Case> {
         chunks(2, sharing(4, spec(300, 72, 136, 24), &[(136, 0), (200, 136)])),
         chunks(3, split(4, spec(300, 136, 264, 13))),
         chunks(1, split(6, Spec { accumulate: true, ..gained(spec(200, 264, 72, 68)) })),
+        chunks(2, split(4, Spec { routes: Some(Routes::Tiles(128)), ..spec(390, 72, 136, 200) })),
         // Tiles of few tokens one after the other: the ring does not keep their sums of dm apart.
         few_tokens(16, true),
         few_tokens(24, true),

@@ -202,11 +202,10 @@ fn updates_are_read() {
     assert!(matches!(refused, Err(Error::State { .. })), "{refused:?}");
 }
 
-/// Merging reads f32 factors in any case; several adapters and banks read rounded copies; a group refuses.
+/// Merging reads f32 factors in any case; a group refuses them.
 #[test]
-fn elsewhere_factors_are_rounded_or_refused() {
-    let (mut layer, x) = both();
-    let x = Matrix::new(&x[..], 8, K);
+fn merged_all_the_same_and_refused_in_groups() {
+    let mut layer = both().0;
     let mut merged = |name: &str| {
         layer.activate(name).expect("an adapter");
         layer.merge().expect("a merge");
@@ -218,18 +217,95 @@ fn elsewhere_factors_are_rounded_or_refused() {
     let Some(Buffers::F32 { a, b, .. }) = layer.adapter("full").map(Adapter::buffers) else { panic!("f32 factors") };
     assert_eq!((a.len(), b.len()), (4 * K, N * 4));
 
-    let mut together = |names: [&str; 2]| {
-        layer.activate_all(&names).expect("two adapters");
-        layer.forward(x).expect("forward")
-    };
-    let first = together(["full", "rounded"]);
-    assert_eq!(first, together(["rounded", "full"]), "copies of the same numbers");
-    let bank = layer.bank(&["full", "rounded"]).expect("a bank");
-    let (a, half) = (bank.a(), 16 * K);
-    assert_eq!(a[..4 * K], a[half..half + 4 * K]);
-
     layer.activate("full").expect("an adapter");
     let plain = both().0;
     let refused = LoraProjections::new([plain, layer]).err().expect("a refusal").error.to_string();
     assert!(refused.contains("in layer 1") && refused.contains("`full` is at full precision"), "{refused}");
+}
+
+/// Factors of an adapter as a bank has them, A below each other and B side by side.
+type Copied = (Vec<f32>, Vec<f32>);
+
+/// A layer with adapters "full" (R = 5) and "rounded" (R = 3) in f32, "storage" (R = 9) in 16 bits, and "whole", which is all of them
+/// in this order as one at full precision, each B times the ratio of its scale to 2.
+fn several<B: Backend>(backend: &B) -> (LoraLinear<B, bf16>, Vec<bf16>, [Copied; 3]) {
+    let (ranks, scales) = ([5, 3, 9], [2.0, 0.5, -1.0]);
+    let forward = Spec { placement: Placement::Contiguous, ..Spec::new(8, N, K, 4) }.forward::<bf16>();
+    let mut layer = LoraLinear::upload(backend.clone(), &forward.w.data, None, N, K).expect("a layer");
+    let own = [0, 1, 2].map(|at: usize| {
+        let seed = at as u64 + 40;
+        let made = Spec { placement: Placement::Contiguous, seed, ..Spec::new(1, N, K, ranks[at]) };
+        let made = made.forward_of::<bf16, f32>();
+        let narrow = |values: Vec<f32>| match at {
+            2 => values.iter().map(|&value| bf16::from_f32(value).to_f32()).collect(),
+            _ => values,
+        };
+        (narrow(made.a.data), narrow(made.b.data))
+    });
+    for (at, name) in ["full", "rounded", "storage"].into_iter().enumerate() {
+        let ((a, b), scaling) = (&own[at], Scaling::Fixed(scales[at]));
+        let adapter = match at {
+            2 => Adapter::upload(backend, ranks[at], scaling, &layers::rounded(a), &layers::rounded(b)),
+            _ => Adapter::upload_f32(backend, ranks[at], scaling, a, b),
+        };
+        let adapter = adapter.expect("an adapter");
+        layer.add(name, if at == 0 { adapter.at_full_precision() } else { adapter }).expect("added");
+    }
+    let a: Vec<f32> = own.iter().flat_map(|(a, _)| a.clone()).collect();
+    let row = |n: usize| (0..3).flat_map(move |at| (0..ranks[at]).map(move |rank| (at, n * ranks[at] + rank)));
+    let b: Vec<f32> =
+        (0..N).flat_map(|n| row(n).map(|(at, index)| own[at].1[index] * (scales[at] / 2.0) as f32)).collect();
+    let whole = Adapter::upload_f32(backend, 17, Scaling::Fixed(2.0), &a, &b).expect("an adapter");
+    layer.add("whole", whole.at_full_precision()).expect("added");
+    (layer, forward.x.data, own)
+}
+
+/// Several adapters of which one is at full precision are what one adapter of all ranks at full precision is, bit by bit.
+fn several_are_as_one<B: Backend>(backend: &B) {
+    let (mut layer, x, _) = several(backend);
+    let x = backend.upload(&x).expect("an upload");
+    let mut y = |names: &[&str]| {
+        layer.activate_all(names).expect("adapters");
+        let y = layer.forward(Matrix::new(B::read(&x), 8, K)).expect("forward");
+        bits(&download(backend, &y, 8 * N))
+    };
+    assert_same(&y(&["full", "rounded", "storage"]), &y(&["whole"]), "three adapters");
+    assert_ne!(y(&["rounded", "storage"]), y(&["full", "rounded", "storage"]));
+}
+
+/// A bank of which one adapter is at full precision has f32 factors, and widens the others exactly.
+fn a_bank_is_in_f32<B: Backend>(backend: &B) {
+    let (layer, _, own) = several(backend);
+    let names = ["storage", "full", "rounded"];
+    let bank = layer.bank(&names).expect("a bank");
+    let rank = bank.rank();
+    let Buffers::F32 { a, b, .. } = bank.buffers() else { panic!("an adapter is at full precision") };
+    let (a, b) = (download(backend, a, rank * K), download(backend, b, N * rank));
+    for (slot, (own_a, own_b)) in bank.slots().iter().zip([&own[2], &own[0], &own[1]]) {
+        let (first, r) = (slot.first_rank, slot.ranks);
+        assert_eq!(a[first * K..][..r * K], own_a[..]);
+        for n in 0..N {
+            assert_eq!(b[n * rank + first..][..r], own_b[n * r..][..r]);
+        }
+    }
+    let narrow = layer.bank(&["storage", "rounded"]).expect("a bank");
+    assert!(matches!(narrow.buffers(), Buffers::Storage { .. }));
+}
+
+#[test]
+fn several_adapters_and_banks_on_the_cpu() {
+    several_are_as_one(&Cpu);
+    a_bank_is_in_f32(&Cpu);
+}
+
+#[cfg(all(feature = "emulator", feature = "cuda"))]
+#[test]
+fn several_adapters_and_banks_on_the_emulator() {
+    use fused_lora::emulator::Emulator;
+    use fused_lora::plan::Device;
+    for arch in [80, 90] {
+        let emulator = Emulator::new(Device::of_arch("emulated", arch, 3));
+        several_are_as_one(&emulator);
+        a_bank_is_in_f32(&emulator);
+    }
 }

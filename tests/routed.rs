@@ -6,7 +6,7 @@ use common::golden::{self, Golden};
 use common::layers::download;
 use fused_lora::cpu::Cpu;
 use fused_lora::linear::{
-    Adapter, Backend, Bank, BuffersMut, Gradients, Kept, LoraLinear, Pass, Rejected, Routes, Scaling, Training,
+    Adapter, Backend, Bank, Buffers, BuffersMut, Gradients, Kept, LoraLinear, Pass, Rejected, Routes, Scaling, Training,
 };
 use fused_lora::{Dropout, Element, Error, Matrix, MatrixMut, Routing, Seed, bf16, f16};
 
@@ -21,13 +21,32 @@ fn numbers<T: Element>(count: usize, seed: usize) -> Vec<T> {
     (0..count).map(|at| T::from_f64(((at * 37 + seed * 101 + at / 7 * 11) % 128) as f64 / 64.0 - 1.0)).collect()
 }
 
+/// How the adapters of the tests' layer are kept and read.
+#[derive(Clone, Copy, Debug)]
+enum Precision {
+    Storage,
+    /// At full precision, with numbers that 16 bits do not hold.
+    Full,
+}
+
 fn layer<B: Backend, T: Element>(backend: &B) -> LoraLinear<B, T> {
+    layer_of(backend, Precision::Storage)
+}
+
+fn layer_of<B: Backend, T: Element>(backend: &B, precision: Precision) -> LoraLinear<B, T> {
     let (w, bias) = (numbers::<T>(N * K, 1), numbers::<T>(N, 2));
     let mut layer = LoraLinear::upload(backend.clone(), &w, Some(&bias), N, K).expect("a layer");
     for (at, (name, r)) in NAMES.into_iter().zip(RANKS).enumerate() {
         let (a, b) = (numbers::<T>(r * K, 3 + at), numbers::<T>(N * r, 13 + at));
         let scaling = Scaling::Lora { alpha: r as f64 * [2.0, 0.5, -1.0, 0.25][at] };
-        layer.add(name, Adapter::upload(backend, r, scaling, &a, &b).expect("an adapter")).expect("added");
+        let thirds = |values: &[T]| values.iter().map(|value| value.to_f32() / 3.0).collect::<Vec<_>>();
+        let adapter = match precision {
+            Precision::Storage => Adapter::upload(backend, r, scaling, &a, &b),
+            Precision::Full => {
+                Adapter::upload_f32(backend, r, scaling, &thirds(&a), &thirds(&b)).map(Adapter::at_full_precision)
+            }
+        };
+        layer.add(name, adapter.expect("an adapter")).expect("added");
     }
     layer
 }
@@ -35,11 +54,12 @@ fn layer<B: Backend, T: Element>(backend: &B) -> LoraLinear<B, T> {
 /// Rows sorted into whole tiles have the bits of each adapter alone; `close` takes the place of equality elsewhere.
 fn each_row_as_alone<B: Backend, T: Element>(
     backend: &B,
-    m: usize,
+    precision: Precision,
     ids: &[Option<usize>],
     same: fn(&[T], &[T]) -> bool,
 ) {
-    let mut layer = layer::<B, T>(backend);
+    let m = ids.len();
+    let mut layer = layer_of::<B, T>(backend, precision);
     let x = backend.upload(&numbers::<T>(m * K, 23)).expect("an upload");
     let x = Matrix::new(B::read(&x), m, K);
     let bank = layer.bank(&NAMES).expect("a bank");
@@ -81,8 +101,9 @@ fn in_runs(m: usize) -> Vec<Option<usize>> {
 fn each_row_as_with_its_adapter_alone_on_the_cpu() {
     for m in [1, 5, 64, 131] {
         for ids in [mixed(m), in_runs(m), vec![None; m]] {
-            each_row_as_alone::<_, bf16>(&Cpu, m, &ids, close);
-            each_row_as_alone::<_, f32>(&Cpu, m, &ids, |got, expected| {
+            each_row_as_alone::<_, bf16>(&Cpu, Precision::Storage, &ids, close);
+            each_row_as_alone::<_, bf16>(&Cpu, Precision::Full, &ids, close);
+            each_row_as_alone::<_, f32>(&Cpu, Precision::Storage, &ids, |got, expected| {
                 got.iter().zip(expected).all(|(got, expected)| (got - expected).abs() <= 1e-5 * expected.abs().max(1.0))
             });
         }
@@ -96,6 +117,8 @@ fn a_batch_that_peft_recorded() {
     case.check_mixed::<_, bf16>(&Cpu, golden::BF16);
     case.check_mixed::<_, f16>(&Cpu, golden::F16);
     case.check_mixed::<_, bf16>(&Cpu, golden::BF16_AMP);
+    case.check_mixed::<_, bf16>(&Cpu, golden::full::BF16_A32);
+    case.check_mixed::<_, f16>(&Cpu, golden::full::F16_A32);
 }
 
 /// What a pass through a bank gives: y, dx, da and db of all adapters.
@@ -133,9 +156,14 @@ fn backward<B: Backend, T: Element>(
 }
 
 /// Gradients of every adapter are those of its own rows alone; a pass that keeps no h gives the same, bit by bit where `same_bits`.
-fn trains_each_adapter_on_its_rows<B: Backend, T: Element>(backend: &B, ids: &[Option<usize>], same_bits: bool) {
+fn trains_each_adapter_on_its_rows<B: Backend, T: Element>(
+    backend: &B,
+    precision: Precision,
+    ids: &[Option<usize>],
+    same_bits: bool,
+) {
     let m = ids.len();
-    let mut layer = layer::<B, T>(backend);
+    let mut layer = layer_of::<B, T>(backend, precision);
     let (x, dy) = (numbers::<T>(m * K, 23), numbers::<T>(m * N, 29));
     let bank = layer.bank(&NAMES).expect("a bank");
     let rank = bank.rank();
@@ -185,8 +213,9 @@ fn trains_each_adapter_on_its_rows<B: Backend, T: Element>(backend: &B, ids: &[O
 fn every_adapter_is_trained_on_its_rows_on_the_cpu() {
     for m in [1, 64, 131] {
         for ids in [mixed(m), in_runs(m)] {
-            trains_each_adapter_on_its_rows::<_, f32>(&Cpu, &ids, true);
-            trains_each_adapter_on_its_rows::<_, bf16>(&Cpu, &ids, true);
+            trains_each_adapter_on_its_rows::<_, f32>(&Cpu, Precision::Storage, &ids, true);
+            trains_each_adapter_on_its_rows::<_, bf16>(&Cpu, Precision::Storage, &ids, true);
+            trains_each_adapter_on_its_rows::<_, bf16>(&Cpu, Precision::Full, &ids, true);
         }
     }
 }
@@ -229,7 +258,11 @@ fn a_bank_is_refreshed_after_a_step() {
     let kept = pass.into_kept();
     layer.refresh_bank(&mut bank).expect("copies");
     let anew = layer.bank(&NAMES).expect("a bank");
-    assert_eq!((bank.a(), bank.b()), (anew.a(), anew.b()));
+    let elements = |bank: &Bank<Cpu, f32>| match bank.buffers() {
+        Buffers::Storage { a, b, .. } => (a.clone(), b.clone()),
+        Buffers::F32 { .. } => unreachable!("no adapter is at full precision"),
+    };
+    assert_eq!(elements(&bank), elements(&anew));
     let (after, _) = layer.forward_routed_train(x, &bank, &routes, training).expect("forward");
     assert_ne!(before, after);
     let state = |rejected: Rejected<Kept<Cpu, f32>>, operation| {
@@ -297,8 +330,10 @@ mod on_the_emulator {
     fn each_row_as_with_its_adapter_alone() {
         for arch in [80, 90] {
             let emulator = Emulator::new(Device::of_arch("emulated", arch, 3));
-            each_row_as_alone::<_, bf16>(&emulator, 131, &mixed(131), close);
-            each_row_as_alone::<_, f16>(&emulator, 131, &in_runs(131), close);
+            for precision in [Precision::Storage, Precision::Full] {
+                each_row_as_alone::<_, bf16>(&emulator, precision, &mixed(131), close);
+                each_row_as_alone::<_, f16>(&emulator, precision, &in_runs(131), close);
+            }
         }
     }
 
@@ -306,8 +341,10 @@ mod on_the_emulator {
     fn every_adapter_is_trained_on_its_rows() {
         for arch in [80, 90] {
             let emulator = Emulator::new(Device::of_arch("emulated", arch, 3));
-            trains_each_adapter_on_its_rows::<_, bf16>(&emulator, &mixed(70), false);
-            trains_each_adapter_on_its_rows::<_, bf16>(&emulator, &in_runs(131), false);
+            for precision in [Precision::Storage, Precision::Full] {
+                trains_each_adapter_on_its_rows::<_, bf16>(&emulator, precision, &mixed(70), false);
+                trains_each_adapter_on_its_rows::<_, bf16>(&emulator, precision, &in_runs(131), false);
+            }
         }
     }
 
@@ -319,6 +356,8 @@ mod on_the_emulator {
             case.check_mixed::<_, bf16>(&emulator, golden::BF16);
             case.check_mixed::<_, f16>(&emulator, golden::F16);
             case.check_mixed::<_, bf16>(&emulator, golden::BF16_AMP);
+            case.check_mixed::<_, bf16>(&emulator, golden::full::BF16_A32);
+            case.check_mixed::<_, f16>(&emulator, golden::full::F16_A32);
         }
     }
 }

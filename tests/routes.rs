@@ -44,6 +44,8 @@ fn many_tokens_and_many_adapters() {
             check::backward::<bf16>(&backend, &spec);
             full::check::<bf16>(&backend, &spec);
         }
+        // Ranks that only rows far down go through.
+        full::check::<bf16>(&backend, &Spec { r: 200, routes: Some(Routes::Sorted(3)), ..long });
     }
 }
 

@@ -232,7 +232,7 @@ fn soak(name: &str, free: impl Fn() -> usize, next: impl Fn(&mut Rng, &dyn Fn(&s
 /// Any type of layer, f32 `with_f32`; over 16 bits f32 factors, too.
 fn typed(rng: &mut Rng, backend: &impl Backend, spec: &Spec, with_f32: bool, begins: &dyn Fn(&str)) {
     let dtype = pick(rng, if with_f32 { 3 } else { 2 });
-    let may = dtype < 2 && spec.r != 0 && spec.routes.is_none() && spec.values == Values::Random;
+    let may = dtype < 2 && spec.r != 0 && spec.values == Values::Random;
     let f32_factors = may && pick(rng, 3) == 0;
     let over = if f32_factors { "f32 over " } else { "" };
     begins(&format!("{}, {over}{}, {spec:?}", backend.name(), ["f16", "bf16", "f32"][dtype]));

@@ -30,7 +30,7 @@ const COMPUTED: [(&str, usize); 13] = [
     ("lora_bias", 15),
     ("dora", 30),
     ("multi_active", 48),
-    ("mixed_batch", 24),
+    ("mixed_batch", 36),
 ];
 
 struct Output {
@@ -165,6 +165,8 @@ fn a_wrong_value_anywhere_is_noticed() {
         ("mixed_batch", "f64/y"),
         ("mixed_batch", "f64/b.dB"),
         ("mixed_batch", "bf16/a.dA"),
+        ("mixed_batch", "bf16_a32/b.dA"),
+        ("mixed_batch", "f16_a32/y"),
     ] {
         let spoiled = copy_of(case, "wrong-value");
         spoil(&spoiled.join("tensors.safetensors"), tensor);

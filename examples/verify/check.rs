@@ -66,9 +66,6 @@ fn run_on(case: &Case, runner: &impl Runner) -> Result<Report, Failure> {
     let (mut rows, mut left_out) = (Vec::new(), Vec::new());
     for name in case.modes.iter().filter(|name| !name.starts_with("f64")) {
         match MODES.iter().find(|mode| mode.name == name) {
-            Some(Mode { factors: Factors::Full, .. }) if case.routes.is_some() => {
-                left_out.push((name.clone(), "rows with adapters of their own are computed from rounded factors"));
-            }
             Some(mode) if runner.computes(mode.storage) => {
                 let run = match (mode.storage, mode.factors) {
                     (fused_lora::Dtype::F32, _) => run_mode::<f32, f32>,

@@ -96,31 +96,36 @@ constexpr uint32_t kRoundRows = LORA_ROUND_ROWS;
 constexpr uint32_t kRoundCols = LORA_ROUND_COLS;
 static_assert(LORA_ROUND_THREADS == 32 * kRoundRows, "a warp has a row of a tile");
 
-// One tile of `out` = scale · `matrix` / divisor, of a row each; address 0 for a divisor of 1.
+// One tile of `out` = scale · `matrix` / divisor, of a row each; address 0 for a divisor of 1. Flags say which of both
+// is f32.
 template <typename T>
-__device__ __forceinline__ void round_tile(const LoraMatrix& matrix, bool f32, const LoraMatrix& out, uint32_t rows,
-                                           uint32_t cols, float scale, uint64_t divisors, uint32_t unit,
+__device__ __forceinline__ void round_tile(const LoraMatrix& matrix, const LoraMatrix& out, uint32_t flags,
+                                           uint32_t rows, uint32_t cols, float scale, uint64_t divisors, uint32_t unit,
                                            uint32_t col_blocks) {
   const uint32_t row = unit / col_blocks * kRoundRows + threadIdx.x / 32;
   const uint32_t first = unit % col_blocks * kRoundCols;
   if (row >= rows) return;
-  T* const to = reinterpret_cast<T*>(out.ptr) + row * out.row_stride;
+  const int64_t to = row * out.row_stride + first;
   const float divisor = divisors != 0 ? reinterpret_cast<const float*>(divisors)[row] : 1.0f;
   const uint32_t end = min(cols - first, kRoundCols);
 #pragma unroll 4
   for (uint32_t i = threadIdx.x % 32; i < end; i += 32) {
-    const float product = __fmul_rn(scale, factor<T>(matrix, f32, row, first + i));
-    to[first + i] = round_to<T>(divisors != 0 ? __fdiv_rn(product, divisor) : product);
+    const float product = __fmul_rn(scale, factor<T>(matrix, (flags & LORA_FACTORS_F32) != 0, row, first + i));
+    const float result = divisors != 0 ? __fdiv_rn(product, divisor) : product;
+    if ((flags & LORA_ROUNDED_F32) != 0) {
+      reinterpret_cast<float*>(out.ptr)[to + i] = result;
+    } else {
+      reinterpret_cast<T*>(out.ptr)[to + i] = round_to<T>(result);
+    }
   }
 }
 
 template <typename T>
 __device__ __forceinline__ void round_factors(const LoraRoundParams& p) {
-  const bool f32 = (p.flags & LORA_FACTORS_F32) != 0;
   if (blockIdx.x < p.a_units) {
-    round_tile<T>(p.a, f32, p.rounded_a, p.r, p.k, 1.0f, 0, blockIdx.x, p.k_blocks);
+    round_tile<T>(p.a, p.rounded_a, p.flags, p.r, p.k, 1.0f, 0, blockIdx.x, p.k_blocks);
   } else {
-    round_tile<T>(p.b, f32, p.rounded_b, p.n, p.r, p.scale, p.divisor, blockIdx.x - p.a_units, p.r_blocks);
+    round_tile<T>(p.b, p.rounded_b, p.flags, p.n, p.r, p.scale, p.divisor, blockIdx.x - p.a_units, p.r_blocks);
   }
 }
 

@@ -47,10 +47,9 @@ class Backward : Operation<LoraSm90Backward> {
       const LoraTensorMap& narrow = map(is_db ? LORA_SM90_BACKWARD_H_TOKENS : LORA_SM90_BACKWARD_DH_TOKENS);
       const bool product = has_product(unit, is_db);
       const uint32_t columns = gradient_width(is_db);
-      const Picks picks =
-          reads_all(unit, is_db)
-              ? everything(unit.tokens)
-              : routes().rows_of_alone(unit.token, unit.tokens, unit.n / per_rank(), columns / per_rank());
+      const Picks picks = reads_all(unit, is_db) ? everything(unit.tokens)
+                                                 : routes().rows_of_alone(unit.token, unit.tokens, unit.n / per_rank(),
+                                                                          columns / per_rank());
       const uint32_t first_rank = is_db ? p_.projections[unit.at].first_rank : 0;
       producer.gradient(wide, narrow, unit.m, first_rank + unit.n, product ? columns : kSumsN, product, unit.token,
                         picks, picks.steps(kBlockK, unit.tokens),

@@ -106,11 +106,10 @@ __device__ __forceinline__ void store_narrow_halves(const float (&acc)[kN / 2], 
 #pragma unroll
     for (int j = 0; j < kN / 8; j += 2) {
       const int high = 4 * j + 2 * half, low = high + 4;
-      store_halves<typename Shape::T>(split.pairs, triples, row, n + Consumer<Shape>::col_of(j), split.r,
-                                      make_float2(acc[high], acc[high + 1]), make_float2(acc[low], acc[low + 1]),
-                                      [&](float value, uint32_t rank) {
-                                        return routes.is_on() ? route.keep(value * scale, rank) : value * scale;
-                                      });
+      store_halves<typename Shape::T>(
+          split.pairs, triples, row, n + Consumer<Shape>::col_of(j), split.r, make_float2(acc[high], acc[high + 1]),
+          make_float2(acc[low], acc[low + 1]),
+          [&](float value, uint32_t rank) { return routes.is_on() ? route.keep(value * scale, rank) : value * scale; });
     }
   }
 }

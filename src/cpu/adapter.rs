@@ -89,11 +89,12 @@ fn merge_with<T: Element, F: Element>(
     Ok(())
 }
 
-/// rounded_a = A and rounded_b = scale · B, or that over a divisor, in the storage type.
+/// rounded_a = A and rounded_b = scale · B, or that over a divisor, in the storage type or in f32.
 ///
 /// # Errors
-/// What [`raw::Round::check`](crate::raw::Round::check) finds, and [`Error::BufferTooShort`]. Nothing is written then.
-pub fn round<T: Element>(op: Round<'_, T>) -> Result<()> {
+/// What [`raw::Round::check`](crate::raw::Round::check) finds, [`Error::ArgumentDtype`] for outputs of a third type, and
+/// [`Error::BufferTooShort`]. Nothing is written then.
+pub fn round<T: Element, A: Element>(op: Round<'_, T, A>) -> Result<()> {
     check_round(&op)?;
     let Round { factors, scale, divisor, rounded_a, rounded_b } = op;
     let divisor = divisor.map(vector);
@@ -110,10 +111,10 @@ pub fn round<T: Element>(op: Round<'_, T>) -> Result<()> {
     Ok(())
 }
 
-fn round_with<T: Element, F: Element>(
+fn round_with<A: Element, F: Element>(
     from: Matrix<'_, [F]>,
     (scale, divisor): (f32, Option<&[f32]>),
-    to: MatrixMut<'_, [T]>,
+    to: MatrixMut<'_, [A]>,
 ) {
     if from.cols == 0 {
         return;
@@ -151,13 +152,15 @@ pub(crate) fn check_merge<T: Element>(op: &Merge<'_, T>) -> Result<LoraShape> {
     judge(shape, w.map_or(Ok(()), |w| fits("w", w)).and(lengths).and(gain).and(fits("merged", merged)))
 }
 
-pub(crate) fn check_round<T: Element>(op: &Round<'_, T>) -> Result<LoraShape> {
+pub(crate) fn check_round<T: Element, A: Element>(op: &Round<'_, T, A>) -> Result<LoraShape> {
+    crate::shape::check_factors::<T, A>("rounded_a")?;
     let Round { ref factors, scale, divisor, ref rounded_a, ref rounded_b } = *op;
     let ([a, b], f32_factors, lengths) = check_factors(factors);
     let (rounded_a, rounded_b) = (shared(rounded_a), shared(rounded_b));
     let shape = crate::raw::Round {
         dtype: T::DTYPE,
         f32_factors,
+        f32_rounded: A::DTYPE == Dtype::F32,
         a,
         b,
         scale,

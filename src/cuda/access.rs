@@ -41,7 +41,7 @@ impl<'s> Access<'s> {
         &mut self,
         op: &'s mut ForwardShared<'_, T, A>,
     ) -> Result<raw::ForwardShared> {
-        check_factors::<T, A>()?;
+        check_factors::<T, A>("a")?;
         let (x, a) = (self.read("x", op.x)?, self.read("a", op.a)?);
         let count = op.projections.len();
         let mut projections = Vec::with_capacity(count);
@@ -72,7 +72,7 @@ impl<'s> Access<'s> {
         &mut self,
         op: &'s mut BackwardShared<'_, T, A>,
     ) -> Result<raw::BackwardShared> {
-        check_factors::<T, A>()?;
+        check_factors::<T, A>("a")?;
         let count = op.projections.len();
         let mut projections = Vec::with_capacity(count);
         for (at, of) in op.projections.iter_mut().enumerate() {
@@ -117,11 +117,13 @@ impl<'s> Access<'s> {
         })
     }
 
-    pub(super) fn round<T: Element>(&mut self, op: &'s mut Round<'_, T>) -> Result<raw::Round> {
+    pub(super) fn round<T: Element, A: Element>(&mut self, op: &'s mut Round<'_, T, A>) -> Result<raw::Round> {
+        check_factors::<T, A>("rounded_a")?;
         let (a, b, f32_factors) = self.factors(&op.factors)?;
         Ok(raw::Round {
             dtype: T::DTYPE,
             f32_factors,
+            f32_rounded: A::DTYPE == Dtype::F32,
             a,
             b,
             scale: op.scale,

@@ -270,11 +270,11 @@ impl Kernels {
         self.run_alone(&launch, stream, &access)
     }
 
-    /// rounded_a = A and rounded_b = scale · B in the storage type: one launch on `stream`, without a workspace.
+    /// rounded_a = A and rounded_b = scale · B in the storage type or in f32: one launch on `stream`, without a workspace.
     ///
     /// # Errors
     /// What [`Launch::round`] finds; otherwise as [`forward`](Self::forward), less what concerns the workspace.
-    pub fn round<T: Element>(&self, stream: &Arc<CudaStream>, mut op: Round<'_, T>) -> Result<()> {
+    pub fn round<T: Element, A: Element>(&self, stream: &Arc<CudaStream>, mut op: Round<'_, T, A>) -> Result<()> {
         let mut access = Access::new(self.context(), stream)?;
         let op = access.round(&mut op)?;
         match access.judge(Launch::round(&op))? {

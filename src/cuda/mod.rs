@@ -147,8 +147,9 @@ pub type Variant<'a> = crate::Variant<'a, dyn DevicePtr<u64> + 'a, dyn DevicePtr
 pub type Gain<'a, T> = crate::Gain<'a, dyn DevicePtr<T> + 'a, dyn DevicePtr<f32> + 'a, dyn DevicePtrMut<f32> + 'a>;
 /// [`crate::Merge`] over device memory; factors are of `T` or of f32.
 pub type Merge<'a, T> = crate::Merge<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtr<f32> + 'a>;
-/// [`crate::Round`] over device memory; factors are of `T` or of f32.
-pub type Round<'a, T> = crate::Round<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<T> + 'a, dyn DevicePtr<f32> + 'a>;
+/// [`crate::Round`] over device memory; factors are of `T` or of f32, and so are outputs.
+pub type Round<'a, T, A = T> =
+    crate::Round<'a, dyn DevicePtr<T> + 'a, dyn DevicePtrMut<A> + 'a, dyn DevicePtr<f32> + 'a>;
 
 /// A [`Matrix`] over any buffer, ready for [`Matrix::with_row_stride`] and [`Matrix::with_offset`].
 ///

@@ -295,7 +295,10 @@ impl Backend for Queue {
         self.kernels.merge(&self.stream, op)
     }
 
-    fn round<T: Element>(&self, op: Round<'_, Self::Read<T>, Self::Write<T>, Self::Read<f32>>) -> Result<()> {
+    fn round<T: Element, A: Element>(
+        &self,
+        op: Round<'_, Self::Read<T>, Self::Write<A>, Self::Read<f32>>,
+    ) -> Result<()> {
         let Round { factors: pair, scale, divisor, rounded_a, rounded_b } = op;
         let (divisor, rounded_a, rounded_b) = (divisor.map(matrix), matrix_mut(rounded_a), matrix_mut(rounded_b));
         self.kernels.round(&self.stream, super::Round { factors: factors(pair), scale, divisor, rounded_a, rounded_b })

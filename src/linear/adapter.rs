@@ -197,9 +197,8 @@ impl<B: Backend, T: Element> Adapter<B, T> {
     /// exact they are). Forward and backward stay one launch each; h has [`split_columns`](crate::split_columns)(R) columns, and
     /// no copies in the storage type are held. An adapter in the storage type stays as it is, and so does one of a layer in f32.
     ///
-    /// It is for an adapter that takes part alone: where several do ([`activate_all`](super::LoraLinear::activate_all)) and in a
-    /// [`Bank`](super::Bank) its factors are rounded copies, and a group of layers
-    /// ([`LoraProjections`](super::LoraProjections)) refuses it.
+    /// Where several adapters take part ([`activate_all`](super::LoraLinear::activate_all)) and in a [`Bank`](super::Bank) one of them
+    /// is enough for the copies of all to be f32. A group of layers ([`LoraProjections`](super::LoraProjections)) refuses it.
     #[must_use]
     pub fn at_full_precision(self) -> Self {
         Self { at_full_precision: true, ..self }

@@ -114,11 +114,14 @@ pub trait Backend: Clone {
     /// # Errors
     /// What [`raw::Merge::check`](crate::raw::Merge::check) finds, and the backend's own. Nothing is written then.
     fn merge<T: Element>(&self, op: Merge<'_, Self::Read<T>, Self::Write<T>, Self::Read<f32>>) -> Result<()>;
-    /// [`Round`].
+    /// [`Round`], with outputs of `T` or f32.
     ///
     /// # Errors
     /// What [`raw::Round::check`](crate::raw::Round::check) finds, and the backend's own. Nothing is written then.
-    fn round<T: Element>(&self, op: Round<'_, Self::Read<T>, Self::Write<T>, Self::Read<f32>>) -> Result<()>;
+    fn round<T: Element, A: Element>(
+        &self,
+        op: Round<'_, Self::Read<T>, Self::Write<A>, Self::Read<f32>>,
+    ) -> Result<()>;
     /// [`Gain`].
     ///
     /// # Errors
@@ -198,7 +201,7 @@ impl Backend for Cpu {
     fn merge<T: Element>(&self, op: cpu::Merge<'_, T>) -> Result<()> {
         cpu::merge(op)
     }
-    fn round<T: Element>(&self, op: cpu::Round<'_, T>) -> Result<()> {
+    fn round<T: Element, A: Element>(&self, op: cpu::Round<'_, T, A>) -> Result<()> {
         cpu::round(op)
     }
     fn gain<T: Element>(&self, op: cpu::Gain<'_, T>) -> Result<()> {
@@ -222,7 +225,7 @@ impl Backend for crate::emulator::Emulator {
     fn merge<T: Element>(&self, op: cpu::Merge<'_, T>) -> Result<()> {
         self.merge(op).map(drop)
     }
-    fn round<T: Element>(&self, op: cpu::Round<'_, T>) -> Result<()> {
+    fn round<T: Element, A: Element>(&self, op: cpu::Round<'_, T, A>) -> Result<()> {
         self.round(op).map(drop)
     }
     fn gain<T: Element>(&self, op: cpu::Gain<'_, T>) -> Result<()> {

@@ -1,11 +1,11 @@
 //! Many adapters of a layer in one batch: each row of x goes through its own.
 
-use super::factor::Factor;
+use super::factor::{Copies, Put};
 use super::pass::Routed;
 use super::sharing::Sharing;
-use super::{Backend, LoraLinear, Operands, Pass, Training, elements, next_version};
+use super::{Backend, Buffers, LoraLinear, Operands, Pass, Training, next_version};
 use crate::error::{Error, Result};
-use crate::{Element, LoraShape, Matrix, MatrixMut, Round, Routing, Slot};
+use crate::{Element, LoraShape, Matrix, MatrixMut, Routing, Slot};
 
 /// Every adapter starts at a multiple of so many ranks: of what tensor cores sum at once, so that its sums are those of the adapter
 /// alone, and of what the Hopper kernels ask for.
@@ -17,8 +17,7 @@ pub struct Bank<B: Backend, T: Element> {
     copied: Vec<Copied>,
     slots: Vec<Slot>,
     rank: usize,
-    a: B::Buffer<T>,
-    b: B::Buffer<T>,
+    copies: Copies<B, T>,
     /// Another number whenever it is made anew.
     version: u64,
 }
@@ -61,14 +60,10 @@ impl<B: Backend, T: Element> Bank<B, T> {
         &self.slots
     }
 
-    /// The A of all adapters below each other, [`rank`](Self::rank) × K; rows between slots are zeros.
-    pub fn a(&self) -> &B::Buffer<T> {
-        &self.a
-    }
-
-    /// Their B side by side, N × [`rank`](Self::rank).
-    pub fn b(&self) -> &B::Buffer<T> {
-        &self.b
+    /// The A of all adapters below each other, [`rank`](Self::rank) × K, and their B side by side, N × [`rank`](Self::rank): in f32
+    /// where an adapter is at full precision, else in the storage type; between slots are zeros.
+    pub fn buffers(&self) -> &Buffers<B, T> {
+        self.copies.buffers()
     }
 
     /// Ranks of all adapters and of the gaps between them.
@@ -96,7 +91,8 @@ impl<B: Backend, T: Element> Bank<B, T> {
 
 impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// Copies adapters side by side, for [`forward_routed`](Self::forward_routed). Later changes of an adapter do not reach the copies.
-    /// f32 factors are rounded to the storage type.
+    /// Where one is at full precision ([`Adapter::at_full_precision`](super::Adapter::at_full_precision)) all are copied in f32, which
+    /// loses nothing, and rows of every adapter are computed as at full precision; else f32 factors are rounded to the storage type.
     ///
     /// # Errors
     /// [`Error::AdapterName`]; [`Error::State`] for an adapter with a bias on B, and for one with a magnitude (DoRA), which it names;
@@ -127,12 +123,10 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             chosen.push(named);
         }
         // What lies between the slots is multiplied by zeros, so it must be finite.
-        let zeros = |what, rows, cols| Ok::<_, Error>(vec![T::default(); elements(what, rows, cols)?]);
-        let a = self.backend.upload(&zeros("the number of elements of a", rank, self.k)?)?;
-        let b = self.backend.upload(&zeros("the number of elements of b", self.n, rank)?)?;
+        let copies = Copies::new(&self.backend, &chosen, (self.n, self.k, rank), true)?;
         // No state of an adapter has been copied yet.
         let copied = chosen.iter().map(|named| Copied { name: named.name.clone(), id: named.id, version: None });
-        let mut bank = Bank { copied: copied.collect(), slots, rank, a, b, version: next_version() };
+        let mut bank = Bank { copied: copied.collect(), slots, rank, copies, version: next_version() };
         self.refresh_bank(&mut bank)?;
         Ok(bank)
     }
@@ -152,15 +146,8 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
             copied.version = None;
             let (first, ranks) = (slot.first_rank, slot.ranks);
             if ranks != 0 {
-                self.backend.round(Round {
-                    factors: named.adapter.factors(self.n, self.k),
-                    scale: 1.0,
-                    divisor: None,
-                    rounded_a: MatrixMut::new(B::write(&mut bank.a), ranks, self.k).with_offset(first * self.k),
-                    rounded_b: MatrixMut::new(B::write(&mut bank.b), self.n, ranks)
-                        .with_offset(first)
-                        .with_row_stride(bank.rank),
-                })?;
+                let factors = named.adapter.factors(self.n, self.k);
+                bank.copies.put(&self.backend, first, ranks, Put { factors, scale: 1.0, divisor: None })?;
             }
             copied.version = Some(named.version);
         }
@@ -208,7 +195,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     }
 
     /// As [`forward_routed`](Self::forward_routed), keeping what [`backward`](Self::backward) needs, with dropout, or without keeping
-    /// h. Allocates h where it is kept, M × the bank's rank.
+    /// h. Allocates h where it is kept, M × the bank's rank, or its halves where the bank is in f32.
     ///
     /// ```
     /// # use fused_lora::{Matrix, MatrixMut, Routing, cpu::Cpu};
@@ -286,13 +273,11 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         }
         bank.check_slots(operation, &routes.slots)?;
         let plain = self.plain(None);
-        let w = plain.w;
-        let (a, b) = match bank.rank {
-            // They lie nowhere in particular.
-            0 => (Matrix { rows: 0, ..w }, Matrix { cols: 0, ..w }),
-            rank => (Matrix::new(B::read(&bank.a), rank, self.k), Matrix::new(B::read(&bank.b), self.n, rank)),
-        };
-        Ok(Operands { a: Factor::Storage(a), b: Factor::Storage(b), ..plain })
+        if bank.rank == 0 {
+            return Ok(plain);
+        }
+        let (a, b) = bank.copies.read();
+        Ok(Operands { a, b, ..plain })
     }
 
     /// Every adapter of the bank must be the layer's, as it was when it was copied.

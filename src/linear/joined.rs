@@ -2,21 +2,18 @@
 
 use super::bias::Folded;
 use super::dora::gain_into;
-use super::factor::Factor;
+use super::factor::{Copies, Put};
 use super::set::{Named, stale};
-use super::{Adapter, Backend, Base, LoraLinear, Operands, elements, next_version};
+use super::{Adapter, Backend, Base, LoraLinear, Operands, next_version};
 use crate::error::{Error, Result};
-use crate::{Element, Matrix, MatrixMut, Round};
+use crate::{Element, Matrix};
 
 /// Several adapters side by side.
 pub(super) struct Joined<B: Backend, T: Element> {
     pub(super) ids: Vec<u64>,
     pub(super) rank: usize,
     scale: f32,
-    /// Σ R × K.
-    a: B::Buffer<T>,
-    /// N × Σ R.
-    b: B::Buffer<T>,
+    copies: Copies<B, T>,
     /// The bias of the layer with those of the adapters, where they have some.
     folded: Option<Folded<B, T>>,
     /// For each adapter of DoRA the product of its gain and those before it; the last multiplies everything.
@@ -38,8 +35,7 @@ impl<B: Backend, T: Element> Joined<B, T> {
             ids: chosen.iter().map(|named| named.id).collect(),
             rank,
             scale,
-            a: layer.backend.alloc(elements("the number of elements of a", rank, layer.k)?)?,
-            b: layer.backend.alloc(elements("the number of elements of b", layer.n, rank)?)?,
+            copies: Copies::new(&layer.backend, chosen, (layer.n, layer.k, rank), false)?,
             folded: Folded::new(layer, chosen.iter().map(|named| &named.adapter))?,
             gains: of_dora.map(|_| layer.backend.alloc(layer.n)).collect::<Result<_>>()?,
             is_stale: true,
@@ -76,15 +72,9 @@ impl<B: Backend, T: Element> Joined<B, T> {
             if r != 0 {
                 let own = f64::from(named.adapter.scale());
                 let ratio = if self.scale == 0.0 { 1.0 } else { own / f64::from(self.scale) };
-                backend.round(Round {
-                    factors: named.adapter.factors(n, k),
-                    scale: ratio as f32,
-                    divisor: earlier.map(row),
-                    rounded_a: MatrixMut::new(B::write(&mut self.a), r, k).with_offset(first * k),
-                    rounded_b: MatrixMut::new(B::write(&mut self.b), n, r)
-                        .with_offset(first)
-                        .with_row_stride(self.rank),
-                })?;
+                let factors = named.adapter.factors(n, k);
+                let from = Put { factors, scale: ratio as f32, divisor: earlier.map(row) };
+                self.copies.put(backend, first, r, from)?;
             }
             first += r;
             if named.adapter.has_magnitude()
@@ -114,8 +104,7 @@ impl<B: Backend, T: Element> Joined<B, T> {
         if self.rank == 0 {
             return Ok(plain);
         }
-        let a = Factor::Storage(Matrix::new(B::read(&self.a), self.rank, layer.k));
-        let b = Factor::Storage(Matrix::new(B::read(&self.b), layer.n, self.rank));
+        let (a, b) = self.copies.read();
         Ok(Operands { a, b, scale: self.scale, version: Some(self.version), ..plain })
     }
 }

@@ -108,7 +108,7 @@ impl<B: Backend, T: Element> Named<B, T> {
         let r = self.adapter.rank();
         self.is_stale = self.is_copied();
         if let Some((a, b)) = &mut self.rounded {
-            backend.round(Round {
+            backend.round::<T, T>(Round {
                 factors: self.adapter.factors(n, k),
                 scale: 1.0,
                 divisor: None,

@@ -334,7 +334,7 @@ impl<B: Backend, T: Element> Stack<B, T> {
                 && r != 0
                 && (moved || before[at].0 != version)
             {
-                backend.round(Round {
+                backend.round::<T, T>(Round {
                     factors: crate::Factors::Storage { a, b: Matrix { rows: 1, ..b } },
                     scale: 1.0,
                     divisor: None,

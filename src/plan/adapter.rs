@@ -113,7 +113,7 @@ impl Launch {
             a_units: a_units as u32,
             k_blocks: k_blocks as u32,
             r_blocks: r_blocks as u32,
-            flags: flags(op.f32_factors),
+            flags: flags(op.f32_factors) | if op.f32_rounded { LORA_ROUNDED_F32 } else { 0 },
         };
         let kernel = if op.dtype == Dtype::Bf16 { "lora_round_bf16" } else { "lora_round_f16" };
         launch(kernel, tiles, LORA_ROUND_THREADS, Params::Round(params)).map(Some)
@@ -134,7 +134,8 @@ mod tests {
         let at = |index: u64, rows, cols| raw::Matrix::new(index << 40, rows, cols);
         let (a, b) = (at(1, r, k), at(2, n, r));
         let (rounded_a, rounded_b) = (at(3, r, k), at(4, n, r));
-        raw::Round { dtype, f32_factors: true, a, b, scale: 1.0, divisor: None, rounded_a, rounded_b }
+        let f32_rounded = false;
+        raw::Round { dtype, f32_factors: true, f32_rounded, a, b, scale: 1.0, divisor: None, rounded_a, rounded_b }
     }
 
     #[test]

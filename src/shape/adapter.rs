@@ -36,13 +36,13 @@ impl Round {
     pub fn check(&self) -> Result<LoraShape> {
         let shape = LoraShape { m: 1, n: self.b.rows, k: self.a.cols, r: self.a.rows };
         let LoraShape { n, k, r, .. } = shape;
-        let (storage, factor) = (self.dtype.size(), factor_bytes(self.dtype, self.f32_factors));
+        let [factor, rounded] = [self.f32_factors, self.f32_rounded].map(|f32| factor_bytes(self.dtype, f32));
         let mut inputs = vec![sized("a", self.a, factor, r, k)?, sized("b", self.b, factor, n, r)?];
         if let Some(divisor) = self.divisor {
             inputs.push(sized("divisor", divisor, 4, 1, n)?);
         }
         let outputs =
-            [sized("rounded_a", self.rounded_a, storage, r, k)?, sized("rounded_b", self.rounded_b, storage, n, r)?];
+            [sized("rounded_a", self.rounded_a, rounded, r, k)?, sized("rounded_b", self.rounded_b, rounded, n, r)?];
         check_operands(shape, &[("scale", self.scale)], &inputs, &outputs).map(|(shape, _)| shape)
     }
 }

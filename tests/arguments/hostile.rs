@@ -130,7 +130,7 @@ fn no_operation_panics() {
         let factors = Factors::F32 { a: matrix(&wide, a), b: matrix(&wide, b) };
         let (rounded_a, rounded_b) = (matrix_mut(&mut out_a, da), matrix_mut(&mut out_b, db));
         judge(
-            cpu::round(cpu::Round { factors, scale: 0.5, divisor: None, rounded_a, rounded_b }),
+            cpu::round::<bf16, _>(cpu::Round { factors, scale: 0.5, divisor: None, rounded_a, rounded_b }),
             &[(&out_a, da), (&out_b, db)],
         )?;
         Ok(())
@@ -201,8 +201,17 @@ fn no_plan_panics() {
         };
         prop_assert_eq!(Launch::merge(&merge).is_ok(), merge.check().is_ok());
         let (rounded_a, rounded_b) = (address(13, da), address(14, db));
-        let round =
-            raw::Round { dtype, f32_factors: true, a: ra, b: rb, scale: 0.5, divisor: None, rounded_a, rounded_b };
+        let round = raw::Round {
+            dtype,
+            f32_factors: true,
+            f32_rounded: false,
+            a: ra,
+            b: rb,
+            scale: 0.5,
+            divisor: None,
+            rounded_a,
+            rounded_b,
+        };
         prop_assert_eq!(Launch::round(&round).is_ok(), round.check().is_ok());
         Ok(())
     });

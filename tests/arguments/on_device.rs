@@ -81,7 +81,7 @@ pub fn run<T: Element>(gpu: &Gpu, call: &mut OnBuffers<T>, elsewhere: Option<(&s
             let divisor = op.divisor.as_ref().map(|divisor| Device::<Queue, f32>::new(of("divisor"), divisor));
             let divisor = divisor.as_ref().map(Device::view);
             let (factors, scale) = (factors(&a, &b), op.scale);
-            let result = queue.round::<T>(Round { factors, scale, divisor, rounded_a, rounded_b });
+            let result = queue.round::<T, T>(Round { factors, scale, divisor, rounded_a, rounded_b });
             (op.rounded_a, op.rounded_b) = (to_a.download(of("rounded_a")), to_b.download(of("rounded_b")));
             result
         }

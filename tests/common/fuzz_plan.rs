@@ -111,8 +111,10 @@ fn factors(
         }
         Err(error) => refused(&error, op.check().err(), dtype, false, outcome),
     }
-    let [rounded_a, rounded_b] = [place.matrix(u, r, k, dtype.size())?, place.matrix(u, n, r, dtype.size())?];
-    let op = raw::Round { dtype, f32_factors, a, b, scale, divisor: gain, rounded_a, rounded_b };
+    let f32_rounded = u.arbitrary()?;
+    let bytes = if f32_rounded { 4 } else { dtype.size() };
+    let [rounded_a, rounded_b] = [place.matrix(u, r, k, bytes)?, place.matrix(u, n, r, bytes)?];
+    let op = raw::Round { dtype, f32_factors, f32_rounded, a, b, scale, divisor: gain, rounded_a, rounded_b };
     match Launch::round(&op) {
         Ok(launch) => {
             outcome.adapter += 1;

@@ -48,7 +48,7 @@ fn values(view: &TensorView<'_>) -> Vec<f64> {
 }
 
 /// How a mode stores the layer.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 pub struct Mode {
     pub name: &'static str,
     /// The mode that holds its truth.
@@ -134,6 +134,9 @@ impl Golden {
                 Adapter::upload(backend, r, scaling, &a.round::<T>(), &b.round::<T>())
             };
             let mut adapter = adapter.expect("an adapter");
+            if mode == full::BF16_A32 || mode == full::F16_A32 {
+                adapter = adapter.at_full_precision();
+            }
             if let Some(b_bias) = self.b_bias(name, mode) {
                 adapter = adapter.with_b_bias(backend, &b_bias.round::<f32>()).expect("a bias");
             }

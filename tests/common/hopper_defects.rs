@@ -38,6 +38,7 @@ const GAIN: &str = "sm90/gain.cuh";
 const EPILOGUE: &str = "sm90/epilogue.cuh";
 const ROLES: &str = "sm90/roles.cuh";
 const PROJECTIONS: &str = "projections.cuh";
+const ROUTES: &str = "routes.cuh";
 const FORWARD_CU: &str = "sm90/forward.cu";
 const BACKWARD_CU: &str = "sm90/backward.cu";
 
@@ -378,11 +379,22 @@ pub const DEFECTS: &[Defect] = defects! {
     BACKWARD Sm90N128 "split: units past the last":
         (ROLES "    if (unit >= p_.split.units) return;\n" => "");
     FORWARD Sm90N128 "split: one slab of threads for both":
-        (ROLES "unit, threadIdx.x - kWarpgroup," => "unit, threadIdx.x % kWarpgroup,");
+        (ROLES "threadIdx.x - kWarpgroup, kSlabs * kWarpgroup);" => "threadIdx.x % kWarpgroup, kSlabs * kWarpgroup);");
     FORWARD Sm90N128 "split: high halves of h taken for low ones":
         (EPILOGUE "low = high + 4;" => "low = high;");
     FORWARD Sm90N128 "split: h of rows past the end":
-        (EPILOGUE "if (row >= rows) continue;\n#pragma unroll\n    for (int j = 0; j < kN / 8; j += 2)" => "\n#pragma unroll\n    for (int j = 0; j < kN / 8; j += 2)");
+        (EPILOGUE "if (row >= rows) continue;\n    const Routes::Row route = routes.is_on() ? routes.row(row) : Routes::Row(0);\n#pragma unroll\n    for (int j = 0; j < kN / 8; j += 2)"
+            => "const Routes::Row route = routes.is_on() ? routes.row(row) : Routes::Row(0);\n#pragma unroll\n    for (int j = 0; j < kN / 8; j += 2)");
+    FORWARD Sm90N128 "split: halves of ranks of other adapters kept":
+        (EPILOGUE "return routes.is_on() ? route.keep(value * scale, rank) : value * scale;" => "return value * scale;");
+    FORWARD Sm90N128 "split: blocks of triples as of ranks":
+        (ROLES "is_split() ? 3 : 1" => "1");
+    BACKWARD Sm90N128 "split: blocks of pairs as of ranks":
+        (ROLES "return is_split() ? 2 : 1;" => "return 1;");
+    BACKWARD Sm90N128 "split: of a cluster's rows those of one CTA":
+        (ROLES "const uint32_t rows = place_.size * kBlockM;" => "const uint32_t rows = kBlockM;");
+    FORWARD Sm90N128 "split: ranks that all rows go through alone":
+        (ROUTES "__any_sync(" => "__all_sync(");
     BACKWARD Sm90N128 "split: gradients of high halves alone":
         (BACKWARD_CU "value = whole<T>(value, sum[j + 4 - j / 4 % 2 * 4]);" => "");
     BACKWARD Sm90N128 "split: gradients where pairs are":

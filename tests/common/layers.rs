@@ -282,27 +282,33 @@ pub fn rounds_every_neighbour<B: Backend, T: Element>(backend: &B, from_bits: fn
     values.resize(r * k * 2, 1.0);
     let (a, b) = values.split_at(r * k);
     let factors = [matrix_of(a, r, k), matrix_of(b, k, r)];
-    rounds(backend, &factors, 1.0, |value| T::from_f64(f64::from(value)));
+    rounds::<_, T, T>(backend, &factors, 1.0, |value| T::from_f64(f64::from(value)));
+    rounds::<_, T, f32>(backend, &factors, 1.0, |value| value);
 }
 
 pub fn matrix_of(values: &[f32], rows: usize, cols: usize) -> Host<f32> {
     Host { rows, cols, offset: 0, row_stride: cols, data: values.to_vec() }
 }
 
-/// Round of f32 factors, into contiguous matrices and into windows of others.
-pub fn rounds<B: Backend, T: Element>(backend: &B, factors: &[Host<f32>; 2], scale: f32, expected: impl Fn(f32) -> T) {
+/// Round of f32 factors to `A`, into contiguous matrices and into windows of others.
+pub fn rounds<B: Backend, T: Element, A: Element>(
+    backend: &B,
+    factors: &[Host<f32>; 2],
+    scale: f32,
+    expected: impl Fn(f32) -> A,
+) {
     let sources = factors.clone().map(|host| Device::<B, f32>::new(backend, &host));
     for (offset, gap) in [(0, 0), (3, 5)] {
         let target = |from: &Host<f32>| {
             let row_stride = from.cols + gap;
-            let data = vec![T::from_f32(7.5); offset + from.rows * row_stride + gap];
+            let data = vec![A::from_f32(7.5); offset + from.rows * row_stride + gap];
             Host { rows: from.rows, cols: from.cols, offset, row_stride, data }
         };
         let before = [target(&factors[0]), target(&factors[1])];
         let [mut a, mut b] = [&before[0], &before[1]].map(|host| Device::new(backend, host));
         let from = Factors::F32 { a: sources[0].view(), b: sources[1].view() };
         let round = Round { factors: from, scale, divisor: None, rounded_a: a.view_mut(), rounded_b: b.view_mut() };
-        backend.round::<T>(round).expect("a rounding");
+        backend.round::<T, A>(round).expect("a rounding");
         for ((from, before), (to, scale)) in
             factors.iter().zip(&before).zip([(a.download(backend), 1.0), (b.download(backend), scale)])
         {

@@ -32,7 +32,7 @@ const PROJECTIONS: &str = "projections.cuh";
 const SPLIT: &str = "split.cuh";
 const MIDDLE: &str = "portable/middle.cuh";
 
-pub const DEFECTS: [Defect; 55] = [
+pub const DEFECTS: [Defect; 62] = [
     defect(
         "no barrier per step",
         FORWARD,
@@ -253,6 +253,37 @@ pub const DEFECTS: [Defect; 55] = [
         "value = whole<T>(value, tile.acc[0][j + 1 - j % 2][2 * half + e]);",
         "",
     ),
+    defect(
+        "split: halves of ranks of other adapters kept",
+        FORWARD,
+        EPILOGUE,
+        "return routes.is_on() ? route.keep(value * scale, rank) : value * scale;",
+        "return value * scale;",
+    ),
+    defect("split: blocks of pairs as of ranks", FORWARD, MIDDLE, "? n / kNarrowN / 2 :", "? n / kNarrowN :"),
+    defect("split: blocks of triples as of ranks", BACKWARD, MIDDLE, "is_split ? 3 : 1", "1"),
+    defect(
+        "split: rows of a tile's pairs as of ranks",
+        BACKWARD,
+        "portable/backward.cu",
+        "? 2 : 1;  // columns",
+        "? 1 : 1;",
+    ),
+    defect(
+        "split: no rows of a tile within a block of ranks",
+        BACKWARD,
+        "routes.cuh",
+        "~((1ull << rank / LORA_ROUTE_RANKS) - 1)",
+        "~up_to(rank)",
+    ),
+    defect(
+        "split: ranks of the wrong block of routes",
+        FORWARD,
+        "routes.cuh",
+        "mask >> rank / LORA_ROUTE_RANKS & 1",
+        "mask >> rank / LORA_ROUTE_RANKS & 2",
+    ),
+    defect("split: ranks that all rows go through alone", BACKWARD, "routes.cuh", "__any_sync(", "__all_sync("),
 ];
 
 const SPLIT_AWAITED: &str = "if (p.split.units != 0) wait_for(depends_on_split(p.sync, p.split.units));";

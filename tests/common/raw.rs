@@ -161,6 +161,7 @@ pub fn round(dtype: Dtype, LoraShape { n, k, r, .. }: LoraShape, f32_factors: bo
     raw::Round {
         dtype,
         f32_factors,
+        f32_rounded: false,
         a: at.matrix(r, k, factor),
         b: at.matrix(n, r, factor),
         scale: 2.0,

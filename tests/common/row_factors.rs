@@ -40,7 +40,7 @@ pub fn rows_times_and_over<B: Backend, T: Element>(backend: &B, spec: &Spec) {
         .map(|host| Device::<B, T>::new(backend, &Host { data: vec![T::default(); host.data.len()], ..host.clone() }));
     let divisor = Some(by_row.view());
     let (rounded_a, rounded_b) = (to_a.view_mut(), to_b.view_mut());
-    backend.round::<T>(Round { factors: factors(), scale, divisor, rounded_a, rounded_b }).expect("a rounding");
+    backend.round::<T, T>(Round { factors: factors(), scale, divisor, rounded_a, rounded_b }).expect("a rounding");
     let expected: Vec<T> =
         (0..n * r).map(|at| narrow(scale * wide(&b, at / r, at % r) / wide(&gain, 0, at / r))).collect();
     assert_same(&bits(&compact(&to_b.download(backend)).data), &bits(&expected), "B over a divisor");

@@ -68,7 +68,7 @@ impl Backend for Failing {
     fn merge<T: Element>(&self, op: cpu::Merge<'_, T>) -> Result<()> {
         Cpu.merge(op)
     }
-    fn round<T: Element>(&self, op: cpu::Round<'_, T>) -> Result<()> {
+    fn round<T: Element, A: Element>(&self, op: cpu::Round<'_, T, A>) -> Result<()> {
         let left = self.rounds.get().checked_sub(1).ok_or(Error::OutOfMemory { bytes: 1 })?;
         self.rounds.set(left);
         Cpu.round(op)
