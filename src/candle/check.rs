@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::op::{Dropout, Projection};
+use super::routes::Routes;
 use crate::MAX_DIMENSION;
 use crate::error::{Error, Result};
 use crate::raw::{Projections, named};
@@ -37,6 +38,26 @@ pub(super) fn projections(x: &Tensor, projections: &[Projection<'_>], dropout: O
         }
     }
     Ok(())
+}
+
+/// Of as many rows as x, and of ranks that A has; not beside a magnitude.
+pub(super) fn routes(x: &Tensor, projections: &[Projection<'_>], routes: &Routes) -> Result<()> {
+    const ARG: &str = "routes";
+    if projections.iter().any(|of| of.magnitude.is_some()) {
+        return Err(Error::Exclusive { arg: "magnitude", other: ARG });
+    }
+    rows(x, routes)?;
+    let limit = projections.iter().map(|of| of.a.dims()[0]).sum::<usize>() as u64;
+    match routes.ranks() as u64 {
+        got if got > limit => Err(Error::TooLarge { what: "the ranks of `routes`", got, limit }),
+        _ => Ok(()),
+    }
+}
+
+/// A route for each row of an x that [`input`] accepts.
+pub(super) fn rows(x: &Tensor, routes: &Routes) -> Result<()> {
+    let (_, tokens) = x.dims().split_last().unwrap_or((&0, &[]));
+    dimension("routes", "rows", routes.rows(), tokens.iter().product())
 }
 
 /// Of layers that share x: one K and one type.

@@ -264,7 +264,7 @@ impl LoraLinear {
     }
 
     fn changeable(&self, name: &str, operation: &'static str) -> Result<()> {
-        self.known_name(name)?;
+        self.known(name)?;
         if self.active() == Some(name) { self.check_unmerged(operation) } else { Ok(()) }
     }
 
@@ -274,7 +274,7 @@ impl LoraLinear {
     /// # Errors
     /// [`Error::AdapterName`]; [`Error::State`] while it is active.
     pub fn remove(&mut self, name: &str) -> Result<(Tensor, Tensor, f64)> {
-        self.known_name(name)?;
+        self.known(name)?;
         if self.active() == Some(name) {
             let got = format!("adapter `{name}` is active");
             return Err(wrap(Error::State { operation: "remove", got, expected: "another `activate` first" }));
@@ -293,7 +293,7 @@ impl LoraLinear {
     /// [`Error::AdapterName`]; [`Error::State`] while one is merged.
     pub fn activate(&mut self, name: &str) -> Result<()> {
         self.check_unmerged("activate")?;
-        self.known_name(name)?;
+        self.known(name)?;
         self.active = Some(name.to_owned());
         self.enabled = true;
         Ok(())
@@ -393,8 +393,8 @@ impl LoraLinear {
         self.active().and_then(|name| self.adapters.get(name))
     }
 
-    fn known_name(&self, name: &str) -> Result<()> {
-        if self.adapters.contains_key(name) { Ok(()) } else { Err(wrap(self.unknown(name))) }
+    pub(super) fn known(&self, name: &str) -> Result<&Adapter> {
+        self.adapters.get(name).ok_or_else(|| wrap(self.unknown(name)))
     }
 
     fn unknown(&self, name: &str) -> Error {
@@ -411,7 +411,7 @@ impl LoraLinear {
         Err(wrap(Error::AdapterName { got: name.to_owned(), expected }))
     }
 
-    fn check_unmerged(&self, operation: &'static str) -> Result<()> {
+    pub(super) fn check_unmerged(&self, operation: &'static str) -> Result<()> {
         if self.merged.is_none() {
             return Ok(());
         }

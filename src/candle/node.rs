@@ -15,6 +15,7 @@ use super::backend::{
 };
 use super::cpu::Cpu;
 use super::op::Dropout;
+use super::routes::Routes;
 use super::split::{Arrived, Split};
 use super::third::{Part, Third};
 use super::view::view;
@@ -53,6 +54,7 @@ pub(super) struct Node {
     pub(super) own: Vec<Own>,
     pub(super) third: Third,
     pub(super) dropout: Option<Dropout>,
+    pub(super) routes: Option<Routes>,
     /// For the inputs of the graph.
     pub(super) stand_ins: [Option<Tensor>; 3],
     pub(super) keep_h: bool,
@@ -129,8 +131,9 @@ impl Node {
                 scale: own.scale,
             });
         }
-        let Self { dropout, keep_h, f32_factors, .. } = *self;
-        let op = Forward { x: input(0)?, a: input(1)?, f32_factors, projections, dropout, keep_h };
+        let Self { dropout, keep_h, f32_factors, ref routes, .. } = *self;
+        let op =
+            Forward { x: input(0)?, a: input(1)?, f32_factors, projections, dropout, routes: routes.as_ref(), keep_h };
         let mut outputs = by_dtypes!(self.dtype(), f32_factors, B::forward, &op)?;
         if let Some(h) = outputs.h {
             let shape = (op.x.view.rows, op.columns_of_h());
@@ -187,9 +190,9 @@ impl Node {
         };
         let hs = self.h.get().or(again.as_ref()).map(Tensor::storage_and_layout);
         let h = hs.as_ref().map(|(storage, layout)| operand::<B>(storage, layout)).transpose()?;
-        let Self { dropout, f32_factors, .. } = *self;
+        let Self { dropout, f32_factors, ref routes, .. } = *self;
         let (dx, da) = (x.track_op(), self.precision(a));
-        let op = Backward { a: a_operand, x: x_operand, h, projections, dropout, dx, da };
+        let op = Backward { a: a_operand, x: x_operand, h, projections, dropout, routes: routes.as_ref(), dx, da };
         let gradients = by_dtypes!(self.dtype(), f32_factors, B::backward, &op)?;
         let tensor = |gradient: Option<B::Storage>, shape: &Shape| {
             gradient.map(|gradient| Tensor::from_storage(B::wrap(gradient), shape, BackpropOp::none(), false))
@@ -219,8 +222,8 @@ impl Node {
         projections: &[BackwardProjection<'_, B::Storage>],
     ) -> Result<Tensor> {
         let projections = projections.iter().map(BackwardProjection::first_columns).collect();
-        let Self { dropout, f32_factors, .. } = *self;
-        let op = Forward { x, a, f32_factors, projections, dropout, keep_h: true };
+        let Self { dropout, f32_factors, ref routes, .. } = *self;
+        let op = Forward { x, a, f32_factors, projections, dropout, routes: routes.as_ref(), keep_h: true };
         match by_dtypes!(self.dtype(), f32_factors, B::forward, &op)?.h {
             Some(h) => {
                 let shape = (x.view.rows, op.columns_of_h());

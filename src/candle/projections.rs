@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::linear::{Adapter, LoraLinear};
-use super::op::{Pass, Projection, apply};
+use super::op::{Projection, SharedTraining, apply};
 use super::passes::Passes;
 use super::{check, wrap};
 use crate::error::Error;
@@ -156,7 +156,10 @@ pub(super) fn forward(
     let projections: Vec<_> = projections.collect();
     let together = match projections[..] {
         [] => Vec::new(),
-        _ => apply(x, &projections, Pass { dropout: dropout.map(Passes::next), recompute, full_precision })?,
+        _ => {
+            let dropout = dropout.map(Passes::next);
+            apply(x, &projections, None, SharedTraining { dropout, recompute, full_precision })?
+        }
     };
     let mut together = together.into_iter();
     let y = |layer: &&LoraLinear| match layer.beside().and_then(|_| together.next()) {

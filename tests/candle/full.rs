@@ -8,7 +8,8 @@ use fused_lora::reference::{self, Mat, unit_roundoff};
 use crate::case::{Case, Results, bits, dtype, mat};
 
 const ALL: [bool; 3] = [true; 3];
-const FULL: Training<'static> = Training { dropout: None, recompute: false, magnitude: None, full_precision: true };
+const FULL: Training<'static> =
+    Training { dropout: None, recompute: false, magnitude: None, routes: None, full_precision: true };
 
 fn run(case: &Case, training: Training<'_>) -> Result<Results> {
     case.run(ALL, |x, w, a, b, scale, bias| lora_train(x, w, a, b, scale, bias, training))
