@@ -3,8 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::linear::{Adapter, LoraLinear};
-use super::op::{Training, lora_train};
-use super::passes::Passes;
+use super::op::{Masks, Pass, Projection, apply, one};
 use super::third::alike;
 use super::{Routes, check, wrap};
 use crate::error::Error;
@@ -96,7 +95,7 @@ impl LoraLinear {
     /// ```
     ///
     /// # Errors
-    /// As [`lora_train`]; [`Error::State`] for routes that were made for other slots than the bank's, naming the adapter, and while an
+    /// As [`lora_train`](super::lora_train); [`Error::State`] for routes that were made for other slots than the bank's, naming the adapter, and while an
     /// adapter is merged.
     pub fn forward_routed(&self, x: &Tensor, bank: &Bank, routes: &Routes) -> Result<Tensor> {
         self.forward_routed_t(x, bank, routes, false)
@@ -111,18 +110,13 @@ impl LoraLinear {
         self.check_unmerged(OPERATION)?;
         let name = |at: usize| bank.names.get(at).map_or("", String::as_str);
         same_slots(OPERATION, name, routes.slots(), &bank.slots).map_err(wrap)?;
-        check::input(self.weight(), x).map_err(wrap)?; // before a pass is counted
+        check::input(self.weight(), x).map_err(wrap)?;
         check::rows(x, routes).map_err(wrap)?;
         let Some((a, b)) = &bank.factors else { return self.plain(x) };
-        check::adapter(check::ALONE, self.weight(), a, b).map_err(wrap)?;
-        let training = Training {
-            dropout: self.dropout().filter(|_| train).map(Passes::next),
-            recompute: self.recomputes(),
-            routes: Some(routes),
-            full_precision: self.is_at_full_precision(),
-            ..Training::default()
-        };
-        lora_train(x, self.weight(), a, b, 1.0, self.bias(), training)
+        let masks = self.dropout().filter(|_| train).map(Masks::Next);
+        let pass = Pass { masks, recompute: self.recomputes(), full_precision: self.is_at_full_precision() };
+        let projection = Projection { w: self.weight(), a, b, scale: 1.0, bias: self.bias(), magnitude: None };
+        one(apply(x, &[projection], Some(routes), pass)?)
     }
 
     /// An adapter that each row can have or not.

@@ -166,7 +166,7 @@ impl LoraLinear {
     pub fn add(&mut self, name: &str, config: LoraConfig, vb: VarBuilder) -> Result<()> {
         let (n, k) = self.base.linear.weight().dims2()?;
         let r = config.r;
-        check::ranks("a", r).and_then(|()| check::scale(config.scale())).map_err(wrap)?;
+        check::ranks("a", r).and_then(|()| check::scale("scale", config.scale())).map_err(wrap)?;
         self.new_name(name)?;
         // With a = √5 the gain √(2 / (1 + a²)) is √⅓, and the bound 1/√K.
         let kaiming = Init::Kaiming {
@@ -188,7 +188,7 @@ impl LoraLinear {
     pub fn add_tensors(&mut self, name: &str, a: Tensor, b: Tensor, scale: f64) -> Result<()> {
         self.new_name(name)?;
         check::adapter(check::ALONE, self.base.linear.weight(), &a, &b)
-            .and_then(|()| check::scale(scale))
+            .and_then(|()| check::scale("scale", scale))
             .map_err(wrap)?;
         self.adapters.insert(name.to_owned(), Adapter { a, b, b_bias: None, magnitude: None, scale });
         Ok(())

@@ -154,11 +154,12 @@ impl Node {
         let [x, a, third] = inputs;
         let read = |at: usize| self.stand_ins[at].as_ref().unwrap_or(inputs[at]).storage_and_layout();
         let (xs, a_s, thirds) = (read(0), read(1), read(2));
-        let guards = self.own.iter().zip(&self.third.beside).zip(arrived).map(|((own, beside), Arrived { dy, y })| {
-            let beside = [&beside.b, &beside.bias, &beside.magnitude, &own.gain];
-            let beside = beside.map(|it| it.as_ref().map(Tensor::storage_and_layout));
-            ([dy, y, &own.w].map(Tensor::storage_and_layout), beside)
-        });
+        let guards =
+            self.own.iter().zip(&self.third.beside).zip(arrived).map(|((own, beside), Arrived { dy, y, .. })| {
+                let beside = [&beside.b, &beside.bias, &beside.magnitude, &own.gain];
+                let beside = beside.map(|it| it.as_ref().map(Tensor::storage_and_layout));
+                ([dy, y, &own.w].map(Tensor::storage_and_layout), beside)
+            });
         let guards: Vec<_> = guards.collect();
         let wanted = self.precision(third);
         let mut projections = Vec::with_capacity(guards.len());
@@ -168,7 +169,9 @@ impl Node {
                 false => locked::<B>(beside),
             };
             let wanted = |part| wanted.filter(|_| self.third.has(at, part));
-            let magnitude = part(Part::Magnitude, magnitude)?.filter(|_| wanted(Part::Magnitude).is_some());
+            // That of a y that takes no part is zero; computed, it could be a NaN.
+            let has_dm = arrived[at].is_used && wanted(Part::Magnitude).is_some();
+            let magnitude = part(Part::Magnitude, magnitude)?.filter(|_| has_dm);
             let (y, bias) = (operand::<B>(&y.0, y.1)?, part(Part::Bias, bias)?);
             projections.push(BackwardProjection {
                 dy: operand::<B>(&dy.0, dy.1)?,
@@ -198,9 +201,16 @@ impl Node {
             gradient.map(|gradient| Tensor::from_storage(B::wrap(gradient), shape, BackpropOp::none(), false))
         };
         let mut parts = Vec::new();
-        for (of, gradient::Own { db, dbias, dm }) in op.projections.iter().zip(gradients.projections) {
+        for (at, (of, gradient::Own { db, dbias, dm })) in op.projections.iter().zip(gradients.projections).enumerate()
+        {
             let (n, r) = (of.w.view.rows, of.b.view.cols);
-            let dm = tensor(dm, &Shape::from(n)).map(|dm| dm.to_dtype(third.dtype())).transpose()?;
+            let dm = match tensor(dm, &Shape::from(n)) {
+                Some(dm) => Some(dm.to_dtype(third.dtype())?),
+                None if wanted.is_some() && self.third.has(at, Part::Magnitude) => {
+                    Some(Tensor::zeros(n, third.dtype(), third.device())?)
+                }
+                None => None,
+            };
             parts.extend([tensor(db, &Shape::from((n, r))), tensor(dbias, &Shape::from(n)), dm].into_iter().flatten());
         }
         let third = match &parts[..] {

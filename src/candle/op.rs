@@ -8,6 +8,7 @@ use candle_core::{DType, Error as CandleError, Result, Tensor};
 use super::backend::{Backend, Gain};
 use super::cpu::Cpu;
 use super::node::{NAME, Node, Own, by_dtype, operand};
+use super::passes::Passes;
 use super::routes::Routes;
 use super::split::Split;
 use super::third::{Third, below, readable, stand_in};
@@ -110,7 +111,8 @@ pub fn lora_train(
 ) -> Result<Tensor> {
     let Training { dropout, recompute, magnitude, routes, full_precision } = training;
     let projection = Projection { w, a, b, scale, bias, magnitude };
-    one(apply(x, &[projection], routes, SharedTraining { dropout, recompute, full_precision })?)
+    let pass = Pass { masks: dropout.map(Masks::Of), recompute, full_precision };
+    one(apply(x, &[projection], routes, pass)?)
 }
 
 /// One of the projections of [`lora_shared`]; all as in [`lora_train`].
@@ -146,7 +148,8 @@ pub struct SharedTraining {
 ///
 /// The A of all are copied below each other, ΣR · K elements, and so is what is tracked of `b`, bias and magnitude behind each other:
 /// candle's graph has room for three inputs. Backward
-/// wants the y of every projection in the loss: one that is not has a gradient of zeros made for it.
+/// wants the y of every projection in the loss: one that is not has a gradient of zeros made for it. What `backward` of another op
+/// computes by a backward of its own must not go through the y of these projections: each would take the other's gradients.
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};
@@ -171,14 +174,47 @@ pub fn lora_shared<const P: usize>(
     projections: [Projection<'_>; P],
     training: SharedTraining,
 ) -> Result<[Tensor; P]> {
-    let ys = apply(x, &projections, None, training)?;
+    let SharedTraining { dropout, recompute, full_precision } = training;
+    let pass = Pass { masks: dropout.map(Masks::Of), recompute, full_precision };
+    let ys = apply(x, &projections, None, pass)?;
     ys.try_into().map_err(|ys: Vec<_>| wrap(Error::Projections { got: ys.len(), limit: P }))
 }
 
 /// The y of one projection.
-fn one(ys: Vec<Tensor>) -> Result<Tensor> {
+pub(super) fn one(ys: Vec<Tensor>) -> Result<Tensor> {
     let [y] = <[Tensor; 1]>::try_from(ys).map_err(|ys| wrap(Error::Projections { got: ys.len(), limit: 1 }))?;
     Ok(y)
+}
+
+/// What all projections have in common.
+pub(super) struct Pass<'a> {
+    pub(super) masks: Option<Masks<'a>>,
+    pub(super) recompute: bool,
+    pub(super) full_precision: bool,
+}
+
+/// Where dropout comes from.
+#[derive(Clone, Copy)]
+pub(super) enum Masks<'a> {
+    Of(Dropout),
+    /// Of another pass, which is counted when nothing more can be refused.
+    Next(&'a Passes),
+}
+
+impl Masks<'_> {
+    fn p(self) -> f32 {
+        match self {
+            Self::Of(dropout) => dropout.p,
+            Self::Next(passes) => passes.p,
+        }
+    }
+
+    fn dropout(self) -> Dropout {
+        match self {
+            Self::Of(dropout) => dropout,
+            Self::Next(passes) => passes.next(),
+        }
+    }
 }
 
 /// As [`lora_shared`]; with routes for one projection.
@@ -186,10 +222,10 @@ pub(super) fn apply(
     x: &Tensor,
     projections: &[Projection<'_>],
     routes: Option<&Routes>,
-    training: SharedTraining,
+    pass: Pass<'_>,
 ) -> Result<Vec<Tensor>> {
-    let SharedTraining { dropout, recompute, full_precision } = training;
-    check::projections(x, projections, dropout).map_err(wrap)?;
+    let Pass { masks, recompute, full_precision } = pass;
+    check::projections(x, projections, masks.map(Masks::p)).map_err(wrap)?;
     if let Some(routes) = routes {
         check::routes(x, projections, routes).map_err(wrap)?;
     }
@@ -213,12 +249,13 @@ pub(super) fn apply(
     let (a, third) = (below(projections)?, Third::new(projections, x.dtype(), factors)?);
     let input = third.input.clone();
     let split = (own.len() > 1).then(Arc::<Split>::default);
+    let stand_ins = [stand_in(x, x.dtype())?, stand_in(&a, factors)?, third.stand_in(x.dtype(), factors)?];
     let node = Node {
-        stand_ins: [stand_in(x, x.dtype())?, stand_in(&a, factors)?, third.stand_in(x.dtype(), factors)?],
+        stand_ins,
         own,
         third,
         // Beside a magnitude its probability is 0.
-        dropout: dropout.filter(|_| projections.iter().all(|of| of.magnitude.is_none())),
+        dropout: masks.map(Masks::dropout).filter(|_| projections.iter().all(|of| of.magnitude.is_none())),
         routes: routes.cloned(),
         keep_h: projections.iter().any(|of| of.b.track_op()) && !recompute,
         f32_factors,

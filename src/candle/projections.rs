@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::linear::{Adapter, LoraLinear};
-use super::op::{Projection, SharedTraining, apply};
+use super::op::{Masks, Pass, Projection, apply};
 use super::passes::Passes;
 use super::{check, wrap};
 use crate::error::Error;
@@ -146,7 +146,6 @@ pub(super) fn forward(
             let expected = "dropout of 0: together they are not computed";
             return Err(wrap(Error::State { operation: "forward_t", got, expected }));
         }
-        check::input(layer.weight(), x).map_err(wrap)?; // before a pass is counted
         beside.push((layer.weight(), adapter, layer.bias_with(adapter)?));
     }
     let projections = beside.iter().map(|(w, adapter, bias)| {
@@ -157,8 +156,8 @@ pub(super) fn forward(
     let together = match projections[..] {
         [] => Vec::new(),
         _ => {
-            let dropout = dropout.map(Passes::next);
-            apply(x, &projections, None, SharedTraining { dropout, recompute, full_precision })?
+            let masks = dropout.map(Masks::Next);
+            apply(x, &projections, None, Pass { masks, recompute, full_precision })?
         }
     };
     let mut together = together.into_iter();

@@ -162,6 +162,7 @@ fn partial(vars: &Vars, cases: &[Case], ys: &[Tensor], at: usize) -> Result<()> 
     let alone = Vars::new(&cases[at..=at])?;
     let [y] = lora_shared(&alone.x, [alone.projection(&cases[at..=at], 0)], SharedTraining::default())?;
     let expected = alone.gradients(&loss(&[y], &cases[at..=at])?.backward()?);
+    assert_eq!(gradients[0], expected[0], "dx, to which the others add zeros");
     // A, B and a bias of each.
     let starts = [1, 4, 6, 9];
     for (index, gradient) in gradients.iter().enumerate().skip(1) {
@@ -170,6 +171,26 @@ fn partial(vars: &Vars, cases: &[Case], ys: &[Tensor], at: usize) -> Result<()> 
             Some(own) if index < starts[at + 1] => assert_eq!(Some(gradient), expected[1 + own].as_ref(), "{index}"),
             _ => assert!(gradient.iter().all(|&bits| f64::from_bits(bits) == 0.0), "{index}"),
         }
+    }
+    Ok(())
+}
+
+/// A magnitude of 0 makes a NaN of its gradient, but not where the loss does not depend on y.
+#[test]
+fn the_magnitude_of_a_y_that_is_not_used() -> Result<()> {
+    let cases = cases(DType::F32, [DType::F32; 3])?;
+    let magnitudes = SHAPES.map(|(n, _)| Var::zeros(n, DType::F32, &Device::Cpu));
+    let magnitudes = magnitudes.into_iter().collect::<Result<Vec<_>>>()?;
+    let projections = [0, 1, 2].map(|at| {
+        let Case { w, a, b, scale, .. } = &cases[at];
+        Projection { w, a, b, scale: *scale, bias: None, magnitude: Some(&magnitudes[at]) }
+    });
+    let [_, y, _] = lora_shared(&cases[0].x, projections, SharedTraining::default())?;
+    let store = y.sum_all()?.backward()?;
+    for (at, magnitude) in magnitudes.iter().enumerate() {
+        let dm = store.get(magnitude).expect("dm").to_vec1::<f32>()?;
+        assert_eq!(dm.len(), SHAPES[at].0);
+        assert!(dm.iter().all(|dm| if at == 1 { dm.is_nan() } else { *dm == 0.0 }), "{at}: {dm:?}");
     }
     Ok(())
 }
@@ -348,6 +369,11 @@ fn what_the_op_refuses() -> Result<()> {
     let five = lora_shared(x, [legal()[0]; 5], SharedTraining::default()).map(drop);
     assert_eq!(five.err().and_then(count), Some(Error::Projections { got: 5, limit: 4 }));
     let magnitude = f32(&[n])?;
+    let mut endless = legal();
+    (endless[1].magnitude, endless[1].scale) = (Some(&magnitude), f64::INFINITY);
+    let endless = lora_shared(x, endless, SharedTraining::default()).map(drop);
+    let scale = Error::Scale { arg: "scale of projection 1", got: f32::INFINITY };
+    assert_eq!(endless.err().and_then(count), Some(scale), "before a gain is computed of it");
     let mut of_dora = legal();
     of_dora[1].magnitude = Some(&magnitude);
     let dora = lora_shared(x, of_dora, dropped(0.5, 1, 1)).map(drop);
@@ -436,7 +462,18 @@ fn groups_that_are_none() -> Result<()> {
     let expected = "dropout of 0: together they are not computed";
     let both = Error::State { operation: "forward_t", got, expected };
     assert_eq!(group.forward_t(&cases[0].x, true).map(drop).map_err(refused), Err(both));
+    group.layers_mut()[2].activate("default")?;
     let narrow = Tensor::zeros((2, K - 1), DType::F32, &Device::Cpu)?;
-    assert!(group.forward_t(&narrow, false).is_err() && group.passes() == 0, "no pass is counted");
+    let columns = Error::Dimension { arg: "x", axis: "columns", got: K - 1, expected: K };
+    assert_eq!(group.forward_t(&narrow, true).map(drop).map_err(refused), Err(columns));
+    // A copy of a broadcast x that is larger than memory: refused last of all.
+    let wide = Tensor::zeros((1, 1 << 20), DType::F32, &Device::Cpu)?;
+    let of_wide =
+        LoraLinear::from_tensors(wide.clone(), None, wide, Tensor::ones((1, 1), DType::F32, &Device::Cpu)?, 1.0)?;
+    let of_wide = LoraProjections::new([of_wide.clone(), of_wide])?.with_dropout(0.5, 1)?;
+    let vast = Tensor::zeros((1, 1), DType::F32, &Device::Cpu)?.broadcast_as(((1 << 31) - 1, 1 << 20))?;
+    let outcome = of_wide.forward_t(&vast, true).map(drop).map_err(refused);
+    assert!(matches!(outcome, Err(Error::OutOfMemory { .. })), "{outcome:?}");
+    assert_eq!((group.passes(), of_wide.passes()), (0, 0), "no pass is counted");
     Ok(())
 }
