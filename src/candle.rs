@@ -49,9 +49,9 @@ mod cpu;
 #[cfg(feature = "candle-cuda")]
 mod cuda;
 mod linear;
+mod modes;
 mod node;
 mod op;
-mod passes;
 mod projections;
 
 #[cfg(any(feature = "candle-cuda", test))]

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::linear::{Adapter, LoraLinear};
-use super::op::{Masks, Pass, Projection, apply, one};
+use super::op::{Projection, apply, one};
 use super::third::alike;
 use super::{Routes, check, wrap};
 use crate::error::Error;
@@ -113,10 +113,8 @@ impl LoraLinear {
         check::input(self.weight(), x).map_err(wrap)?;
         check::rows(x, routes).map_err(wrap)?;
         let Some((a, b)) = &bank.factors else { return self.plain(x) };
-        let masks = self.dropout().filter(|_| train).map(Masks::Next);
-        let pass = Pass { masks, recompute: self.recomputes(), full_precision: self.is_at_full_precision() };
         let projection = Projection { w: self.weight(), a, b, scale: 1.0, bias: self.bias(), magnitude: None };
-        one(apply(x, &[projection], Some(routes), pass)?)
+        one(apply(x, &[projection], Some(routes), self.modes().pass(train))?)
     }
 
     /// An adapter that each row can have or not.

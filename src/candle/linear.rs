@@ -6,7 +6,7 @@ use candle_core::{DType, ModuleT, Result, Tensor};
 use candle_nn::{Init, Linear, VarBuilder, init};
 
 use super::base::Base;
-use super::passes::Passes;
+use super::modes::{Modes, Passes};
 use super::view::addressable;
 use super::{check, projections, wrap};
 use crate::error::Error;
@@ -49,9 +49,7 @@ pub struct LoraLinear {
     enabled: bool,
     /// W + s · B A and the bias of the active adapter.
     merged: Option<Base>,
-    dropout: Option<Passes>,
-    recompute: bool,
-    full_precision: bool,
+    modes: Modes,
 }
 
 #[derive(Clone, Debug)]
@@ -102,16 +100,7 @@ impl LoraLinear {
         // Once, instead of in every forward.
         let base = Base { linear: Linear::new(addressable(&weight)?, None), bias };
         let adapters = BTreeMap::new();
-        Ok(Self {
-            base,
-            adapters,
-            active: None,
-            enabled: true,
-            merged: None,
-            dropout: None,
-            recompute: false,
-            full_precision: false,
-        })
+        Ok(Self { base, adapters, active: None, enabled: true, merged: None, modes: Modes::default() })
     }
 
     /// The same layer with dropout on the adapter branch in training, PEFT's `lora_dropout`: `forward_t(x, true)` drops elements of
@@ -121,14 +110,14 @@ impl LoraLinear {
     /// # Errors
     /// [`Error::Probability`] unless `p` is from 0 to 1.
     pub fn with_dropout(mut self, p: f32, seed: u64) -> Result<Self> {
-        self.dropout = Some(Passes::new(p, seed).map_err(wrap)?);
+        self.modes.dropout = Some(Passes::new(p, seed).map_err(wrap)?);
         Ok(self)
     }
 
     /// The same layer, which keeps no h between forward and backward: [`Training::recompute`](super::Training::recompute).
     #[must_use]
     pub fn with_recompute(mut self) -> Self {
-        self.recompute = true;
+        self.modes.recompute = true;
         self
     }
 
@@ -136,25 +125,23 @@ impl LoraLinear {
     /// [`Training::full_precision`](super::Training::full_precision).
     #[must_use]
     pub fn with_full_precision(mut self) -> Self {
-        self.full_precision = true;
+        self.modes.full_precision = true;
         self
     }
 
     /// Whether f32 adapters are read as they are.
     pub fn is_at_full_precision(&self) -> bool {
-        self.full_precision
+        self.modes.full_precision
     }
 
     /// Training passes with dropout so far, of this layer and its clones.
     pub fn passes(&self) -> u64 {
-        self.dropout.as_ref().map_or(0, Passes::made)
+        self.modes.passes()
     }
 
     /// Lets the next training pass with dropout be that after `passes` others: a run that is resumed goes on with its masks.
     pub fn set_passes(&self, passes: u64) {
-        if let Some(dropout) = &self.dropout {
-            dropout.set(passes);
-        }
+        self.modes.set_passes(passes);
     }
 
     /// Adds an adapter from `vb`, in its dtype (that of the weight, or f32): `lora_A.weight` (R × K) and `lora_B.weight` (N × R),
@@ -429,12 +416,8 @@ impl LoraLinear {
         self.forward_t(x, false)
     }
 
-    pub(super) fn dropout(&self) -> Option<&Passes> {
-        self.dropout.as_ref()
-    }
-
-    pub(super) fn recomputes(&self) -> bool {
-        self.recompute
+    pub(super) fn modes(&self) -> &Modes {
+        &self.modes
     }
 
     /// The adapter that is computed beside W.
@@ -455,8 +438,7 @@ impl LoraLinear {
 impl ModuleT for LoraLinear {
     /// As [`LoraLinear::forward`], with dropout where `train` is set.
     fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
-        let dropout = self.dropout.as_ref().filter(|_| train);
-        let y = projections::forward(&[self], x, dropout, (self.recompute, self.full_precision))?.pop();
+        let y = projections::forward(&[self], x, self.modes.pass(train))?.pop();
         y.map_or_else(|| self.plain(x), Ok)
     }
 }

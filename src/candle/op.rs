@@ -7,8 +7,8 @@ use candle_core::{DType, Error as CandleError, Result, Tensor};
 
 use super::backend::{Backend, Gain};
 use super::cpu::Cpu;
+use super::modes::Passes;
 use super::node::{NAME, Node, Own, by_dtype, operand};
-use super::passes::Passes;
 use super::routes::Routes;
 use super::split::Split;
 use super::third::{Third, below, readable, stand_in};
@@ -202,7 +202,7 @@ pub(super) enum Masks<'a> {
 }
 
 impl Masks<'_> {
-    fn p(self) -> f32 {
+    pub(super) fn p(self) -> f32 {
         match self {
             Self::Of(dropout) => dropout.p,
             Self::Next(passes) => passes.p,

@@ -114,7 +114,7 @@ fn a_layer_can_be_at_full_precision() -> Result<()> {
     assert_ne!(bits(&full.forward(&case.x)?), bits(&layer.forward(&case.x)?));
     let refused = |outcome: Result<()>, operation| match cause(&outcome.expect_err("a group")) {
         Some(Error::State { operation: of, got, .. }) => {
-            assert_eq!((*of, &**got), (operation, "layer 1 is at full precision"));
+            assert_eq!((*of, &**got), (operation, "layer 1 is at full precision by itself"));
         }
         other => panic!("{other:?}"),
     };

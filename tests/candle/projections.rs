@@ -447,7 +447,7 @@ fn groups_that_are_none() -> Result<()> {
     assert_eq!(pair(of(K + 1, DType::F32)?), Err(columns));
     let (got, expected) = ("bf16".to_owned(), "f32, that of the first".to_owned());
     assert_eq!(pair(of(K, DType::BF16)?), Err(Error::ArgumentDtype { arg: "w of projection 1", got, expected }));
-    let expected = "layers that do not, and `with_dropout` and `with_recompute` of the group";
+    let expected = "layers that do not, and the same of the group";
     let state = |got: &str| Err(Error::State { operation: "new", got: got.to_owned(), expected });
     assert_eq!(pair(one.clone().with_dropout(0.5, 1)?), state("layer 1 has dropout by itself"));
     assert_eq!(pair(one.clone().with_recompute()), state("layer 1 recomputes by itself"));
