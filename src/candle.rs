@@ -42,26 +42,30 @@
 //! [`Device`](candle_core::Device), not from two that were made for the same GPU.
 
 mod backend;
+mod bank;
 mod base;
 mod check;
 mod cpu;
 #[cfg(feature = "candle-cuda")]
 mod cuda;
 mod linear;
+mod modes;
 mod node;
 mod op;
-mod passes;
 mod projections;
 
 #[cfg(any(feature = "candle-cuda", test))]
 mod recent;
+mod routes;
 mod split;
 mod third;
 mod view;
 
+pub use bank::Bank;
 pub use linear::{LoraConfig, LoraLinear};
-pub use op::{Dropout, Projection, Training, lora, lora_shared, lora_train};
+pub use op::{Dropout, Projection, SharedTraining, Training, lora, lora_shared, lora_train};
 pub use projections::LoraProjections;
+pub use routes::Routes;
 
 use crate::error::Error;
 

@@ -137,6 +137,39 @@ impl Routing {
     }
 }
 
+/// Every adapter starts at a multiple of so many ranks: of what tensor cores sum at once, so that its sums are those of the adapter
+/// alone, and of what the Hopper kernels ask for.
+const ALIGN: usize = 16;
+
+/// Slots for adapters of these ranks and scales, one after the other, and the ranks of all with the gaps between them.
+pub(crate) fn side_by_side(adapters: impl IntoIterator<Item = (usize, f32)>) -> Result<(Vec<Slot>, usize)> {
+    let (mut slots, mut rank) = (Vec::new(), 0usize);
+    for (ranks, scale) in adapters {
+        slots.push(Slot { first_rank: rank, ranks, scale });
+        rank = ranks.checked_next_multiple_of(ALIGN).map_or(usize::MAX, |ranks| ranks.saturating_add(rank));
+        if rank > MAX_ROUTED_RANK {
+            let (what, limit) = ("the rank of a bank of adapters", MAX_ROUTED_RANK as u64);
+            return Err(Error::TooLarge { what, got: rank as u64, limit });
+        }
+    }
+    Ok((slots, rank))
+}
+
+/// Routes must have been made among the slots of the bank that they are used with; `name` is that of each of its adapters.
+pub(crate) fn same_slots<'a>(
+    operation: &'static str,
+    name: impl Fn(usize) -> &'a str,
+    routed: &[Slot],
+    bank: &[Slot],
+) -> Result<()> {
+    let got = match routed.iter().zip(bank).position(|(theirs, ours)| theirs != ours) {
+        Some(at) => format!("the routes were made for another rank or scale of adapter `{}` than the bank's", name(at)),
+        None if routed.len() == bank.len() => return Ok(()),
+        None => format!("the routes were made for {} adapters, the bank has {}", routed.len(), bank.len()),
+    };
+    Err(Error::State { operation, got, expected: "routes of the bank's `slots`" })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

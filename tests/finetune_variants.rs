@@ -11,8 +11,8 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use finetune::progress::Streams;
-use fused_lora::Dtype;
 use fused_lora::peft::{Adapter, Bias, Config, Factors, Tensor};
+use fused_lora::{Dtype, bf16};
 use serde_json::Value;
 
 /// The lines of a run that must succeed.
@@ -87,6 +87,49 @@ fn dropout_is_of_the_seed_and_of_training() {
     assert_eq!(Adapter::load(&none.1).expect("an adapter").config().lora_dropout, 0.0);
     let losses = [&own, &none, &other].map(|run| first(&run.0, "loss"));
     assert!(losses[0] != losses[1] && losses[0] != losses[2] && losses[1] != losses[2], "{losses:?}");
+}
+
+/// Beside a 16-bit model the products read what an optimiser changes by less than a spacing of its type; beside f32 nothing is rounded.
+#[test]
+fn full_precision_reads_adapters_as_they_are() {
+    let (model, data) = (path("tests/golden/peft/llama/base"), path("LICENSE-APACHE"));
+    let run = |name: &str, dtype: &str, more: &[&str]| {
+        let out = scratch(name);
+        let flags =
+            ["--model", &model, "--data", &data, "--seq", "16", "--batch", "2", "--dtype", dtype, "--out", &out];
+        (numbers(&steps(&[&flags[..], more].concat()), "loss"), out)
+    };
+    let (full, steps_of_3) = ("--full-precision", ["--steps", "3", "--lr", "1e-2"]);
+    let same = |dtype: &str| {
+        let [rounded, read] = [&[][..], &[full]]
+            .map(|flag| run(&format!("full-{dtype}-{}", flag.len()), dtype, &[&steps_of_3[..], flag].concat()));
+        weights(&rounded.1) == weights(&read.1)
+    };
+    assert!(same("f32") && !same("bf16") && !same("f16"));
+
+    // Two adapters that are one in bf16.
+    let from = run("full-from", "bf16", &steps_of_3).1;
+    let rounded = altered(&from, &scratch("full-on-grid"), |value| bf16::from_f32(value).to_f32());
+    let beside = altered(&rounded, &scratch("full-beside"), |value| value * (1.0 + 2f32.powi(-10)));
+    let loss = |init: &str, flag: &[&str]| {
+        let flags = ["--init", init, "--steps", "1", "--lr", "0", "--weight-decay", "0"];
+        run("full-of", "bf16", &[&flags[..], flag].concat()).0
+    };
+    assert_eq!(loss(&rounded, &[]), loss(&beside, &[]));
+    assert_ne!(loss(&rounded, &[full]), loss(&beside, &[full]));
+}
+
+/// The adapter of a folder with other values of A.
+fn altered(from: &str, to: &str, value: fn(f32) -> f32) -> String {
+    let mut adapter = Adapter::load(from).expect("an adapter");
+    let modules: Vec<_> = adapter.modules().map(|(name, _, factors)| (name.to_owned(), factors.clone())).collect();
+    for (name, mut factors) in modules {
+        let values: Vec<f32> = factors.a.to_f32().into_iter().map(value).collect();
+        factors.a = Tensor::from_f32(Dtype::F32, factors.a.shape(), &values).expect("a tensor");
+        adapter.insert(&name, factors).expect("a module");
+    }
+    adapter.save(to).expect("a saved adapter");
+    to.to_owned()
 }
 
 #[test]

@@ -141,7 +141,7 @@ impl Adapter {
             let (a, b) = (tensor(&factors.a, device)?, tensor(&factors.b, device)?);
             let b_bias = factors.b_bias.as_ref().map(|b_bias| tensor(b_bias, device)).transpose()?;
             let magnitude = factors.magnitude.as_ref().map(|magnitude| tensor(magnitude, device)).transpose()?;
-            let lora = Lora { a, b, b_bias, magnitude, scale: module.scale, dropout: None };
+            let lora = Lora { a, b, b_bias, magnitude, scale: module.scale, dropout: None, full_precision: false };
             changes.lora.insert(name.into(), lora);
             for (part, value) in [("weight", &factors.weight), ("bias", &factors.bias)] {
                 if let Some(value) = value {

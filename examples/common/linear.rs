@@ -15,6 +15,8 @@ pub struct Lora {
     pub scale: f64,
     /// Of training passes.
     pub dropout: Option<Dropping>,
+    /// Beside a 16-bit W, a and b are read as they are, not rounded.
+    pub full_precision: bool,
 }
 
 /// Dropout of one layer: the probability, and a seed that no other layer has.
@@ -38,12 +40,13 @@ impl Linear {
     /// x is … × K. `pass` is the number of the training pass, which no other has, and `None` for inference.
     pub fn forward(&self, x: &Tensor, pass: Option<u64>) -> Result<Tensor> {
         let bias = self.bias()?;
-        let Some(lora @ Lora { a, b, scale, dropout, magnitude, .. }) = &self.lora else {
+        let Some(lora @ Lora { a, b, scale, dropout, magnitude, full_precision, .. }) = &self.lora else {
             return with_bias(product(x, &self.w)?, bias);
         };
         let dropout = dropout.zip(pass).map(|(Dropping { p, seed }, offset)| Dropout { p, seed, offset });
         if fused(x.dtype(), x.device()) {
-            let training = Training { dropout, magnitude: magnitude.as_ref(), ..Training::default() };
+            let (magnitude, full_precision) = (magnitude.as_ref(), *full_precision);
+            let training = Training { dropout, magnitude, full_precision, ..Training::default() };
             return lora_train(x, &self.w, a, b, *scale, bias.as_ref(), training);
         }
         if dropout.is_some() {

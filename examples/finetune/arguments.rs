@@ -27,6 +27,8 @@ Trains a LoRA adapter for a model of the Llama architecture in Hugging Face's fo
   --rslora            scale = ALPHA / √R
   --dora              with a magnitude for each output of a layer, trained as well; without dropout
   --dropout P         in training, elements of the adapters' inputs are dropped with this probability; default 0
+  --full-precision    beside a model of bf16 or f16 the products read the adapter's f32 values as they are, as PEFT's do by
+                      default, to the precision of two 16-bit numbers; without it they are rounded to the model's type
   --init DIR          start from this adapter, with its config: targets, rank, scale and dropout are its own, of which
                       --dropout can change the last; it may bring biases to train, on B (`lora_bias`) or of the model (`bias`)
 
@@ -62,6 +64,7 @@ pub struct Arguments {
     pub data: PathBuf,
     pub out: PathBuf,
     pub adapter: Start,
+    pub full_precision: bool,
     pub optimizer: Settings,
     pub steps: Option<usize>,
     pub batch: Option<usize>,
@@ -94,7 +97,7 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>> {
     let (mut adapter, mut optimizer) = (Start::default(), OptimizerFlags::default());
     let (mut steps, mut batch, mut seq, mut seed, mut accumulate) = (None, None, None, 0, 1);
     let (mut dtype, mut place, mut checkpoint) = (None, Place::Any, 100);
-    let (mut resume, mut json) = (false, false);
+    let (mut full_precision, mut resume, mut json) = (false, false, false);
     let mut parser = lexopt::Parser::from_args(arguments);
     while let Some(argument) = parser.next()? {
         match argument {
@@ -111,6 +114,7 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>> {
             Long("dropout") => {
                 adapter.dropout = Some(flags::number(&mut parser, "dropout", PROBABILITY, is_probability)?);
             }
+            Long("full-precision") => full_precision = true,
             Long("init") => adapter.init = Some(flags::path(&mut parser)?),
             Long(flag @ ("optimizer" | "lr" | "betas" | "eps" | "momentum" | "weight-decay")) => {
                 let flag = flag.to_owned();
@@ -135,6 +139,7 @@ pub fn parse(arguments: Vec<OsString>) -> Result<Option<Arguments>> {
         data: data.ok_or_else(|| flags::missing("data"))?,
         out: out.ok_or_else(|| flags::missing("out"))?,
         adapter,
+        full_precision,
         optimizer: optimizer.settings()?,
         steps,
         batch,

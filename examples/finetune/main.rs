@@ -94,7 +94,8 @@ fn prepare(arguments: &Arguments) -> Result<Training> {
     }
     std::fs::create_dir_all(&arguments.out).map_err(|error| Failure::output(arguments.out.display(), error))?;
 
-    let (changes, parameters) = adapter.variables(&device, seed)?;
+    let (mut changes, parameters) = adapter.variables(&device, seed)?;
+    changes.lora.values_mut().for_each(|lora| lora.full_precision = arguments.full_precision);
     let model = Llama::load(&config, &weights, changes)?;
     Ok(Training {
         model,
@@ -148,6 +149,7 @@ fn settings(arguments: &Arguments, dtype: DType, data: &Data, adapter: &Adapter)
         // As those before these flags were written: without them.
         "--accumulate": Some(arguments.accumulate).filter(|&batches| batches != 1),
         "--dora": Some(adapter.is_dora()).filter(|&is_dora| is_dora),
+        "--full-precision": Some(arguments.full_precision).filter(|&full| full),
         "--dropout": Some(adapter.dropout()).filter(|&p| p != 0.0),
         "--seed": arguments.seed,
         "--dtype": dtype.as_str(),

@@ -4,6 +4,7 @@ use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{Result, Storage, WithDType};
 
 use super::op::Dropout;
+use super::routes::Routes;
 use super::view::View;
 use crate::{Element, Seed, split_columns};
 
@@ -35,6 +36,7 @@ pub(super) struct Forward<'a, S> {
     pub(super) f32_factors: bool,
     pub(super) projections: Vec<ForwardProjection<'a, S>>,
     pub(super) dropout: Option<Dropout>,
+    pub(super) routes: Option<&'a Routes>,
     pub(super) keep_h: bool,
 }
 
@@ -67,6 +69,7 @@ pub(super) struct Backward<'a, S> {
     pub(super) h: Option<Operand<'a, S>>,
     pub(super) projections: Vec<BackwardProjection<'a, S>>,
     pub(super) dropout: Option<Dropout>,
+    pub(super) routes: Option<&'a Routes>,
     pub(super) dx: bool,
     pub(super) da: Option<Precision>,
 }

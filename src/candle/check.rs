@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::op::{Dropout, Projection};
+use super::op::Projection;
+use super::routes::Routes;
 use crate::MAX_DIMENSION;
 use crate::error::{Error, Result};
 use crate::raw::{Projections, named};
@@ -24,19 +25,40 @@ impl Place {
 }
 
 /// All arguments of the op but devices.
-pub(super) fn projections(x: &Tensor, projections: &[Projection<'_>], dropout: Option<Dropout>) -> Result<()> {
+pub(super) fn projections(x: &Tensor, projections: &[Projection<'_>], p: Option<f32>) -> Result<()> {
     // Judges their number.
     Projections::new(projections)?;
-    for (at, &Projection { w, a, b, bias, magnitude, .. }) in projections.iter().enumerate() {
+    for (at, &Projection { w, a, b, scale, bias, magnitude }) in projections.iter().enumerate() {
         let place = Place { at, count: projections.len() };
         base(place, w, bias)?;
         input(w, x)?;
         adapter(place, w, a, b)?;
+        self::scale(place.name("scale"), scale)?;
         if let Some(of_dora) = magnitude {
-            self::magnitude(place, w, of_dora, dropout)?;
+            self::magnitude(place, w, of_dora, p)?;
         }
     }
     Ok(())
+}
+
+/// Of as many rows as x, and of ranks that A has; not beside a magnitude.
+pub(super) fn routes(x: &Tensor, projections: &[Projection<'_>], routes: &Routes) -> Result<()> {
+    const ARG: &str = "routes";
+    if projections.iter().any(|of| of.magnitude.is_some()) {
+        return Err(Error::Exclusive { arg: "magnitude", other: ARG });
+    }
+    rows(x, routes)?;
+    let limit = projections.iter().map(|of| of.a.dims()[0]).sum::<usize>() as u64;
+    match routes.ranks() as u64 {
+        got if got > limit => Err(Error::TooLarge { what: "the ranks of `routes`", got, limit }),
+        _ => Ok(()),
+    }
+}
+
+/// A route for each row of an x that [`input`] accepts.
+pub(super) fn rows(x: &Tensor, routes: &Routes) -> Result<()> {
+    let (_, tokens) = x.dims().split_last().unwrap_or((&0, &[]));
+    dimension("routes", "rows", routes.rows(), tokens.iter().product())
 }
 
 /// Of layers that share x: one K and one type.
@@ -159,10 +181,10 @@ pub(super) fn ranks(arg: &'static str, r: usize) -> Result<()> {
 }
 
 /// N, of the weight's type or f32, and no dropout beside it.
-fn magnitude(place: Place, w: &Tensor, magnitude: &Tensor, dropout: Option<Dropout>) -> Result<()> {
+fn magnitude(place: Place, w: &Tensor, magnitude: &Tensor, p: Option<f32>) -> Result<()> {
     let arg = place.name("magnitude");
     vector(arg, w, magnitude)?;
-    let Some(Dropout { p, .. }) = dropout else { return Ok(()) };
+    let Some(p) = p else { return Ok(()) };
     probability(p)?;
     if p == 0.0 { Ok(()) } else { Err(Error::Exclusive { arg, other: "dropout" }) }
 }
@@ -173,7 +195,7 @@ pub(super) fn probability(got: f32) -> Result<()> {
 }
 
 /// Finite in f32, which the products take it in.
-pub(super) fn scale(scale: f64) -> Result<()> {
+pub(super) fn scale(arg: &'static str, scale: f64) -> Result<()> {
     let got = scale as f32;
-    if got.is_finite() { Ok(()) } else { Err(Error::Scale { arg: "scale", got }) }
+    if got.is_finite() { Ok(()) } else { Err(Error::Scale { arg, got }) }
 }

@@ -5,6 +5,7 @@ use candle_core::{CpuStorage, Result, Storage};
 use super::backend::{
     Backend, Backward, BackwardProjection, Forward, Gain, Gradients, Operand, Outputs, Own, Precision, Scalar, dropout,
 };
+use super::routes::Routes;
 use super::wrap;
 use crate::error::Error;
 use crate::{Accumulate, Factors, Gradient, MagnitudeGradient, Matrix, MatrixMut, cpu};
@@ -46,7 +47,7 @@ impl Backend for Cpu {
             h: h.as_mut().map(|h| MatrixMut::new(h.as_mut_slice(), m, columns)),
             projections,
             dropout: dropout(op.dropout),
-            routes: None,
+            routes: op.routes.map(table),
         })
         .map_err(wrap)?;
         let ys = ys.into_iter().map(T::to_cpu_storage_owned).collect();
@@ -89,7 +90,7 @@ impl Backend for Cpu {
             projections,
             accumulate: Accumulate::default(),
             dropout: dropout(op.dropout),
-            routes: None,
+            routes: op.routes.map(table),
         })
         .map_err(wrap)?;
         let own = own.into_iter().map(|OwnBuffers { db, dbias, dm }| Own {
@@ -125,6 +126,10 @@ fn matrix<'a, T: Scalar>(operand: Operand<'a, CpuStorage>) -> Result<Matrix<'a, 
     let view = operand.view;
     let data: &'a [T] = operand.storage.as_slice()?;
     Ok(Matrix::new(data, view.rows, view.cols).with_row_stride(view.row_stride).with_offset(view.offset))
+}
+
+fn table(routes: &Routes) -> Matrix<'_, [u64]> {
+    Matrix::new(routes.on_cpu(), 1, routes.on_cpu().len())
 }
 
 fn zeros<T: Scalar>(rows: usize, cols: usize) -> Result<Vec<T>> {

@@ -12,6 +12,7 @@ use super::backend::{
     Backend, Backward, BackwardProjection, Forward, Gain, Gradients, Operand, Outputs, Own, Precision, Scalar, dropout,
 };
 use super::recent::Recent;
+use super::routes::Routes;
 use super::wrap;
 use crate::cuda::{self, Kernels, Workspace};
 use crate::error::Error;
@@ -48,7 +49,7 @@ impl Backend for Cuda {
             let (w, b) = (matrix::<T>(of.w)?, matrix::<A>(of.b)?);
             operands.push((w, b, optional::<T>(of.bias)?, optional::<f32>(of.gain)?));
         }
-        let stream = device.cuda_stream();
+        let (stream, routes) = (device.cuda_stream(), op.routes.map(table).transpose()?);
         launch(&stream, |kernels, workspace| {
             let mut projections = Vec::with_capacity(operands.len());
             for ((of, &(w, b, bias, gain)), y) in op.projections.iter().zip(&operands).zip(&mut ys) {
@@ -61,7 +62,7 @@ impl Backend for Cuda {
                 h: h.as_mut().map(|h| cuda::matrix_mut(h, m, columns)),
                 projections,
                 dropout: dropout(op.dropout),
-                routes: None,
+                routes,
             };
             kernels.forward_shared::<T, A>(&stream, forward, workspace)
         })?;
@@ -85,7 +86,7 @@ impl Backend for Cuda {
             let (dy, w, b) = (matrix::<T>(of.dy)?, matrix::<T>(of.w)?, matrix::<A>(of.b)?);
             operands.push((dy, w, b, optional::<f32>(of.gain)?, of_magnitude));
         }
-        let stream = device.cuda_stream();
+        let (stream, routes) = (device.cuda_stream(), op.routes.map(table).transpose()?);
         launch(&stream, |kernels, workspace| {
             let mut projections = Vec::with_capacity(operands.len());
             for ((of, &(dy, w, b, gain, of_magnitude)), own) in op.projections.iter().zip(&operands).zip(&mut own) {
@@ -114,7 +115,7 @@ impl Backend for Cuda {
                 projections,
                 accumulate: Accumulate::default(),
                 dropout: dropout(op.dropout),
-                routes: None,
+                routes,
             };
             kernels.backward_shared::<T, A>(&stream, backward, workspace)
         })?;
@@ -173,6 +174,11 @@ fn matrix<'a, T: Scalar>(operand: Operand<'a, CudaStorage>) -> Result<CudaMatrix
 
 fn optional<'a, T: Scalar>(operand: Option<Operand<'a, CudaStorage>>) -> Result<Option<CudaMatrix<'a, T>>> {
     operand.map(matrix).transpose()
+}
+
+fn table(routes: &Routes) -> Result<CudaMatrix<'_, u64>> {
+    let words = routes.on_gpu()?;
+    Ok(cuda::matrix(words, 1, words.len()))
 }
 
 /// Memory for a matrix; at least one element, because sizes are judged later and CUDA refuses none.

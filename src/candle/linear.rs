@@ -6,7 +6,7 @@ use candle_core::{DType, ModuleT, Result, Tensor};
 use candle_nn::{Init, Linear, VarBuilder, init};
 
 use super::base::Base;
-use super::passes::Passes;
+use super::modes::{Modes, Passes};
 use super::view::addressable;
 use super::{check, projections, wrap};
 use crate::error::Error;
@@ -49,9 +49,7 @@ pub struct LoraLinear {
     enabled: bool,
     /// W + s · B A and the bias of the active adapter.
     merged: Option<Base>,
-    dropout: Option<Passes>,
-    recompute: bool,
-    full_precision: bool,
+    modes: Modes,
 }
 
 #[derive(Clone, Debug)]
@@ -102,16 +100,7 @@ impl LoraLinear {
         // Once, instead of in every forward.
         let base = Base { linear: Linear::new(addressable(&weight)?, None), bias };
         let adapters = BTreeMap::new();
-        Ok(Self {
-            base,
-            adapters,
-            active: None,
-            enabled: true,
-            merged: None,
-            dropout: None,
-            recompute: false,
-            full_precision: false,
-        })
+        Ok(Self { base, adapters, active: None, enabled: true, merged: None, modes: Modes::default() })
     }
 
     /// The same layer with dropout on the adapter branch in training, PEFT's `lora_dropout`: `forward_t(x, true)` drops elements of
@@ -121,14 +110,14 @@ impl LoraLinear {
     /// # Errors
     /// [`Error::Probability`] unless `p` is from 0 to 1.
     pub fn with_dropout(mut self, p: f32, seed: u64) -> Result<Self> {
-        self.dropout = Some(Passes::new(p, seed).map_err(wrap)?);
+        self.modes.dropout = Some(Passes::new(p, seed).map_err(wrap)?);
         Ok(self)
     }
 
     /// The same layer, which keeps no h between forward and backward: [`Training::recompute`](super::Training::recompute).
     #[must_use]
     pub fn with_recompute(mut self) -> Self {
-        self.recompute = true;
+        self.modes.recompute = true;
         self
     }
 
@@ -136,25 +125,23 @@ impl LoraLinear {
     /// [`Training::full_precision`](super::Training::full_precision).
     #[must_use]
     pub fn with_full_precision(mut self) -> Self {
-        self.full_precision = true;
+        self.modes.full_precision = true;
         self
     }
 
     /// Whether f32 adapters are read as they are.
     pub fn is_at_full_precision(&self) -> bool {
-        self.full_precision
+        self.modes.full_precision
     }
 
     /// Training passes with dropout so far, of this layer and its clones.
     pub fn passes(&self) -> u64 {
-        self.dropout.as_ref().map_or(0, Passes::made)
+        self.modes.passes()
     }
 
     /// Lets the next training pass with dropout be that after `passes` others: a run that is resumed goes on with its masks.
     pub fn set_passes(&self, passes: u64) {
-        if let Some(dropout) = &self.dropout {
-            dropout.set(passes);
-        }
+        self.modes.set_passes(passes);
     }
 
     /// Adds an adapter from `vb`, in its dtype (that of the weight, or f32): `lora_A.weight` (R × K) and `lora_B.weight` (N × R),
@@ -166,7 +153,7 @@ impl LoraLinear {
     pub fn add(&mut self, name: &str, config: LoraConfig, vb: VarBuilder) -> Result<()> {
         let (n, k) = self.base.linear.weight().dims2()?;
         let r = config.r;
-        check::ranks("a", r).and_then(|()| check::scale(config.scale())).map_err(wrap)?;
+        check::ranks("a", r).and_then(|()| check::scale("scale", config.scale())).map_err(wrap)?;
         self.new_name(name)?;
         // With a = √5 the gain √(2 / (1 + a²)) is √⅓, and the bound 1/√K.
         let kaiming = Init::Kaiming {
@@ -188,7 +175,7 @@ impl LoraLinear {
     pub fn add_tensors(&mut self, name: &str, a: Tensor, b: Tensor, scale: f64) -> Result<()> {
         self.new_name(name)?;
         check::adapter(check::ALONE, self.base.linear.weight(), &a, &b)
-            .and_then(|()| check::scale(scale))
+            .and_then(|()| check::scale("scale", scale))
             .map_err(wrap)?;
         self.adapters.insert(name.to_owned(), Adapter { a, b, b_bias: None, magnitude: None, scale });
         Ok(())
@@ -264,7 +251,7 @@ impl LoraLinear {
     }
 
     fn changeable(&self, name: &str, operation: &'static str) -> Result<()> {
-        self.known_name(name)?;
+        self.known(name)?;
         if self.active() == Some(name) { self.check_unmerged(operation) } else { Ok(()) }
     }
 
@@ -274,7 +261,7 @@ impl LoraLinear {
     /// # Errors
     /// [`Error::AdapterName`]; [`Error::State`] while it is active.
     pub fn remove(&mut self, name: &str) -> Result<(Tensor, Tensor, f64)> {
-        self.known_name(name)?;
+        self.known(name)?;
         if self.active() == Some(name) {
             let got = format!("adapter `{name}` is active");
             return Err(wrap(Error::State { operation: "remove", got, expected: "another `activate` first" }));
@@ -293,7 +280,7 @@ impl LoraLinear {
     /// [`Error::AdapterName`]; [`Error::State`] while one is merged.
     pub fn activate(&mut self, name: &str) -> Result<()> {
         self.check_unmerged("activate")?;
-        self.known_name(name)?;
+        self.known(name)?;
         self.active = Some(name.to_owned());
         self.enabled = true;
         Ok(())
@@ -393,8 +380,8 @@ impl LoraLinear {
         self.active().and_then(|name| self.adapters.get(name))
     }
 
-    fn known_name(&self, name: &str) -> Result<()> {
-        if self.adapters.contains_key(name) { Ok(()) } else { Err(wrap(self.unknown(name))) }
+    pub(super) fn known(&self, name: &str) -> Result<&Adapter> {
+        self.adapters.get(name).ok_or_else(|| wrap(self.unknown(name)))
     }
 
     fn unknown(&self, name: &str) -> Error {
@@ -411,7 +398,7 @@ impl LoraLinear {
         Err(wrap(Error::AdapterName { got: name.to_owned(), expected }))
     }
 
-    fn check_unmerged(&self, operation: &'static str) -> Result<()> {
+    pub(super) fn check_unmerged(&self, operation: &'static str) -> Result<()> {
         if self.merged.is_none() {
             return Ok(());
         }
@@ -429,12 +416,8 @@ impl LoraLinear {
         self.forward_t(x, false)
     }
 
-    pub(super) fn dropout(&self) -> Option<&Passes> {
-        self.dropout.as_ref()
-    }
-
-    pub(super) fn recomputes(&self) -> bool {
-        self.recompute
+    pub(super) fn modes(&self) -> &Modes {
+        &self.modes
     }
 
     /// The adapter that is computed beside W.
@@ -455,8 +438,7 @@ impl LoraLinear {
 impl ModuleT for LoraLinear {
     /// As [`LoraLinear::forward`], with dropout where `train` is set.
     fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
-        let dropout = self.dropout.as_ref().filter(|_| train);
-        let y = projections::forward(&[self], x, dropout, (self.recompute, self.full_precision))?.pop();
+        let y = projections::forward(&[self], x, self.modes.pass(train))?.pop();
         y.map_or_else(|| self.plain(x), Ok)
     }
 }

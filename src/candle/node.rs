@@ -15,6 +15,7 @@ use super::backend::{
 };
 use super::cpu::Cpu;
 use super::op::Dropout;
+use super::routes::Routes;
 use super::split::{Arrived, Split};
 use super::third::{Part, Third};
 use super::view::view;
@@ -53,6 +54,7 @@ pub(super) struct Node {
     pub(super) own: Vec<Own>,
     pub(super) third: Third,
     pub(super) dropout: Option<Dropout>,
+    pub(super) routes: Option<Routes>,
     /// For the inputs of the graph.
     pub(super) stand_ins: [Option<Tensor>; 3],
     pub(super) keep_h: bool,
@@ -129,8 +131,9 @@ impl Node {
                 scale: own.scale,
             });
         }
-        let Self { dropout, keep_h, f32_factors, .. } = *self;
-        let op = Forward { x: input(0)?, a: input(1)?, f32_factors, projections, dropout, keep_h };
+        let Self { dropout, keep_h, f32_factors, ref routes, .. } = *self;
+        let op =
+            Forward { x: input(0)?, a: input(1)?, f32_factors, projections, dropout, routes: routes.as_ref(), keep_h };
         let mut outputs = by_dtypes!(self.dtype(), f32_factors, B::forward, &op)?;
         if let Some(h) = outputs.h {
             let shape = (op.x.view.rows, op.columns_of_h());
@@ -151,11 +154,12 @@ impl Node {
         let [x, a, third] = inputs;
         let read = |at: usize| self.stand_ins[at].as_ref().unwrap_or(inputs[at]).storage_and_layout();
         let (xs, a_s, thirds) = (read(0), read(1), read(2));
-        let guards = self.own.iter().zip(&self.third.beside).zip(arrived).map(|((own, beside), Arrived { dy, y })| {
-            let beside = [&beside.b, &beside.bias, &beside.magnitude, &own.gain];
-            let beside = beside.map(|it| it.as_ref().map(Tensor::storage_and_layout));
-            ([dy, y, &own.w].map(Tensor::storage_and_layout), beside)
-        });
+        let guards =
+            self.own.iter().zip(&self.third.beside).zip(arrived).map(|((own, beside), Arrived { dy, y, .. })| {
+                let beside = [&beside.b, &beside.bias, &beside.magnitude, &own.gain];
+                let beside = beside.map(|it| it.as_ref().map(Tensor::storage_and_layout));
+                ([dy, y, &own.w].map(Tensor::storage_and_layout), beside)
+            });
         let guards: Vec<_> = guards.collect();
         let wanted = self.precision(third);
         let mut projections = Vec::with_capacity(guards.len());
@@ -165,7 +169,9 @@ impl Node {
                 false => locked::<B>(beside),
             };
             let wanted = |part| wanted.filter(|_| self.third.has(at, part));
-            let magnitude = part(Part::Magnitude, magnitude)?.filter(|_| wanted(Part::Magnitude).is_some());
+            // That of a y that takes no part is zero; computed, it could be a NaN.
+            let has_dm = arrived[at].is_used && wanted(Part::Magnitude).is_some();
+            let magnitude = part(Part::Magnitude, magnitude)?.filter(|_| has_dm);
             let (y, bias) = (operand::<B>(&y.0, y.1)?, part(Part::Bias, bias)?);
             projections.push(BackwardProjection {
                 dy: operand::<B>(&dy.0, dy.1)?,
@@ -187,17 +193,24 @@ impl Node {
         };
         let hs = self.h.get().or(again.as_ref()).map(Tensor::storage_and_layout);
         let h = hs.as_ref().map(|(storage, layout)| operand::<B>(storage, layout)).transpose()?;
-        let Self { dropout, f32_factors, .. } = *self;
+        let Self { dropout, f32_factors, ref routes, .. } = *self;
         let (dx, da) = (x.track_op(), self.precision(a));
-        let op = Backward { a: a_operand, x: x_operand, h, projections, dropout, dx, da };
+        let op = Backward { a: a_operand, x: x_operand, h, projections, dropout, routes: routes.as_ref(), dx, da };
         let gradients = by_dtypes!(self.dtype(), f32_factors, B::backward, &op)?;
         let tensor = |gradient: Option<B::Storage>, shape: &Shape| {
             gradient.map(|gradient| Tensor::from_storage(B::wrap(gradient), shape, BackpropOp::none(), false))
         };
         let mut parts = Vec::new();
-        for (of, gradient::Own { db, dbias, dm }) in op.projections.iter().zip(gradients.projections) {
+        for (at, (of, gradient::Own { db, dbias, dm })) in op.projections.iter().zip(gradients.projections).enumerate()
+        {
             let (n, r) = (of.w.view.rows, of.b.view.cols);
-            let dm = tensor(dm, &Shape::from(n)).map(|dm| dm.to_dtype(third.dtype())).transpose()?;
+            let dm = match tensor(dm, &Shape::from(n)) {
+                Some(dm) => Some(dm.to_dtype(third.dtype())?),
+                None if wanted.is_some() && self.third.has(at, Part::Magnitude) => {
+                    Some(Tensor::zeros(n, third.dtype(), third.device())?)
+                }
+                None => None,
+            };
             parts.extend([tensor(db, &Shape::from((n, r))), tensor(dbias, &Shape::from(n)), dm].into_iter().flatten());
         }
         let third = match &parts[..] {
@@ -219,8 +232,8 @@ impl Node {
         projections: &[BackwardProjection<'_, B::Storage>],
     ) -> Result<Tensor> {
         let projections = projections.iter().map(BackwardProjection::first_columns).collect();
-        let Self { dropout, f32_factors, .. } = *self;
-        let op = Forward { x, a, f32_factors, projections, dropout, keep_h: true };
+        let Self { dropout, f32_factors, ref routes, .. } = *self;
+        let op = Forward { x, a, f32_factors, projections, dropout, routes: routes.as_ref(), keep_h: true };
         match by_dtypes!(self.dtype(), f32_factors, B::forward, &op)?.h {
             Some(h) => {
                 let shape = (x.view.rows, op.columns_of_h());

@@ -7,7 +7,9 @@ use candle_core::{DType, Error as CandleError, Result, Tensor};
 
 use super::backend::{Backend, Gain};
 use super::cpu::Cpu;
+use super::modes::Passes;
 use super::node::{NAME, Node, Own, by_dtype, operand};
+use super::routes::Routes;
 use super::split::Split;
 use super::third::{Third, below, readable, stand_in};
 use super::view::addressable;
@@ -25,7 +27,7 @@ pub struct Dropout {
     pub offset: u64,
 }
 
-/// How an application of the op departs from that of [`lora`], which drops nothing, keeps h and has no magnitude.
+/// How an application of the op departs from that of [`lora`], which drops nothing, keeps h, and has one adapter without a magnitude.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Training<'a> {
     /// Backward drops what forward dropped.
@@ -36,6 +38,12 @@ pub struct Training<'a> {
     /// gain = magnitude / ‖W + scale · B A‖, by rows of W, is computed in every application from the factors as they are, in one
     /// launch more that reads W. Gradients take the norm for a constant. Beside it no probability of dropout but 0.
     pub magnitude: Option<&'a Tensor>,
+    /// Many adapters in one batch, in the same launches: `a` holds the A of all of them below each other and `b` their B side by side,
+    /// and each row of x goes through its own, times its scale, or through none. So da and db of an adapter are sums over its own rows.
+    /// R is at most [`MAX_ROUTED_RANK`](crate::MAX_ROUTED_RANK), and an infinity or NaN in one adapter may reach rows of others
+    /// ([`Variant::routes`](crate::Variant::routes)). Not beside a magnitude.
+    /// [`LoraLinear::bank`](super::LoraLinear::bank) lays adapters so.
+    pub routes: Option<&'a Routes>,
     /// Read f32 `a` and `b` over a 16-bit x as they are, at more than 16 bits, as PEFT does by default: y and dx have one rounding,
     /// da and db nearly the precision of f32 ([`Forward`](crate::Forward) says how exact they are). h takes twice the columns. Where
     /// one of the two is of x's type it is widened; where both are nothing changes.
@@ -70,7 +78,7 @@ pub fn lora(x: &Tensor, w: &Tensor, a: &Tensor, b: &Tensor, scale: f64, bias: Op
     lora_train(x, w, a, b, scale, bias, Training::default())
 }
 
-/// As [`lora`], with dropout, without keeping h, or with a magnitude, which gets its gradient, too.
+/// As [`lora`], with dropout, without keeping h, with many adapters in one batch, or with a magnitude, which gets its gradient, too.
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};
@@ -89,7 +97,9 @@ pub fn lora(x: &Tensor, w: &Tensor, a: &Tensor, b: &Tensor, scale: f64, bias: Op
 /// ```
 ///
 /// # Errors
-/// As [`lora`]; [`Probability`](crate::Error::Probability); [`Exclusive`](crate::Error::Exclusive) for a magnitude beside dropout.
+/// As [`lora`]; [`Probability`](crate::Error::Probability); [`Exclusive`](crate::Error::Exclusive) for a magnitude beside dropout or
+/// routes; [`Dimension`](crate::Error::Dimension) for routes of another number of rows than x has, and
+/// [`TooLarge`](crate::Error::TooLarge) for those of more ranks than `a` has.
 pub fn lora_train(
     x: &Tensor,
     w: &Tensor,
@@ -99,9 +109,10 @@ pub fn lora_train(
     bias: Option<&Tensor>,
     training: Training<'_>,
 ) -> Result<Tensor> {
-    let Training { dropout, recompute, magnitude, full_precision } = training;
+    let Training { dropout, recompute, magnitude, routes, full_precision } = training;
     let projection = Projection { w, a, b, scale, bias, magnitude };
-    one(apply(x, &[projection], Pass { dropout, recompute, full_precision })?)
+    let pass = Pass { masks: dropout.map(Masks::Of), recompute, full_precision };
+    one(apply(x, &[projection], routes, pass)?)
 }
 
 /// One of the projections of [`lora_shared`]; all as in [`lora_train`].
@@ -121,22 +132,34 @@ pub struct Projection<'a> {
     pub magnitude: Option<&'a Tensor>,
 }
 
+/// What all projections of [`lora_shared`] have in common; as in [`Training`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SharedTraining {
+    /// One mask for all projections; PEFT draws one for each.
+    pub dropout: Option<Dropout>,
+    /// [`Training::recompute`].
+    pub recompute: bool,
+    /// [`Training::full_precision`].
+    pub full_precision: bool,
+}
+
 /// As [`lora_train`] for several projections that share x, as q, k and v of attention do: N, R and scale are each one's own. One
 /// launch forward reads x as if for one, and one backward sums dx; y of each is a tensor of its own, and none is copied.
 ///
 /// The A of all are copied below each other, ΣR · K elements, and so is what is tracked of `b`, bias and magnitude behind each other:
-/// candle's graph has room for three inputs. Dropout has one mask for all projections; PEFT draws one for each. Backward
-/// wants the y of every projection in the loss: one that is not has a gradient of zeros made for it.
+/// candle's graph has room for three inputs. Backward
+/// wants the y of every projection in the loss: one that is not has a gradient of zeros made for it. What `backward` of another op
+/// computes by a backward of its own must not go through the y of these projections: each would take the other's gradients.
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};
-/// use fused_lora::candle::{Projection, lora_shared};
+/// use fused_lora::candle::{Projection, SharedTraining, lora_shared};
 ///
 /// let random = |rows: usize, cols: usize| Tensor::randn(0f32, 1.0, (rows, cols), &Device::Cpu);
 /// let (x, w) = (random(5, 8)?, random(12, 8)?); // W of gate and up, 6 rows of each
 /// let (halves, a, b) = ([w.narrow(0, 0, 6)?, w.narrow(0, 6, 6)?], Var::from_tensor(&random(2, 8)?)?, random(6, 2)?);
 /// let projection = |w| Projection { w, a: &a, b: &b, scale: 2.0, bias: None, magnitude: None };
-/// let [gate, up] = lora_shared(&x, [projection(&halves[0]), projection(&halves[1])], None, false)?;
+/// let [gate, up] = lora_shared(&x, [projection(&halves[0]), projection(&halves[1])], SharedTraining::default())?;
 /// let gradients = (gate.silu()? * up)?.sum_all()?.backward()?;
 /// assert_eq!(gradients.get(&a).map(Tensor::dims), Some(&[2, 8][..]));
 /// # candle_core::Result::Ok(())
@@ -149,35 +172,67 @@ pub struct Projection<'a> {
 pub fn lora_shared<const P: usize>(
     x: &Tensor,
     projections: [Projection<'_>; P],
-    dropout: Option<Dropout>,
-    recompute: bool,
+    training: SharedTraining,
 ) -> Result<[Tensor; P]> {
-    let ys = apply(x, &projections, Pass { dropout, recompute, full_precision: false })?;
+    let SharedTraining { dropout, recompute, full_precision } = training;
+    let pass = Pass { masks: dropout.map(Masks::Of), recompute, full_precision };
+    let ys = apply(x, &projections, None, pass)?;
     ys.try_into().map_err(|ys: Vec<_>| wrap(Error::Projections { got: ys.len(), limit: P }))
 }
 
-/// How all projections depart from the default.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Pass {
-    pub(super) dropout: Option<Dropout>,
-    pub(super) recompute: bool,
-    /// Of one projection alone.
-    pub(super) full_precision: bool,
-}
-
 /// The y of one projection.
-fn one(ys: Vec<Tensor>) -> Result<Tensor> {
+pub(super) fn one(ys: Vec<Tensor>) -> Result<Tensor> {
     let [y] = <[Tensor; 1]>::try_from(ys).map_err(|ys| wrap(Error::Projections { got: ys.len(), limit: 1 }))?;
     Ok(y)
 }
 
-/// As [`lora_shared`].
-pub(super) fn apply(x: &Tensor, projections: &[Projection<'_>], pass: Pass) -> Result<Vec<Tensor>> {
-    let Pass { dropout, recompute, full_precision } = pass;
-    check::projections(x, projections, dropout).map_err(wrap)?;
+/// What all projections have in common.
+pub(super) struct Pass<'a> {
+    pub(super) masks: Option<Masks<'a>>,
+    pub(super) recompute: bool,
+    pub(super) full_precision: bool,
+}
+
+/// Where dropout comes from.
+#[derive(Clone, Copy)]
+pub(super) enum Masks<'a> {
+    Of(Dropout),
+    /// Of another pass, which is counted when nothing more can be refused.
+    Next(&'a Passes),
+}
+
+impl Masks<'_> {
+    pub(super) fn p(self) -> f32 {
+        match self {
+            Self::Of(dropout) => dropout.p,
+            Self::Next(passes) => passes.p,
+        }
+    }
+
+    fn dropout(self) -> Dropout {
+        match self {
+            Self::Of(dropout) => dropout,
+            Self::Next(passes) => passes.next(),
+        }
+    }
+}
+
+/// As [`lora_shared`]; with routes for one projection.
+pub(super) fn apply(
+    x: &Tensor,
+    projections: &[Projection<'_>],
+    routes: Option<&Routes>,
+    pass: Pass<'_>,
+) -> Result<Vec<Tensor>> {
+    let Pass { masks, recompute, full_precision } = pass;
+    check::projections(x, projections, masks.map(Masks::p)).map_err(wrap)?;
+    if let Some(routes) = routes {
+        check::routes(x, projections, routes).map_err(wrap)?;
+    }
     let used = projections.iter().flat_map(|of| [of.w, of.a, of.b].into_iter().chain(of.bias).chain(of.magnitude));
-    for other in used {
-        let (lhs, rhs) = (x.device().location(), other.device().location());
+    let locations = used.map(|tensor| tensor.device().location()).chain(routes.map(Routes::location));
+    for rhs in locations {
+        let lhs = x.device().location();
         if lhs != rhs {
             return Err(CandleError::DeviceMismatchBinaryOp { lhs, rhs, op: NAME }.bt());
         }
@@ -194,12 +249,14 @@ pub(super) fn apply(x: &Tensor, projections: &[Projection<'_>], pass: Pass) -> R
     let (a, third) = (below(projections)?, Third::new(projections, x.dtype(), factors)?);
     let input = third.input.clone();
     let split = (own.len() > 1).then(Arc::<Split>::default);
+    let stand_ins = [stand_in(x, x.dtype())?, stand_in(&a, factors)?, third.stand_in(x.dtype(), factors)?];
     let node = Node {
-        stand_ins: [stand_in(x, x.dtype())?, stand_in(&a, factors)?, third.stand_in(x.dtype(), factors)?],
+        stand_ins,
         own,
         third,
         // Beside a magnitude its probability is 0.
-        dropout: dropout.filter(|_| projections.iter().all(|of| of.magnitude.is_none())),
+        dropout: masks.map(Masks::dropout).filter(|_| projections.iter().all(|of| of.magnitude.is_none())),
+        routes: routes.cloned(),
         keep_h: projections.iter().any(|of| of.b.track_op()) && !recompute,
         f32_factors,
         h: OnceLock::new(),

@@ -3,8 +3,8 @@
 use candle_core::{Result, Tensor};
 
 use super::linear::{Adapter, LoraLinear};
-use super::op::{Pass, Projection, apply};
-use super::passes::Passes;
+use super::modes::{Modes, Passes};
+use super::op::{Masks, Pass, Projection, apply};
 use super::{check, wrap};
 use crate::error::Error;
 
@@ -35,12 +35,11 @@ use crate::error::Error;
 #[derive(Clone, Debug)]
 pub struct LoraProjections<const P: usize> {
     layers: [LoraLinear; P],
-    dropout: Option<Passes>,
-    recompute: bool,
+    modes: Modes,
 }
 
 impl<const P: usize> LoraProjections<P> {
-    /// Layers of one K and dtype. Dropout and recomputing are the group's to have, not theirs.
+    /// Layers of one K and dtype. Dropout, recomputing and full precision are the group's to have, not theirs.
     ///
     /// # Errors
     /// [`Error::Projections`] for none and for more than [`MAX_PROJECTIONS`](crate::raw::MAX_PROJECTIONS); [`Error::Dimension`] and
@@ -48,7 +47,7 @@ impl<const P: usize> LoraProjections<P> {
     /// recomputes, or one at full precision, which it names by its number.
     pub fn new(layers: [LoraLinear; P]) -> Result<Self> {
         check_layers("new", &layers)?;
-        Ok(Self { layers, dropout: None, recompute: false })
+        Ok(Self { layers, modes: Modes::default() })
     }
 
     /// As [`LoraLinear::with_dropout`], with one mask for all layers; PEFT draws one for each.
@@ -56,27 +55,32 @@ impl<const P: usize> LoraProjections<P> {
     /// # Errors
     /// [`Error::Probability`] unless `p` is from 0 to 1.
     pub fn with_dropout(mut self, p: f32, seed: u64) -> Result<Self> {
-        self.dropout = Some(Passes::new(p, seed).map_err(wrap)?);
+        self.modes.dropout = Some(Passes::new(p, seed).map_err(wrap)?);
         Ok(self)
     }
 
     /// As [`LoraLinear::with_recompute`].
     #[must_use]
     pub fn with_recompute(mut self) -> Self {
-        self.recompute = true;
+        self.modes.recompute = true;
+        self
+    }
+
+    /// As [`LoraLinear::with_full_precision`].
+    #[must_use]
+    pub fn with_full_precision(mut self) -> Self {
+        self.modes.full_precision = true;
         self
     }
 
     /// Training passes with dropout so far, of this group and its clones.
     pub fn passes(&self) -> u64 {
-        self.dropout.as_ref().map_or(0, Passes::made)
+        self.modes.passes()
     }
 
     /// As [`LoraLinear::set_passes`].
     pub fn set_passes(&self, passes: u64) {
-        if let Some(dropout) = &self.dropout {
-            dropout.set(passes);
-        }
+        self.modes.set_passes(passes);
     }
 
     /// The layers.
@@ -103,8 +107,7 @@ impl<const P: usize> LoraProjections<P> {
     /// As [`forward`](Self::forward); [`Error::State`] for dropout where a layer's adapter has a magnitude (DoRA).
     pub fn forward_t(&self, x: &Tensor, train: bool) -> Result<[Tensor; P]> {
         check_layers("forward_t", &self.layers)?;
-        let dropout = self.dropout.as_ref().filter(|_| train);
-        let ys = forward(&self.layers.each_ref(), x, dropout, (self.recompute, false))?;
+        let ys = forward(&self.layers.each_ref(), x, self.modes.pass(train))?;
         ys.try_into().map_err(|ys: Vec<_>| wrap(Error::Projections { got: ys.len(), limit: P }))
     }
 }
@@ -113,32 +116,25 @@ impl<const P: usize> LoraProjections<P> {
 fn check_layers<const P: usize>(operation: &'static str, layers: &[LoraLinear; P]) -> Result<()> {
     check::weights(&layers.each_ref().map(LoraLinear::weight)).map_err(wrap)?;
     for (at, layer) in layers.iter().enumerate() {
-        let own = "layers that do not, and `with_dropout` and `with_recompute` of the group";
-        let (what, expected) = match layer {
-            _ if layer.recomputes() => ("recomputes by itself", own),
-            _ if layer.dropout().is_some() => ("has dropout by itself", own),
-            _ if layer.is_at_full_precision() => {
-                ("is at full precision", "layers that are not: it is for a layer alone")
-            }
+        let expected = "layers that do not, and the same of the group";
+        let what = match layer.modes() {
+            Modes { recompute: true, .. } => "recomputes",
+            Modes { dropout: Some(_), .. } => "has dropout",
+            Modes { full_precision: true, .. } => "is at full precision",
             _ => continue,
         };
-        let got = format!("layer {at} {what}");
+        let got = format!("layer {at} {what} by itself");
         return Err(wrap(Error::State { operation, got, expected }));
     }
     Ok(())
 }
 
 /// Those that have an adapter beside W in one, the others by themselves.
-pub(super) fn forward(
-    layers: &[&LoraLinear],
-    x: &Tensor,
-    dropout: Option<&Passes>,
-    (recompute, full_precision): (bool, bool),
-) -> Result<Vec<Tensor>> {
+pub(super) fn forward(layers: &[&LoraLinear], x: &Tensor, pass: Pass<'_>) -> Result<Vec<Tensor>> {
     let mut beside = Vec::with_capacity(layers.len());
     for (at, layer) in layers.iter().enumerate() {
         let Some(adapter) = layer.beside() else { continue };
-        let p = dropout.map_or(0.0, |dropout| dropout.p);
+        let p = pass.masks.map_or(0.0, Masks::p);
         if adapter.magnitude.is_some() && p != 0.0 {
             let place = if layers.len() > 1 { format!("in layer {at} ") } else { String::new() };
             let name = layer.active().unwrap_or_default();
@@ -146,7 +142,6 @@ pub(super) fn forward(
             let expected = "dropout of 0: together they are not computed";
             return Err(wrap(Error::State { operation: "forward_t", got, expected }));
         }
-        check::input(layer.weight(), x).map_err(wrap)?; // before a pass is counted
         beside.push((layer.weight(), adapter, layer.bias_with(adapter)?));
     }
     let projections = beside.iter().map(|(w, adapter, bias)| {
@@ -156,7 +151,7 @@ pub(super) fn forward(
     let projections: Vec<_> = projections.collect();
     let together = match projections[..] {
         [] => Vec::new(),
-        _ => apply(x, &projections, Pass { dropout: dropout.map(Passes::next), recompute, full_precision })?,
+        _ => apply(x, &projections, None, pass)?,
     };
     let mut together = together.into_iter();
     let y = |layer: &&LoraLinear| match layer.beside().and_then(|_| together.next()) {

@@ -27,11 +27,13 @@ pub(super) struct Split {
 pub(super) struct Arrived {
     pub(super) dy: Tensor,
     pub(super) y: Tensor,
+    /// The loss depends on y; if not, `dy` is zeros and `y` anything.
+    pub(super) is_used: bool,
 }
 
 impl Arrived {
     pub(super) fn new(y: &Tensor, dy: &Tensor) -> Result<Self> {
-        Ok(Self { dy: addressable(dy)?, y: addressable(y)? })
+        Ok(Self { dy: addressable(dy)?, y: addressable(y)?, is_used: true })
     }
 }
 
@@ -83,7 +85,7 @@ impl Split {
             Some(left) => Ok(left.arrived.clone()),
             None => {
                 let zeros = Tensor::zeros(shape, x.dtype(), x.device())?;
-                Arrived::new(&zeros, &zeros)
+                Ok(Arrived { y: zeros.clone(), dy: zeros, is_used: false })
             }
         };
         shapes.enumerate().map(of).collect()

@@ -96,8 +96,8 @@ pub(super) fn below(projections: &[Projection<'_>]) -> Result<Tensor> {
     }
 }
 
-/// Tensors of one type.
-fn alike<'a>(
+/// Tensors of one type: theirs, or f32 where they differ.
+pub(super) fn alike<'a>(
     tensors: impl Iterator<Item = &'a Tensor> + Clone,
     shaped: impl Fn(&Tensor) -> Result<Tensor>,
 ) -> Result<Vec<Tensor>> {

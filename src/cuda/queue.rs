@@ -161,6 +161,10 @@ impl Backend for Queue {
     type Words = dyn DevicePtr<u64>;
     type WordBuffer = CudaSlice<u64>;
 
+    fn is_same(&self, other: &Self) -> bool {
+        self.stream == other.stream
+    }
+
     fn read<T: Element>(buffer: &CudaSlice<T>) -> &Self::Read<T> {
         buffer
     }

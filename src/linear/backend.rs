@@ -20,6 +20,11 @@ pub trait Backend: Clone {
     /// Memory that holds words of 64 bits.
     type WordBuffer: Send + Sync;
 
+    /// Whether operations of both run in one order, so that each reads what the other has written. On a GPU: on one stream.
+    fn is_same(&self, _other: &Self) -> bool {
+        true
+    }
+
     /// The buffer as an operand.
     fn read<T: Element>(buffer: &Self::Buffer<T>) -> &Self::Read<T>;
     /// The buffer as an output.

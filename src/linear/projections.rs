@@ -3,7 +3,7 @@
 use std::array;
 
 use super::sharing::{Part, Sharing, Stack};
-use super::{Backend, LoraLinear, Magnitude, Pass, Rejected, Training};
+use super::{Backend, LoraLinear, Magnitude, Pass, Rejected, Training, elements};
 use crate::error::{Error, Result};
 use crate::raw::{MAX_PROJECTIONS, named};
 use crate::{Accumulate, Element, LoraShape, Matrix, MatrixMut};
@@ -92,19 +92,16 @@ impl<B: Backend, T: Element, const P: usize> LoraProjections<B, T, P> {
     /// part.
     ///
     /// # Errors
-    /// [`Error::Projections`] for no layer, and for more than [`MAX_PROJECTIONS`]; [`Error::Dimension`] for a layer of another K than
-    /// the first's; those of [`refresh`](Self::refresh). The layers come back with the error.
+    /// [`Error::Projections`] for no layer, and for more than [`MAX_PROJECTIONS`]; those of
+    /// [`refresh`](Self::refresh). The layers come back with the error.
     #[allow(clippy::result_large_err, reason = "what was passed comes back")]
     pub fn new(layers: [LoraLinear<B, T>; P]) -> Result<Self, Rejected<[LoraLinear<B, T>; P]>> {
         let make = || {
             let refused = Error::Projections { got: P, limit: MAX_PROJECTIONS };
             let first = layers.first().filter(|_| P <= MAX_PROJECTIONS).ok_or(refused)?;
-            if let Some(at) = layers.iter().position(|layer| layer.k != first.k) {
-                let (arg, got) = (named("w", at, P), layers[at].k);
-                return Err(Error::Dimension { arg, axis: "columns", got, expected: first.k });
-            }
-            let backend = first.backend.clone();
-            let stack = Stack::new(&backend, &layers.each_ref())?;
+            let (backend, layers) = (first.backend.clone(), layers.each_ref());
+            check_columns(&layers)?;
+            let stack = Stack::new(&backend, &layers)?;
             Ok((backend, stack))
         };
         match make() {
@@ -137,10 +134,13 @@ impl<B: Backend, T: Element, const P: usize> LoraProjections<B, T, P> {
     /// allocation where ranks have changed. Another number of ranks takes no part while adapters are merged.
     ///
     /// # Errors
-    /// [`Error::State`] for an adapter whose own copies could not be renewed; those of [`Backend::alloc`] and [`Backend::round`]. The
-    /// group computes nothing then until this has succeeded.
+    /// [`Error::Dimension`] for a layer of another K than the first's; [`Error::State`] for a layer on another backend than the group's,
+    /// and for an adapter whose own copies could not be renewed; those of [`Backend::alloc`] and [`Backend::round`]. The group computes
+    /// nothing then until this has succeeded.
     pub fn refresh(&mut self) -> Result<()> {
-        self.stack.refresh(&self.backend, &self.layers.each_ref())
+        let layers = self.layers.each_ref();
+        check_columns(&layers)?;
+        self.stack.refresh(&self.backend, &layers)
     }
 
     /// Makes the backend's workspace large enough for forward and backward of up to `tokens` rows of x with the adapters that take
@@ -241,7 +241,11 @@ impl<B: Backend, T: Element, const P: usize> LoraProjections<B, T, P> {
         x: Matrix<'_, B::Read<T>>,
         write: impl FnOnce([MatrixMut<'_, B::Write<T>>; P]) -> Result<V>,
     ) -> Result<([B::Buffer<T>; P], V)> {
-        let ys = self.layers.iter().map(|layer| layer.output(x)).collect::<Result<Vec<_>>>()?;
+        let output = |layer: &LoraLinear<B, T>| {
+            layer.check_input(x)?;
+            self.backend.alloc(elements("the number of elements of y", x.rows, layer.n)?)
+        };
+        let ys = self.layers.iter().map(output).collect::<Result<Vec<_>>>()?;
         let mut ys: [B::Buffer<T>; P] =
             ys.try_into().map_err(|ys: Vec<_>| Error::Projections { got: ys.len(), limit: P })?;
         let mut layers = self.layers.iter();
@@ -249,5 +253,17 @@ impl<B: Backend, T: Element, const P: usize> LoraProjections<B, T, P> {
             ys.each_mut().map(|y| MatrixMut::new(B::write(y), x.rows, layers.next().map_or(0, |layer| layer.n))),
         )?;
         Ok((ys, value))
+    }
+}
+
+/// One K.
+fn check_columns<B: Backend, T: Element>(layers: &[&LoraLinear<B, T>]) -> Result<()> {
+    let expected = layers.first().map_or(0, |layer| layer.k);
+    match layers.iter().position(|layer| layer.k != expected) {
+        Some(at) => {
+            let (arg, got) = (named("w", at, layers.len()), layers[at].k);
+            Err(Error::Dimension { arg, axis: "columns", got, expected })
+        }
+        None => Ok(()),
     }
 }

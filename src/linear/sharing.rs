@@ -52,6 +52,7 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
         operation: &'static str,
         of: impl Fn(usize, &'a LoraLinear<B, T>) -> Result<Operands<'a, B, T>>,
     ) -> Result<Read<'a, B, T>> {
+        self.check_backends(operation)?;
         let mut operands = Vec::with_capacity(self.layers.len());
         for (at, layer) in self.layers.iter().enumerate() {
             operands.push(of(at, layer).map_err(|error| self.located(at, error))?);
@@ -62,6 +63,17 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
             (_, all) => return Err(Error::Projections { got: all.len(), limit: 1 }),
         };
         Ok((a, operands))
+    }
+
+    /// All layers must be on the backend that computes.
+    fn check_backends(&self, operation: &'static str) -> Result<()> {
+        match self.layers.iter().position(|layer| !layer.backend.is_same(self.backend)) {
+            Some(at) => {
+                let got = format!("layer {at} is on another backend than the group");
+                Err(Error::State { operation, got, expected: "layers on clones of one" })
+            }
+            None => Ok(()),
+        }
     }
 
     /// Says which layer it is whose state rules something out.
@@ -148,7 +160,11 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
         };
         let keep = h.as_mut().map(|h| MatrixMut::new(B::write(h), x.rows, columns));
         self.launch(read, x, keep, ys, dropout)?;
-        Ok(Pass::new(x, dropout, h, columns, self.layers.iter().map(|layer| layer.made()).collect()))
+        let made = self.layers.iter().map(|layer| match self.routed {
+            Some(_) => Made { adapter: None, ..layer.made() },
+            None => layer.made(),
+        });
+        Ok(Pass::new(x, dropout, h, columns, made.collect()))
     }
 
     /// Of dropout with DoRA nothing remains, or it is refused: it would drop from x for W, too.
@@ -259,6 +275,10 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
             let got = format!("the pass is of {} layers that share x, not of {}", made.len(), self.layers.len());
             return Err(Error::State { operation, got, expected: "a pass of as many" });
         }
+        if self.routed.is_none() && pass.routed.is_some() {
+            let got = "the rows of the pass went through a bank".to_owned();
+            return Err(Error::State { operation, got, expected: "`backward` of its layer" });
+        }
         self.read(operation, |at, layer| match self.routed {
             Some(routed) => {
                 layer.check_base(made[at])?;
@@ -303,8 +323,7 @@ pub(super) struct Stack<B: Backend, T: Element> {
 
 impl<B: Backend, T: Element> Stack<B, T> {
     pub(super) fn new(backend: &B, layers: &[&LoraLinear<B, T>]) -> Result<Self> {
-        let k = layers.first().map_or(0, |layer| layer.k);
-        let mut stack = Self { a: backend.alloc(0)?, row: backend.alloc(0)?, k, copied: Vec::new() };
+        let mut stack = Self { a: backend.alloc(0)?, row: backend.alloc(0)?, k: 0, copied: Vec::new() };
         stack.refresh(backend, layers)?;
         Ok(stack)
     }
@@ -312,6 +331,7 @@ impl<B: Backend, T: Element> Stack<B, T> {
     /// Copies what has changed.
     pub(super) fn refresh(&mut self, backend: &B, layers: &[&LoraLinear<B, T>]) -> Result<()> {
         let sharing = Sharing { backend, layers, stack: None, routed: None };
+        sharing.check_backends("refresh")?;
         let each = layers.iter().enumerate();
         let operands = each.map(|(at, layer)| layer.operands("refresh").map_err(|error| sharing.located(at, error)));
         let operands = operands.collect::<Result<Vec<_>>>()?;
@@ -322,7 +342,9 @@ impl<B: Backend, T: Element> Stack<B, T> {
         }
         let ranks = || operands.iter().map(|of| of.a.rows());
         let before = std::mem::take(&mut self.copied);
-        let moved = !ranks().eq(before.iter().map(|of| of.1));
+        let k = layers.first().map_or(0, |layer| layer.k);
+        let moved = k != self.k || !ranks().eq(before.iter().map(|of| of.1));
+        self.k = k;
         if moved {
             self.a = backend.alloc(elements("the number of elements of a", ranks().sum(), self.k)?)?;
             self.row = backend.alloc(ranks().max().unwrap_or(0))?;

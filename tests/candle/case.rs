@@ -62,7 +62,6 @@ impl Case {
         })
     }
 
-    #[cfg(feature = "candle-cuda")]
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         let Self { x, w, a, b, bias, scale, dy } = self;
         let to = |tensor: &Tensor| tensor.to_device(device);
@@ -121,11 +120,25 @@ impl Case {
 
     #[track_caller]
     pub fn judge(&self, ours: &Results, tracked: [bool; 3], context: &str) {
+        self.judge_by(&self.inputs(), ours, (tracked, Self::composed), context);
+    }
+
+    /// As [`judge`](Self::judge), with other inputs of the oracle and another expression than those of the plain layer.
+    #[track_caller]
+    pub fn judge_by(
+        &self,
+        inputs: &Inputs,
+        ours: &Results,
+        (tracked, composed): (
+            [bool; 3],
+            impl Fn(&Tensor, &Tensor, &Tensor, &Tensor, f64, Option<&Tensor>) -> Result<Tensor>,
+        ),
+        context: &str,
+    ) {
         assert!(!ours.stray, "{context}: a gradient that nobody asked for");
-        let composed = self.run(tracked, Self::composed).expect("candle's own operations");
-        let inputs = self.inputs();
-        let (h, y) = reference::forward(&inputs);
-        let truth = reference::backward(&inputs, &h);
+        let composed = self.run(tracked, composed).expect("candle's own operations");
+        let (h, y) = reference::forward(inputs);
+        let truth = reference::backward(inputs, &h);
         let magnitudes = inputs.magnitudes();
         let (h_magnitude, y_magnitude) = reference::forward(&magnitudes);
         let magnitude = reference::backward(&magnitudes, &h_magnitude);

@@ -5,6 +5,7 @@ use fused_lora::Error;
 use fused_lora::candle::{cause, lora};
 
 use crate::case::{Case, bits};
+use crate::{projections, routes};
 
 const ALL: [bool; 3] = [true; 3];
 
@@ -52,6 +53,22 @@ fn layouts_on_a_gpu() -> Result<()> {
         Case { x, ..plain }.check([false, true, true], name);
     }
     Ok(())
+}
+
+#[test]
+fn projections_on_a_gpu() -> Result<()> {
+    let Some(device) = device("projections_on_a_gpu") else { return Ok(()) };
+    let mixed = [DType::BF16, DType::F32, DType::BF16];
+    projections::judge_all(
+        &device,
+        &[(DType::BF16, [DType::BF16; 3]), (DType::F16, [DType::F32; 3]), (DType::BF16, mixed)],
+    )
+}
+
+#[test]
+fn routes_on_a_gpu() -> Result<()> {
+    let Some(device) = device("routes_on_a_gpu") else { return Ok(()) };
+    routes::judge_all(&device, &[(DType::BF16, DType::BF16), (DType::F16, DType::F16), (DType::BF16, DType::F32)])
 }
 
 /// One workspace for all threads of a stream, one for each stream, and the same bits in all of them.

@@ -14,4 +14,5 @@ mod layer;
 mod matrix;
 mod projections;
 mod refused;
+mod routes;
 mod training;

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, T
 use candle_nn::VarMap;
 use fused_lora::Error;
 use fused_lora::candle::{
-    Dropout, LoraLinear, LoraProjections, Projection, Training, cause, lora, lora_shared, lora_train,
+    Dropout, LoraLinear, LoraProjections, Projection, SharedTraining, Training, cause, lora, lora_shared, lora_train,
 };
 use fused_lora::reference::{self, Expected, Mat};
 
@@ -50,8 +50,8 @@ impl Vars {
         Projection { w, a, b, scale, bias, magnitude: None }
     }
 
-    fn shared(&self, cases: &[Case], dropout: Option<Dropout>, recompute: bool) -> Result<[Tensor; 3]> {
-        lora_shared(&self.x, [0, 1, 2].map(|at| self.projection(cases, at)), dropout, recompute)
+    fn shared(&self, cases: &[Case], training: SharedTraining) -> Result<[Tensor; 3]> {
+        lora_shared(&self.x, [0, 1, 2].map(|at| self.projection(cases, at)), training)
     }
 
     /// The bits of all gradients; none for a tensor that has none.
@@ -60,6 +60,10 @@ impl Vars {
         let all = [Some(&self.x)].into_iter().chain(own).flatten();
         all.map(|var| store.get(var).map(bits)).collect()
     }
+}
+
+fn dropped(p: f32, seed: u64, offset: u64) -> SharedTraining {
+    SharedTraining { dropout: Some(Dropout { p, seed, offset }), ..SharedTraining::default() }
 }
 
 /// Σ y ∘ dy.
@@ -71,15 +75,25 @@ fn loss(ys: &[Tensor], cases: &[Case]) -> Result<Tensor> {
 #[test]
 fn every_projection_is_that_of_the_oracle() -> Result<()> {
     let f32 = DType::F32;
-    for (storage, adapters) in [
-        (f32, [f32; 3]),
-        (DType::BF16, [DType::BF16; 3]),
-        (DType::F16, [f32; 3]),
-        (DType::BF16, [DType::BF16, f32, DType::BF16]),
-    ] {
+    judge_all(
+        &Device::Cpu,
+        &[
+            (f32, [f32; 3]),
+            (DType::BF16, [DType::BF16; 3]),
+            (DType::F16, [f32; 3]),
+            (DType::BF16, [DType::BF16, f32, DType::BF16]),
+        ],
+    )
+}
+
+/// y, with the bits of each projection alone, and the gradients of one loss of all.
+pub fn judge_all(device: &Device, types: &[(DType, [DType; 3])]) -> Result<()> {
+    for &(storage, adapters) in types {
         let (cases, context) = (cases(storage, adapters)?, format!("{storage:?}, adapters {adapters:?}"));
+        let [first, second, third] = cases.each_ref().map(|case| case.to_device(device));
+        let cases = [first?, second?, third?];
         let vars = Vars::new(&cases)?;
-        let ys = vars.shared(&cases, None, false)?;
+        let ys = vars.shared(&cases, SharedTraining::default())?;
         let store = loss(&ys, &cases)?.backward()?;
         for (at, (case, y)) in cases.iter().zip(&ys).enumerate() {
             let (a, b, _) = &vars.own[at];
@@ -120,7 +134,7 @@ fn every_projection_is_that_of_the_oracle() -> Result<()> {
 fn backward_comes_as_often_as_it_likes() -> Result<()> {
     let cases = cases(DType::BF16, [DType::F32; 3])?;
     let vars = Vars::new(&cases)?;
-    let ys = vars.shared(&cases, None, false)?;
+    let ys = vars.shared(&cases, SharedTraining::default())?;
     let whole = loss(&ys, &cases)?;
     let first = vars.gradients(&whole.backward()?);
     assert!(first.iter().all(Option::is_some));
@@ -146,8 +160,9 @@ fn backward_comes_as_often_as_it_likes() -> Result<()> {
 fn partial(vars: &Vars, cases: &[Case], ys: &[Tensor], at: usize) -> Result<()> {
     let gradients = vars.gradients(&loss(&ys[at..=at], &cases[at..=at])?.backward()?);
     let alone = Vars::new(&cases[at..=at])?;
-    let [y] = lora_shared(&alone.x, [alone.projection(&cases[at..=at], 0)], None, false)?;
+    let [y] = lora_shared(&alone.x, [alone.projection(&cases[at..=at], 0)], SharedTraining::default())?;
     let expected = alone.gradients(&loss(&[y], &cases[at..=at])?.backward()?);
+    assert_eq!(gradients[0], expected[0], "dx, to which the others add zeros");
     // A, B and a bias of each.
     let starts = [1, 4, 6, 9];
     for (index, gradient) in gradients.iter().enumerate().skip(1) {
@@ -156,6 +171,26 @@ fn partial(vars: &Vars, cases: &[Case], ys: &[Tensor], at: usize) -> Result<()> 
             Some(own) if index < starts[at + 1] => assert_eq!(Some(gradient), expected[1 + own].as_ref(), "{index}"),
             _ => assert!(gradient.iter().all(|&bits| f64::from_bits(bits) == 0.0), "{index}"),
         }
+    }
+    Ok(())
+}
+
+/// A magnitude of 0 makes a NaN of its gradient, but not where the loss does not depend on y.
+#[test]
+fn the_magnitude_of_a_y_that_is_not_used() -> Result<()> {
+    let cases = cases(DType::F32, [DType::F32; 3])?;
+    let magnitudes = SHAPES.map(|(n, _)| Var::zeros(n, DType::F32, &Device::Cpu));
+    let magnitudes = magnitudes.into_iter().collect::<Result<Vec<_>>>()?;
+    let projections = [0, 1, 2].map(|at| {
+        let Case { w, a, b, scale, .. } = &cases[at];
+        Projection { w, a, b, scale: *scale, bias: None, magnitude: Some(&magnitudes[at]) }
+    });
+    let [_, y, _] = lora_shared(&cases[0].x, projections, SharedTraining::default())?;
+    let store = y.sum_all()?.backward()?;
+    for (at, magnitude) in magnitudes.iter().enumerate() {
+        let dm = store.get(magnitude).expect("dm").to_vec1::<f32>()?;
+        assert_eq!(dm.len(), SHAPES[at].0);
+        assert!(dm.iter().all(|dm| if at == 1 { dm.is_nan() } else { *dm == 0.0 }), "{at}: {dm:?}");
     }
     Ok(())
 }
@@ -182,7 +217,7 @@ fn a_backward_that_fails_leaves_nothing() -> Result<()> {
     let cases = cases(DType::F32, [DType::F32; 3])?;
     let vars = Vars::new(&cases)?;
     for failing in 0..3 {
-        let ys = vars.shared(&cases, None, false)?;
+        let ys = vars.shared(&cases, SharedTraining::default())?;
         let mut broken = ys.to_vec();
         broken[failing] = broken[failing].apply_op1(Fails)?;
         for order in [[0, 1, 2], [2, 1, 0], [1, 0, 2]] {
@@ -207,7 +242,7 @@ fn dropout_and_h_computed_again() -> Result<()> {
     let vars = Vars::new(&cases)?;
     let dropout = Some(Dropout { p: 0.3, seed: 5, offset: 9 });
     let run = |recompute| -> Result<_> {
-        let ys = vars.shared(&cases, dropout, recompute)?;
+        let ys = vars.shared(&cases, SharedTraining { dropout, recompute, ..SharedTraining::default() })?;
         Ok((ys.each_ref().map(bits), vars.gradients(&loss(&ys, &cases)?.backward()?)))
     };
     let (kept, again) = (run(false)?, run(true)?);
@@ -241,7 +276,7 @@ fn rows_of_one_weight_and_what_is_tracked() -> Result<()> {
         bias: bias.as_ref(),
         magnitude: None,
     });
-    let ys = lora_shared(&cases[0].x, projections, None, false)?;
+    let ys = lora_shared(&cases[0].x, projections, SharedTraining::default())?;
     for (y, case) in ys.iter().zip(&cases) {
         assert!(!y.track_op(), "nothing to differentiate, yet it is part of a graph");
         assert_eq!(bits(y), bits(&plain(case)?));
@@ -250,12 +285,12 @@ fn rows_of_one_weight_and_what_is_tracked() -> Result<()> {
     let b = Var::from_tensor(&cases[2].b)?;
     let mut tracked = projections;
     tracked[2].b = &b;
-    let ys = lora_shared(&cases[0].x, tracked, None, false)?;
+    let ys = lora_shared(&cases[0].x, tracked, SharedTraining::default())?;
     let store = loss(&ys, &cases)?.backward()?;
     let alone = cases[2].run([false, false, true], Case::fused)?;
     assert_eq!(store.get(&b).map(bits), alone.gradients[2].as_ref().map(bits));
     let x = cases[0].x.t()?.contiguous()?.t()?;
-    assert_eq!(lora_shared(&x, projections, None, false)?.each_ref().map(bits), ys.each_ref().map(bits));
+    assert_eq!(lora_shared(&x, projections, SharedTraining::default())?.each_ref().map(bits), ys.each_ref().map(bits));
     Ok(())
 }
 
@@ -267,7 +302,7 @@ fn a_magnitude_beside_others() -> Result<()> {
     let magnitude = Var::from_tensor(&Rng(3).tensor(&[SHAPES[1].0], 0.25, DType::F32)?.affine(1.0, 1.0)?)?;
     let mut projections = [0, 1, 2].map(|at| vars.projection(&cases, at));
     projections[1].magnitude = Some(&magnitude);
-    let ys = lora_shared(&vars.x, projections, Some(Dropout { p: 0.0, seed: 1, offset: 1 }), false)?;
+    let ys = lora_shared(&vars.x, projections, dropped(0.0, 1, 1))?;
     let store = loss(&ys, &cases)?.backward()?;
     let Projection { w, a, b, scale, bias, magnitude: of_dora } = projections[1];
     let training = Training { magnitude: of_dora, ..Training::default() };
@@ -323,22 +358,27 @@ fn what_the_op_refuses() -> Result<()> {
     for (change, error) in rows {
         let mut projections = legal();
         change(&mut projections[1]);
-        let got = lora_shared(x, projections, None, false).map(drop).expect_err("a refusal");
+        let got = lora_shared(x, projections, SharedTraining::default()).map(drop).expect_err("a refusal");
         assert_eq!(cause(&got), Some(&error), "{got}");
     }
     let count = |error: candle_core::Error| cause(&error).cloned();
     assert_eq!(
-        lora_shared(x, [], None, false).map(drop).err().and_then(count),
+        lora_shared(x, [], SharedTraining::default()).map(drop).err().and_then(count),
         Some(Error::Projections { got: 0, limit: 4 })
     );
-    let five = lora_shared(x, [legal()[0]; 5], None, false).map(drop);
+    let five = lora_shared(x, [legal()[0]; 5], SharedTraining::default()).map(drop);
     assert_eq!(five.err().and_then(count), Some(Error::Projections { got: 5, limit: 4 }));
     let magnitude = f32(&[n])?;
+    let mut endless = legal();
+    (endless[1].magnitude, endless[1].scale) = (Some(&magnitude), f64::INFINITY);
+    let endless = lora_shared(x, endless, SharedTraining::default()).map(drop);
+    let scale = Error::Scale { arg: "scale of projection 1", got: f32::INFINITY };
+    assert_eq!(endless.err().and_then(count), Some(scale), "before a gain is computed of it");
     let mut of_dora = legal();
     of_dora[1].magnitude = Some(&magnitude);
-    let dropped = lora_shared(x, of_dora, Some(Dropout { p: 0.5, seed: 1, offset: 1 }), false).map(drop);
+    let dora = lora_shared(x, of_dora, dropped(0.5, 1, 1)).map(drop);
     let exclusive = Error::Exclusive { arg: "magnitude of projection 1", other: "dropout" };
-    assert_eq!(dropped.err().and_then(count), Some(exclusive));
+    assert_eq!(dora.err().and_then(count), Some(exclusive));
     Ok(())
 }
 
@@ -387,7 +427,7 @@ fn dropout_of_a_group() -> Result<()> {
     group.clone().set_passes(0);
     assert!(pass(true)? == first && group.passes() == 1, "a pass that is made again");
     let vars = Vars::new(&cases)?;
-    let ys = vars.shared(&cases, Some(Dropout { p: 0.5, seed: 42, offset: 0 }), false)?;
+    let ys = vars.shared(&cases, dropped(0.5, 42, 0))?;
     assert!(first == ys.each_ref().map(bits), "the mask is that of the op");
     Ok(())
 }
@@ -407,7 +447,7 @@ fn groups_that_are_none() -> Result<()> {
     assert_eq!(pair(of(K + 1, DType::F32)?), Err(columns));
     let (got, expected) = ("bf16".to_owned(), "f32, that of the first".to_owned());
     assert_eq!(pair(of(K, DType::BF16)?), Err(Error::ArgumentDtype { arg: "w of projection 1", got, expected }));
-    let expected = "layers that do not, and `with_dropout` and `with_recompute` of the group";
+    let expected = "layers that do not, and the same of the group";
     let state = |got: &str| Err(Error::State { operation: "new", got: got.to_owned(), expected });
     assert_eq!(pair(one.clone().with_dropout(0.5, 1)?), state("layer 1 has dropout by itself"));
     assert_eq!(pair(one.clone().with_recompute()), state("layer 1 recomputes by itself"));
@@ -422,7 +462,18 @@ fn groups_that_are_none() -> Result<()> {
     let expected = "dropout of 0: together they are not computed";
     let both = Error::State { operation: "forward_t", got, expected };
     assert_eq!(group.forward_t(&cases[0].x, true).map(drop).map_err(refused), Err(both));
+    group.layers_mut()[2].activate("default")?;
     let narrow = Tensor::zeros((2, K - 1), DType::F32, &Device::Cpu)?;
-    assert!(group.forward_t(&narrow, false).is_err() && group.passes() == 0, "no pass is counted");
+    let columns = Error::Dimension { arg: "x", axis: "columns", got: K - 1, expected: K };
+    assert_eq!(group.forward_t(&narrow, true).map(drop).map_err(refused), Err(columns));
+    // A copy of a broadcast x that is larger than memory: refused last of all.
+    let wide = Tensor::zeros((1, 1 << 20), DType::F32, &Device::Cpu)?;
+    let of_wide =
+        LoraLinear::from_tensors(wide.clone(), None, wide, Tensor::ones((1, 1), DType::F32, &Device::Cpu)?, 1.0)?;
+    let of_wide = LoraProjections::new([of_wide.clone(), of_wide])?.with_dropout(0.5, 1)?;
+    let vast = Tensor::zeros((1, 1), DType::F32, &Device::Cpu)?.broadcast_as(((1 << 31) - 1, 1 << 20))?;
+    let outcome = of_wide.forward_t(&vast, true).map(drop).map_err(refused);
+    assert!(matches!(outcome, Err(Error::OutOfMemory { .. })), "{outcome:?}");
+    assert_eq!((group.passes(), of_wide.passes()), (0, 0), "no pass is counted");
     Ok(())
 }

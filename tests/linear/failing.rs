@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 
 use fused_lora::cpu::{self, Cpu};
-use fused_lora::linear::{Adapter, Backend, Buffers, BuffersMut, LoraLinear, Scaling};
+use fused_lora::linear::{Adapter, Backend, Buffers, BuffersMut, LoraLinear, LoraProjections, Scaling};
 use fused_lora::{Dtype, Element, Error, LoraShape, Matrix, Result, bf16};
 
 use crate::common::data::Spec;
@@ -19,6 +19,12 @@ struct Failing {
     rounds: Rc<Cell<u32>>,
 }
 
+impl Failing {
+    fn new() -> Self {
+        Self { rounds: Rc::new(Cell::new(u32::MAX)) }
+    }
+}
+
 impl Backend for Failing {
     type Buffer<T: Element> = Vec<T>;
     type Read<T: Element> = [T];
@@ -26,6 +32,9 @@ impl Backend for Failing {
     type Words = [u64];
     type WordBuffer = Vec<u64>;
 
+    fn is_same(&self, other: &Self) -> bool {
+        Rc::ptr_eq(&self.rounds, &other.rounds)
+    }
     fn upload_words(&self, from: &[u64]) -> Result<Vec<u64>> {
         Cpu.upload_words(from)
     }
@@ -79,7 +88,7 @@ impl Backend for Failing {
 }
 
 fn failing() -> (Failing, LoraLinear<Failing, bf16>) {
-    let backend = Failing { rounds: Rc::new(Cell::new(u32::MAX)) };
+    let backend = Failing::new();
     let spec = Spec { bias: false, ..Spec::new(5, 3, 4, 2) };
     let layer = layers::make::<_, bf16>(&backend, &spec, true).layer;
     (backend, layer)
@@ -152,4 +161,22 @@ fn an_update_that_fails_or_panics_leaves_no_stale_copies() {
     assert!(state(&layer.forward(x).expect_err("a refusal"), "forward"));
     layer.refresh("one").expect("copies");
     assert_ne!(layer.forward(x).expect("forward"), after);
+}
+
+#[test]
+fn layers_of_one_x_are_on_one_backend() {
+    let layer = |backend: &Failing| LoraLinear::upload(backend.clone(), &[bf16::ONE; 6], None, 2, 3).expect("a layer");
+    let (one, other) = (Failing::new(), Failing::new());
+    let state = |operation| Error::State {
+        operation,
+        got: "layer 1 is on another backend than the group".to_owned(),
+        expected: "layers on clones of one",
+    };
+    let rejected = LoraProjections::new([layer(&one), layer(&other)]).err().expect("a refusal");
+    assert_eq!(rejected.error, state("refresh"));
+    let mut group = LoraProjections::new([layer(&one), layer(&one)]).expect("a group");
+    group.layers_mut()[1] = layer(&other);
+    let x = [bf16::ONE; 3];
+    assert_eq!(group.forward(Matrix::new(&x[..], 1, 3)).map(drop), Err(state("forward")));
+    assert_eq!(group.refresh(), Err(state("refresh")));
 }
