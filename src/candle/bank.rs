@@ -6,8 +6,7 @@ use super::linear::{Adapter, LoraLinear};
 use super::op::{Projection, apply, one};
 use super::third::alike;
 use super::{Routes, check, wrap};
-use crate::error::Error;
-use crate::routing::{same_slots, side_by_side};
+use crate::routing::{check_routable, same_slots, side_by_side};
 use crate::{Routing, Slot};
 
 /// Adapters of a layer side by side, for batches whose rows choose among them: [`LoraLinear::bank`].
@@ -49,11 +48,16 @@ impl LoraLinear {
     /// optimizer does, does not reach them: where adapters are trained, make a bank for each step.
     ///
     /// # Errors
-    /// [`Error::AdapterName`]; [`Error::State`] for an adapter with a bias on B, and for one with a magnitude (DoRA), which it names;
-    /// [`Error::TooLarge`] for more ranks than [`MAX_ROUTED_RANK`](crate::MAX_ROUTED_RANK), each adapter's counted as the next multiple
+    /// [`Error::AdapterName`](crate::Error::AdapterName); [`Error::State`](crate::Error::State) for an adapter with a bias on B, and for one with a magnitude (DoRA), which it names;
+    /// [`Error::TooLarge`](crate::Error::TooLarge) for more ranks than [`MAX_ROUTED_RANK`](crate::MAX_ROUTED_RANK), each adapter's counted as the next multiple
     /// of 16; candle's.
     pub fn bank(&self, names: &[&str]) -> Result<Bank> {
-        let chosen = names.iter().map(|name| self.routable(name)).collect::<Result<Vec<_>>>()?;
+        let routable = |name: &&str| {
+            let adapter = self.known(name)?;
+            check_routable(name, adapter.b_bias.is_some(), adapter.magnitude.is_some()).map_err(wrap)?;
+            Ok(adapter)
+        };
+        let chosen = names.iter().map(routable).collect::<Result<Vec<_>>>()?;
         let ranks = |adapter: &Adapter| Ok((adapter.a.dim(0)?, adapter.scale as f32));
         let ranks = chosen.iter().map(|adapter| ranks(adapter)).collect::<Result<Vec<_>>>()?;
         let (slots, rank) = side_by_side(ranks).map_err(wrap)?;
@@ -95,7 +99,7 @@ impl LoraLinear {
     /// ```
     ///
     /// # Errors
-    /// As [`lora_train`](super::lora_train); [`Error::State`] for routes that were made for other slots than the bank's, naming the adapter, and while an
+    /// As [`lora_train`](super::lora_train); [`Error::State`](crate::Error::State) for routes that were made for other slots than the bank's, naming the adapter, and while an
     /// adapter is merged.
     pub fn forward_routed(&self, x: &Tensor, bank: &Bank, routes: &Routes) -> Result<Tensor> {
         self.forward_routed_t(x, bank, routes, false)
@@ -115,20 +119,5 @@ impl LoraLinear {
         let Some((a, b)) = &bank.factors else { return self.plain(x) };
         let projection = Projection { w: self.weight(), a, b, scale: 1.0, bias: self.bias(), magnitude: None };
         one(apply(x, &[projection], Some(routes), self.modes().pass(train))?)
-    }
-
-    /// An adapter that each row can have or not.
-    fn routable(&self, name: &str) -> Result<&Adapter> {
-        let adapter = self.known(name)?;
-        let (has, expected) = match adapter {
-            Adapter { b_bias: Some(_), .. } => {
-                ("a bias on B", "adapters without one: forward adds the same bias to every row")
-            }
-            Adapter { magnitude: Some(_), .. } => {
-                ("a magnitude (DoRA)", "adapters without one: each row would have a gain of its own")
-            }
-            _ => return Ok(adapter),
-        };
-        Err(wrap(Error::State { operation: "bank", got: format!("adapter `{name}` has {has}"), expected }))
     }
 }

@@ -5,11 +5,8 @@ use super::pass::Routed;
 use super::sharing::Sharing;
 use super::{Backend, Buffers, LoraLinear, Operands, Pass, Training, next_version};
 use crate::error::{Error, Result};
+use crate::routing::{check_routable, same_slots, side_by_side};
 use crate::{Element, LoraShape, Matrix, MatrixMut, Routing, Slot};
-
-/// Every adapter starts at a multiple of so many ranks: of what tensor cores sum at once, so that its sums are those of the adapter
-/// alone, and of what the Hopper kernels ask for.
-const ALIGN: usize = 16;
 
 /// Adapters of a layer side by side, for batches whose rows choose among them: [`LoraLinear::bank`].
 pub struct Bank<B: Backend, T: Element> {
@@ -77,15 +74,7 @@ impl<B: Backend, T: Element> Bank<B, T> {
 
     /// Routes must have been made among these slots.
     fn check_slots(&self, operation: &'static str, slots: &[Slot]) -> Result<()> {
-        let got = match slots.iter().zip(&self.slots).position(|(theirs, ours)| theirs != ours) {
-            Some(at) => {
-                let name = self.copied.get(at).map_or("", |copied| &copied.name);
-                format!("the routes were made for another rank or scale of adapter `{name}` than the bank's")
-            }
-            None if slots.len() == self.slots.len() => return Ok(()),
-            None => format!("the routes were made for {} adapters, the bank has {}", slots.len(), self.slots.len()),
-        };
-        Err(Error::State { operation, got, expected: "routes of the bank's `slots`" })
+        same_slots(operation, |at| self.copied.get(at).map_or("", |copied| &copied.name), slots, &self.slots)
     }
 }
 
@@ -100,28 +89,12 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
     /// of 16; those of [`Backend::upload`] and [`Backend::round`].
     pub fn bank(&self, names: &[&str]) -> Result<Bank<B, T>> {
         let mut chosen = Vec::with_capacity(names.len());
-        let (mut slots, mut rank) = (Vec::with_capacity(names.len()), 0);
         for name in names {
             let named = &self.adapters[self.position(name)?];
-            if named.adapter.has_b_bias() {
-                let got = format!("adapter `{name}` has a bias on B");
-                let expected = "adapters without one: forward adds the same bias to every row";
-                return Err(Error::State { operation: "bank", got, expected });
-            }
-            if named.adapter.has_magnitude() {
-                let got = format!("adapter `{name}` has a magnitude (DoRA)");
-                let expected = "adapters without one: each row would have a gain of its own";
-                return Err(Error::State { operation: "bank", got, expected });
-            }
-            let ranks = named.adapter.rank();
-            slots.push(Slot { first_rank: rank, ranks, scale: named.adapter.scale() });
-            rank = ranks.checked_next_multiple_of(ALIGN).map_or(usize::MAX, |ranks| ranks.saturating_add(rank));
-            if rank > crate::MAX_ROUTED_RANK {
-                let (what, limit) = ("the rank of a bank of adapters", crate::MAX_ROUTED_RANK as u64);
-                return Err(Error::TooLarge { what, got: rank as u64, limit });
-            }
+            check_routable(name, named.adapter.has_b_bias(), named.adapter.has_magnitude())?;
             chosen.push(named);
         }
+        let (slots, rank) = side_by_side(chosen.iter().map(|named| (named.adapter.rank(), named.adapter.scale())))?;
         // What lies between the slots is multiplied by zeros, so it must be finite.
         let copies = Copies::new(&self.backend, &chosen, (self.n, self.k, rank), true)?;
         // No state of an adapter has been copied yet.

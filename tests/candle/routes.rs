@@ -117,6 +117,40 @@ fn with_dropout() -> Result<()> {
     Ok(())
 }
 
+/// f32 factors over 16 bits, read as they are: y and dx have one rounding, da and db nearly none.
+#[test]
+fn at_full_precision() -> Result<()> {
+    for (storage, limit) in [(DType::BF16, 2f64.powi(-17)), (DType::F16, 1e-6)] {
+        let case = case(&[3, 43], storage, DType::F32)?;
+        let routes = routes(129);
+        let training = Training { routes: Some(&routes), full_precision: true, ..Training::default() };
+        let ours = run(&case, training)?;
+        let inputs = Inputs { a: mat(&case.a), b: mat(&case.b), gate: Some(gate(&case)), ..case.inputs() };
+        let (h, y) = reference::forward(&inputs);
+        let truth = reference::backward(&inputs, &h);
+        let gradient = |at: usize| mat(ours.gradients[at].as_ref().expect("it is tracked"));
+        let u = 0.6 * reference::unit_roundoff(crate::case::dtype(storage));
+        for (name, got, truth, limit) in [
+            ("y", mat(&ours.y), y, u),
+            ("dx", gradient(0), truth.dx, u),
+            ("da", gradient(1), truth.da, limit),
+            ("db", gradient(2), truth.db, limit),
+        ] {
+            let apart = got.plus(&truth.map(|v| -v)).norm() / truth.norm();
+            assert!(apart <= limit, "{storage:?} {name}: {apart:e}");
+        }
+
+        let (layer, _) = layer(storage, [DType::F32; 3])?;
+        let x = Rng(4).tensor(&[5, K], 1.0, storage)?;
+        let bank = layer.bank(&NAMES)?;
+        let routes = bank.routes(&[Some(2), Some(0), None, Some(1), Some(1)], &x)?;
+        let rounded = layer.forward_routed(&x, &bank, &routes)?;
+        let full = layer.with_full_precision();
+        assert_ne!(bits(&full.forward_routed(&x, &bank, &routes)?), bits(&rounded));
+    }
+    Ok(())
+}
+
 const NAMES: [&str; 3] = ["a", "b", "c"];
 const RANKS: [usize; 3] = [4, 20, 1];
 
