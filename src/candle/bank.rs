@@ -48,9 +48,9 @@ impl LoraLinear {
     /// optimizer does, does not reach them: where adapters are trained, make a bank for each step.
     ///
     /// # Errors
-    /// [`Error::AdapterName`](crate::Error::AdapterName); [`Error::State`](crate::Error::State) for an adapter with a bias on B, and for one with a magnitude (DoRA), which it names;
-    /// [`Error::TooLarge`](crate::Error::TooLarge) for more ranks than [`MAX_ROUTED_RANK`](crate::MAX_ROUTED_RANK), each adapter's counted as the next multiple
-    /// of 16; candle's.
+    /// [`AdapterName`](crate::Error::AdapterName); [`State`](crate::Error::State) for an adapter with a bias on B, and for one with a
+    /// magnitude (DoRA), which it names; [`TooLarge`](crate::Error::TooLarge) for more ranks than
+    /// [`MAX_ROUTED_RANK`](crate::MAX_ROUTED_RANK), each adapter's counted as the next multiple of 16; candle's.
     pub fn bank(&self, names: &[&str]) -> Result<Bank> {
         let routable = |name: &&str| {
             let adapter = self.known(name)?;
@@ -99,8 +99,8 @@ impl LoraLinear {
     /// ```
     ///
     /// # Errors
-    /// As [`lora_train`](super::lora_train); [`Error::State`](crate::Error::State) for routes that were made for other slots than the bank's, naming the adapter, and while an
-    /// adapter is merged.
+    /// As [`lora_train`](super::lora_train); [`State`](crate::Error::State) for routes that were made for other slots than the bank's,
+    /// naming the adapter, and while an adapter is merged.
     pub fn forward_routed(&self, x: &Tensor, bank: &Bank, routes: &Routes) -> Result<Tensor> {
         self.forward_routed_t(x, bank, routes, false)
     }
