@@ -38,7 +38,7 @@
 //! Forward and backward are one launch each, beside the copies that [`lora`] names; memory comes from candle's device. Kernels
 //! are loaded on the first call in a context. A workspace per stream is kept for the 16 streams used last, and grows when a call
 //! needs more: before a CUDA graph is captured, run what it will hold once; and a graph must not run after calls on 16 other
-//! streams, or larger ones on its own, which let its workspace go. W, x, A and B must come from one
+//! streams, or larger ones on its own, which let its workspace go. W, x, A, B and routes must come from one
 //! [`Device`](candle_core::Device), not from two that were made for the same GPU.
 
 mod backend;

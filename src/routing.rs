@@ -156,13 +156,13 @@ pub(crate) fn side_by_side(adapters: impl IntoIterator<Item = (usize, f32)>) -> 
 }
 
 /// What each row can have or not: a bias on B would be added to every row, and with DoRA each row would have a gain of its own.
-pub(crate) fn check_routable(name: &str, has_b_bias: bool, has_magnitude: bool) -> Result<()> {
+pub(crate) fn check_routable(operation: &'static str, name: &str, has_b_bias: bool, has_magnitude: bool) -> Result<()> {
     let (has, expected) = match (has_b_bias, has_magnitude) {
         (true, _) => ("a bias on B", "adapters without one: forward adds the same bias to every row"),
         (_, true) => ("a magnitude (DoRA)", "adapters without one: each row would have a gain of its own"),
         _ => return Ok(()),
     };
-    Err(Error::State { operation: "bank", got: format!("adapter `{name}` has {has}"), expected })
+    Err(Error::State { operation, got: format!("adapter `{name}` has {has}"), expected })
 }
 
 /// Routes must have been made among the slots of the bank that they are used with; `name` is that of each of its adapters.

@@ -1,22 +1,31 @@
 //! Many adapters of a layer in one batch: each row of x goes through its own.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, TensorId};
 
 use super::linear::{Adapter, LoraLinear};
 use super::op::{Projection, apply, one};
 use super::third::alike;
 use super::{Routes, check, wrap};
+use crate::error::Error;
 use crate::routing::{check_routable, same_slots, side_by_side};
 use crate::{Routing, Slot};
 
 /// Adapters of a layer side by side, for batches whose rows choose among them: [`LoraLinear::bank`].
 #[derive(Clone, Debug)]
 pub struct Bank {
-    names: Vec<String>,
+    chosen: Vec<Chosen>,
     slots: Vec<Slot>,
     /// Of all adapters below each other, and side by side; of no ranks there is none.
     factors: Option<(Tensor, Tensor)>,
     rank: usize,
+}
+
+/// An adapter of a bank: its name, and A and B that were copied.
+#[derive(Clone, Debug)]
+struct Chosen {
+    name: String,
+    a: TensorId,
+    b: TensorId,
 }
 
 impl Bank {
@@ -41,7 +50,7 @@ impl Bank {
 }
 
 impl LoraLinear {
-    /// Lays adapters side by side, for [`forward_routed`](Self::forward_routed): copies of at most 16 more ranks than each has, in f32
+    /// Lays adapters side by side, for [`forward_routed`](Self::forward_routed): copies of at most 15 more ranks than each has, in f32
     /// where their types differ.
     ///
     /// The copies are nodes of candle's graph: through them tracked factors get their gradients. What changes the factors later, as an
@@ -54,7 +63,7 @@ impl LoraLinear {
     pub fn bank(&self, names: &[&str]) -> Result<Bank> {
         let routable = |name: &&str| {
             let adapter = self.known(name)?;
-            check_routable(name, adapter.b_bias.is_some(), adapter.magnitude.is_some()).map_err(wrap)?;
+            check_routable("bank", name, adapter.b_bias.is_some(), adapter.magnitude.is_some()).map_err(wrap)?;
             Ok(adapter)
         };
         let chosen = names.iter().map(routable).collect::<Result<Vec<_>>>()?;
@@ -67,13 +76,18 @@ impl LoraLinear {
         let laid = |factor: fn(&Adapter) -> &Tensor, dim: usize| {
             let of_one_type = alike(chosen.iter().map(|adapter| factor(adapter)), |factor| Ok(factor.clone()))?;
             let padded = of_one_type.iter().zip(&gaps).map(|(factor, &gap)| factor.pad_with_zeros(dim, 0, gap));
-            Tensor::cat(&padded.collect::<Result<Vec<_>>>()?, dim)
+            match &padded.collect::<Result<Vec<_>>>()?[..] {
+                [one] if gaps == [0] => one.copy(), // it is the factor itself
+                all => Tensor::cat(all, dim),
+            }
         };
         let factors = match chosen[..] {
             [] => None,
             _ => Some((laid(|adapter| &adapter.a, 0)?, laid(|adapter| &adapter.b, 1)?)),
         };
-        Ok(Bank { names: names.iter().map(|&name| name.to_owned()).collect(), slots, factors, rank })
+        let named =
+            |(&name, Adapter { a, b, .. }): (&&str, &&Adapter)| Chosen { name: name.to_owned(), a: a.id(), b: b.id() };
+        Ok(Bank { chosen: names.iter().zip(&chosen).map(named).collect(), slots, factors, rank })
     }
 
     /// Forward for inference, x of … × K, two dimensions or more, to … × N: each row of x with the adapter that `routes` has for it,
@@ -100,7 +114,8 @@ impl LoraLinear {
     ///
     /// # Errors
     /// As [`lora_train`](super::lora_train); [`State`](crate::Error::State) for routes that were made for other slots than the bank's,
-    /// naming the adapter, and while an adapter is merged.
+    /// naming the adapter, for a bank of another layer's adapters or of one that was removed or has got a bias on B or a magnitude since,
+    /// and while an adapter is merged.
     pub fn forward_routed(&self, x: &Tensor, bank: &Bank, routes: &Routes) -> Result<Tensor> {
         self.forward_routed_t(x, bank, routes, false)
     }
@@ -112,12 +127,25 @@ impl LoraLinear {
     pub fn forward_routed_t(&self, x: &Tensor, bank: &Bank, routes: &Routes, train: bool) -> Result<Tensor> {
         const OPERATION: &str = "forward_routed";
         self.check_unmerged(OPERATION)?;
-        let name = |at: usize| bank.names.get(at).map_or("", String::as_str);
+        self.check_bank(OPERATION, bank).map_err(wrap)?;
+        let name = |at: usize| bank.chosen.get(at).map_or("", |chosen| &chosen.name);
         same_slots(OPERATION, name, routes.slots(), &bank.slots).map_err(wrap)?;
         check::input(self.weight(), x).map_err(wrap)?;
         check::rows(x, routes).map_err(wrap)?;
         let Some((a, b)) = &bank.factors else { return self.plain(x) };
         let projection = Projection { w: self.weight(), a, b, scale: 1.0, bias: self.bias(), magnitude: None };
         one(apply(x, &[projection], Some(routes), self.modes().pass(train))?)
+    }
+
+    /// The adapters of a bank must be the layer's.
+    fn check_bank(&self, operation: &'static str, bank: &Bank) -> crate::Result<()> {
+        for Chosen { name, a, b } in &bank.chosen {
+            let Some(adapter) = self.get(name).filter(|adapter| (adapter.a.id(), adapter.b.id()) == (*a, *b)) else {
+                let got = format!("adapter `{name}` of the bank is not in the layer");
+                return Err(Error::State { operation, got, expected: "`bank` anew first" });
+            };
+            check_routable(operation, name, adapter.b_bias.is_some(), adapter.magnitude.is_some())?;
+        }
+        Ok(())
     }
 }

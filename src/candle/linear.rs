@@ -380,8 +380,12 @@ impl LoraLinear {
         self.active().and_then(|name| self.adapters.get(name))
     }
 
+    pub(super) fn get(&self, name: &str) -> Option<&Adapter> {
+        self.adapters.get(name)
+    }
+
     pub(super) fn known(&self, name: &str) -> Result<&Adapter> {
-        self.adapters.get(name).ok_or_else(|| wrap(self.unknown(name)))
+        self.get(name).ok_or_else(|| wrap(self.unknown(name)))
     }
 
     fn unknown(&self, name: &str) -> Error {

@@ -91,7 +91,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         let mut chosen = Vec::with_capacity(names.len());
         for name in names {
             let named = &self.adapters[self.position(name)?];
-            check_routable(name, named.adapter.has_b_bias(), named.adapter.has_magnitude())?;
+            check_routable("bank", name, named.adapter.has_b_bias(), named.adapter.has_magnitude())?;
             chosen.push(named);
         }
         let (slots, rank) = side_by_side(chosen.iter().map(|named| (named.adapter.rank(), named.adapter.scale())))?;

@@ -242,6 +242,29 @@ fn training_moves_the_adapters_that_rows_go_through() -> Result<()> {
     Ok(())
 }
 
+/// What an optimiser does does not reach a bank, whatever its adapters' ranks.
+#[test]
+fn a_bank_is_a_copy() -> Result<()> {
+    let mut layer = LoraLinear::frozen(Rng(1).tensor(&[N, K], 0.2, DType::F32)?, None)?;
+    let x = Rng(2).tensor(&[1, K], 1.0, DType::F32)?;
+    for r in [1, 15, 16, 32] {
+        let [a, b] = [[r, K], [N, r]].map(|dims| Rng(r as u64).tensor(&dims, 1.0, DType::F32));
+        let (a, b) = (Var::from_tensor(&a?)?, Var::from_tensor(&b?)?);
+        let name = r.to_string();
+        layer.add_tensors(&name, a.as_tensor().clone(), b.as_tensor().clone(), 1.0)?;
+        let bank = layer.bank(&[&name])?;
+        let routes = bank.routes(&[Some(0)], &x)?;
+        let y = || layer.forward_routed(&x, &bank, &routes);
+        let before = y()?;
+        let store = before.sum_all()?.backward()?;
+        assert!(store.get(&a).is_some() && store.get(&b).is_some(), "through the copy, rank {r}");
+        a.set(&a.affine(3.0, 0.0)?)?;
+        b.set(&b.affine(3.0, 0.0)?)?;
+        assert_eq!(bits(&y()?), bits(&before), "rank {r}");
+    }
+    Ok(())
+}
+
 #[test]
 fn no_adapter_at_all() -> Result<()> {
     let (layer, _) = layer(DType::F32, [DType::F32; 3])?;
@@ -315,20 +338,24 @@ fn what_a_layer_refuses() -> Result<()> {
     let fewer = refused(layer.forward_routed(&x, &bank, &routes(&fewer, 5)?));
     assert_eq!(state(fewer), "forward_routed: the routes were made for 1 adapters, the bank has 3");
 
-    let wider = LoraLinear::frozen(Tensor::zeros((N, K + 1), DType::F32, &Device::Cpu)?, None)?;
-    let wide_x = Tensor::zeros((5, K + 1), DType::F32, &Device::Cpu)?;
-    let columns = refused(wider.forward_routed(&wide_x, &bank, &routes(&bank, 5)?));
-    assert_eq!(columns, Error::Dimension { arg: "a", axis: "columns", got: K, expected: K + 1 });
+    let stray = |layer: &LoraLinear| -> Result<String> {
+        Ok(state(refused(layer.forward_routed(&x, &bank, &routes(&bank, 5)?))))
+    };
+    let (mut without, twin) = (layer.clone(), self::layer(DType::F32, [DType::F32; 3])?.0);
+    assert_eq!(stray(&twin)?, "forward_routed: adapter `a` of the bank is not in the layer");
+    layer.clone().forward_routed(&x, &bank, &routes(&bank, 5)?)?;
+    without.remove("b")?;
+    assert_eq!(stray(&without)?, "forward_routed: adapter `b` of the bank is not in the layer");
 
     layer.set_b_bias("b", Tensor::zeros(N, DType::F32, &Device::Cpu)?)?;
+    assert_eq!(stray(&layer)?, "forward_routed: adapter `b` has a bias on B");
     assert_eq!(state(refused(layer.bank(&NAMES))), "bank: adapter `b` has a bias on B");
     layer.set_magnitude("c", Tensor::ones(N, DType::F32, &Device::Cpu)?)?;
     assert_eq!(state(refused(layer.bank(&["a", "c"]))), "bank: adapter `c` has a magnitude (DoRA)");
 
     layer.activate("a")?;
     layer.merge()?;
-    let merged = refused(layer.forward_routed(&x, &bank, &routes(&bank, 5)?));
-    assert_eq!(state(merged), "forward_routed: `a` is merged");
+    assert_eq!(stray(&layer)?, "forward_routed: `a` is merged");
     Ok(())
 }
 
