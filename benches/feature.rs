@@ -35,7 +35,13 @@ impl Feature {
     /// Of all projections, with `r` ranks each.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // only what runs on a GPU keeps h
     pub fn columns_of_h(&self, r: usize) -> usize {
-        if self.full { split_columns(r) } else { self.projections * r }
+        self.projections * if self.full { split_columns(r) } else { r }
+    }
+
+    /// Bytes of an element of A and B.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))] // only what runs on a GPU has addresses
+    pub fn factor_bytes(&self) -> u64 {
+        if self.full { 4 } else { 2 }
     }
 
     /// Nothing: what separate products compute as well.

@@ -54,7 +54,8 @@
 //! contributions add up: their factors are copied side by side into one pair of rank Σ R, so that forward stays one launch.
 //! The scale of the pair is the largest of theirs, sᵢ, and B of every other adapter is multiplied by sᵢ / s in f32
 //! and rounded to the storage type. So adapters of equal scale keep their bits, and 16-bit factors of others take one more
-//! rounding of B; f32 factors take none more, as they are rounded once in any case. h of the pair is x Aᵀ by the largest scale:
+//! rounding of B; f32 factors take none more, as they are rounded once in any case. With one of them at
+//! [full precision](Adapter::at_full_precision) the copies are f32, and none is rounded to 16 bits. h of the pair is x Aᵀ by the largest scale:
 //! in f16 it can pass 65504 where that of an adapter of smaller scale would not by itself.
 //!
 //! # Training

@@ -239,6 +239,12 @@ fn the_command_line() {
     assert_eq!(dora.without_adapter(), Feature { projections: 2, ..Feature::default() });
     let full = parse("--full --dropout 0.1").expect("they are known").expect("not the help").feature;
     assert_eq!(full, Feature { full: true, dropout: 0.1, ..Feature::default() });
+    for others in ["--adapters 2", "--projections 2 --dora"] {
+        let both = parse(&format!("--full {others}")).expect("they are known").expect("not the help").feature;
+        assert!(both.full && both.adapters * both.projections == 2);
+    }
+    let projections = Feature { full: true, projections: 3, ..Feature::default() };
+    assert_eq!((projections.columns_of_h(12), projections.factor_bytes()), (96, 4));
     assert!(!full.is_none() && (full.columns_of_h(12), dora.columns_of_h(12)) == (32, 24));
     let many = parse("--adapters 8").expect("it is known").expect("not the help").feature;
     assert!(many.adapters == 8 && !many.is_none() && Feature::default().is_none());
@@ -264,8 +270,6 @@ fn the_command_line() {
         ("--adapters 2 --dora", "exclude one another"),
         ("--dropout 0.5 --adapters 3", "exclude one another"),
         ("--adapters 2 --projections 2", "excludes --projections"),
-        ("--full --adapters 2", "--full excludes --adapters and --projections"),
-        ("--full --projections 2", "--full excludes --adapters and --projections"),
         ("--projections 5", "expected 4 at most"),
         ("--nk 64x64 --projections 3", "N = 64 cannot be cut into 3"),
         ("--op both", "expected forward or backward"),

@@ -28,8 +28,7 @@ operations as separate products of cuBLASLt.
   --adapters N   a batch that goes through N adapters, each of a rank of the row, in runs of equal length; default 1. Separate
                  products are left out for more
   --dora         with a gain, and in backward the gradient of the magnitude; separate products are left out
-  --full         a and b in f32, used at more than 16-bit precision, beside dropout or DoRA if asked for; separate products are left
-                 out
+  --full         a and b in f32, used at more than 16-bit precision, beside any of the others; separate products are left out
   --projections P
                  the layer's N as P projections that share x, each with its own adapter; default 1. The plain product is that
                  of all, separate products are left out for more
@@ -54,9 +53,6 @@ fn check(feature: Feature, layers: &[(usize, usize)]) -> Result<(), lexopt::Erro
         return Err(
             "--dropout, --adapters and --dora exclude one another, and --adapters excludes --projections".into()
         );
-    }
-    if feature.full && (feature.adapters > 1 || feature.projections > 1) {
-        return Err("--full excludes --adapters and --projections".into());
     }
     if feature.projections > MAX_PROJECTIONS {
         return Err(format!("--projections is {}, expected {MAX_PROJECTIONS} at most", feature.projections).into());

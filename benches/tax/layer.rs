@@ -57,7 +57,7 @@ impl Layer {
         let all = self.feature.projections;
         let projection = |at: usize| raw::ForwardProjection {
             w: raw::Matrix::new(self.w + 2 * (at * n * k) as u64, n, k),
-            b: raw::Matrix::new(self.b + 2 * (at * n * r) as u64, n, r),
+            b: raw::Matrix::new(self.b + self.feature.factor_bytes() * (at * n * r) as u64, n, r),
             scale: 2.0,
             bias: None,
             gain: self.vector(r, self.gain, at, n),
@@ -99,7 +99,7 @@ impl Layer {
         let projection = |at: usize| raw::BackwardProjection {
             dy: columns(self.dy, at),
             w: raw::Matrix::new(self.w + 2 * (at * n * k) as u64, n, k),
-            b: raw::Matrix::new(self.b + 2 * (at * n * r) as u64, n, r),
+            b: raw::Matrix::new(self.b + self.feature.factor_bytes() * (at * n * r) as u64, n, r),
             scale: 2.0,
             db: gradient(self.db + 4 * (at * n * r) as u64, n, r),
             dbias: None,

@@ -2,7 +2,7 @@
 
 use super::factor::{Copies, Put};
 use super::pass::Routed;
-use super::sharing::Sharing;
+use super::sharing::{COLUMNS, Sharing};
 use super::{Backend, Buffers, LoraLinear, Operands, Pass, Training, next_version};
 use crate::error::{Error, Result};
 use crate::routing::{check_routable, same_slots, side_by_side};
@@ -127,12 +127,14 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         Ok(())
     }
 
-    /// Makes the backend's workspace large enough for [`forward_routed`](Self::forward_routed) of up to `tokens` rows through a bank.
+    /// Makes the backend's workspace large enough for forward and backward of up to `tokens` rows through a bank.
     ///
     /// # Errors
     /// Those of [`Backend::reserve`].
     pub fn reserve_routed(&self, tokens: usize, bank: &Bank<B, T>) -> Result<()> {
-        self.backend.reserve(T::DTYPE, LoraShape { m: tokens, n: self.n, k: self.k, r: bank.rank })
+        let shape = LoraShape { m: tokens, n: self.n, k: self.k, r: bank.rank };
+        self.backend.reserve(T::DTYPE, shape)?;
+        self.backend.reserve(T::DTYPE, LoraShape { n: self.n.min(COLUMNS), ..shape })
     }
 
     /// y = x Wᵀ + s · (x Aᵀ) Bᵀ (+ bias), row by row with the adapter that `routes` has for it, or with none; in a new buffer of

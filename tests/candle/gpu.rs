@@ -68,7 +68,8 @@ fn projections_on_a_gpu() -> Result<()> {
 #[test]
 fn routes_on_a_gpu() -> Result<()> {
     let Some(device) = device("routes_on_a_gpu") else { return Ok(()) };
-    routes::judge_all(&device, &[(DType::BF16, DType::BF16), (DType::F16, DType::F16), (DType::BF16, DType::F32)])
+    routes::judge_all(&device, &[(DType::BF16, DType::BF16), (DType::F16, DType::F16), (DType::BF16, DType::F32)])?;
+    routes::judge_full(&device)
 }
 
 /// One workspace for all threads of a stream, one for each stream, and the same bits in all of them.

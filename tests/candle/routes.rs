@@ -120,9 +120,14 @@ fn with_dropout() -> Result<()> {
 /// f32 factors over 16 bits, read as they are: y and dx have one rounding, da and db nearly none.
 #[test]
 fn at_full_precision() -> Result<()> {
+    judge_full(&Device::Cpu)
+}
+
+/// y, dx, da and db of the op.
+pub fn judge_full(device: &Device) -> Result<()> {
     for (storage, limit) in [(DType::BF16, 2f64.powi(-17)), (DType::F16, 1e-6)] {
-        let case = case(&[3, 43], storage, DType::F32)?;
-        let routes = routes(129);
+        let case = case(&[3, 43], storage, DType::F32)?.to_device(device)?;
+        let routes = Routes::new(routing(129), device)?;
         let training = Training { routes: Some(&routes), full_precision: true, ..Training::default() };
         let ours = run(&case, training)?;
         let inputs = Inputs { a: mat(&case.a), b: mat(&case.b), gate: Some(gate(&case)), ..case.inputs() };
@@ -139,7 +144,13 @@ fn at_full_precision() -> Result<()> {
             let apart = got.plus(&truth.map(|v| -v)).norm() / truth.norm();
             assert!(apart <= limit, "{storage:?} {name}: {apart:e}");
         }
+    }
+    Ok(())
+}
 
+#[test]
+fn a_layer_at_full_precision() -> Result<()> {
+    for storage in [DType::BF16, DType::F16] {
         let (layer, _) = layer(storage, [DType::F32; 3])?;
         let x = Rng(4).tensor(&[5, K], 1.0, storage)?;
         let bank = layer.bank(&NAMES)?;
