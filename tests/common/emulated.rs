@@ -127,11 +127,11 @@ impl Backend for Emulated {
         self.0.backward(op.views()).map(drop)
     }
 
-    fn forward_shared<T: Element>(&self, op: &mut SharedForward<T>) -> Result<()> {
+    fn forward_shared<T: Element, A: Element>(&self, op: &mut SharedForward<T, A>) -> Result<()> {
         self.0.forward_shared(op.views()).map(drop)
     }
 
-    fn backward_shared<T: Element>(&self, op: &mut SharedBackward<T>) -> Result<()> {
+    fn backward_shared<T: Element, A: Element>(&self, op: &mut SharedBackward<T, A>) -> Result<()> {
         self.0.backward_shared(op.views()).map(drop)
     }
 }

@@ -385,7 +385,7 @@ impl Backend for Gpu {
         Ok(())
     }
 
-    fn forward_shared<T: Element>(&self, op: &mut SharedForward<T>) -> Result<()> {
+    fn forward_shared<T: Element, A: Element>(&self, op: &mut SharedForward<T, A>) -> Result<()> {
         let mut own: Vec<_> = op.own.iter().map(|op| self.upload_forward(op)).collect();
         let (x, a, host) = (self.upload(&op.own[0].x), self.upload(&op.a), &op.own[0]);
         let mut h = op.h.as_ref().map(|h| self.upload(h));
@@ -413,7 +413,7 @@ impl Backend for Gpu {
         Ok(())
     }
 
-    fn backward_shared<T: Element>(&self, op: &mut SharedBackward<T>) -> Result<()> {
+    fn backward_shared<T: Element, A: Element>(&self, op: &mut SharedBackward<T, A>) -> Result<()> {
         let host = &op.own[0];
         let mut whole = HostBackward { h: op.h.clone(), dx: op.dx.clone(), da: op.da.clone(), ..host.clone() };
         whole.a = op.a.clone();
