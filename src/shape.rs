@@ -407,13 +407,10 @@ fn middle_columns(ranks: &[usize], is_split: bool) -> Result<usize> {
         return Ok(ranks.iter().sum());
     }
     let groups: usize = ranks.iter().map(|r| r.div_ceil(SPLIT_RANKS)).sum();
-    if split_ranks(groups * SPLIT_RANKS) > MAX_DIMENSION {
+    let padded = groups.saturating_mul(SPLIT_RANKS);
+    if split_ranks(padded) > MAX_DIMENSION {
         let limit = (MAX_DIMENSION / 3 / SPLIT_RANKS * SPLIT_RANKS) as u64;
-        return Err(Error::TooLarge {
-            what: "R (rows of a) of f32 factors",
-            got: (groups * SPLIT_RANKS) as u64,
-            limit,
-        });
+        return Err(Error::TooLarge { what: "R (rows of a) of f32 factors", got: padded as u64, limit });
     }
     Ok(ranks.iter().copied().map(split_columns).sum())
 }

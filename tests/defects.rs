@@ -68,7 +68,9 @@ fn specs(image: &str) -> Vec<(Layers, u32)> {
     // With few CTAs whoever is last to split computes h, and finds everything split when it first looks.
     let split =
         [(split, 4), (split, 1), (short, 3), (runs, 4), (mixed, 3)].map(|(spec, sms)| (Layers::Split(spec), sms));
-    alone.chain([(Layers::shared(shared, &others), 4)]).chain(split).collect()
+    let projections =
+        [Layers::shared(shared, &others), Layers::shared_split(Spec { r: 13, ..shared }, &[(70, 0), (270, 21)])];
+    alone.chain(projections.map(|layers| (layers, 4))).chain(split).collect()
 }
 
 /// What the suite says of a kernel: `Err` with the first complaint.

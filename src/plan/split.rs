@@ -233,8 +233,8 @@ pub(super) fn backward(
 
 /// The most that halves take beside h or dh, of any call of up to these extents.
 #[cfg(feature = "cuda")]
-pub(super) fn reserve_most(scratch: &mut Scratch, shape: LoraShape) {
-    let LoraShape { m, n, k, r } = shape;
+pub(super) fn reserve_most(scratch: &mut Scratch, shape: crate::LoraShape) {
+    let crate::LoraShape { m, n, k, r } = shape;
     for (rows, cols) in [(split_ranks(r), k), (n, split_ranks(r)), (m, split_columns(r))] {
         reserve(scratch, rows, cols);
     }
