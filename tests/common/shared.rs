@@ -188,15 +188,14 @@ impl<T: Element, A: Element> SharedBackward<T, A> {
 
     /// Each projection as the single layer that it is, but for dx.
     pub fn alone(&self) -> Vec<HostBackward<T, A>> {
-        let own = |((op, ranks), columns): ((&HostBackward<T, A>, &std::ops::Range<usize>), std::ops::Range<usize>)| {
-            HostBackward {
-                h: self.h.as_ref().map(|h| h.columns(columns)),
-                dx: None,
-                da: self.da.as_ref().map(|da| da.rows(ranks.clone())),
-                ..op.clone()
-            }
+        let columns = columns::<T, A>(&self.ranks);
+        let own = |at: usize| HostBackward {
+            h: self.h.as_ref().map(|h| h.columns(columns[at].clone())),
+            dx: None,
+            da: self.da.as_ref().map(|da| da.rows(self.ranks[at].clone())),
+            ..self.own[at].clone()
         };
-        self.own.iter().zip(&self.ranks).zip(columns::<T, A>(&self.ranks)).map(own).collect()
+        (0..self.own.len()).map(own).collect()
     }
 }
 
