@@ -114,14 +114,17 @@ typedef struct LoraMagnitude {
 #define LORA_SPLIT_RANKS 8
 #define LORA_SPLIT_LENGTH 256 /* columns of a, or rows of b, that a unit splits, of LORA_SPLIT_RANKS ranks */
 typedef struct LoraSplit {
-  LoraMatrix a; /* R x K, f32 */
-  LoraMatrix b; /* N x R, f32 */
-  LoraMatrix split_a;
-  LoraMatrix split_b;
-  LoraMatrix pairs; /* h or dh for the products over tokens; absent when there are none */
-  uint32_t r;       /* 0: a and b are of the storage type, and are not split */
-  uint32_t a_units; /* of a, numbered along K first */
-  uint32_t units;   /* a_units, then those of b, numbered along N first */
+  LoraMatrix a;                       /* R x K, f32, of all projections */
+  LoraMatrix b[LORA_MAX_PROJECTIONS]; /* N x R, f32, of each */
+  LoraMatrix pairs;                   /* h or dh for the products over tokens; absent when there are none */
+  uint64_t split_a;                   /* halves of a */
+  uint64_t split_b;                   /* halves of b, those of all projections below each other */
+  uint32_t split_a_stride;            /* elements between row starts */
+  uint32_t split_b_stride;
+  uint32_t ranks[LORA_MAX_PROJECTIONS]; /* of each projection, whose halves begin with a group of their own */
+  uint32_t r;                           /* of all; 0: a and b are of the storage type, and are not split */
+  uint32_t a_units;                     /* of a, numbered along K first */
+  uint32_t units;   /* a_units, then those of b, numbered along N first, of one projection after the other */
   uint32_t tickets; /* of those units: one each, or one for each CTA of a cluster */
 } LoraSplit;
 
@@ -142,7 +145,7 @@ typedef struct LoraForwardProjection {
 
 /* Units of work are numbered h first, then y; those that split factors come before them and are not counted in `units`.
  * Of factors that are split a, b and h are what h and y units read: a in pairs, b and h in triples. r is the columns of
- * the former, that of the projection those of the latter. */
+ * the former, r and first_rank of a projection are those of the latter. */
 typedef struct LoraForwardParams {
   LoraMatrix x;
   LoraMatrix a;
@@ -190,7 +193,7 @@ typedef struct LoraBackwardProjection {
 
 /* Units of work are numbered dh, dx, db (with dbias), da, after those that split factors, as in forward. Of factors
  * that are split b, read by dh, and h, read by db, are in pairs, a and dh, read by dx, in triples. r is the columns of
- * the latter, that of the projection those of the former. */
+ * the latter, r and first_rank of a projection are those of the former. */
 typedef struct LoraBackwardParams {
   LoraMatrix a;
   LoraMatrix x;
@@ -372,7 +375,7 @@ typedef struct LoraSm90BackwardProjection {
 } LoraSm90BackwardProjection;
 
 /* Tickets hand out units that split factors, which are not counted but in `tickets`, then bundles of dh units, then dx,
- * db (with dbias) and da units. RN and RB are those of most_r for dh and db, of r for da, or of most_r where factors
+ * db (with dbias) and da units. RN and RB are those of most_r for dh and db, of r for da, or of its pairs where factors
  * are split: r and dh are as in LoraBackwardParams, most_r counts pairs. */
 typedef struct LoraSm90BackwardParams {
   LoraMatrix dh; /* as it is written */

@@ -42,20 +42,43 @@ struct HalvesOfTwo {
   }
 };
 
-// Stores two neighbours of h or dh in row `row`, of `r` ranks in all: halves of what `keep(value, rank)` makes of the
-// products with high halves, in column `col` and the next, and with low ones of the same ranks; as pairs and as
+// Of a group of ranks: one past the last that its projection has, and the scale of that. Groups are numbered over all
+// projections, and so are ranks, as if every group were full.
+struct GroupOf {
+  uint32_t end;
+  float scale;
+};
+
+// The groups of h in forward, where first_rank of a projection counts triples.
+template <class Params>
+struct GroupsOfAll {
+  const Params& p;
+
+  __device__ __forceinline__ GroupOf operator()(uint32_t group) const {
+    constexpr uint32_t kColumns = 3 * LORA_SPLIT_RANKS;
+    uint32_t at = 0;
+#pragma unroll 1
+    while (at + 1 < p.projection_count && group * kColumns >= p.projections[at + 1].first_rank) ++at;
+    return {p.projections[at].first_rank / 3 + p.split.ranks[at], p.projections[at].scale};
+  }
+};
+
+// Stores two neighbours of h or dh in row `row`: halves of what `keep(value, rank, scale)` makes of the products with
+// high halves, in column `col` of the pairs of all and the next, and with low ones of the same ranks; as pairs and as
 // triples, each where there is a place for it.
-template <typename T, class Keep>
+template <typename T, class Groups, class Keep>
 __device__ __forceinline__ void store_halves(const LoraMatrix& pairs, const LoraMatrix& triples, uint32_t row,
-                                             uint32_t col, uint32_t r, float2 high, float2 low, const Keep& keep) {
+                                             uint32_t col, const Groups& groups, float2 high, float2 low,
+                                             const Keep& keep) {
   constexpr uint32_t kRanks = LORA_SPLIT_RANKS;
   const uint32_t group = col / (2 * kRanks);
   const uint32_t within = col % kRanks;
   const uint32_t rank = group * kRanks + within;
-  if (group * kRanks >= r) return;
+  const GroupOf of = groups(group);
+  if (group * kRanks >= of.end) return;
   // Ranks that fill up the last group are zeros, whatever is in x.
-  const HalvesOfTwo<T> halves(rank < r ? keep(whole<T>(high.x, low.x), rank) : 0.0f,
-                              rank + 1 < r ? keep(whole<T>(high.y, low.y), rank + 1) : 0.0f);
+  const HalvesOfTwo<T> halves(rank < of.end ? keep(whole<T>(high.x, low.x), rank, of.scale) : 0.0f,
+                              rank + 1 < of.end ? keep(whole<T>(high.y, low.y), rank + 1, of.scale) : 0.0f);
   if (pairs.ptr != 0) {
     const bool at_once = ((pairs.ptr | static_cast<uint64_t>(pairs.row_stride) * 2) & 3) == 0;
     const auto store_two = [&](uint16_t* gmem, uint32_t two) {
@@ -80,32 +103,63 @@ __device__ __forceinline__ void store_halves(const LoraMatrix& pairs, const Lora
   }
 }
 
-// The rank of a column of pairs.
+// The rank of a column of pairs of one projection.
 __device__ __forceinline__ uint32_t rank_of(uint32_t col) {
   return col / (2 * LORA_SPLIT_RANKS) * LORA_SPLIT_RANKS + col % LORA_SPLIT_RANKS;
 }
 
-// One unit: some ranks of a over some columns, or of b over some rows. In forward a becomes pairs and b triples. Ranks
-// that no row goes through stay as they are: nobody reads them.
-template <typename T, bool kForward>
-__device__ __forceinline__ void split_factors(const LoraSplit& p, const Routes& routes, uint32_t n, uint32_t k,
-                                              uint32_t unit, uint32_t thread, uint32_t threads) {
+// The row of a that has the rank of a column of the pairs of all in backward; one that no matrix has for what fills up
+// a group.
+template <class Params>
+__device__ __forceinline__ uint32_t row_of_a(const Params& p, uint32_t col) {
+  uint32_t at = 0;
+  uint32_t before = 0;
+#pragma unroll 1
+  for (; at + 1 < p.projection_count && col >= p.projections[at + 1].first_rank; ++at) before += p.split.ranks[at];
+  const uint32_t rank = rank_of(col - p.projections[at].first_rank);
+  return rank < p.split.ranks[at] ? before + rank : 0xffffffffu;
+}
+
+// Blocks of a factor that is `length` long.
+__device__ __forceinline__ uint32_t split_blocks(uint32_t length) {
+  return (length + LORA_SPLIT_LENGTH - 1) / LORA_SPLIT_LENGTH;
+}
+
+// One unit: some ranks of a over some columns, or of one projection's b over some rows. In forward a becomes pairs and
+// b triples. Ranks that no row goes through stay as they are: nobody reads them.
+template <typename T, bool kForward, class Params>
+__device__ __forceinline__ void split_factors(const Params& params, uint32_t unit, uint32_t thread, uint32_t threads) {
   constexpr uint32_t kRanks = LORA_SPLIT_RANKS;
   constexpr uint32_t kLength = LORA_SPLIT_LENGTH;
+  const LoraSplit& p = params.split;
   const bool is_a = unit < p.a_units;
-  const uint32_t at = is_a ? unit : unit - p.a_units;
-  const uint32_t length = is_a ? k : n;
-  const uint32_t blocks = (length + kLength - 1) / kLength;
-  const uint32_t first_rank = at / blocks * kRanks;
+  const uint32_t k_blocks = split_blocks(params.k);
+  // The projection, and which of its groups of a or of its units of b this is.
+  uint32_t at = 0;
+  uint32_t index = is_a ? unit / k_blocks : unit - p.a_units;
+  uint32_t before = 0;  // rows: of a, or of the halves of b
+#pragma unroll 1
+  for (uint32_t own;; ++at) {
+    own = (p.ranks[at] + kRanks - 1) / kRanks * (is_a ? 1 : split_blocks(params.projections[at].n));
+    if (index < own) break;
+    index -= own;
+    before += is_a ? p.ranks[at] : params.projections[at].n;
+  }
+  const uint32_t length = is_a ? params.k : params.projections[at].n;
+  const uint32_t blocks = split_blocks(length);
+  const uint32_t first_rank = (is_a ? index : index / blocks) * kRanks;
+  const uint32_t first = (is_a ? unit : index) % blocks * kLength;
+  const Routes routes(params.routes, params.m);
   if (routes.is_on() && !routes.any_row_of(first_rank)) return;
-  const uint32_t first = at % blocks * kLength;
   const bool is_tripled = is_a != kForward;
   // Elements from one rank to the next, and from one column of a or row of b to the next.
-  const int64_t from_rank = is_a ? p.a.row_stride : 1, from_next = is_a ? 1 : p.b.row_stride;
-  const int64_t to_rank = is_a ? p.split_a.row_stride : 1, to_next = is_a ? 1 : p.split_b.row_stride;
-  const float* const from = reinterpret_cast<const float*>(is_a ? p.a.ptr : p.b.ptr);
-  T* const to =
-      reinterpret_cast<T*>(is_a ? p.split_a.ptr : p.split_b.ptr) + first_rank * (is_tripled ? 3 : 2) * to_rank;
+  const int64_t from_rank = is_a ? p.a.row_stride : 1, from_next = is_a ? 1 : p.b[at].row_stride;
+  const int64_t to_rank = is_a ? p.split_a_stride : 1, to_next = is_a ? 1 : p.split_b_stride;
+  const float* const from =
+      reinterpret_cast<const float*>(is_a ? p.a.ptr : p.b[at].ptr) + (is_a ? before : 0) * from_rank;
+  // Of a the groups of all projections follow each other.
+  const uint32_t to_first = (is_a ? unit / k_blocks * kRanks : first_rank) * (is_tripled ? 3 : 2);
+  T* const to = reinterpret_cast<T*>(is_a ? p.split_a : p.split_b) + to_first * to_rank + (is_a ? 0 : before) * to_next;
 #pragma unroll 4
   for (uint32_t i = thread; i < kRanks * kLength; i += threads) {
     // Neighbouring threads take neighbouring elements in memory.
@@ -113,7 +167,7 @@ __device__ __forceinline__ void split_factors(const LoraSplit& p, const Routes& 
     const uint32_t next = first + (is_a ? i % kLength : i / kRanks);
     if (next >= length) continue;
     const uint32_t row = first_rank + rank;
-    const float value = row < p.r ? from[row * from_rank + next * from_next] : 0.0f;
+    const float value = row < p.ranks[at] ? from[row * from_rank + next * from_next] : 0.0f;
     const T high = round_to<T>(value);
     T* const out = to + rank * to_rank + next * to_next;
     out[0] = high;

@@ -26,7 +26,7 @@ use std::ops::Range;
 use crate::dropout::{Keep, factor};
 use crate::error::{Error, Result};
 use crate::shape::{LoraShape, check_factors, check_length};
-use crate::{Dropout, Dtype, Element, Gradient, MagnitudeGradient, Matrix, MatrixMut, Seed, raw};
+use crate::{Dropout, Dtype, Element, Gradient, MagnitudeGradient, Matrix, MatrixMut, Seed, raw, split_columns};
 use middle::Middle;
 use product::{Epilogue, Operand, Side, Term, column_sums, magnitude_sums, product};
 
@@ -124,11 +124,11 @@ pub fn forward_shared<T: Element, A: Element>(op: ForwardShared<'_, T, A>) -> Re
     let (keep, factor) = (kept(&dropout), factor(dropout.map(|dropout| dropout.p)));
     let routes = routed(routes, shape.m);
     let mut h = Middle::of_forward::<A>(h, shape)?;
-    let mut first_rank = 0;
+    let (mut first_rank, mut first_column) = (0, 0);
     for ForwardProjection { w, b, scale, bias, gain, y } in projections {
         let (a, ranks) = (Operand::of(rows_of(a, first_rank, b.cols)), first_rank..first_rank + b.cols);
         let scaled = Epilogue { scale: Some(scale * factor), routes, ..Epilogue::default() };
-        h.compute(Term::new(Side::rows(x).keeping(keep), Side::rows(a)), &scaled, ranks.clone());
+        h.compute(Term::new(Side::rows(x).keeping(keep), Side::rows(a)), &scaled, ranks.clone(), first_column);
         let (bias, gain) = (bias.map(widened), gain.map(vector));
         let terms = [
             Term::new(Side::rows(x), Side::rows(w)),
@@ -136,6 +136,7 @@ pub fn forward_shared<T: Element, A: Element>(op: ForwardShared<'_, T, A>) -> Re
         ];
         product(&terms, &Epilogue { gain, bias: bias.as_deref(), ..Epilogue::default() }, y);
         first_rank += b.cols;
+        first_column += split_columns(b.cols);
     }
     Ok(())
 }
@@ -161,14 +162,15 @@ pub fn backward_shared<T: Element, A: Element>(op: BackwardShared<'_, T, A>) -> 
     let (keep, factor) = (kept(&dropout), factor(dropout.map(|dropout| dropout.p)));
     let routes = routed(routes, shape.m);
     let adds = |accumulate| Epilogue { accumulate, ..Epilogue::default() };
-    let kept = h.map(|h| Middle::kept::<A>(h, shape)).transpose()?;
+    let ranks: Vec<usize> = projections.iter().map(|of| of.b.cols).collect();
+    let kept = h.map(|h| Middle::kept::<A>(h, shape, &ranks)).transpose()?;
     if dx.is_some() || da.is_some() {
         let mut dh = Middle::scratch::<A>(shape)?;
         let mut first_rank = 0;
         for &BackwardProjection { dy, b, scale, gain, .. } in &projections {
             let scaled = Epilogue { scale: Some(scale * factor), routes, ..Epilogue::default() };
             let term = Term::new(Side::rows(dy).gaining(gain.map(vector)), Side::columns(Operand::of(b)));
-            dh.compute(term, &scaled, first_rank..first_rank + b.cols);
+            dh.compute(term, &scaled, first_rank..first_rank + b.cols, 0);
             first_rank += b.cols;
         }
         let dh = dh.ranks(0..shape.r);

@@ -143,14 +143,6 @@ pub enum Error {
         /// How many were passed.
         got: usize,
     },
-    /// f32 factors over a 16-bit layer, which one projection alone may have.
-    #[error(
-        "`a` and `b` are f32 with {got} projections that share x, expected the storage type, or one projection alone"
-    )]
-    SplitProjections {
-        /// How many were passed.
-        got: usize,
-    },
     /// The backend does not compute in this element type.
     #[error("dtype {got:?} is not computed by {backend}, expected one of {expected}")]
     Dtype {

@@ -181,7 +181,7 @@ impl<U: ?Sized, F: ?Sized> Default for Variant<'_, U, F> {
 /// both halves. y and dx are rounded once, at their end; da and db are exact to about 2⁻¹⁷ of h and dh in bf16 and to those of f32
 /// in f16, where numbers below 2⁻³⁶ are lost. h is the same halves in the storage type, for backward to read and nobody else:
 /// M × [`split_columns`](crate::split_columns)(R). An h or dh, or an element of A or B, that is beyond the storage type's largest
-/// number is infinite. It is for one projection alone.
+/// number is infinite.
 #[derive(Debug)]
 pub struct Forward<'a, D: ?Sized, O: ?Sized, U: ?Sized, F: ?Sized, A: ?Sized = D> {
     /// M × K, input activations.
@@ -288,7 +288,7 @@ pub struct ForwardShared<'a, D: ?Sized, O: ?Sized, U: ?Sized, F: ?Sized, A: ?Siz
     pub x: Matrix<'a, D>,
     /// ΣR × K, down projections of all.
     pub a: Matrix<'a, A>,
-    /// M × ΣR, kept for backward; in the workspace when absent.
+    /// M × ΣR, kept for backward; in the workspace when absent. With f32 factors M × Σ [`split_columns`](crate::split_columns)(R).
     pub h: Option<MatrixMut<'a, O>>,
     /// One to [`MAX_PROJECTIONS`](crate::raw::MAX_PROJECTIONS).
     pub projections: Vec<ForwardProjection<'a, D, O, F, A>>,
@@ -337,7 +337,7 @@ pub struct BackwardShared<'a, D: ?Sized, O: ?Sized, G: ?Sized, U: ?Sized, F: ?Si
     pub a: Matrix<'a, A>,
     /// M × K, the input of forward; needed for da.
     pub x: Option<Matrix<'a, D>>,
-    /// M × ΣR, the h that forward wrote; needed for db.
+    /// The h that forward wrote; needed for db.
     pub h: Option<Matrix<'a, D>>,
     /// M × K.
     pub dx: Option<MatrixMut<'a, O>>,

@@ -51,17 +51,23 @@ pub struct LoraMagnitude {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoraSplit {
-    /// R × K in f32.
+    /// R × K in f32, of all projections.
     pub a: LoraMatrix,
-    /// N × R in f32.
-    pub b: LoraMatrix,
-    /// A in pairs (forward) or triples (backward) of rows, in the workspace.
-    pub split_a: LoraMatrix,
-    /// B in triples (forward) or pairs (backward) of columns, in the workspace; absent when nothing reads it.
-    pub split_b: LoraMatrix,
+    /// N × R in f32 of each projection.
+    pub b: [LoraMatrix; LORA_MAX_PROJECTIONS as usize],
     /// h or dh in pairs of columns; absent when nothing reads it.
     pub pairs: LoraMatrix,
-    /// Rank; 0 when nothing is split.
+    /// Device address of A in pairs (forward) or triples (backward) of rows, in the workspace; 0 when nothing reads it.
+    pub split_a: u64,
+    /// The same of B in triples (forward) or pairs (backward) of columns, those of all projections below each other.
+    pub split_b: u64,
+    /// Elements between row starts of the halves of A.
+    pub split_a_stride: u32,
+    /// Elements between row starts of the halves of B.
+    pub split_b_stride: u32,
+    /// Rank of each projection.
+    pub ranks: [u32; LORA_MAX_PROJECTIONS as usize],
+    /// Rank of all together; 0 when nothing is split.
     pub r: u32,
     /// Units that split A.
     pub a_units: u32,

@@ -150,10 +150,9 @@ pub(crate) fn workspace_up_to(m: usize, r: usize, dtype: Dtype, device: &Device,
 #[cfg(feature = "cuda")]
 pub(crate) fn split_workspace_up_to(shape: LoraShape, dtype: Dtype, device: &Device, options: &Options) -> u64 {
     let mut scratch = Scratch::new();
-    let ranks = split::Ranks::of(true);
-    scratch.reserve_middle(shape.m, ranks.triples(shape.r), dtype);
+    scratch.reserve_middle(shape.m, crate::split::split_ranks(shape.r), dtype);
     split::reserve_most(&mut scratch, shape);
-    reserve_most_partials(&mut scratch, shape.m, ranks.pairs(shape.r), device, options);
+    reserve_most_partials(&mut scratch, shape.m, crate::split_columns(shape.r), device, options);
     scratch.end
 }
 

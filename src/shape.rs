@@ -222,7 +222,7 @@ impl ForwardShared {
             inputs.push(sized(name("w", at), projection.w, bytes, projection.w.rows, k)?);
         }
         inputs.push(sized("a", self.a, factor, r, k)?);
-        for (at, (projection, ranks)) in all.iter().zip(ranks).enumerate() {
+        for (at, (projection, &ranks)) in all.iter().zip(&ranks).enumerate() {
             inputs.push(sized(name("b", at), projection.b, factor, projection.w.rows, ranks)?);
         }
         for (at, projection) in all.iter().enumerate() {
@@ -234,7 +234,7 @@ impl ForwardShared {
         let gains: Vec<_> = all.iter().map(|projection| projection.gain).collect();
         let departures = Departures { dropout: self.dropout, routes: self.routes, gains: &gains, scales: &scales };
         departures.operands(shape, &columns, &mut inputs)?;
-        let middle = middle_columns(r, self.is_split(), all.len())?;
+        let middle = middle_columns(&ranks, self.is_split())?;
         let mut outputs = Vec::new();
         for (at, projection) in all.iter().enumerate() {
             outputs.push(sized(name("y", at), projection.y, bytes, m, projection.w.rows)?);
@@ -363,7 +363,7 @@ impl BackwardShared {
         if let Some(x) = self.x {
             inputs.push(sized("x", x, bytes, m, k)?);
         }
-        let middle = middle_columns(r, self.is_split(), all.len())?;
+        let middle = middle_columns(&ranks, self.is_split())?;
         if let Some(h) = self.h {
             inputs.push(sized("h", h, bytes, m, middle)?);
         }
@@ -401,17 +401,18 @@ impl BackwardShared {
     }
 }
 
-/// Columns of h for so many ranks.
-fn middle_columns(r: usize, is_split: bool, projections: usize) -> Result<usize> {
-    match is_split {
-        false => Ok(r),
-        true if projections > 1 => Err(Error::SplitProjections { got: projections }),
-        true if split_ranks(r) > MAX_DIMENSION => {
-            let limit = (MAX_DIMENSION / 3 / SPLIT_RANKS * SPLIT_RANKS) as u64;
-            Err(Error::TooLarge { what: "R (rows of a) of f32 factors", got: r as u64, limit })
-        }
-        true => Ok(split_columns(r)),
+/// Columns of h for so many ranks of each projection.
+fn middle_columns(ranks: &[usize], is_split: bool) -> Result<usize> {
+    if !is_split {
+        return Ok(ranks.iter().sum());
     }
+    let groups: usize = ranks.iter().map(|r| r.div_ceil(SPLIT_RANKS)).sum();
+    let padded = groups.saturating_mul(SPLIT_RANKS);
+    if split_ranks(padded) > MAX_DIMENSION {
+        let limit = (MAX_DIMENSION / 3 / SPLIT_RANKS * SPLIT_RANKS) as u64;
+        return Err(Error::TooLarge { what: "R (rows of a) of f32 factors", got: padded as u64, limit });
+    }
+    Ok(ranks.iter().copied().map(split_columns).sum())
 }
 
 /// A and B are of the storage type, or of f32; `arg` is A.

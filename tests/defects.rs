@@ -63,12 +63,14 @@ fn specs(image: &str) -> Vec<(Layers, u32)> {
     // Sums so short that what halves leave out of them is more than f32 does.
     let short = Spec { placement: Placement::Aligned, n: 24, k: 16, r: 5, ..base };
     // Tiles of half a block of ranks, blocks that no row goes through, and some that few do.
-    let runs = Spec { placement: Placement::Aligned, routes: Some(Routes::Tiles(64)), r: 200, ..base };
+    let runs = Spec { placement: Placement::Aligned, routes: Some(Routes::Tiles(64)), m: 250, r: 400, ..base };
     let mixed = Spec { routes: Some(Routes::Mixed(3)), n: 40, k: 40, r: 150, ..base };
     // With few CTAs whoever is last to split computes h, and finds everything split when it first looks.
     let split =
         [(split, 4), (split, 1), (short, 3), (runs, 4), (mixed, 3)].map(|(spec, sms)| (Layers::Split(spec), sms));
-    alone.chain([(Layers::shared(shared, &others), 4)]).chain(split).collect()
+    let projections =
+        [Layers::shared(shared, &others), Layers::shared_split(Spec { r: 13, ..shared }, &[(70, 0), (270, 21)])];
+    alone.chain(projections.map(|layers| (layers, 4))).chain(split).collect()
 }
 
 /// What the suite says of a kernel: `Err` with the first complaint.

@@ -43,6 +43,8 @@ fn cases(image: &str, tile: TileSize) -> Vec<Case> {
     // Several clusters wait for what others split.
     let split = |sms, spec: Spec| Case { layers: Layers::Split(spec), sms, options: options.with_bundle(1) };
     let sharing = |sms, spec, others: &[(usize, usize)]| Case { layers: Layers::shared(spec, others), sms, options };
+    let sharing_split =
+        |sms, spec, others: &[(usize, usize)]| Case { layers: Layers::shared_split(spec, others), sms, options };
     let chunks = |chunks, case: Case| Case { options: case.options.with_chunks(chunks), ..case };
     let dropout = |in_memory| Some(HostDropout { p: 0.5, seed: [5, 1 << 33], in_memory });
     let dropping = |in_memory, (m, n, k, r)| {
@@ -70,6 +72,7 @@ fn cases(image: &str, tile: TileSize) -> Vec<Case> {
             sharing(4, spec(300, 72, 136, 24), &[(136, 0), (264, 104)]),
             split(4, spec(200, 136, 264, 5)),
             split(8, spec(300, 264, 72, 68)),
+            sharing_split(4, spec(300, 72, 136, 13), &[(136, 0), (264, 60)]),
             split(4, Spec { routes: Some(Routes::Tiles(128)), ..spec(390, 136, 72, 200) }),
         ];
     }
@@ -96,6 +99,7 @@ fn cases(image: &str, tile: TileSize) -> Vec<Case> {
         chunks(2, sharing(4, spec(300, 72, 136, 24), &[(136, 0), (200, 136)])),
         chunks(3, split(4, spec(300, 136, 264, 13))),
         chunks(1, split(6, Spec { accumulate: true, ..gained(spec(200, 264, 72, 68)) })),
+        chunks(2, sharing_split(4, spec(300, 72, 136, 13), &[(136, 0), (200, 60)])),
         chunks(2, split(4, Spec { routes: Some(Routes::Tiles(128)), ..spec(390, 72, 136, 200) })),
         // Tiles of few tokens one after the other: the ring does not keep their sums of dm apart.
         few_tokens(16, true),

@@ -8,9 +8,12 @@ use common::data::{Placement, Spec};
 use common::layers::{self, Device, assert_same, bits, compact, download};
 use common::{Host, HostBackward, HostDropout, HostForward, HostMagnitude, full};
 use fused_lora::cpu::Cpu;
-use fused_lora::linear::{Adapter, Backend, Buffers, BuffersMut, LoraLinear, LoraProjections, Scaling, Training};
+use fused_lora::linear::{
+    Adapter, Backend, Buffers, BuffersMut, Gradients, LayerGradients, LoraLinear, LoraProjections, ProjectionGradients,
+    Scaling, Training,
+};
 use fused_lora::reference;
-use fused_lora::{Dropout, Element, Error, Matrix, Result, Seed, bf16, f16, split_columns};
+use fused_lora::{Dropout, Element, Error, Matrix, MatrixMut, Result, Seed, bf16, f16, split_columns};
 
 fn table() -> [Spec; 5] {
     let dropout = Some(HostDropout { p: 0.25, seed: [3, 1 << 40], in_memory: false });
@@ -202,9 +205,9 @@ fn updates_are_read() {
     assert!(matches!(refused, Err(Error::State { .. })), "{refused:?}");
 }
 
-/// Merging reads f32 factors in any case; a group refuses them.
+/// Merging reads f32 factors in any case.
 #[test]
-fn merged_all_the_same_and_refused_in_groups() {
+fn merged_all_the_same() {
     let mut layer = both().0;
     let mut merged = |name: &str| {
         layer.activate(name).expect("an adapter");
@@ -216,11 +219,89 @@ fn merged_all_the_same_and_refused_in_groups() {
     assert_eq!(merged("full"), merged("rounded"));
     let Some(Buffers::F32 { a, b, .. }) = layer.adapter("full").map(Adapter::buffers) else { panic!("f32 factors") };
     assert_eq!((a.len(), b.len()), (4 * K, N * 4));
+}
 
-    layer.activate("full").expect("an adapter");
-    let plain = both().0;
-    let refused = LoraProjections::new([plain, layer]).err().expect("a refusal").error.to_string();
-    assert!(refused.contains("in layer 1") && refused.contains("`full` is at full precision"), "{refused}");
+/// A group has adapters at full precision in every layer that has any, or in none.
+#[test]
+fn a_group_is_at_full_precision_or_not() {
+    let with = |name: &str| {
+        let mut layer = both().0;
+        layer.activate(name).expect("an adapter");
+        layer
+    };
+    let refused = LoraProjections::new([with("full"), with("rounded")]).err().expect("a refusal").error.to_string();
+    assert!(refused.contains("in layer 1") && refused.contains("`rounded` is not at full precision"), "{refused}");
+    let mut group = LoraProjections::new([both().0, with("full"), with("full")]).expect("a group");
+    let x = both().1;
+    let x = Matrix::new(&x[..], 8, K);
+    let [plain, first, second] = group.forward(x).expect("forward");
+    assert_eq!(first, second);
+    assert_eq!(first, with("full").forward(x).expect("forward"));
+    assert_eq!(plain, both().0.forward(x).expect("forward"));
+    // With other adapters it is of the other type.
+    group.layers_mut()[1..].iter_mut().for_each(|layer| layer.activate("rounded").expect("an adapter"));
+    group.refresh().expect("copies");
+    assert_eq!(group.forward(x).expect("forward")[1], with("rounded").forward(x).expect("forward"));
+}
+
+/// Layers with adapters of other ranks, one without: y, h, db and dbias as of each alone, da too, and dx their sum.
+fn a_group_is_its_layers<B: Backend>(backend: &B) {
+    let specs = [Spec::new(21, 24, K, 5), Spec::new(21, 16, K, 0), Spec::new(21, 40, K, 11)];
+    let specs = specs.map(|spec| Spec { bias: false, placement: Placement::Contiguous, ..spec });
+    let made = || specs.map(|spec| make::<B, bf16>(backend, &spec).layer);
+    let (m, x) = (21, specs[0].forward::<bf16>().x);
+    let (x, dys) = (Device::new(backend, &x), specs.map(|spec| Device::new(backend, &spec.backward::<bf16>().dy)));
+    let (group, alone) = (LoraProjections::new(made()).unwrap_or_else(|rejected| panic!("{rejected}")), made());
+    group.reserve(m).expect("a workspace");
+    let (ys, pass) = group.forward_train(x.view()).expect("forward");
+    assert_eq!(group.rank(), 16);
+    let poison = |count| backend.upload(&vec![f32::NAN; count]).expect("an upload");
+    let mut dx = backend.upload(&vec![bf16::NAN; m * K]).expect("an upload");
+    let (mut da, mut db) = (poison(16 * K), specs.map(|spec| poison((spec.n * spec.r).max(1))));
+    let mut layers: [LayerGradients<'_, B, bf16>; 3] = Default::default();
+    for ((layer, db), spec) in layers.iter_mut().zip(&mut db).zip(&specs) {
+        layer.db = (spec.r != 0).then(|| MatrixMut::new(B::write(db), spec.n, spec.r));
+    }
+    let gradients = ProjectionGradients {
+        dx: Some(MatrixMut::new(B::write(&mut dx), m, K)),
+        da: Some(MatrixMut::new(B::write(&mut da), 16, K)),
+        layers,
+        ..ProjectionGradients::default()
+    };
+    group.backward(&pass, [dys[0].view(), dys[1].view(), dys[2].view()], gradients).expect("backward");
+    let (dx, da) = (download(backend, &dx, m * K), download(backend, &da, 16 * K));
+    let (mut sum, mut first) = (vec![0.0f32; m * K], 0);
+    for (at, layer) in alone.iter().enumerate() {
+        let Spec { n, r, .. } = specs[at];
+        let (y, pass) = layer.forward_train(x.view()).expect("forward");
+        let same = |got: &[bf16], expected: &[bf16]| close(got, expected, 1.0 / 128.0);
+        assert!(same(&download(backend, &ys[at], m * n), &download(backend, &y, m * n)), "y of layer {at}");
+        let mut own_dx = backend.upload(&vec![bf16::NAN; m * K]).expect("an upload");
+        let (mut own_da, mut own_db) = (poison((r * K).max(1)), poison((n * r).max(1)));
+        let gradients = Gradients {
+            dx: Some(MatrixMut::new(B::write(&mut own_dx), m, K)),
+            da: (r != 0).then(|| MatrixMut::new(B::write(&mut own_da), r, K)),
+            db: (r != 0).then(|| MatrixMut::new(B::write(&mut own_db), n, r)),
+            ..Gradients::default()
+        };
+        layer.backward(&pass, dys[at].view(), gradients).expect("backward");
+        sum.iter_mut().zip(download(backend, &own_dx, m * K)).for_each(|(sum, own)| *sum += own.to_f32());
+        if r != 0 {
+            let own = (download(backend, &own_da, r * K), download(backend, &own_db, n * r));
+            assert!(close(&da[first * K..][..r * K], &own.0, 1e-4), "da of layer {at}");
+            assert!(close(&download(backend, &db[at], n * r), &own.1, 1e-4), "db of layer {at}");
+        }
+        first += r;
+    }
+    let sum: Vec<bf16> = sum.into_iter().map(bf16::from_f32).collect();
+    assert!(close(&dx, &sum, 1.0 / 32.0), "dx");
+}
+
+/// As near as `part` of the larger of 1 and the number.
+fn close<T: Element>(got: &[T], expected: &[T], part: f64) -> bool {
+    got.iter()
+        .zip(expected)
+        .all(|(got, expected)| (got.to_f64() - expected.to_f64()).abs() <= part * expected.to_f64().abs().max(1.0))
 }
 
 /// Factors of an adapter as a bank has them, A below each other and B side by side.
@@ -293,18 +374,20 @@ fn a_bank_is_in_f32<B: Backend>(backend: &B) {
 }
 
 #[test]
-fn several_adapters_and_banks_on_the_cpu() {
+fn several_adapters_banks_and_groups_on_the_cpu() {
+    a_group_is_its_layers(&Cpu);
     several_are_as_one(&Cpu);
     a_bank_is_in_f32(&Cpu);
 }
 
 #[cfg(all(feature = "emulator", feature = "cuda"))]
 #[test]
-fn several_adapters_and_banks_on_the_emulator() {
+fn several_adapters_banks_and_groups_on_the_emulator() {
     use fused_lora::emulator::Emulator;
     use fused_lora::plan::Device;
     for arch in [80, 90] {
         let emulator = Emulator::new(Device::of_arch("emulated", arch, 3));
+        a_group_is_its_layers(&emulator);
         several_are_as_one(&emulator);
         a_bank_is_in_f32(&emulator);
     }

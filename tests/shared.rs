@@ -75,6 +75,29 @@ fn every_projection_is_a_single_layer_on_hopper() {
 }
 
 #[test]
+fn f32_factors() {
+    for kind in [Kind::Ragged, Kind::Hopper] {
+        let backends = backends(kind, "f32_factors");
+        let table = if kind == Kind::Ragged { shared::table() } else { hopper_table() };
+        for (turn, spec) in table.iter().enumerate() {
+            backends.par_iter().for_each(|backend| {
+                if turn % 2 == 0 {
+                    shared::with_f32_factors::<bf16>(backend, spec);
+                } else {
+                    shared::with_f32_factors::<f16>(backend, spec);
+                }
+            });
+        }
+    }
+    // Of such factors the Hopper kernels take any rank.
+    let mut odd = SharedSpec::new(150, 72, &[(136, 13), (64, 1), (72, 0), (200, 70)]);
+    odd.base = Spec { placement: Placement::Aligned, ..odd.base };
+    for backend in backends(Kind::Hopper, "f32_factors") {
+        shared::with_f32_factors::<bf16>(&backend, &odd);
+    }
+}
+
+#[test]
 fn small_integers_are_exact() {
     for kind in [Kind::Ragged, Kind::Hopper] {
         for backend in backends(kind, "small_integers_are_exact") {
@@ -98,8 +121,10 @@ fn the_bits_of_single_layers() {
         let table = if kind == Kind::Ragged { shared::table() } else { hopper_table() };
         backends(kind, "the_bits_of_single_layers").par_iter().for_each(|backend| {
             for spec in &table {
-                let same = shared::same_bits_as_alone::<bf16>(backend, spec);
+                let same = shared::same_bits_as_alone::<bf16, bf16>(backend, spec);
                 same.unwrap_or_else(|complaint| panic!("{}, {spec:?}: {complaint}", backend.name()));
+                let same = shared::same_bits_as_alone::<bf16, f32>(backend, spec);
+                same.unwrap_or_else(|complaint| panic!("{}, f32 factors, {spec:?}: {complaint}", backend.name()));
             }
         });
     }

@@ -27,8 +27,8 @@ __device__ __forceinline__ void backward_dh(const LoraBackwardParams& p, TicketS
   const OnTheWay way = {{}, reinterpret_cast<const float*>(projection.gain)};
   const Segment product = segment(operand(projection.dy, p.m, projection.n), operand(projection.b, r, projection.n), 0);
   narrow_tile(
-      tile, product, p, columns_from(p.dh, projection.first_rank), m, n, r, [&](uint32_t) { return projection.scale; },
-      way, smem);
+      tile, product, p, p.dh, projection.first_rank, m, n, r, [&](uint32_t) { return projection.scale; },
+      [&](uint32_t) { return GroupOf{projection.first_rank / 2 + p.split.ranks[at], projection.scale}; }, way, smem);
   schedule.publish(m_block >> p.flag_shift);
 }
 
@@ -179,7 +179,7 @@ __device__ __forceinline__ void backward_adapter(const LoraBackwardParams& p, co
         float value = tile.acc[0][j][2 * half + e];
         if (p.split.r != 0) {  // fragments of high and low halves take turns
           if (j % 2 != 0) continue;
-          col = rank_of(col);
+          col = is_da ? row_of_a(p, col) : rank_of(col);
           value = whole<T>(value, tile.acc[0][j + 1 - j % 2][2 * half + e]);
         }
         store_gradient<T>(out, row, col, value * gain);
@@ -200,8 +200,8 @@ __device__ __forceinline__ void backward_gradient(const LoraBackwardParams& p, T
   const LoraBackwardProjection& of = p.projections[at];
   // Of factors that are split, the narrow operand has a pair of columns for each rank.
   const bool is_split = p.split.r != 0;
-  const uint32_t narrow_cols = is_db ? (of.db.ptr != 0 ? of.r : 0) : is_split ? of.r : p.r;
-  const uint32_t ranks = is_split ? p.split.r : narrow_cols;
+  const uint32_t narrow_cols = is_db ? (of.db.ptr != 0 ? of.r : 0) : is_split ? p.r / 3 * 2 : p.r;
+  const uint32_t ranks = !is_split ? narrow_cols : is_db ? p.split.ranks[at] : p.split.r;
   const GradientOut db = {
       of.db.ptr, of.db.row_stride, 1, of.n, ranks, (of.flags & LORA_DB_F32) != 0, (p.flags & LORA_ACCUMULATE_DB) != 0};
   const GradientOut da = {
@@ -235,8 +235,7 @@ __device__ __forceinline__ void backward(const LoraBackwardParams& p) {
     schedule.draw();
     const uint32_t unit = ticket - p.split.units;
     if (ticket < p.split.units) {
-      split_factors<T, false>(p.split, Routes(p.routes, p.m), p.projections[0].n, p.k, ticket, ptx::thread_index(),
-                              Shape::kThreads);
+      split_factors<T, false>(p, ticket, ptx::thread_index(), Shape::kThreads);
       schedule.publish_split();
     } else if (unit < p.dh_units) {
       backward_dh<T, Shape>(p, schedule, unit, smem);

@@ -86,12 +86,12 @@ __device__ __forceinline__ void store_tile(const Tile& tile, const LoraMatrix& o
   }
 }
 
-// Stores a tile of products with pairs at (m, n), of `r` ranks in all: halves of scale · acc, and of that what its rows
+// Stores a tile of products with pairs at (m, n) of the pairs of all: halves of scale · acc, and of that what its rows
 // keep, as pairs and as triples, each where there is a place for it. Fragments of high and low halves take turns.
-template <class Tile, typename T = typename Tile::T>
+template <class Tile, class Groups, typename T = typename Tile::T>
 __device__ __forceinline__ void store_halves(const Tile& tile, const LoraMatrix& pairs, const LoraMatrix& triples,
-                                             const Routes& routes, uint32_t m, uint32_t n, uint32_t rows, uint32_t r,
-                                             float scale) {
+                                             const Routes& routes, uint32_t m, uint32_t n, uint32_t rows,
+                                             const Groups& groups) {
   const uint32_t thread = ptx::thread_index();
 #pragma unroll
   for (int i = 0; i < Tile::kFragsM; ++i) {
@@ -104,8 +104,8 @@ __device__ __forceinline__ void store_halves(const Tile& tile, const LoraMatrix&
       for (int j = 0; j < Tile::kFragsN; j += 2) {
         const float* const high = tile.acc[i][j] + 2 * half;
         const float* const low = tile.acc[i][j + 1] + 2 * half;
-        store_halves<T>(pairs, triples, row, n + Tile::col_of(thread, j), r, make_float2(high[0], high[1]),
-                        make_float2(low[0], low[1]), [&](float value, uint32_t rank) {
+        store_halves<T>(pairs, triples, row, n + Tile::col_of(thread, j), groups, make_float2(high[0], high[1]),
+                        make_float2(low[0], low[1]), [&](float value, uint32_t rank, float scale) {
                           return routes.is_on() ? route.keep(value * scale, rank) : value * scale;
                         });
       }

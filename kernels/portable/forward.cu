@@ -19,8 +19,8 @@ __device__ __forceinline__ void forward_h(const LoraForwardParams& p, TicketSche
   const uint32_t m = m_block * Shape::kBlock;
   const uint32_t n = unit / p.m_blocks * kNarrowN;
   NarrowTile<T, Shape, Major::kK, Drops::kA, false> tile;
-  narrow_tile(tile, segment(operand(p.x, p.m, p.k), operand(p.a, p.r, p.k), 0), p, p.h, m, n, p.r,
-              RankScale<LoraForwardParams>{p}, {p.dropout}, smem);
+  narrow_tile(tile, segment(operand(p.x, p.m, p.k), operand(p.a, p.r, p.k), 0), p, p.h, 0, m, n, p.r,
+              RankScale<LoraForwardParams>{p}, GroupsOfAll<LoraForwardParams>{p}, {p.dropout}, smem);
   schedule.publish(m_block >> p.flag_shift);
 }
 
@@ -53,8 +53,7 @@ __device__ __forceinline__ void forward(const LoraForwardParams& p) {
     schedule.draw();
     const uint32_t unit = ticket - p.split.units;
     if (ticket < p.split.units) {
-      split_factors<T, true>(p.split, Routes(p.routes, p.m), p.projections[0].n, p.k, ticket, ptx::thread_index(),
-                             Shape::kThreads);
+      split_factors<T, true>(p, ticket, ptx::thread_index(), Shape::kThreads);
       schedule.publish_split();
     } else if (unit < p.h_units) {
       forward_h<T, Shape>(p, schedule, unit, smem);

@@ -8,13 +8,13 @@
 
 namespace lora {
 
-// A tile of h or dh at (m, n) into `out`, which has `r` columns: zeros where the rows do not go through a rank, which
-// nobody computes where none of the tile's rows does. With factors that are split the r columns are products with
-// pairs, two for each rank, and `out` has triples.
-template <class Tile, class Params, class Scale>
+// A tile of h or dh at (m, n) of `r` columns, which in `out` are those from `first` on: zeros where the rows do not go
+// through a rank, which nobody computes where none of the tile's rows does. With factors that are split the columns are
+// products with pairs, two for each rank, and `out` has triples.
+template <class Tile, class Params, class Scale, class Groups>
 __device__ __forceinline__ void narrow_tile(Tile& tile, const Segment& product, const Params& p, const LoraMatrix& out,
-                                            uint32_t m, uint32_t n, uint32_t r, const Scale& scale, const OnTheWay& way,
-                                            uint32_t smem) {
+                                            uint32_t first, uint32_t m, uint32_t n, uint32_t r, const Scale& scale,
+                                            const Groups& groups, const OnTheWay& way, uint32_t smem) {
   static_assert(kNarrowN == LORA_ROUTE_RANKS && Tile::kBlockM % LORA_ROUTE_ROWS == 0,
                 "a tile is a block of routes, or with pairs half of one");
   const Routes routes(p.routes, p.m);
@@ -24,12 +24,12 @@ __device__ __forceinline__ void narrow_tile(Tile& tile, const Segment& product, 
   if (is_wanted) tile.accumulate(product, Segment{}, m, n, r - n, {}, way, smem);
   const typename Tile::T* const no_bias = nullptr;
   if (p.split.r != 0) {
-    store_halves(tile, p.split.pairs, out, routes, m, n, p.m, p.split.r, p.projections[0].scale);
+    store_halves(tile, p.split.pairs, out, routes, m, first + n, p.m, groups);
   } else if (routes.is_on()) {
     keep_routed(tile, routes, m, n, p.m, p.projections[0].scale);
     store_tile(tile, out, m, n, p.m, r, NoScale{}, no_bias, false);
   } else {
-    store_tile(tile, out, m, n, p.m, r, scale, no_bias, false);
+    store_tile(tile, columns_from(out, first), m, n, p.m, r, scale, no_bias, false);
   }
 }
 

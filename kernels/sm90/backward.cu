@@ -108,7 +108,7 @@ class Backward : Operation<LoraSm90Backward> {
   // Columns of the narrow tiles of dh and db, and of a gradient's.
   __device__ __forceinline__ uint32_t width() const { return narrow_width(p_.most_r); }
   __device__ __forceinline__ uint32_t gradient_width(bool is_db) const {
-    return narrow_width(is_db || is_split() ? p_.most_r : p_.r);
+    return narrow_width(is_db ? p_.most_r : is_split() ? p_.r / 3 * 2 : p_.r);
   }
 
   // Blocks that a dh unit at (m, n) of a projection reduces over.
@@ -172,7 +172,9 @@ class Backward : Operation<LoraSm90Backward> {
     }
     const uint32_t row = m + consumer.slab() * kSlabM;
     if (is_split()) {
-      store_narrow_halves<Shape, kN>(acc, p_.split, p_.dh, row, n, p_.m, projection.scale, routes());
+      const GroupOf of = {projection.first_rank / 2 + p_.split.ranks[at], projection.scale};
+      store_narrow_halves<Shape, kN>(
+          acc, p_.split, p_.dh, row, projection.first_rank + n, p_.m, [&](uint32_t) { return of; }, routes());
     } else {
       store_narrow<Shape, kN>(
           acc, columns_from(p_.dh, projection.first_rank), row, n, p_.m, projection.r,
@@ -242,7 +244,7 @@ class Backward : Operation<LoraSm90Backward> {
     const uint32_t registers = (product ? columns : kSumsN) / 2;
     const uint32_t m = unit.m + consumer.slab() * kSlabM;
     if (product) {
-      const GradientOut out = gradient_out(projection, is_db);
+      const GradientOut out = gradient_out(unit.at, is_db);
       const float* const gain = is_db ? reinterpret_cast<const float*>(projection.gain) : nullptr;
       const auto factor = [&](int half) {
         const uint32_t row = m + Consumer<Shape>::row_of(half);
@@ -260,7 +262,7 @@ class Backward : Operation<LoraSm90Backward> {
           float value = sum[j];
           if (is_split()) {  // fragments of high and low halves take turns
             if (j / 4 % 2 != 0) continue;
-            col = rank_of(col);
+            col = is_db ? rank_of(col) : row_of_a(p_, col);
             value = whole<T>(value, sum[j + 4 - j / 4 % 2 * 4]);
           }
           const int half = j / 2 % 2;
@@ -332,8 +334,10 @@ class Backward : Operation<LoraSm90Backward> {
     store_partial<Kind>(partial, acc, sums);
   }
 
-  __device__ __forceinline__ GradientOut gradient_out(const LoraSm90BackwardProjection& projection, bool is_db) const {
-    const uint32_t ranks = is_split() ? p_.split.r : is_db ? projection.r : p_.r;
+  __device__ __forceinline__ GradientOut gradient_out(uint32_t at, bool is_db) const {
+    const LoraSm90BackwardProjection& projection = p_.projections[at];
+    const uint32_t of_db = is_split() ? p_.split.ranks[at] : p_.projections[at].r;
+    const uint32_t ranks = is_db ? of_db : is_split() ? p_.split.r : p_.r;
     // Field by field: a choice between two structs would put them on the stack.
     return {is_db ? projection.db.ptr : p_.da.ptr,
             is_db ? projection.db.row_stride : 1,

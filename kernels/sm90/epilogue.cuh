@@ -94,10 +94,10 @@ __device__ __forceinline__ void store_narrow(const float (&acc)[kN / 2], const L
 }
 
 // The same of products with pairs, as pairs and triples: fragments of high and low halves take turns.
-template <class Shape, int kN>
+template <class Shape, int kN, class Groups>
 __device__ __forceinline__ void store_narrow_halves(const float (&acc)[kN / 2], const LoraSplit& split,
                                                     const LoraMatrix& triples, uint32_t m, uint32_t n, uint32_t rows,
-                                                    float scale, const Routes& routes) {
+                                                    const Groups& groups, const Routes& routes) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const uint32_t row = m + Consumer<Shape>::row_of(half);
@@ -106,10 +106,11 @@ __device__ __forceinline__ void store_narrow_halves(const float (&acc)[kN / 2], 
 #pragma unroll
     for (int j = 0; j < kN / 8; j += 2) {
       const int high = 4 * j + 2 * half, low = high + 4;
-      store_halves<typename Shape::T>(
-          split.pairs, triples, row, n + Consumer<Shape>::col_of(j), split.r, make_float2(acc[high], acc[high + 1]),
-          make_float2(acc[low], acc[low + 1]),
-          [&](float value, uint32_t rank) { return routes.is_on() ? route.keep(value * scale, rank) : value * scale; });
+      store_halves<typename Shape::T>(split.pairs, triples, row, n + Consumer<Shape>::col_of(j), groups,
+                                      make_float2(acc[high], acc[high + 1]), make_float2(acc[low], acc[low + 1]),
+                                      [&](float value, uint32_t rank, float scale) {
+                                        return routes.is_on() ? route.keep(value * scale, rank) : value * scale;
+                                      });
     }
   }
 }

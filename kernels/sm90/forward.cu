@@ -100,7 +100,8 @@ class Forward : Operation<LoraSm90Forward> {
       consumer.template narrow<Kind>(acc, no_sums, wanted(m, n, k_steps()));
     }
     if (is_split()) {
-      store_narrow_halves<Shape, kN>(acc, p_.split, p_.h, row, n, p_.m, p_.projections[0].scale, routes());
+      store_narrow_halves<Shape, kN>(acc, p_.split, p_.h, row, n, p_.m, GroupsOfAll<LoraSm90ForwardParams>{p_},
+                                     routes());
     } else {
       store_narrow<Shape, kN>(acc, p_.h, row, n, p_.m, p_.r, RankScale<LoraSm90ForwardParams>{p_}, routes());
     }

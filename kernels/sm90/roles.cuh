@@ -114,8 +114,7 @@ class Operation {
   __device__ __forceinline__ void split_unit(const Consumer<Shape>& consumer, uint32_t ticket) const {
     const uint32_t unit = ticket * place_.size + place_.rank;
     if (unit >= p_.split.units) return;
-    split_factors<typename Shape::T, kForward>(p_.split, routes(), p_.projections[0].n, p_.k, unit,
-                                               threadIdx.x - kWarpgroup, kSlabs * kWarpgroup);
+    split_factors<typename Shape::T, kForward>(p_, unit, threadIdx.x - kWarpgroup, kSlabs * kWarpgroup);
     publish(consumer, p_.sync, LORA_SYNC_SPLIT);
   }
 

@@ -42,7 +42,8 @@ pub(super) struct Forward<'a, S> {
 
 impl<S> Forward<'_, S> {
     pub(super) fn columns_of_h(&self) -> usize {
-        if self.f32_factors { split_columns(self.a.view.rows) } else { self.a.view.rows }
+        let ranks = self.projections.iter().map(|of| of.b.view.cols);
+        if self.f32_factors { ranks.map(split_columns).sum() } else { ranks.sum() }
     }
 }
 

@@ -18,7 +18,7 @@ pub(super) enum Middle<'a, T> {
     /// The same, which is only read.
     Read(Matrix<'a, [T]>),
     Scratch(Vec<T>, LoraShape),
-    /// With the halves that the caller keeps of it.
+    /// With the halves that the caller keeps of it, which those of each projection begin anew.
     Wide(Vec<f32>, LoraShape, Option<MatrixMut<'a, [T]>>),
 }
 
@@ -55,24 +55,29 @@ impl<'a, T: Element> Middle<'a, T> {
         Ok(Self::Scratch(zeros(shape)?, shape))
     }
 
-    /// h as forward kept it.
-    pub(super) fn kept<A: Element>(h: Matrix<'a, [T]>, shape: LoraShape) -> Result<Self> {
+    /// h as forward kept it, of projections with so many ranks.
+    pub(super) fn kept<A: Element>(h: Matrix<'a, [T]>, shape: LoraShape, ranks: &[usize]) -> Result<Self> {
         if !is_split::<T, A>(shape) {
             return Ok(Self::Read(h));
         }
         let mut wide = zeros::<f32>(shape)?;
         wide.par_chunks_exact_mut(shape.r).enumerate().for_each(|(row, line)| {
             let from = &h.data[h.offset + row * h.row_stride..][..h.cols];
-            for (rank, value) in line.iter_mut().enumerate() {
-                let (high, low) = halves_of(rank);
-                *value = whole(from[high], from[low]);
+            let (mut line, mut from) = (line, from);
+            for &r in ranks {
+                let (own, others) = line.split_at_mut(r);
+                for (rank, value) in own.iter_mut().enumerate() {
+                    let (high, low) = halves_of(rank);
+                    *value = whole(from[high], from[low]);
+                }
+                (line, from) = (others, &from[split_columns(r)..]);
             }
         });
         Ok(Self::Wide(wide, shape, None))
     }
 
-    /// Some of its ranks, from a product.
-    pub(super) fn compute(&mut self, term: Term<'_, T>, epilogue: &Epilogue<'_>, ranks: Range<usize>) {
+    /// Some of its ranks, from a product; their halves begin in column `first`.
+    pub(super) fn compute(&mut self, term: Term<'_, T>, epilogue: &Epilogue<'_>, ranks: Range<usize>, first: usize) {
         match self {
             Self::Kept(kept) => product(&[term], epilogue, reborrow_columns(kept, ranks)),
             Self::Read(_) => {} // by construction what is read is not computed
@@ -82,9 +87,9 @@ impl<'a, T: Element> Middle<'a, T> {
             }
             Self::Wide(wide, shape, kept) => {
                 let mut all = MatrixMut::new(wide.as_mut_slice(), shape.m, shape.r);
-                product(&[term], epilogue, reborrow_columns(&mut all, ranks));
+                product(&[term], epilogue, reborrow_columns(&mut all, ranks.clone()));
                 if let Some(kept) = kept {
-                    keep_halves(wide, shape.r, reborrow(kept));
+                    keep_halves(wide, shape.r, ranks, reborrow(kept), first);
                 }
             }
         }
@@ -101,13 +106,14 @@ impl<'a, T: Element> Middle<'a, T> {
     }
 }
 
-/// High and low halves of a matrix of `r` columns; zeros past them.
-fn keep_halves<T: Element>(wide: &[f32], r: usize, kept: MatrixMut<'_, [T]>) {
+/// High and low halves of some columns of a matrix that has `r`, from column `first` on; zeros past them.
+fn keep_halves<T: Element>(wide: &[f32], r: usize, ranks: Range<usize>, kept: MatrixMut<'_, [T]>, first: usize) {
     let MatrixMut { data, offset, row_stride, .. } = kept;
     let lines = data[offset..].par_chunks_mut(row_stride);
     lines.zip(wide.par_chunks_exact(r)).for_each(|(line, values)| {
-        line[..split_columns(r)].fill(T::default());
-        for (rank, &value) in values.iter().enumerate() {
+        let line = &mut line[first..][..split_columns(ranks.len())];
+        line.fill(T::default());
+        for (rank, &value) in values[ranks.clone()].iter().enumerate() {
             let (high, low) = halves_of(rank);
             (line[high], line[low]) = halves(value);
         }

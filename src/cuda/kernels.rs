@@ -114,9 +114,16 @@ impl Kernels {
     }
 
     /// Bytes of workspace that suffice for [`forward_shared`](Self::forward_shared) and
-    /// [`backward_shared`](Self::backward_shared) of up to `m` tokens and `r` ranks of all projections together.
+    /// [`backward_shared`](Self::backward_shared) of up to `m` tokens and `r` ranks of all projections together, with factors in the
+    /// storage type.
     pub fn shared_workspace_bytes(&self, dtype: Dtype, m: usize, r: usize) -> usize {
         size::shared(dtype, m, r, self.device(), self.options)
+    }
+
+    /// The same with f32 factors over a layer of 16 bits, whose halves are in there: N is that of all projections together, and each
+    /// one's ranks count as the next multiple of 8.
+    pub fn shared_f32_workspace_bytes(&self, dtype: Dtype, shape: LoraShape) -> usize {
+        size::shared_f32(dtype, shape, self.device(), self.options)
     }
 
     /// What [`forward`](Self::forward) would do: [`Plan::explain`] says it in words, and [`Plan::workspace_bytes`] is

@@ -141,7 +141,7 @@ pub(super) fn backward(dtype: Dtype, shape: LoraShape, device: &Device, options:
 /// What suffices for forward and backward of `shape`, and of every shape with fewer tokens or a lower rank.
 pub(super) fn up_to(dtype: Dtype, shape: LoraShape, device: &Device, options: Options) -> Result<usize> {
     let exactly = forward(dtype, shape, device, options)?.max(backward(dtype, shape, device, options)?);
-    let split = usize::try_from(split_workspace_up_to(shape, dtype, device, &options)).unwrap_or(usize::MAX);
+    let split = shared_f32(dtype, shape, device, options);
     Ok(exactly.max(split).max(shared(dtype, shape.m, shape.r, device, options)))
 }
 
@@ -150,6 +150,16 @@ pub(super) fn shared(dtype: Dtype, m: usize, r: usize, device: &Device, options:
     // Plans refuse what is larger.
     let [m, r] = [m, r].map(|extent| extent.min(crate::MAX_DIMENSION));
     usize::try_from(workspace_up_to(m, r, dtype, device, &options)).unwrap_or(usize::MAX)
+}
+
+/// The same of those with f32 factors: N of all together, and ranks in multiples of 8.
+pub(super) fn shared_f32(dtype: Dtype, shape: LoraShape, device: &Device, options: Options) -> usize {
+    let [m, n, k, r] = [shape.m, shape.n, shape.k, shape.r].map(|extent| extent as u128);
+    // Halves of that many are beyond any memory, and could be beyond 64 bits.
+    if (2 * m + n + k).saturating_mul(r + 8) > 1 << 56 {
+        return usize::MAX;
+    }
+    usize::try_from(split_workspace_up_to(shape, dtype, device, &options)).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]

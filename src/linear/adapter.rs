@@ -198,7 +198,8 @@ impl<B: Backend, T: Element> Adapter<B, T> {
     /// no copies in the storage type are held. An adapter in the storage type stays as it is, and so does one of a layer in f32.
     ///
     /// Where several adapters take part ([`activate_all`](super::LoraLinear::activate_all)) and in a [`Bank`](super::Bank) one of them
-    /// is enough for the copies of all to be f32. A group of layers ([`LoraProjections`](super::LoraProjections)) refuses it.
+    /// is enough for the copies of all to be f32. In a group of layers ([`LoraProjections`](super::LoraProjections)) all adapters that take
+    /// part are at full precision, or none.
     #[must_use]
     pub fn at_full_precision(self) -> Self {
         Self { at_full_precision: true, ..self }

@@ -43,19 +43,22 @@ impl<'a, B: Backend, T: Element> Factor<'a, B, T> {
         }
     }
 
-    pub(super) fn in_f32(self) -> Option<Matrix<'a, B::Read<f32>>> {
+    /// Without columns it lies nowhere in particular: where `a` does.
+    pub(super) fn in_f32(self, a: Matrix<'a, B::Read<f32>>) -> Option<Matrix<'a, B::Read<f32>>> {
         match self {
+            Self::Storage(Matrix { rows, cols: 0, .. }) => Some(Matrix { rows, cols: 0, ..a }),
             Self::Storage(_) => None,
             Self::F32(matrix) => Some(matrix),
         }
     }
 }
 
-/// Columns of h, given A: halves of each rank at full precision.
-pub(super) fn columns_of_h<B: Backend, T: Element>(a: Factor<'_, B, T>) -> usize {
+/// Columns of h, given A of all and the operands of each: halves of each rank at full precision.
+pub(super) fn columns_of_h<B: Backend, T: Element>(a: Factor<'_, B, T>, operands: &[Operands<'_, B, T>]) -> usize {
+    let ranks = operands.iter().map(|of| of.a.rows());
     match a {
-        Factor::Storage(a) => a.rows,
-        Factor::F32(a) => split_columns(a.rows),
+        Factor::Storage(_) => ranks.sum(),
+        Factor::F32(_) => ranks.map(split_columns).sum(),
     }
 }
 

@@ -6,7 +6,7 @@ use super::sharing::{Part, Sharing, Stack};
 use super::{Backend, LoraLinear, Magnitude, Pass, Rejected, Training, elements};
 use crate::error::{Error, Result};
 use crate::raw::{MAX_PROJECTIONS, named};
-use crate::{Accumulate, Element, LoraShape, Matrix, MatrixMut};
+use crate::{Accumulate, Element, LoraShape, Matrix, MatrixMut, split_columns};
 
 /// Layers that share x, as q, k and v of attention or gate and up of a feed-forward block do: forward of all in one launch, which
 /// reads x as if for one, and backward in one, which sums dx.
@@ -135,7 +135,7 @@ impl<B: Backend, T: Element, const P: usize> LoraProjections<B, T, P> {
     ///
     /// # Errors
     /// [`Error::Dimension`] for a layer of another K than the first's; [`Error::State`] for a layer on another backend than the group's,
-    /// and for an adapter whose own copies could not be renewed; those of [`Backend::alloc`] and [`Backend::round`]. The group computes
+    /// where some adapters that take part are at full precision and others are not, and for an adapter whose own copies could not be renewed; those of [`Backend::alloc`] and [`Backend::round`]. The group computes
     /// nothing then until this has succeeded.
     pub fn refresh(&mut self) -> Result<()> {
         let layers = self.layers.each_ref();
@@ -150,9 +150,16 @@ impl<B: Backend, T: Element, const P: usize> LoraProjections<B, T, P> {
     /// Those of [`Backend::reserve`].
     pub fn reserve(&self, tokens: usize) -> Result<()> {
         let r = self.rank();
-        self.layers
-            .iter()
-            .try_for_each(|layer| self.backend.reserve(T::DTYPE, LoraShape { m: tokens, n: layer.n, k: layer.k, r }))
+        let reserve = |n, k, r| self.backend.reserve(T::DTYPE, LoraShape { m: tokens, n, k, r });
+        self.layers.iter().try_for_each(|layer| reserve(layer.n, layer.k, r))?;
+        match self.layers.first().filter(|_| self.stack.is_full()) {
+            // Halves are those of all layers, whose ranks begin with a group of their own.
+            Some(first) => {
+                let columns = self.layers.iter().map(|layer| layer.n).sum();
+                reserve(columns, first.k, self.stack.ranks().map(|r| split_columns(r) / 2).sum())
+            }
+            None => Ok(()),
+        }
     }
 
     /// For each layer y = x Wᵀ + s · (x Aᵀ) Bᵀ (+ bias), as [`LoraLinear::forward`], in new buffers of M × N. Layers may have

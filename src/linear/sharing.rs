@@ -6,8 +6,8 @@ use super::{Backend, LoraLinear, Operands, Pass, Training, elements};
 use crate::error::{Error, Result};
 use crate::raw::named;
 use crate::{
-    Accumulate, BackwardProjection, BackwardShared, Dropout, Element, ForwardProjection, ForwardShared, Gradient,
-    MagnitudeGradient, Matrix, MatrixMut, Round,
+    Accumulate, BackwardProjection, BackwardShared, Dropout, Element, Factors, ForwardProjection, ForwardShared,
+    Gradient, MagnitudeGradient, Matrix, MatrixMut, Round,
 };
 
 /// Columns of y that a forward pass computes where h is all that is wanted of it: a row of 16 bytes at least.
@@ -58,7 +58,7 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
             operands.push(of(at, layer).map_err(|error| self.located(at, error))?);
         }
         let a = match (self.stack, &operands[..]) {
-            (Some(stack), _) if self.routed.is_none() => Factor::Storage(stack.view(operation, &operands)?),
+            (Some(stack), _) if self.routed.is_none() => stack.view(operation, &operands)?,
             (_, [one]) => one.a,
             (_, all) => return Err(Error::Projections { got: all.len(), limit: 1 }),
         };
@@ -111,7 +111,7 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
     {
         match a {
             Factor::Storage(a) => self.launch_as::<T>((a, each_b(operands, Factor::in_storage)?), x, h, ys, dropout),
-            Factor::F32(a) => self.launch_as::<f32>((a, each_b(operands, Factor::in_f32)?), x, h, ys, dropout),
+            Factor::F32(a) => self.launch_as::<f32>((a, each_b(operands, |b| b.in_f32(a))?), x, h, ys, dropout),
         }
     }
 
@@ -152,7 +152,7 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
             layer.operands(operation)
         })?;
         let dropout = self.undropped(&read.1, training.dropout)?;
-        let columns = columns_of_h(read.0);
+        let columns = columns_of_h(read.0, &read.1);
         let mut h = match columns {
             0 => None,
             _ if training.recompute => None,
@@ -208,7 +208,7 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
             Factor::Storage(a) => {
                 self.backward_as::<T>(pass, (a, each_b(operands, Factor::in_storage)?), outputs, parts)
             }
-            Factor::F32(a) => self.backward_as::<f32>(pass, (a, each_b(operands, Factor::in_f32)?), outputs, parts),
+            Factor::F32(a) => self.backward_as::<f32>(pass, (a, each_b(operands, |b| b.in_f32(a))?), outputs, parts),
         }
     }
 
@@ -312,18 +312,47 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
 
 /// The A of several layers below each other, copied.
 pub(super) struct Stack<B: Backend, T: Element> {
-    /// ΣR × K.
-    a: B::Buffer<T>,
-    /// A row of B, which [`Round`] writes beside A.
-    row: B::Buffer<T>,
+    a: Below<B, T>,
     k: usize,
     /// What was copied of each layer: its version and its ranks. Empty where that failed.
     copied: Vec<(Option<u64>, usize)>,
 }
 
+/// ΣR × K, and a row of B, which [`Round`] writes beside A.
+enum Below<B: Backend, T: Element> {
+    Storage([B::Buffer<T>; 2]),
+    /// At full precision.
+    F32([B::Buffer<f32>; 2]),
+}
+
+fn room<B: Backend, A: Element>(backend: &B, lengths: [usize; 2]) -> Result<[B::Buffer<A>; 2]> {
+    let [a, row] = lengths.map(|len| backend.alloc(len));
+    Ok([a?, row?])
+}
+
+/// Copies A of a layer to its place, from row `first` on.
+fn put<B: Backend, T: Element, A: Element>(
+    backend: &B,
+    [a, row]: &mut [B::Buffer<A>; 2],
+    (first, k): (usize, usize),
+    factors: Factors<'_, B::Read<T>, B::Read<f32>>,
+) -> Result<()> {
+    let (r, factors) = match factors {
+        Factors::Storage { a, b } => (a.rows, Factors::Storage { a, b: Matrix { rows: 1, ..b } }),
+        Factors::F32 { a, b } => (a.rows, Factors::F32 { a, b: Matrix { rows: 1, ..b } }),
+    };
+    backend.round::<T, A>(Round {
+        factors,
+        scale: 1.0,
+        divisor: None,
+        rounded_a: MatrixMut::new(B::write(a), r, k).with_offset(first * k),
+        rounded_b: MatrixMut::new(B::write(row), 1, r),
+    })
+}
+
 impl<B: Backend, T: Element> Stack<B, T> {
     pub(super) fn new(backend: &B, layers: &[&LoraLinear<B, T>]) -> Result<Self> {
-        let mut stack = Self { a: backend.alloc(0)?, row: backend.alloc(0)?, k: 0, copied: Vec::new() };
+        let mut stack = Self { a: Below::Storage(room(backend, [0, 0])?), k: 0, copied: Vec::new() };
         stack.refresh(backend, layers)?;
         Ok(stack)
     }
@@ -335,39 +364,47 @@ impl<B: Backend, T: Element> Stack<B, T> {
         let each = layers.iter().enumerate();
         let operands = each.map(|(at, layer)| layer.operands("refresh").map_err(|error| sharing.located(at, error)));
         let operands = operands.collect::<Result<Vec<_>>>()?;
-        if let Some(at) = operands.iter().position(|of| of.a.in_storage().is_none()) {
-            let got = format!("adapter `{}` is at full precision", layers[at].active().join("`, `"));
-            let expected = "adapters that are not: f32 factors are for a layer alone";
+        let is_full = operands.iter().any(|of| matches!(of.a, Factor::F32(_)));
+        let differs = |of: &Operands<'_, B, T>| is_full && matches!(of.a, Factor::Storage(a) if a.rows != 0);
+        if let Some(at) = operands.iter().position(differs) {
+            let got = format!("adapter `{}` is not at full precision, as others are", layers[at].active().join("`, `"));
+            let expected = "adapters at full precision in every layer, or in none";
             return Err(sharing.located(at, Error::State { operation: "refresh", got, expected }));
         }
         let ranks = || operands.iter().map(|of| of.a.rows());
         let before = std::mem::take(&mut self.copied);
         let k = layers.first().map_or(0, |layer| layer.k);
-        let moved = k != self.k || !ranks().eq(before.iter().map(|of| of.1));
+        let moved = k != self.k || is_full != self.is_full() || !ranks().eq(before.iter().map(|of| of.1));
         self.k = k;
         if moved {
-            self.a = backend.alloc(elements("the number of elements of a", ranks().sum(), self.k)?)?;
-            self.row = backend.alloc(ranks().max().unwrap_or(0))?;
+            let len = elements("the number of elements of a", ranks().sum(), self.k)?;
+            let lengths = [len, ranks().max().unwrap_or(0)];
+            let storage = || room(backend, lengths).map(Below::Storage);
+            self.a = if is_full { room(backend, lengths).map(Below::F32)? } else { storage()? };
         }
         let mut first = 0;
         for (at, &Operands { a, b, version, .. }) in operands.iter().enumerate() {
             let r = a.rows();
-            if let (Some(a), Some(b)) = (a.in_storage(), b.in_storage())
-                && r != 0
-                && (moved || before[at].0 != version)
-            {
-                backend.round::<T, T>(Round {
-                    factors: crate::Factors::Storage { a, b: Matrix { rows: 1, ..b } },
-                    scale: 1.0,
-                    divisor: None,
-                    rounded_a: MatrixMut::new(B::write(&mut self.a), r, self.k).with_offset(first * self.k),
-                    rounded_b: MatrixMut::new(B::write(&mut self.row), 1, r),
-                })?;
+            if r != 0 && (moved || before[at].0 != version) {
+                match (&mut self.a, a, b) {
+                    (Below::Storage(to), Factor::Storage(a), Factor::Storage(b)) => {
+                        put::<B, T, T>(backend, to, (first, k), Factors::Storage { a, b })?;
+                    }
+                    (Below::F32(to), Factor::F32(a), Factor::F32(b)) => {
+                        put::<B, T, f32>(backend, to, (first, k), Factors::F32 { a, b })?;
+                    }
+                    _ => {} // all are of one type, as was looked at
+                }
             }
             first += r;
         }
         self.copied = operands.iter().map(|of| (of.version, of.a.rows())).collect();
         Ok(())
+    }
+
+    /// Whether the adapters are at full precision.
+    pub(super) fn is_full(&self) -> bool {
+        matches!(self.a, Below::F32(_))
     }
 
     /// The ranks of each layer.
@@ -376,15 +413,17 @@ impl<B: Backend, T: Element> Stack<B, T> {
     }
 
     /// As an operation takes it, where it is that of the operands.
-    fn view<'a>(&'a self, operation: &'static str, operands: &[Operands<'a, B, T>]) -> Result<Matrix<'a, B::Read<T>>> {
+    fn view<'a>(&'a self, operation: &'static str, operands: &[Operands<'a, B, T>]) -> Result<Factor<'a, B, T>> {
         let differs = |(at, of): (usize, &Operands<'a, B, T>)| self.copied.get(at) != Some(&(of.version, of.a.rows()));
         let expected = "`refresh` first, and a pass of the adapters that it copied";
-        match operands.iter().enumerate().position(differs) {
-            Some(at) => {
+        let (rows, k) = (self.ranks().sum(), self.k);
+        match (operands.iter().enumerate().position(differs), &self.a) {
+            (Some(at), _) => {
                 let got = format!("in layer {at} another adapter takes part than was copied, or it has changed");
                 Err(Error::State { operation, got, expected })
             }
-            None => Ok(Matrix::new(B::read(&self.a), self.ranks().sum(), self.k)),
+            (None, Below::Storage([a, _])) => Ok(Factor::Storage(Matrix::new(B::read(a), rows, k))),
+            (None, Below::F32([a, _])) => Ok(Factor::F32(Matrix::new(B::read(a), rows, k))),
         }
     }
 }

@@ -68,7 +68,24 @@ macro_rules! write_fields {
 
 write_fields!(LoraDropout: matrices; words seed offset state threshold padding);
 write_fields!(LoraMagnitude: matrices y; words bias magnitude dm);
-write_fields!(LoraSplit: matrices a b split_a split_b pairs; words r a_units units tickets);
+
+impl LoraSplit {
+    fn write(&self, out: &mut Vec<u8>) {
+        for matrix in [self.a].iter().chain(&self.b).chain([&self.pairs]) {
+            out.extend(matrix.ptr.to_ne_bytes());
+            out.extend(matrix.row_stride.to_ne_bytes());
+        }
+        [self.split_a, self.split_b].iter().for_each(|word| out.extend(word.to_ne_bytes()));
+        let words = [self.split_a_stride, self.split_b_stride].into_iter().chain(self.ranks);
+        let words = words.chain([self.r, self.a_units, self.units, self.tickets]);
+        words.for_each(|word| out.extend(word.to_ne_bytes()));
+    }
+}
+const _: () = assert!(
+    size_of::<LoraSplit>()
+        == (2 + LORA_MAX_PROJECTIONS as usize) * 16 + 2 * 8 + (6 + LORA_MAX_PROJECTIONS as usize) * 4
+);
+
 write_fields!(LoraForwardProjection: matrices w b y; words bias gain n r first_rank first_block scale padding);
 write_fields!(LoraForwardParams: matrices x a h;
     words sync m k r projection_count m_blocks n_blocks h_units units group_m flag_shift sync_words padding;

@@ -14,7 +14,7 @@ const _: () = {
     same_layout!(LoraMatrix: ptr row_stride);
     same_layout!(LoraDropout: seed offset state threshold padding);
     same_layout!(LoraMagnitude: y bias magnitude dm);
-    same_layout!(LoraSplit: a b split_a split_b pairs r a_units units tickets);
+    same_layout!(LoraSplit: a b pairs split_a split_b split_a_stride split_b_stride ranks r a_units units tickets);
     same_layout!(LoraForwardProjection: w b y bias gain n r first_rank first_block scale padding);
     same_layout!(LoraForwardParams: x a h sync m k r projection_count m_blocks n_blocks h_units units group_m
         flag_shift sync_words padding dropout routes split projections);

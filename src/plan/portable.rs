@@ -31,20 +31,20 @@ pub(super) fn forward(
     let LoraShape { m, k, r, .. } = shape;
     let ranks = Ranks::of(op.is_split());
     let columns = parts.iter().map(|part| part.n).collect();
-    let deep = Ranks::parts(parts, |r| ranks.triples(r));
+    let (pairs, deep) = (ranks.pairs(parts), ranks.triples(parts));
     let products = [Product { rows: m, columns, depth: k + mean_rank(&deep) }];
     let tile = Tile::choose(device, options.tile, &products);
     let m_blocks = blocks(m, tile.block);
     let (first_blocks, n_blocks) = numbered(parts.iter().map(|part| blocks(part.n, tile.block)));
-    let h_units = m_blocks * blocks(ranks.pairs(r), LORA_NARROW_N);
+    let h_units = m_blocks * blocks(Ranks::sum(&pairs), LORA_NARROW_N);
     let units = check_units(h_units + m_blocks * n_blocks)?;
     let (flag_shift, flag_count) = flags(m_blocks);
 
     let mut scratch = Scratch::new();
     // What the caller keeps of halves are pairs; y reads triples.
     let kept = op.h.filter(|_| !op.is_split());
-    let h = kept.or_else(|| (r != 0).then(|| scratch.reserve_middle(m, ranks.triples(r), op.dtype)));
-    let split = split::forward(op, shape, 1, &mut scratch)?;
+    let h = kept.or_else(|| (r != 0).then(|| scratch.reserve_middle(m, Ranks::sum(&deep), op.dtype)));
+    let split = split::forward(op, parts, 1, &mut scratch)?;
     let all_units = check_units(u64::from(split.units) + u64::from(units))?;
     let factor = raw::Dropout::factor(op.dropout);
     let params = LoraForwardParams {
@@ -54,7 +54,7 @@ pub(super) fn forward(
         sync: 0,
         m: m as u32,
         k: k as u32,
-        r: ranks.pairs(r) as u32,
+        r: Ranks::sum(&pairs) as u32,
         projection_count: parts.len() as u32,
         m_blocks: m_blocks as u32,
         n_blocks: n_blocks as u32,
@@ -75,7 +75,7 @@ pub(super) fn forward(
             gain: of.gain.map_or(0, |gain| gain.ptr),
             n: parts[at].n as u32,
             r: deep[at].r as u32,
-            first_rank: parts[at].first_rank as u32,
+            first_rank: deep[at].first_rank as u32,
             first_block: first_blocks[at] as u32,
             scale: of.scale * factor,
             padding: 0,
@@ -83,7 +83,7 @@ pub(super) fn forward(
     };
     let mut notes = Vec::new();
     explain::slow_operands(&mut notes, &read_by_forward(op));
-    explain::slow_ranks(&mut notes, h, parts);
+    explain::slow_ranks(&mut notes, h, &deep);
     let kernel = match (op.dtype, tile.is_large()) {
         (Dtype::Bf16, true) => "lora_forward_bf16_large",
         (Dtype::Bf16, false) => "lora_forward_bf16_small",
@@ -147,31 +147,31 @@ pub(super) fn backward(
     device: &Device,
     options: &Options,
 ) -> Result<Draft> {
-    let LoraShape { m, k, r, .. } = shape;
+    let LoraShape { m, k, .. } = shape;
     let wanted = Wanted::of(op);
     let ranks = Ranks::of(op.is_split());
-    let pairs = Ranks::parts(parts, |r| ranks.pairs(r));
-    let main = main_products(&wanted, LoraShape { r: ranks.triples(r), ..shape }, &pairs);
+    let (pairs, deep) = (ranks.pairs(parts), Ranks::sum(&ranks.triples(parts)));
+    let narrow = Ranks::sum(&pairs);
+    let main = main_products(&wanted, LoraShape { r: deep, ..shape }, &pairs);
     let tile = Tile::choose(device, options.tile, &main);
     let microseconds = tile.microseconds(device, op.dtype, &main);
 
-    let tiles = Tiles::of(&wanted, LoraShape { r: ranks.pairs(r), ..shape }, &pairs, &tile);
+    let tiles = Tiles::of(&wanted, LoraShape { r: narrow, ..shape }, &pairs, &tile);
     let gradient_tiles = tiles.db.1 + tiles.da;
     let dh_units = if wanted.dh { tiles.m_blocks * tiles.narrow.1 } else { 0 };
     let (flag_shift, flag_count) = flags(tiles.m_blocks);
-    let chunks = Chunks::choose(device, &tile, m, ranks.pairs(r), gradient_tiles);
+    let chunks = Chunks::choose(device, &tile, m, narrow, gradient_tiles);
     let dx_end = dh_units + if wanted.dx { tiles.m_blocks * tiles.k_blocks } else { 0 };
     let db_end = dx_end + tiles.db.1 * chunks.count;
     let units = check_units(db_end + tiles.da * chunks.count)?;
 
     let mut scratch = Scratch::new();
     // Of halves dx reads triples; of pairs there is a place of their own.
-    let dh =
-        (wanted.dh && (wanted.dx || !op.is_split())).then(|| scratch.reserve_middle(m, ranks.triples(r), op.dtype));
+    let dh = (wanted.dh && (wanted.dx || !op.is_split())).then(|| scratch.reserve_middle(m, deep, op.dtype));
     if chunks.count > 1 {
         scratch.partials = Some(scratch.reserve(chunks.bytes(gradient_tiles)));
     }
-    let split = split::backward(op, &wanted, shape, 1, &mut scratch)?;
+    let split = split::backward(op, &wanted, parts, 1, &mut scratch)?;
     let all_units = check_units(u64::from(split.units) + u64::from(units))?;
     let counters = LORA_SYNC_FLAGS + flag_count as u32;
     let counter_words = if chunks.count > 1 { gradient_tiles as u32 } else { 0 };
@@ -187,7 +187,7 @@ pub(super) fn backward(
         sync: 0,
         m: m as u32,
         k: k as u32,
-        r: ranks.triples(r) as u32,
+        r: deep as u32,
         projection_count: parts.len() as u32,
         n_steps: tiles.steps.1 as u32,
         m_blocks: tiles.m_blocks as u32,
@@ -212,7 +212,7 @@ pub(super) fn backward(
     };
     let mut notes = Vec::new();
     explain::slow_operands(&mut notes, &read_by_backward(op));
-    explain::slow_ranks(&mut notes, op.h.filter(|_| wanted.any_db()), parts);
+    explain::slow_ranks(&mut notes, op.h.filter(|_| wanted.any_db()), &pairs);
     let kernel = match (op.dtype, tile.is_large()) {
         (Dtype::Bf16, true) => "lora_backward_bf16_large",
         (Dtype::Bf16, false) => "lora_backward_bf16_small",

@@ -43,9 +43,8 @@ impl Scratch {
                 params.sync = workspace;
                 place(&mut params.h.ptr, self.h);
                 split.fill(workspace, &mut params.split);
-                if params.split.r != 0 {
-                    (params.a, params.projections[0].b) = (params.split.split_a, params.split.split_b);
-                }
+                let factors = params.projections.iter_mut().map(|of| (&mut of.b, of.n));
+                read_halves(&params.split, &mut params.a, factors);
                 Vec::new()
             }
             Params::Backward(params) => {
@@ -53,9 +52,8 @@ impl Scratch {
                 place(&mut params.dh.ptr, self.h);
                 place(&mut params.partials, self.partials);
                 split.fill(workspace, &mut params.split);
-                if params.split.r != 0 {
-                    (params.a, params.projections[0].b) = (params.split.split_a, params.split.split_b);
-                }
+                let factors = params.projections.iter_mut().map(|of| (&mut of.b, of.n));
+                read_halves(&params.split, &mut params.a, factors);
                 Vec::new()
             }
             Params::Sm90Forward(params) => {
@@ -63,20 +61,24 @@ impl Scratch {
                 place(&mut params.h.ptr, self.h);
                 split.fill(workspace, &mut params.split);
                 let first = |at: usize| LORA_SM90_FORWARD_FIRST + at as u32 * LORA_SM90_FORWARD_EACH;
-                let h = (0..raw::MAX_PROJECTIONS).map(|at| (first(at) + LORA_SM90_FORWARD_H, self.h));
-                h.chain([(LORA_SM90_FORWARD_A, split.a), (first(0) + LORA_SM90_FORWARD_B, split.b)]).collect()
+                let own = (0..raw::MAX_PROJECTIONS).flat_map(|at| {
+                    [(first(at) + LORA_SM90_FORWARD_H, self.h), (first(at) + LORA_SM90_FORWARD_B, split.b)]
+                });
+                own.chain([(LORA_SM90_FORWARD_A, split.a)]).collect()
             }
             Params::Sm90Backward(params) => {
                 params.sync = workspace;
                 place(&mut params.dh.ptr, self.h);
                 place(&mut params.partials, self.partials);
                 split.fill(workspace, &mut params.split);
-                vec![
+                let first = |at: usize| LORA_SM90_BACKWARD_FIRST + at as u32 * LORA_SM90_BACKWARD_EACH;
+                let b = (0..raw::MAX_PROJECTIONS).map(|at| (first(at) + LORA_SM90_BACKWARD_B, split.b));
+                let of_all = [
                     (LORA_SM90_BACKWARD_DH, self.h),
                     (LORA_SM90_BACKWARD_DH_TOKENS, split.pairs.or(self.h)),
                     (LORA_SM90_BACKWARD_A, split.a),
-                    (LORA_SM90_BACKWARD_FIRST + LORA_SM90_BACKWARD_B, split.b),
-                ]
+                ];
+                b.chain(of_all).collect()
             }
             // Launches of these need no workspace, and no plan.
             Params::Merge(_) | Params::Round(_) | Params::Gain(_) => Vec::new(),
@@ -86,5 +88,18 @@ impl Scratch {
                 place(&mut map.address, offset);
             }
         }
+    }
+}
+
+/// Makes the products of the portable family read halves, where there are any; each B with its number of rows.
+fn read_halves<'a>(split: &LoraSplit, a: &mut LoraMatrix, factors: impl Iterator<Item = (&'a mut LoraMatrix, u32)>) {
+    if split.r == 0 {
+        return;
+    }
+    *a = LoraMatrix { ptr: split.split_a, row_stride: split.split_a_stride.into() };
+    let mut ptr = split.split_b;
+    for (b, rows) in factors {
+        *b = LoraMatrix { ptr, row_stride: split.split_b_stride.into() };
+        ptr += 2 * u64::from(rows) * u64::from(split.split_b_stride);
     }
 }

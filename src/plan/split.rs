@@ -1,11 +1,11 @@
 //! f32 factors over a 16-bit layer: what a launch splits, where the halves lie, and how many columns they make.
 
 use super::operands::{Wanted, matrix, optional};
-use super::{Part, Scratch, blocks, check_units};
+use super::{Part, Scratch, blocks, check_units, each};
 use crate::error::Result;
 use crate::params::*;
+use crate::raw;
 use crate::split::{split_columns, split_ranks};
-use crate::{LoraShape, raw};
 
 /// The ranks that the products of a call go through: those of its factors, or their halves.
 #[derive(Clone, Copy)]
@@ -18,19 +18,32 @@ impl Ranks {
         Ranks { is_split }
     }
 
-    /// Columns of h and dh where they are computed, and where they are multiplied over tokens.
-    pub(super) fn pairs(self, r: usize) -> usize {
-        if self.is_split { split_columns(r) } else { r }
+    /// Parts with the columns of h and dh where they are computed, and where they are multiplied over tokens.
+    pub(super) fn pairs(self, parts: &[Part]) -> Vec<Part> {
+        self.counted(parts, split_columns)
     }
 
-    /// Terms of h Bᵀ and dh A.
-    pub(super) fn triples(self, r: usize) -> usize {
-        if self.is_split { split_ranks(r) } else { r }
+    /// Parts with the terms of h Bᵀ and dh A.
+    pub(super) fn triples(self, parts: &[Part]) -> Vec<Part> {
+        self.counted(parts, split_ranks)
     }
 
-    /// Parts with other ranks in place of their own. Of several none is split.
-    pub(super) fn parts(parts: &[Part], ranks: impl Fn(usize) -> usize) -> Vec<Part> {
-        parts.iter().map(|part| Part { r: ranks(part.r), ..*part }).collect()
+    fn counted(self, parts: &[Part], columns: impl Fn(usize) -> usize) -> Vec<Part> {
+        if !self.is_split {
+            return parts.to_vec();
+        }
+        let mut first_rank = 0;
+        let mut counted = |part: &Part| {
+            let part = Part { r: columns(part.r), first_rank, ..*part };
+            first_rank += part.r;
+            part
+        };
+        parts.iter().map(&mut counted).collect()
+    }
+
+    /// Those of all parts.
+    pub(super) fn sum(parts: &[Part]) -> usize {
+        parts.iter().map(|part| part.r).sum()
     }
 }
 
@@ -45,14 +58,14 @@ pub(super) struct Places {
 impl Places {
     /// Puts the halves where they lie, given the address of the workspace.
     pub(super) fn fill(self, workspace: u64, split: &mut LoraSplit) {
-        let place = |matrix: &mut LoraMatrix, offset: Option<u64>| {
+        let place = |ptr: &mut u64, offset: Option<u64>| {
             if let Some(offset) = offset {
-                matrix.ptr = workspace + offset;
+                *ptr = workspace + offset;
             }
         };
         place(&mut split.split_a, self.a);
         place(&mut split.split_b, self.b);
-        place(&mut split.pairs, self.pairs);
+        place(&mut split.pairs.ptr, self.pairs);
     }
 }
 
@@ -61,80 +74,123 @@ fn units(r: usize, length: usize) -> u64 {
     blocks(r, LORA_SPLIT_RANKS) * blocks(length, LORA_SPLIT_LENGTH)
 }
 
+/// Units of A, and of B, of all projections.
+fn units_of(parts: &[Part], k: usize) -> [u64; 2] {
+    let sum = |length: fn(&Part, usize) -> usize| parts.iter().map(|part| units(part.r, length(part, k))).sum();
+    [sum(|_, k| k), sum(|part, _| part.n)]
+}
+
 /// Units that forward splits factors in.
-pub(super) fn forward_units(op: &raw::ForwardShared, LoraShape { n, k, r, .. }: LoraShape) -> u64 {
-    if op.is_split() { units(r, k) + units(r, n) } else { 0 }
+pub(super) fn forward_units(op: &raw::ForwardShared, parts: &[Part]) -> u64 {
+    if op.is_split() { units_of(parts, op.a.cols).iter().sum() } else { 0 }
 }
 
 /// The same of backward, for the outputs that are wanted: b for dh, and a for dx.
-pub(super) fn backward_units(op: &raw::BackwardShared, wanted: &Wanted, shape: LoraShape) -> u64 {
-    let LoraShape { n, k, r, .. } = shape;
-    let of = |is_read: bool, length| if op.is_split() && is_read { units(r, length) } else { 0 };
-    of(wanted.dh && wanted.dx, k) + of(wanted.dh, n)
+pub(super) fn backward_units(op: &raw::BackwardShared, wanted: &Wanted, parts: &[Part]) -> u64 {
+    let [of_a, of_b] = units_of(parts, op.a.cols);
+    let when = |is_read: bool, units| if op.is_split() && is_read { units } else { 0 };
+    when(wanted.dh && wanted.dx, of_a) + when(wanted.dh, of_b)
 }
 
-/// A matrix in the workspace, whose address only a launch knows.
-fn reserve(scratch: &mut Scratch, rows: usize, cols: usize) -> (Option<u64>, LoraMatrix) {
+/// Room for a matrix in the workspace, whose address only a launch knows, and its row stride.
+fn reserve(scratch: &mut Scratch, rows: usize, cols: usize) -> (Option<u64>, u32) {
     let row_stride = cols.next_multiple_of(8);
-    let offset = scratch.reserve(2 * rows as u64 * row_stride as u64);
-    (Some(offset), LoraMatrix { ptr: 0, row_stride: row_stride as i64 })
+    (Some(scratch.reserve(2 * rows as u64 * row_stride as u64)), row_stride as u32)
 }
 
-/// A matrix of halves as the products of the Hopper family read it, by its place in the workspace.
-fn halves(of: LoraMatrix, rows: usize, cols: usize) -> raw::Matrix {
-    raw::Matrix { ptr: 0, rows, cols, row_stride: of.row_stride as usize }
+/// Rows of the halves of all B, and the most columns of one.
+fn extents_of_b(counted: &[Part]) -> (usize, usize) {
+    (counted.iter().map(|part| part.n).sum(), counted.iter().map(|part| part.r).max().unwrap_or(0))
 }
 
-/// A call of forward whose A and B are the halves that its products read, by their places in the workspace, if it splits any.
-pub(super) fn halved_forward(op: &raw::ForwardShared, split: &LoraSplit) -> raw::ForwardShared {
+/// The halves of each B, as the products of the Hopper family read them: addresses are those in the matrix of all.
+fn halves_of_b<'a>(split: &'a LoraSplit, counted: &'a [Part]) -> impl Iterator<Item = raw::Matrix> + 'a {
+    let row_stride = split.split_b_stride as usize;
+    let mut rows = 0;
+    counted.iter().map(move |part| {
+        let ptr = 2 * (rows * row_stride) as u64;
+        rows += part.n;
+        raw::Matrix { ptr, rows: part.n, cols: part.r, row_stride }
+    })
+}
+
+/// A call of forward whose A and B are the halves that its products read, by their places in the workspace, if it splits any; parts
+/// with pairs, and with triples.
+pub(super) fn halved_forward(
+    op: &raw::ForwardShared,
+    split: &LoraSplit,
+    [pairs, deep]: [&[Part]; 2],
+) -> raw::ForwardShared {
     let mut op = *op;
     if op.is_split() {
-        let (r, b) = (op.a.rows, &mut op.projections[0].b);
-        *b = halves(split.split_b, b.rows, split_ranks(r));
-        op.a = halves(split.split_a, split_columns(r), op.a.cols);
+        op.projections.iter_mut().zip(halves_of_b(split, deep)).for_each(|(of, halves)| of.b = halves);
+        let row_stride = split.split_a_stride as usize;
+        op.a = raw::Matrix { ptr: 0, rows: Ranks::sum(pairs), cols: op.a.cols, row_stride };
     }
     op
 }
 
 /// The same of backward.
-pub(super) fn halved_backward(op: &raw::BackwardShared, split: &LoraSplit) -> raw::BackwardShared {
+pub(super) fn halved_backward(
+    op: &raw::BackwardShared,
+    split: &LoraSplit,
+    [pairs, deep]: [&[Part]; 2],
+) -> raw::BackwardShared {
     let mut op = *op;
     if op.is_split() {
-        let (r, b) = (op.a.rows, &mut op.projections[0].b);
-        *b = halves(split.split_b, b.rows, split_columns(r));
-        op.a = halves(split.split_a, split_ranks(r), op.a.cols);
+        op.projections.iter_mut().zip(halves_of_b(split, pairs)).for_each(|(of, halves)| of.b = halves);
+        let row_stride = split.split_a_stride as usize;
+        op.a = raw::Matrix { ptr: 0, rows: Ranks::sum(deep), cols: op.a.cols, row_stride };
     }
     op
 }
 
 /// dh as the products over tokens read it: `dh`, or in pairs.
-pub(super) fn dh_of_tokens(dh: Option<raw::Matrix>, split: &LoraSplit, m: usize) -> Option<raw::Matrix> {
-    if split.r == 0 { dh } else { Some(halves(split.pairs, m, split_columns(split.r as usize))) }
+pub(super) fn dh_of_tokens(
+    dh: Option<raw::Matrix>,
+    split: &LoraSplit,
+    m: usize,
+    pairs: &[Part],
+) -> Option<raw::Matrix> {
+    if split.r == 0 {
+        return dh;
+    }
+    let row_stride = split.pairs.row_stride as usize;
+    Some(raw::Matrix { ptr: 0, rows: m, cols: Ranks::sum(pairs), row_stride })
+}
+
+/// Ranks of each projection.
+fn ranks(parts: &[Part]) -> [u32; raw::MAX_PROJECTIONS] {
+    each(parts, |_, part| part.r as u32)
 }
 
 /// What forward splits, with places for it; a ticket hands out a unit to each CTA of a cluster.
 pub(super) fn forward(
     op: &raw::ForwardShared,
-    shape: LoraShape,
+    parts: &[Part],
     cluster: u32,
     scratch: &mut Scratch,
 ) -> Result<LoraSplit> {
-    let LoraShape { n, k, r, .. } = shape;
     if !op.is_split() {
         return Ok(LoraSplit::default());
     }
-    let (a, split_a) = reserve(scratch, split_columns(r), k);
-    let (b, split_b) = reserve(scratch, n, split_ranks(r));
+    let counted = Ranks::of(true);
+    let (a, split_a_stride) = reserve(scratch, Ranks::sum(&counted.pairs(parts)), op.a.cols);
+    let (rows, cols) = extents_of_b(&counted.triples(parts));
+    let (b, split_b_stride) = reserve(scratch, rows, cols);
     scratch.split = Some(Places { a, b, pairs: None });
-    let all = check_units(forward_units(op, shape))?;
+    let all = check_units(forward_units(op, parts))?;
     Ok(LoraSplit {
         a: matrix(op.a),
-        b: matrix(op.projections[0].b),
-        split_a,
-        split_b,
+        b: each(&op.projections, |_, of| matrix(of.b)),
         pairs: optional(op.h),
-        r: r as u32,
-        a_units: units(r, k) as u32,
+        split_a: 0,
+        split_b: 0,
+        split_a_stride,
+        split_b_stride,
+        ranks: ranks(parts),
+        r: op.a.rows as u32,
+        a_units: units_of(parts, op.a.cols)[0] as u32,
         units: all,
         tickets: all.div_ceil(cluster),
     })
@@ -144,36 +200,32 @@ pub(super) fn forward(
 pub(super) fn backward(
     op: &raw::BackwardShared,
     wanted: &Wanted,
-    shape: LoraShape,
+    parts: &[Part],
     cluster: u32,
     scratch: &mut Scratch,
 ) -> Result<LoraSplit> {
-    let LoraShape { m, n, k, r } = shape;
     if !op.is_split() {
         return Ok(LoraSplit::default());
     }
-    let mut places = Places::default();
-    let mut when = |is_wanted: bool, place: &mut Option<u64>, rows, cols| {
-        if !is_wanted {
-            return LoraMatrix::default();
-        }
-        let (offset, matrix) = reserve(scratch, rows, cols);
-        *place = offset;
-        matrix
-    };
-    let split_a = when(wanted.dh && wanted.dx, &mut places.a, split_ranks(r), k);
-    let split_b = when(wanted.dh, &mut places.b, n, split_columns(r));
-    let pairs = when(wanted.da, &mut places.pairs, m, split_columns(r));
-    scratch.split = Some(places);
-    let all = check_units(backward_units(op, wanted, shape))?;
+    let mut when = |is_wanted: bool, rows, cols| if is_wanted { reserve(scratch, rows, cols) } else { (None, 0) };
+    let (pairs, deep) = (Ranks::of(true).pairs(parts), Ranks::of(true).triples(parts));
+    let (a, split_a_stride) = when(wanted.dh && wanted.dx, Ranks::sum(&deep), op.a.cols);
+    let (rows, cols) = extents_of_b(&pairs);
+    let (b, split_b_stride) = when(wanted.dh, rows, cols);
+    let (of_tokens, row_stride) = when(wanted.da, op.projections[0].dy.rows, Ranks::sum(&pairs));
+    scratch.split = Some(Places { a, b, pairs: of_tokens });
+    let all = check_units(backward_units(op, wanted, parts))?;
     Ok(LoraSplit {
         a: matrix(op.a),
-        b: matrix(op.projections[0].b),
-        split_a,
-        split_b,
-        pairs,
-        r: r as u32,
-        a_units: if places.a.is_some() { units(r, k) as u32 } else { 0 },
+        b: each(&op.projections, |_, of| matrix(of.b)),
+        pairs: LoraMatrix { ptr: 0, row_stride: row_stride.into() },
+        split_a: 0,
+        split_b: 0,
+        split_a_stride,
+        split_b_stride,
+        ranks: ranks(parts),
+        r: op.a.rows as u32,
+        a_units: if a.is_some() { units_of(parts, op.a.cols)[0] as u32 } else { 0 },
         units: all,
         tickets: all.div_ceil(cluster),
     })
@@ -181,8 +233,8 @@ pub(super) fn backward(
 
 /// The most that halves take beside h or dh, of any call of up to these extents.
 #[cfg(feature = "cuda")]
-pub(super) fn reserve_most(scratch: &mut Scratch, shape: LoraShape) {
-    let LoraShape { m, n, k, r } = shape;
+pub(super) fn reserve_most(scratch: &mut Scratch, shape: crate::LoraShape) {
+    let crate::LoraShape { m, n, k, r } = shape;
     for (rows, cols) in [(split_ranks(r), k), (n, split_ranks(r)), (m, split_columns(r))] {
         reserve(scratch, rows, cols);
     }

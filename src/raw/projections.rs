@@ -93,11 +93,11 @@ pub struct ForwardShared {
     pub dtype: Dtype,
     /// M × K.
     pub x: Matrix,
-    /// `true`: A and B are f32, which a 16-bit layer takes at full precision, with one projection alone; `false`: the storage type.
+    /// `true`: A and B are f32, which a 16-bit layer takes at full precision; `false`: the storage type.
     pub f32_factors: bool,
     /// ΣR × K.
     pub a: Matrix,
-    /// M × ΣR.
+    /// M × ΣR; M × Σ [`split_columns`](crate::split_columns)(R) with f32 factors.
     pub h: Option<Matrix>,
     /// What is computed from x.
     pub projections: Projections<ForwardProjection>,
@@ -155,7 +155,7 @@ pub struct BackwardShared {
     pub a: Matrix,
     /// M × K, needed for da.
     pub x: Option<Matrix>,
-    /// M × ΣR, needed for db.
+    /// As in forward, needed for db.
     pub h: Option<Matrix>,
     /// M × K.
     pub dx: Option<Matrix>,

@@ -125,6 +125,38 @@ fn a_layer_can_be_at_full_precision() -> Result<()> {
     Ok(())
 }
 
+/// A group at full precision: y of each layer is that of the layer alone, and so are its gradients of A and B.
+#[test]
+fn a_group_can_be_at_full_precision() -> Result<()> {
+    let mut cases = [16, 40].map(|n| Case::new(&[2, 7], (n, 24, n / 8), DType::BF16, DType::F32).expect("a case"));
+    cases[1].x = cases[0].x.clone();
+    let layer = |case: &Case, a: &Tensor, b: &Tensor| {
+        LoraLinear::from_tensors(case.w.clone(), None, a.clone(), b.clone(), case.scale)
+    };
+    let vars =
+        cases.each_ref().map(|case| [&case.a, &case.b].map(|factor| Var::from_tensor(factor).expect("a variable")));
+    let layers = [0, 1].map(|at| layer(&cases[at], &vars[at][0], &vars[at][1]).expect("a layer"));
+    let group = LoraProjections::new(layers.clone())?.with_full_precision();
+    let (together, plain) = (group.forward(&cases[0].x)?, LoraProjections::new(layers.clone())?.forward(&cases[0].x)?);
+    let sum = |ys: &[Tensor]| -> Result<Tensor> {
+        ys.iter().try_fold(Tensor::zeros((), DType::F32, ys[0].device())?, |sum, y| {
+            sum + y.to_dtype(DType::F32)?.sqr()?.sum_all()?
+        })
+    };
+    let gradients = sum(&together)?.backward()?;
+    for (at, layer) in layers.into_iter().enumerate() {
+        let alone = layer.with_full_precision().forward(&cases[0].x)?;
+        assert_eq!(bits(&together[at]), bits(&alone));
+        assert_ne!(bits(&together[at]), bits(&plain[at]));
+        let own = sum(&[alone])?.backward()?;
+        for var in &vars[at] {
+            let (got, expected) = (gradients.get(var).expect("a gradient"), own.get(var).expect("a gradient"));
+            assert_eq!(got.flatten_all()?.to_vec1::<f32>()?, expected.flatten_all()?.to_vec1::<f32>()?);
+        }
+    }
+    Ok(())
+}
+
 /// What the tensor lies in does not matter.
 #[test]
 fn factors_may_be_views() -> Result<()> {

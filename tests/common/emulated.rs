@@ -8,12 +8,14 @@ use super::data::Spec;
 use super::shared::{self, SharedBackward, SharedForward, SharedSpec};
 use super::{Backend, HostBackward, HostForward, check, full};
 
-/// One layer, the adapter alone of one with f32 factors, where no base product hides what halves leave out, or projections that share x.
+/// One layer, the adapter alone of one with f32 factors, where no base product hides what halves leave out, or projections that share x,
+/// with factors of 16 bits or of f32.
 #[derive(Clone, Debug)]
 pub enum Layers {
     One(Spec),
     Split(Spec),
     Shared(SharedSpec),
+    SharedSplit(SharedSpec),
 }
 
 impl From<Spec> for Layers {
@@ -27,6 +29,14 @@ impl Layers {
     pub fn shared(base: Spec, others: &[(usize, usize)]) -> Self {
         let parts = [(base.n, base.r)].into_iter().chain(others.iter().copied()).collect();
         Self::Shared(SharedSpec { base, parts })
+    }
+
+    /// The same with f32 factors.
+    pub fn shared_split(base: Spec, others: &[(usize, usize)]) -> Self {
+        match Self::shared(base, others) {
+            Self::Shared(spec) => Self::SharedSplit(spec),
+            other => other,
+        }
     }
 
     /// Every bit that forward leaves in its outputs, and what it did; `Err` with the first complaint.
@@ -54,6 +64,14 @@ impl Layers {
                 let mut after = before.clone();
                 let run = emulator.forward_shared(after.views()).map_err(said)?;
                 shared::judge_forward(&before, &after, spec.base.values)?;
+                let y: Vec<_> = after.own.iter().map(|op| &op.y.data).collect();
+                Ok((format!("{y:?}{:?}", after.h.map(|h| h.data)), run))
+            }
+            Self::SharedSplit(spec) => {
+                let before = spec.forward_of::<T, f32>();
+                let mut after = before.clone();
+                let run = emulator.forward_shared(after.views()).map_err(said)?;
+                shared::judge_full_forward(&before, &after)?;
                 let y: Vec<_> = after.own.iter().map(|op| &op.y.data).collect();
                 Ok((format!("{y:?}{:?}", after.h.map(|h| h.data)), run))
             }
@@ -87,6 +105,14 @@ impl Layers {
                 let mut after = before.clone();
                 let run = emulator.backward_shared(after.views()).map_err(said)?;
                 shared::judge_backward(&before, &after, spec.base.values)?;
+                let own: Vec<_> = after.own.iter().map(|op| (&op.db, &op.dbias)).collect();
+                Ok((format!("{:?}{:?}{own:?}", after.dx.map(|dx| dx.data), after.da), run))
+            }
+            Self::SharedSplit(spec) => {
+                let before = spec.backward_of::<T, f32>();
+                let mut after = before.clone();
+                let run = emulator.backward_shared(after.views()).map_err(said)?;
+                shared::judge_full_backward(&before, &after)?;
                 let own: Vec<_> = after.own.iter().map(|op| (&op.db, &op.dbias)).collect();
                 Ok((format!("{:?}{:?}{own:?}", after.dx.map(|dx| dx.data), after.da), run))
             }
@@ -127,11 +153,11 @@ impl Backend for Emulated {
         self.0.backward(op.views()).map(drop)
     }
 
-    fn forward_shared<T: Element>(&self, op: &mut SharedForward<T>) -> Result<()> {
+    fn forward_shared<T: Element, A: Element>(&self, op: &mut SharedForward<T, A>) -> Result<()> {
         self.0.forward_shared(op.views()).map(drop)
     }
 
-    fn backward_shared<T: Element>(&self, op: &mut SharedBackward<T>) -> Result<()> {
+    fn backward_shared<T: Element, A: Element>(&self, op: &mut SharedBackward<T, A>) -> Result<()> {
         self.0.backward_shared(op.views()).map(drop)
     }
 }

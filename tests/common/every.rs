@@ -51,7 +51,7 @@ impl Backend for Any {
         }
     }
 
-    fn forward_shared<T: Element>(&self, op: &mut SharedForward<T>) -> Result<()> {
+    fn forward_shared<T: Element, A: Element>(&self, op: &mut SharedForward<T, A>) -> Result<()> {
         match self {
             Self::Cpu => Cpu.forward_shared(op),
             #[cfg(all(feature = "emulator", feature = "cuda"))]
@@ -61,7 +61,7 @@ impl Backend for Any {
         }
     }
 
-    fn backward_shared<T: Element>(&self, op: &mut SharedBackward<T>) -> Result<()> {
+    fn backward_shared<T: Element, A: Element>(&self, op: &mut SharedBackward<T, A>) -> Result<()> {
         match self {
             Self::Cpu => Cpu.backward_shared(op),
             #[cfg(all(feature = "emulator", feature = "cuda"))]

@@ -284,6 +284,23 @@ pub fn judge_backward<T: Element>(before: &HostBackward<T, f32>, after: &HostBac
     Ok(())
 }
 
+/// dx of projections that share x: the sum of theirs, rounded once.
+pub fn judge_sum<T: Element>(all: &[HostBackward<T, f32>], before: &Host<T>, after: &Host<T>) -> Result<(), String> {
+    let mut sum: Option<Bound> = None;
+    for op in all {
+        let ([_, _, own, _], _) = backward_bounds(op)?;
+        sum = Some(match sum {
+            // A sum of sums: as many more terms in f32.
+            Some(of) => {
+                Bound { truth: of.truth.plus(&own.truth), before: of.before.plus(&own.before).map(|v| 2.0 * v) }
+            }
+            None => own,
+        });
+    }
+    let accumulated = all.iter().any(|op| op.accumulate.dx);
+    sum.map_or(Ok(()), |bound| Judge { name: "dx", before, after, accumulated }.judge(bound))
+}
+
 /// How far da and db, in f32, are from the truth as norms relative to it; nothing accumulated.
 pub fn errors_of_gradients<T: Element>(before: &HostBackward<T, f32>, after: &HostBackward<T, f32>) -> [f64; 2] {
     let ([db, _, _, da], _) = backward_bounds(before).expect("h");

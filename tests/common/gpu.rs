@@ -116,6 +116,21 @@ impl Gpu {
         uploaded.expect("an upload")
     }
 
+    /// Workspace of projections that share x.
+    fn shared_bytes<'a, T: Element, A: Element>(
+        &self,
+        m: usize,
+        a: &Host<A>,
+        b: impl Iterator<Item = &'a Host<A>>,
+    ) -> usize {
+        let of_storage = self.kernels.shared_workspace_bytes(T::DTYPE, m, a.rows);
+        if !super::full::is_split::<T, A>() {
+            return of_storage;
+        }
+        let (n, r) = b.fold((0, 0), |(n, r), b| (n + b.rows, r + b.cols.next_multiple_of(8)));
+        self.kernels.shared_f32_workspace_bytes(T::DTYPE, LoraShape { m, n, k: a.cols, r }).max(of_storage)
+    }
+
     fn upload_seed(&self, dropout: Option<HostDropout>) -> CudaSlice<u64> {
         self.stream.clone_htod(&dropout.map_or([0; 2], |dropout| dropout.seed)).expect("an upload")
     }
@@ -385,7 +400,7 @@ impl Backend for Gpu {
         Ok(())
     }
 
-    fn forward_shared<T: Element>(&self, op: &mut SharedForward<T>) -> Result<()> {
+    fn forward_shared<T: Element, A: Element>(&self, op: &mut SharedForward<T, A>) -> Result<()> {
         let mut own: Vec<_> = op.own.iter().map(|op| self.upload_forward(op)).collect();
         let (x, a, host) = (self.upload(&op.own[0].x), self.upload(&op.a), &op.own[0]);
         let mut h = op.h.as_ref().map(|h| self.upload(h));
@@ -403,8 +418,8 @@ impl Backend for Gpu {
             routes: None,
         };
         let mut workspace = self.workspace.lock().expect("no other test has failed here");
-        let (m, r) = (host.x.rows, op.a.rows);
-        workspace.reserve(&self.stream, self.kernels.shared_workspace_bytes(T::DTYPE, m, r))?;
+        workspace
+            .reserve(&self.stream, self.shared_bytes::<T, A>(host.x.rows, &op.a, op.own.iter().map(|op| &op.b)))?;
         self.kernels.forward_shared(&self.stream, shared, &mut workspace)?;
         own.iter().zip(&mut op.own).for_each(|(device, op)| self.download(&device.y, &mut op.y));
         if let (Some(device), Some(h)) = (&h, &mut op.h) {
@@ -413,7 +428,7 @@ impl Backend for Gpu {
         Ok(())
     }
 
-    fn backward_shared<T: Element>(&self, op: &mut SharedBackward<T>) -> Result<()> {
+    fn backward_shared<T: Element, A: Element>(&self, op: &mut SharedBackward<T, A>) -> Result<()> {
         let host = &op.own[0];
         let mut whole = HostBackward { h: op.h.clone(), dx: op.dx.clone(), da: op.da.clone(), ..host.clone() };
         whole.a = op.a.clone();
@@ -428,8 +443,8 @@ impl Backend for Gpu {
         let dropout = variant.dropout;
         let shared = cuda::BackwardShared { a, x, h, dx, da, projections, accumulate, dropout, routes: None };
         let mut workspace = self.workspace.lock().expect("no other test has failed here");
-        let (m, r) = (host.dy.rows, op.a.rows);
-        workspace.reserve(&self.stream, self.kernels.shared_workspace_bytes(T::DTYPE, m, r))?;
+        workspace
+            .reserve(&self.stream, self.shared_bytes::<T, A>(host.dy.rows, &op.a, op.own.iter().map(|op| &op.b)))?;
         self.kernels.backward_shared(&self.stream, shared, &mut workspace)?;
         self.download_backward(&device, &mut whole);
         (op.dx, op.da) = (whole.dx, whole.da);

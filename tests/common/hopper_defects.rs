@@ -39,6 +39,7 @@ const EPILOGUE: &str = "sm90/epilogue.cuh";
 const ROLES: &str = "sm90/roles.cuh";
 const PROJECTIONS: &str = "projections.cuh";
 const ROUTES: &str = "routes.cuh";
+const SPLIT: &str = "split.cuh";
 const FORWARD_CU: &str = "sm90/forward.cu";
 const BACKWARD_CU: &str = "sm90/backward.cu";
 
@@ -398,11 +399,19 @@ pub const DEFECTS: &[Defect] = defects! {
     BACKWARD Sm90N128 "split: gradients of high halves alone":
         (BACKWARD_CU "value = whole<T>(value, sum[j + 4 - j / 4 % 2 * 4]);" => "");
     BACKWARD Sm90N128 "split: gradients where pairs are":
-        (BACKWARD_CU "col = rank_of(col);" => "");
+        (BACKWARD_CU "col = is_db ? rank_of(col) : row_of_a(p_, col);" => "");
     BACKWARD Sm90N128 "split: tiles of da as wide as triples":
-        (BACKWARD_CU "is_db || is_split() ?" => "is_db ?");
+        (BACKWARD_CU "is_split() ? p_.r / 3 * 2 : p_.r" => "p_.r");
     BACKWARD Sm90N128 "split: gradients of ranks past the last":
-        (BACKWARD_CU "is_split() ? p_.split.r : is_db" => "is_db");
+        (BACKWARD_CU "is_split() ? p_.split.ranks[at] : p_.projections[at].r" => "p_.projections[at].r");
+    FORWARD Sm90N128 "split: the first projection's ranks and scale for all":
+        (SPLIT "group * kColumns >= p.projections[at + 1].first_rank" => "false");
+    BACKWARD Sm90N128 "split: ranks of dh from the first on":
+        (BACKWARD_CU "p_.dh, row, projection.first_rank + n," => "p_.dh, row, n,");
+    BACKWARD Sm90N128 "split: da of the first rows":
+        (SPLIT "++at) before += p.split.ranks[at];" => "++at) {}");
+    FORWARD Sm90N128 "split: halves of b in one place":
+        (SPLIT "(is_a ? 0 : before) * to_next" => "0 * to_next");
     // Instructions that have a stronger relative.
     FORWARD Sm90N128 "the cluster does not release at the end":
         (MBARRIER "barrier.cluster.arrive.release.aligned" => "barrier.cluster.arrive.relaxed.aligned");

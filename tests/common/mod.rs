@@ -327,8 +327,8 @@ pub trait Backend {
     fn name(&self) -> String;
     fn forward<T: Element, A: Element>(&self, op: &mut HostForward<T, A>) -> Result<()>;
     fn backward<T: Element, A: Element>(&self, op: &mut HostBackward<T, A>) -> Result<()>;
-    fn forward_shared<T: Element>(&self, op: &mut SharedForward<T>) -> Result<()>;
-    fn backward_shared<T: Element>(&self, op: &mut SharedBackward<T>) -> Result<()>;
+    fn forward_shared<T: Element, A: Element>(&self, op: &mut SharedForward<T, A>) -> Result<()>;
+    fn backward_shared<T: Element, A: Element>(&self, op: &mut SharedBackward<T, A>) -> Result<()>;
 }
 
 /// The CPU backend.
@@ -347,11 +347,11 @@ impl Backend for Cpu {
         cpu::backward(op.views())
     }
 
-    fn forward_shared<T: Element>(&self, op: &mut SharedForward<T>) -> Result<()> {
+    fn forward_shared<T: Element, A: Element>(&self, op: &mut SharedForward<T, A>) -> Result<()> {
         cpu::forward_shared(op.views())
     }
 
-    fn backward_shared<T: Element>(&self, op: &mut SharedBackward<T>) -> Result<()> {
+    fn backward_shared<T: Element, A: Element>(&self, op: &mut SharedBackward<T, A>) -> Result<()> {
         cpu::backward_shared(op.views())
     }
 }

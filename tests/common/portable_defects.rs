@@ -32,7 +32,7 @@ const PROJECTIONS: &str = "projections.cuh";
 const SPLIT: &str = "split.cuh";
 const MIDDLE: &str = "portable/middle.cuh";
 
-pub const DEFECTS: [Defect; 62] = [
+pub const DEFECTS: [Defect; 69] = [
     defect(
         "no barrier per step",
         FORWARD,
@@ -201,8 +201,8 @@ pub const DEFECTS: [Defect; 62] = [
         "shared: ranks of dh from the first on",
         BACKWARD,
         "portable/backward.cu",
-        "columns_from(p.dh, projection.first_rank)",
-        "columns_from(p.dh, 0)",
+        "p, p.dh, projection.first_rank, m,",
+        "p, p.dh, 0, m,",
     ),
     defect(
         "shared: db of the first ranks",
@@ -245,7 +245,7 @@ pub const DEFECTS: [Defect; 62] = [
     defect("split: low halves of sums left out", FORWARD, SPLIT, "fmaf(low, 1.0f / kLowScale<T>, high)", "high"),
     defect("split: low halves of h left out", FORWARD, SPLIT, "low = pack<T>(rests.x, rests.y);", "low = 0;"),
     defect("split: high by low left out", BACKWARD, SPLIT, "high_damped = pack<T>(", "high_damped = 0 * pack<T>("),
-    defect("split: ranks past the last", FORWARD, SPLIT, "row < p.r ?", "row <= p.r ?"),
+    defect("split: ranks past the last", FORWARD, SPLIT, "row < p.ranks[at] ?", "row <= p.ranks[at] ?"),
     defect(
         "split: gradients of high halves alone",
         BACKWARD,
@@ -259,6 +259,43 @@ pub const DEFECTS: [Defect; 62] = [
         EPILOGUE,
         "return routes.is_on() ? route.keep(value * scale, rank) : value * scale;",
         "return value * scale;",
+    ),
+    defect(
+        "split: the first projection's ranks and scale for all",
+        FORWARD,
+        SPLIT,
+        "group * kColumns >= p.projections[at + 1].first_rank",
+        "false",
+    ),
+    defect(
+        "split: ranks of dh from the first on",
+        BACKWARD,
+        MIDDLE,
+        "m, first + n, p.m, groups)",
+        "m, n, p.m, groups)",
+    ),
+    defect("split: da of the first rows", BACKWARD, SPLIT, "++at) before += p.split.ranks[at];", "++at) {}"),
+    defect(
+        "split: ranks of a projection from the first on",
+        BACKWARD,
+        SPLIT,
+        "rank_of(col - p.projections[at].first_rank)",
+        "rank_of(col)",
+    ),
+    defect(
+        "split: rows of a of the first projection",
+        FORWARD,
+        SPLIT,
+        "before += is_a ? p.ranks[at] :",
+        "before += is_a ? 0 :",
+    ),
+    defect("split: halves of b in one place", BACKWARD, SPLIT, "(is_a ? 0 : before) * to_next", "0 * to_next"),
+    defect(
+        "split: b of the first projection",
+        FORWARD,
+        SPLIT,
+        "is_a ? p.a.ptr : p.b[at].ptr",
+        "is_a ? p.a.ptr : p.b[0].ptr",
     ),
     defect("split: blocks of pairs as of ranks", FORWARD, MIDDLE, "? n / kNarrowN / 2 :", "? n / kNarrowN :"),
     defect("split: blocks of triples as of ranks", BACKWARD, MIDDLE, "is_split ? 3 : 1", "1"),

@@ -2,11 +2,11 @@
 //! single layer that it is.
 
 use fused_lora::reference::Mat;
-use fused_lora::{Element, Result, cpu};
+use fused_lora::{Element, Result, cpu, split_columns};
 
 use super::check::{self, fail};
 use super::data::{POISON, Spec, Values};
-use super::{Backend, Host, HostBackward, HostDropout, HostForward, HostGradient, HostMagnitude, is_same};
+use super::{Backend, Host, HostBackward, HostDropout, HostForward, HostGradient, HostMagnitude, full, is_same};
 
 /// One case: a layer's spec, of which N and R are those of each projection instead.
 #[derive(Clone, Debug)]
@@ -40,7 +40,12 @@ impl SharedSpec {
     }
 
     pub fn forward<T: Element>(&self) -> SharedForward<T> {
-        let mut own: Vec<HostForward<T>> = (0..self.parts.len()).map(|at| self.part(at).forward()).collect();
+        self.forward_of::<T, T>()
+    }
+
+    /// With factors of `A`.
+    pub fn forward_of<T: Element, A: Element>(&self) -> SharedForward<T, A> {
+        let mut own: Vec<HostForward<T, A>> = (0..self.parts.len()).map(|at| self.part(at).forward_of()).collect();
         let x = own[0].x.clone();
         own.iter_mut().for_each(|op| op.x = x.clone());
         let base = &self.base;
@@ -50,7 +55,12 @@ impl SharedSpec {
     }
 
     pub fn backward<T: Element>(&self) -> SharedBackward<T> {
-        let mut own: Vec<HostBackward<T>> = (0..self.parts.len()).map(|at| self.part(at).backward()).collect();
+        self.backward_of::<T, T>()
+    }
+
+    /// With factors of `A`.
+    pub fn backward_of<T: Element, A: Element>(&self) -> SharedBackward<T, A> {
+        let mut own: Vec<HostBackward<T, A>> = (0..self.parts.len()).map(|at| self.part(at).backward_of()).collect();
         let (x, dx) = (own[0].x.clone(), own[0].dx.clone());
         own.iter_mut().for_each(|op| (op.x, op.dx) = (x.clone(), dx.clone()));
         let base = &self.base;
@@ -71,16 +81,27 @@ impl SharedSpec {
 
 /// Forward of projections that share x: `own` are the single layers, whose x, a, h and dropout are the same as these.
 #[derive(Clone, Debug)]
-pub struct SharedForward<T> {
-    pub a: Host<T>,
+pub struct SharedForward<T, A = T> {
+    pub a: Host<A>,
     pub h: Option<Host<T>>,
-    pub own: Vec<HostForward<T>>,
+    pub own: Vec<HostForward<T, A>>,
     pub ranks: Vec<std::ops::Range<usize>>,
 }
 
-impl<T: Element> SharedForward<T> {
+/// The columns of h that each projection has, from its ranks.
+fn columns<T: Element, A: Element>(ranks: &[std::ops::Range<usize>]) -> Vec<std::ops::Range<usize>> {
+    let mut end = 0;
+    let columns = ranks.iter().map(|ranks| {
+        let own = if full::is_split::<T, A>() { split_columns(ranks.len()) } else { ranks.len() };
+        end += own;
+        end - own..end
+    });
+    columns.collect()
+}
+
+impl<T: Element, A: Element> SharedForward<T, A> {
     /// As the backends that compute on slices take it.
-    pub fn views(&mut self) -> cpu::ForwardShared<'_, T> {
+    pub fn views(&mut self) -> cpu::ForwardShared<'_, T, A> {
         let Self { a, h, own, .. } = self;
         let mut all = own.iter_mut();
         let HostForward { x, w, b, scale, bias, y, dropout, gain, .. } = all.next().expect("a projection");
@@ -111,29 +132,29 @@ impl<T: Element> SharedForward<T> {
     }
 
     /// Each projection as the single layer that it is.
-    pub fn alone(&self) -> Vec<HostForward<T>> {
-        let own = |(op, ranks): (&HostForward<T>, &std::ops::Range<usize>)| HostForward {
-            h: self.h.as_ref().map(|h| h.columns(ranks.clone())),
+    pub fn alone(&self) -> Vec<HostForward<T, A>> {
+        let own = |(op, columns): (&HostForward<T, A>, std::ops::Range<usize>)| HostForward {
+            h: self.h.as_ref().map(|h| h.columns(columns)),
             ..op.clone()
         };
-        self.own.iter().zip(&self.ranks).map(own).collect()
+        self.own.iter().zip(columns::<T, A>(&self.ranks)).map(own).collect()
     }
 }
 
 /// Backward of projections that share x: `own` are the single layers, whose x, a, h, dropout and accumulation are the same as these.
 #[derive(Clone, Debug)]
-pub struct SharedBackward<T> {
-    pub a: Host<T>,
+pub struct SharedBackward<T, A = T> {
+    pub a: Host<A>,
     pub h: Option<Host<T>>,
     pub dx: Option<Host<T>>,
     pub da: Option<HostGradient<T>>,
-    pub own: Vec<HostBackward<T>>,
+    pub own: Vec<HostBackward<T, A>>,
     pub ranks: Vec<std::ops::Range<usize>>,
 }
 
-impl<T: Element> SharedBackward<T> {
+impl<T: Element, A: Element> SharedBackward<T, A> {
     /// As the backends that compute on slices take it.
-    pub fn views(&mut self) -> cpu::BackwardShared<'_, T> {
+    pub fn views(&mut self) -> cpu::BackwardShared<'_, T, A> {
         let Self { a, h, dx, da, own, .. } = self;
         let accumulate = own[0].accumulate;
         let mut shared = (None, None);
@@ -166,14 +187,15 @@ impl<T: Element> SharedBackward<T> {
     }
 
     /// Each projection as the single layer that it is, but for dx.
-    pub fn alone(&self) -> Vec<HostBackward<T>> {
-        let own = |(op, ranks): (&HostBackward<T>, &std::ops::Range<usize>)| HostBackward {
-            h: self.h.as_ref().map(|h| h.columns(ranks.clone())),
+    pub fn alone(&self) -> Vec<HostBackward<T, A>> {
+        let columns = columns::<T, A>(&self.ranks);
+        let own = |at: usize| HostBackward {
+            h: self.h.as_ref().map(|h| h.columns(columns[at].clone())),
             dx: None,
-            da: self.da.as_ref().map(|da| da.rows(ranks.clone())),
-            ..op.clone()
+            da: self.da.as_ref().map(|da| da.rows(self.ranks[at].clone())),
+            ..self.own[at].clone()
         };
-        self.own.iter().zip(&self.ranks).map(own).collect()
+        (0..self.own.len()).map(own).collect()
     }
 }
 
@@ -273,9 +295,50 @@ pub fn judge_backward<T: Element>(
     Ok(())
 }
 
+/// What forward made of `before` with f32 factors.
+pub fn judge_full_forward<T: Element>(
+    before: &SharedForward<T, f32>,
+    after: &SharedForward<T, f32>,
+) -> Result<(), String> {
+    if let (Some(before), Some(after)) = (&before.h, &after.h) {
+        around("h", before, after)?;
+    }
+    for (at, (before, after)) in before.alone().iter().zip(&after.alone()).enumerate() {
+        full::judge_forward(before, after).map_err(|complaint| format!("projection {at}: {complaint}"))?;
+    }
+    Ok(())
+}
+
+/// What backward made of `before` with f32 factors.
+pub fn judge_full_backward<T: Element>(
+    before: &SharedBackward<T, f32>,
+    after: &SharedBackward<T, f32>,
+) -> Result<(), String> {
+    for (at, (before, after)) in before.alone().iter().zip(&after.alone()).enumerate() {
+        full::judge_backward(before, after).map_err(|complaint| format!("projection {at}: {complaint}"))?;
+    }
+    match (&before.dx, &after.dx) {
+        (Some(old), Some(new)) => full::judge_sum(&before.alone(), old, new),
+        _ => Ok(()),
+    }
+}
+
+/// Forward and backward of `spec` in `T` with f32 factors.
+pub fn with_f32_factors<T: Element>(backend: &impl Backend, spec: &SharedSpec) {
+    let context = |what| format!("{what} on {}, f32 over {:?}, {spec:?}", backend.name(), T::DTYPE);
+    let before = spec.forward_of::<T, f32>();
+    let mut after = before.clone();
+    backend.forward_shared(&mut after).unwrap_or_else(|error| fail(&context("forward"), &error.to_string()));
+    judge_full_forward(&before, &after).unwrap_or_else(|complaint| fail(&context("forward"), &complaint));
+    let before = spec.backward_of::<T, f32>();
+    let mut after = before.clone();
+    backend.backward_shared(&mut after).unwrap_or_else(|error| fail(&context("backward"), &error.to_string()));
+    judge_full_backward(&before, &after).unwrap_or_else(|complaint| fail(&context("backward"), &complaint));
+}
+
 /// Every bit that must be that of single layers on the same backend: y, h, db, dbias and dm; whether they are.
-pub fn same_bits_as_alone<T: Element>(backend: &impl Backend, spec: &SharedSpec) -> Result<(), String> {
-    let mut forward = spec.forward::<T>();
+pub fn same_bits_as_alone<T: Element, A: Element>(backend: &impl Backend, spec: &SharedSpec) -> Result<(), String> {
+    let mut forward = spec.forward_of::<T, A>();
     let mut alone = forward.alone();
     backend.forward_shared(&mut forward).map_err(|error| error.to_string())?;
     for (at, (op, together)) in alone.iter_mut().zip(forward.alone()).enumerate() {
@@ -285,7 +348,7 @@ pub fn same_bits_as_alone<T: Element>(backend: &impl Backend, spec: &SharedSpec)
             same_elements(&format!("h of projection {at}"), alone, together)?;
         }
     }
-    let mut backward = spec.backward::<T>();
+    let mut backward = spec.backward_of::<T, A>();
     let mut alone = backward.alone();
     backend.backward_shared(&mut backward).map_err(|error| error.to_string())?;
     for (at, (op, together)) in alone.iter_mut().zip(backward.alone()).enumerate() {

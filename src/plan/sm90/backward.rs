@@ -27,19 +27,20 @@ pub(in crate::plan) fn backward(
     device: &Device,
     options: &Options,
 ) -> Result<Draft> {
-    let LoraShape { m, k, r, .. } = shape;
+    let LoraShape { m, k, .. } = shape;
     let wanted = Wanted::of(op);
     let dropout = raw::Dropout::params(op.dropout);
     let alters = Alters::of(&dropout, op.projections.iter().any(|of| of.gain.is_some()));
     let ranks = Ranks::of(op.is_split());
-    let (pairs, deep) = (ranks.pairs(r), ranks.triples(r));
-    let parts = &Ranks::parts(parts, |r| ranks.pairs(r))[..];
+    let (own, triples) = (parts, ranks.triples(parts));
+    let parts = &ranks.pairs(own)[..];
+    let (pairs, deep) = (Ranks::sum(parts), Ranks::sum(&triples));
     let problem = Problem {
         wanted,
         shape: LoraShape { r: pairs, ..shape },
         deep,
         parts,
-        splits: split::backward_units(op, &wanted, shape),
+        splits: split::backward_units(op, &wanted, own),
         alters,
     };
     let Setup { tile, cluster, bundle, chunks, clocks } = choose(&problem, device, options)?;
@@ -53,7 +54,7 @@ pub(in crate::plan) fn backward(
     let mut scratch = Scratch::new();
     // Of halves dx reads triples; of pairs there is a place of their own.
     let dh = (wanted.dh && (wanted.dx || !op.is_split())).then(|| scratch.reserve_middle(m, deep, op.dtype));
-    let split = split::backward(op, &wanted, shape, cluster, &mut scratch)?;
+    let split = split::backward(op, &wanted, own, cluster, &mut scratch)?;
     let tickets = check_tickets(u64::from(split.tickets) + db_end + counts.da_tiles * chunks.count)?;
     let ctas = ctas(tickets, cluster, device);
     let partial_stride = chunks::partial_stride(pairs, wanted.any_dm());
@@ -96,8 +97,8 @@ pub(in crate::plan) fn backward(
         split,
         projections: projections(op, parts, wanted, &counts),
     };
-    let of_tokens = split::dh_of_tokens(dh, &split, m);
-    let maps = maps(&split::halved_backward(op, &split), parts, [dh, of_tokens], wanted);
+    let of_tokens = split::dh_of_tokens(dh, &split, m, parts);
+    let maps = maps(&split::halved_backward(op, &split, [parts, &triples]), parts, [dh, of_tokens], wanted);
     let is_bf16 = op.dtype == Dtype::Bf16;
     let launch = tile.launch(cluster, tickets, device, maps, Params::Sm90Backward(params), is_bf16);
     let choice = crate::plan::Choice::Sm90(Choice { tile, cluster });

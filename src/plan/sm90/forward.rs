@@ -28,9 +28,10 @@ pub(in crate::plan) fn forward(
     let dropout = raw::Dropout::params(op.dropout);
     let alters = Alters::of(&dropout, op.projections.iter().any(|of| of.gain.is_some()));
     let ranks = Ranks::of(op.is_split());
-    let (pairs, deep) = (ranks.pairs(r), Ranks::parts(parts, |r| ranks.triples(r)));
+    let (narrow, deep) = (ranks.pairs(parts), ranks.triples(parts));
+    let pairs = Ranks::sum(&narrow);
     let Setup { tile, cluster, bundle, clocks } =
-        choose(LoraShape { r: pairs, ..shape }, &deep, split::forward_units(op, shape), alters, device, options)?;
+        choose(LoraShape { r: pairs, ..shape }, &deep, split::forward_units(op, parts), alters, device, options)?;
     let m_groups = groups(m, cluster);
     let r_blocks = blocks(pairs, LORA_SM90_NARROW_N);
     let (first_blocks, n_blocks) = numbered(parts.iter().map(|part| blocks(part.n, tile.columns)));
@@ -41,8 +42,8 @@ pub(in crate::plan) fn forward(
     let mut scratch = Scratch::new();
     // What the caller keeps of halves are pairs; y reads triples.
     let kept = op.h.filter(|_| r != 0 && !op.is_split());
-    let h = kept.or_else(|| (r != 0).then(|| scratch.reserve_middle(m, ranks.triples(r), op.dtype)));
-    let split = split::forward(op, shape, cluster, &mut scratch)?;
+    let h = kept.or_else(|| (r != 0).then(|| scratch.reserve_middle(m, Ranks::sum(&deep), op.dtype)));
+    let split = split::forward(op, parts, cluster, &mut scratch)?;
     let tickets = check_tickets(u64::from(split.tickets) + h_tickets + m_groups * n_blocks)?;
     let factor = raw::Dropout::factor(op.dropout);
     let params = LoraSm90ForwardParams {
@@ -70,13 +71,13 @@ pub(in crate::plan) fn forward(
             gain: of.gain.map_or(0, |gain| gain.ptr),
             n: parts[at].n as u32,
             r: deep[at].r as u32,
-            first_rank: parts[at].first_rank as u32,
+            first_rank: deep[at].first_rank as u32,
             first_block: first_blocks[at] as u32,
             scale: of.scale * factor,
             padding: 0,
         }),
     };
-    let maps = maps(&split::halved_forward(op, &split), &deep, h, &tile);
+    let maps = maps(&split::halved_forward(op, &split, [&narrow, &deep]), &deep, h, &tile);
     let is_bf16 = op.dtype == Dtype::Bf16;
     let launch = tile.launch(cluster, tickets, device, maps, Params::Sm90Forward(params), is_bf16);
     let choice = crate::plan::Choice::Sm90(Choice { tile, cluster });

@@ -20,7 +20,8 @@ pub(super) fn solve(
     // Routes with several projections are refused.
     let routes = if u.ratio(1, 4)? { variant.routes } else { None };
 
-    let op = forward(u, place, dtype, (m, k, r), &shapes, raw::Variant { routes, ..variant })?;
+    let f32_factors = u.ratio(1, 3)?;
+    let op = forward(u, place, (dtype, f32_factors), (m, k, r), &shapes, raw::Variant { routes, ..variant })?;
     let arguments = forward_arguments(&op);
     let plan = || Plan::forward_shared_with(&op, call.device, *call.options);
     if let Some(plan) = call.judge(plan, op.check(), dtype, &arguments, outcome) {
@@ -28,7 +29,7 @@ pub(super) fn solve(
         call.place(u, &plan, &arguments, judge, outcome)?;
     }
 
-    let op = backward(u, place, dtype, (m, k, r), &shapes, raw::Variant { routes, ..variant })?;
+    let op = backward(u, place, (dtype, f32_factors), (m, k, r), &shapes, raw::Variant { routes, ..variant })?;
     let arguments = backward_arguments(&op);
     let plan = || Plan::backward_shared_with(&op, call.device, *call.options);
     if let Some(plan) = call.judge(plan, op.check(), dtype, &arguments, outcome) {
@@ -38,22 +39,30 @@ pub(super) fn solve(
     Ok(())
 }
 
+/// Columns of h of all.
+fn columns_of_all(dtype: Dtype, f32_factors: bool, shapes: &[LoraShape]) -> usize {
+    let columns = |shape: &LoraShape| columns_of_h(dtype, (*shape, f32_factors));
+    shapes.iter().fold(0_usize, |sum, shape| sum.saturating_add(columns(shape)))
+}
+
 fn forward(
     u: &mut Unstructured<'_>,
     place: &mut Place,
-    dtype: Dtype,
+    (dtype, f32_factors): (Dtype, bool),
     (m, k, r): (usize, usize, usize),
     shapes: &[LoraShape],
     variant: raw::Variant,
 ) -> Result<raw::ForwardShared> {
     let bytes = dtype.size();
-    let (x, a) = (place.matrix(u, m, k, bytes)?, place.matrix(u, r, k, bytes)?);
-    let h = if u.arbitrary()? { Some(place.matrix(u, m, r, bytes)?) } else { None };
+    let of_factors = if f32_factors { 4 } else { bytes };
+    let (x, a) = (place.matrix(u, m, k, bytes)?, place.matrix(u, r, k, of_factors)?);
+    let columns = columns_of_all(dtype, f32_factors, shapes);
+    let h = if u.arbitrary()? { Some(place.matrix(u, m, columns, bytes)?) } else { None };
     let mut projections = Vec::new();
     for &LoraShape { n, r, .. } in shapes {
         projections.push(raw::ForwardProjection {
             w: place.matrix(u, n, k, bytes)?,
-            b: place.matrix(u, n, r, bytes)?,
+            b: place.matrix(u, n, r, of_factors)?,
             scale: scale(u)?,
             bias: if u.arbitrary()? { Some(place.matrix(u, 1, n, bytes)?) } else { None },
             gain: None,
@@ -64,7 +73,7 @@ fn forward(
     Ok(raw::ForwardShared {
         dtype,
         x,
-        f32_factors: false,
+        f32_factors,
         a,
         h,
         projections,
@@ -76,14 +85,16 @@ fn forward(
 fn backward(
     u: &mut Unstructured<'_>,
     place: &mut Place,
-    dtype: Dtype,
+    (dtype, f32_factors): (Dtype, bool),
     (m, k, r): (usize, usize, usize),
     shapes: &[LoraShape],
     variant: raw::Variant,
 ) -> Result<raw::BackwardShared> {
     let bytes = dtype.size();
-    let a = place.matrix(u, r, k, bytes)?;
-    let (x, h) = (Some(place.matrix(u, m, k, bytes)?), Some(place.matrix(u, m, r, bytes)?));
+    let of_factors = if f32_factors { 4 } else { bytes };
+    let a = place.matrix(u, r, k, of_factors)?;
+    let columns = columns_of_all(dtype, f32_factors, shapes);
+    let (x, h) = (Some(place.matrix(u, m, k, bytes)?), Some(place.matrix(u, m, columns, bytes)?));
     let dx = if u.arbitrary()? { Some(place.matrix(u, m, k, bytes)?) } else { None };
     let gradient = |u: &mut Unstructured<'_>, place: &mut Place, rows, cols| {
         let f32 = u.arbitrary()?;
@@ -96,7 +107,7 @@ fn backward(
         projections.push(raw::BackwardProjection {
             dy: place.matrix(u, m, n, bytes)?,
             w: place.matrix(u, n, k, bytes)?,
-            b: place.matrix(u, n, r, bytes)?,
+            b: place.matrix(u, n, r, of_factors)?,
             scale: scale(u)?,
             db: gradient(u, place, n, r)?,
             dbias: gradient(u, place, 1, n)?,
@@ -107,16 +118,18 @@ fn backward(
     let projections = raw::Projections::new(&projections).expect("one to four");
     let accumulate = Accumulate { dx: u.arbitrary()?, ..Accumulate::default() };
     let raw::Variant { dropout, routes, .. } = variant;
-    Ok(raw::BackwardShared { dtype, f32_factors: false, a, x, h, dx, da, projections, accumulate, dropout, routes })
+    Ok(raw::BackwardShared { dtype, f32_factors, a, x, h, dx, da, projections, accumulate, dropout, routes })
 }
 
 /// Inputs, then outputs.
 fn forward_arguments(op: &raw::ForwardShared) -> Vec<Argument> {
     let bytes = op.dtype.size();
+    let of_factors = if op.f32_factors { 4 } else { bytes };
     let variant = raw::Variant { dropout: op.dropout, routes: op.routes, gain: None };
-    let mut all = vec![Argument::new("x", op.x, bytes, false), Argument::new("a", op.a, bytes, false)];
+    let mut all = vec![Argument::new("x", op.x, bytes, false), Argument::new("a", op.a, of_factors, false)];
     for of in op.projections.iter() {
-        let read = [("w", Some(of.w)), ("b", Some(of.b)), ("bias", of.bias)].into_iter();
+        all.push(Argument::new("b", of.b, of_factors, false));
+        let read = [("w", Some(of.w)), ("bias", of.bias)].into_iter();
         all.extend(read.filter_map(|(name, matrix)| Some(Argument::new(name, matrix?, bytes, false))));
     }
     all.extend(variant_arguments(&variant));
@@ -128,10 +141,13 @@ fn forward_arguments(op: &raw::ForwardShared) -> Vec<Argument> {
 fn backward_arguments(op: &raw::BackwardShared) -> Vec<Argument> {
     let bytes = op.dtype.size();
     let variant = raw::Variant { dropout: op.dropout, routes: op.routes, gain: None };
-    let read = [("a", Some(op.a)), ("x", op.x), ("h", op.h)].into_iter();
+    let of_factors = if op.f32_factors { 4 } else { bytes };
+    let read = [("x", op.x), ("h", op.h)].into_iter();
     let mut all: Vec<_> = read.filter_map(|(name, matrix)| Some(Argument::new(name, matrix?, bytes, false))).collect();
+    all.push(Argument::new("a", op.a, of_factors, false));
     for of in op.projections.iter() {
-        all.extend([("dy", of.dy), ("w", of.w), ("b", of.b)].map(|(name, m)| Argument::new(name, m, bytes, false)));
+        all.extend([("dy", of.dy), ("w", of.w)].map(|(name, m)| Argument::new(name, m, bytes, false)));
+        all.push(Argument::new("b", of.b, of_factors, false));
     }
     all.extend(variant_arguments(&variant));
     all.extend(op.dx.map(|dx| Argument::new("dx", dx, bytes, true)));

@@ -1,6 +1,6 @@
 //! The portable family.
 
-use fused_lora::plan::{LoraBackwardParams, LoraForwardParams, Params};
+use fused_lora::plan::{LoraBackwardParams, LoraForwardParams, LoraMatrix, LoraSplit, Params};
 use fused_lora::{Dtype, LoraShape, raw};
 
 use super::split::{self, Factors, Ranks};
@@ -34,6 +34,26 @@ fn check_launch(planned: &Planned<'_>, dtype: Dtype, operation: &str) -> u32 {
     block
 }
 
+/// What the products read: the factors, or their halves.
+fn check_read(
+    split: &LoraSplit,
+    counted: Ranks,
+    (a, b): (LoraMatrix, &[LoraMatrix]),
+    (of_a, of_b): (&raw::Matrix, &[raw::Matrix]),
+) {
+    if !counted.is_split {
+        assert_eq!(a.ptr, of_a.ptr);
+        assert!(b.iter().zip(of_b).all(|(got, of)| got.ptr == of.ptr));
+        return;
+    }
+    assert_eq!((a.ptr, a.row_stride), (split.split_a, split.split_a_stride.into()));
+    let mut ptr = split.split_b;
+    for (got, of) in b.iter().zip(of_b) {
+        assert_eq!((got.ptr, got.row_stride), (ptr, split.split_b_stride.into()));
+        ptr += 2 * of.rows as u64 * u64::from(split.split_b_stride);
+    }
+}
+
 fn forward_params(params: &Params) -> LoraForwardParams {
     match params {
         Params::Forward(params) => *params,
@@ -51,27 +71,28 @@ fn backward_params(params: &Params) -> LoraBackwardParams {
 pub(super) fn forward(planned: &Planned<'_>, op: &raw::ForwardShared, shape: LoraShape) {
     let block = check_launch(planned, op.dtype, "forward");
     let p = forward_params(&planned.launch.params);
-    let LoraShape { m, n, k, r } = shape;
-    let counted = Ranks::of(op.f32_factors, op.dtype, r);
+    let LoraShape { m, k, r, .. } = shape;
+    let all_b: Vec<raw::Matrix> = op.projections.iter().map(|of| of.b).collect();
+    let own_ranks: Vec<usize> = all_b.iter().map(|b| b.cols).collect();
+    let counted = Ranks::of(op.f32_factors, op.dtype, &own_ranks);
     assert_eq!(
         [p.m, p.k, p.r, p.projection_count].map(|count| count as usize),
         [m, k, counted.pairs, op.projections.len()]
     );
     assert_eq!((p.x.ptr, p.sync), (op.x.ptr, planned.workspace));
-    let (a, b) = ((&op.a, true, k), (&op.projections[0].b, true, n));
-    let split_units = Factors { a, b, read: [p.a.ptr, p.projections[0].b.ptr] }.check(&p.split, counted, r);
+    let split_units = Factors { a: &op.a, b: &all_b, wanted: [true; 2] }.check(&p.split, counted);
+    let own_b: Vec<LoraMatrix> = p.projections.iter().map(|of| of.b).collect();
+    check_read(&p.split, counted, (p.a, &own_b), (&op.a, &all_b));
     assert_eq!(p.split.tickets, p.split.units);
     check_variant((p.dropout, p.routes), op.dropout, op.routes);
     assert_covers("M", p.m_blocks, block, m);
-    let (first_ranks, ranks) = numbered(op.projections.iter().map(|of| of.b.cols as u128));
+    let (first_ranks, deep) = numbered(own_ranks.iter().map(|&r| counted.triples_of(r) as u128));
     let (first_blocks, n_blocks) = numbered(op.projections.iter().map(|of| of.w.rows.div_ceil(block as usize) as u128));
-    assert_eq!((ranks, n_blocks), (r as u128, p.n_blocks.into()));
+    assert_eq!((deep, n_blocks), (counted.triples as u128, p.n_blocks.into()));
     for (at, (of, got)) in op.projections.iter().zip(p.projections).enumerate() {
         assert_eq!((got.w.ptr, got.y.ptr), (of.w.ptr, of.y.ptr));
-        assert!(counted.is_split || got.b.ptr == of.b.ptr);
         assert_eq!((got.bias, got.gain), (address(of.bias), address(of.gain)));
-        let deep = if counted.is_split { counted.triples } else { of.b.cols };
-        assert_eq!((got.n as usize, got.r as usize), (of.w.rows, deep));
+        assert_eq!((got.n as usize, got.r as usize), (of.w.rows, counted.triples_of(of.b.cols)));
         assert_eq!([got.first_rank, got.first_block].map(u128::from), [first_ranks[at], first_blocks[at]]);
         assert_eq!(got.scale, scaled(of.scale, op.dropout));
     }
@@ -84,9 +105,10 @@ pub(super) fn forward(planned: &Planned<'_>, op: &raw::ForwardShared, shape: Lor
     check_flags(m_blocks, p.flag_shift, p.sync_words, p.sync_words);
     if counted.is_split {
         split::check_kept(&p.split, op.h);
-        let [h, a, b] = [(p.h, m, counted.triples), (p.a, counted.pairs, k), (p.projections[0].b, n, counted.triples)]
-            .map(|(matrix, rows, cols)| Some(split::region(matrix, rows, cols)));
-        return split::check_regions(planned, &[h, a, b]);
+        let a = Region::of(split::halves_of_a(&p.split, counted.pairs, k));
+        let b = Region::of(split::halves_of_b(&p.split, &all_b, |r| counted.triples_of(r)).0);
+        let h = split::region(p.h, m, counted.triples);
+        return split::check_regions(planned, &[Some(h), Some(a), Some(b)]);
     }
     match op.h {
         Some(h) => {
@@ -124,8 +146,10 @@ fn check_chunks(
 pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: LoraShape) {
     let block = check_launch(planned, op.dtype, "backward");
     let p = backward_params(&planned.launch.params);
-    let LoraShape { m, n, k, r } = shape;
-    let counted = Ranks::of(op.f32_factors, op.dtype, r);
+    let LoraShape { m, k, r, .. } = shape;
+    let all_b: Vec<raw::Matrix> = op.projections.iter().map(|of| of.b).collect();
+    let own_ranks: Vec<usize> = all_b.iter().map(|b| b.cols).collect();
+    let counted = Ranks::of(op.f32_factors, op.dtype, &own_ranks);
     assert_eq!(
         [p.m, p.k, p.r, p.projection_count].map(|count| count as usize),
         [m, k, counted.triples, op.projections.len()]
@@ -140,8 +164,10 @@ pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: L
     let wants_dh = r > 0 && (op.dx.is_some() || wants_da);
     let (narrow, db_tiles) = check_projections(op, &p, block, counted);
     let da_tiles = if wants_da { k_blocks * counted.pairs.div_ceil(NARROW) as u128 } else { 0 };
-    let (a, b) = ((&op.a, wants_dh && op.dx.is_some(), k), (&op.projections[0].b, wants_dh, n));
-    let split_units = Factors { a, b, read: [p.a.ptr, p.projections[0].b.ptr] }.check(&p.split, counted, r);
+    let wanted = [wants_dh && op.dx.is_some(), wants_dh];
+    let split_units = Factors { a: &op.a, b: &all_b, wanted }.check(&p.split, counted);
+    let own_b: Vec<LoraMatrix> = p.projections.iter().map(|of| of.b).collect();
+    check_read(&p.split, counted, (p.a, &own_b), (&op.a, &all_b));
     assert_eq!(p.split.tickets, p.split.units);
     let mut end = if wants_dh { m_blocks * narrow } else { 0 };
     assert_eq!(u128::from(p.dh_units), end);
@@ -161,11 +187,11 @@ pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: L
     let sums = check_chunks(planned, &p, block, db_tiles + da_tiles, counted.pairs);
     assert_eq!((p.da.ptr, p.dx.ptr), (pointer(wants_da, op.da), address(op.dx)));
     if counted.is_split {
-        let when = |wanted: bool, matrix, rows, cols| wanted.then(|| split::region(matrix, rows, cols));
-        let dh = when(wants_dh && op.dx.is_some(), p.dh, m, counted.triples);
-        let a = when(wants_dh && op.dx.is_some(), p.a, counted.triples, k);
-        let b = when(wants_dh, p.projections[0].b, n, counted.pairs);
-        return split::check_regions(planned, &[dh, when(wants_da, p.split.pairs, m, counted.pairs), a, b, sums]);
+        let dh = wanted[0].then(|| split::region(p.dh, m, counted.triples));
+        let of_tokens = wants_da.then(|| split::region(p.split.pairs, m, counted.pairs));
+        let a = wanted[0].then(|| Region::of(split::halves_of_a(&p.split, counted.triples, k)));
+        let b = wanted[1].then(|| Region::of(split::halves_of_b(&p.split, &all_b, |r| counted.pairs_of(r)).0));
+        return split::check_regions(planned, &[dh, of_tokens, a, b, sums]);
     }
     let dh = wants_dh.then(|| Region::of(planned.scratch(p.dh, shape)));
     planned.check_regions(dh.into_iter().chain(sums));
@@ -173,20 +199,19 @@ pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: L
 
 /// What the kernel has for each projection; the narrow tiles of dh in a block of rows, and the tiles of db.
 fn check_projections(op: &raw::BackwardShared, p: &LoraBackwardParams, block: u32, counted: Ranks) -> (u128, u128) {
-    let pairs = |r: usize| if counted.is_split { counted.pairs } else { r };
+    let pairs = |r: usize| counted.pairs_of(r);
     /// Steps of the reduction: LORA_BLOCK_K.
     const STEP: usize = 32;
     let all = op.projections.iter();
     let n_blocks = |of: &raw::BackwardProjection| of.w.rows.div_ceil(block as usize) as u128;
-    let (first_ranks, ranks) = numbered(all.clone().map(|of| of.b.cols as u128));
+    let (first_ranks, ranks) = numbered(all.clone().map(|of| pairs(of.b.cols) as u128));
     let (first_steps, steps) = numbered(all.clone().map(|of| of.w.rows.div_ceil(STEP) as u128));
     let (first_narrow, narrow) = numbered(all.clone().map(|of| pairs(of.b.cols).div_ceil(NARROW) as u128));
     let (first_tiles, tiles) = numbered(all.clone().map(|of| n_blocks(of) * db_blocks(of, pairs(of.b.cols), NARROW)));
-    assert_eq!((ranks, steps), (op.a.rows as u128, p.n_steps.into()));
+    assert_eq!((ranks, steps), (counted.pairs as u128, p.n_steps.into()));
     for (at, (of, got)) in all.zip(p.projections).enumerate() {
         let db = pointer(of.b.cols > 0, of.db);
         assert_eq!((got.dy.ptr, got.w.ptr, got.db.ptr), (of.dy.ptr, of.w.ptr, db));
-        assert!(counted.is_split || got.b.ptr == of.b.ptr);
         assert_eq!((got.dbias, got.gain), (pointer(true, of.dbias), address(of.gain)));
         assert_eq!((got.n as usize, got.r as usize), (of.w.rows, pairs(of.b.cols)));
         let firsts = [got.first_rank, got.first_step, got.first_narrow, got.first_db_tile].map(u128::from);

@@ -71,7 +71,7 @@ fn check_launch(planned: &Planned<'_>, dtype: Dtype, operation: &str) -> u32 {
     let stages = if columns == 128 { 6 } else { 4 };
     assert_eq!(launch.shared_bytes, stages * 128 * (128 + columns) + 4 * 8192 + 1024);
     let bytes = launch.parameter_bytes(super::encode).expect("legal maps").len();
-    assert_eq!(bytes, if operation == "forward" { 2688 } else { 4096 }, "the size of the struct");
+    assert_eq!(bytes, if operation == "forward" { 2816 } else { 4096 }, "the size of the struct");
     columns
 }
 
@@ -83,17 +83,9 @@ fn check_bundles(planned: &Planned<'_>, units: u32, tickets: u32) {
     }
 }
 
-/// The tickets of units that split what is wanted of `factors`, each with its length: a unit for each CTA of a cluster.
-fn check_split(
-    planned: &Planned<'_>,
-    split: &LoraSplit,
-    counted: Ranks,
-    r: usize,
-    [a, b]: [(&raw::Matrix, bool, usize); 2],
-) -> u128 {
-    let read = if counted.is_split { [split.split_a, split.split_b].map(|of| of.ptr) } else { [a.0.ptr, b.0.ptr] };
-    let units = Factors { a, b, read }.check(split, counted, r);
-    let tickets = units.div_ceil(planned.launch.cluster[0].into());
+/// The tickets of units that split what is wanted of `factors`: a unit for each CTA of a cluster.
+fn check_split(planned: &Planned<'_>, split: &LoraSplit, counted: Ranks, factors: &Factors<'_>) -> u128 {
+    let tickets = factors.check(split, counted).div_ceil(planned.launch.cluster[0].into());
     assert_eq!(u128::from(split.tickets), tickets);
     tickets
 }
@@ -101,8 +93,10 @@ fn check_split(
 pub(super) fn forward(planned: &Planned<'_>, op: &raw::ForwardShared, shape: LoraShape) {
     let columns = check_launch(planned, op.dtype, "forward");
     let p = forward_params(&planned.launch.params);
-    let LoraShape { m, n, k, r } = shape;
-    let counted = Ranks::of(op.f32_factors, op.dtype, r);
+    let LoraShape { m, k, r, .. } = shape;
+    let all_b: Vec<raw::Matrix> = op.projections.iter().map(|of| of.b).collect();
+    let own_ranks: Vec<usize> = all_b.iter().map(|b| b.cols).collect();
+    let counted = Ranks::of(op.f32_factors, op.dtype, &own_ranks);
     let cluster = planned.launch.cluster[0];
     let [got_m, got_k, pairs, projections] = [p.m, p.k, p.r, p.projection_count].map(|count| count as usize);
     assert_eq!([got_m, got_k, pairs, projections], [m, k, counted.pairs, op.projections.len()]);
@@ -110,15 +104,16 @@ pub(super) fn forward(planned: &Planned<'_>, op: &raw::ForwardShared, shape: Lor
     check_variant((p.dropout, p.routes), op.dropout, op.routes);
     assert_covers("M", p.m_groups, BLOCK * cluster, m);
     assert_eq!(p.r_blocks as usize, pairs.div_ceil(NARROW));
-    let (first_ranks, ranks) = numbered(op.projections.iter().map(|of| of.b.cols as u128));
+    let (first_ranks, deep) = numbered(own_ranks.iter().map(|&r| counted.triples_of(r) as u128));
     let (first_blocks, n_blocks) =
         numbered(op.projections.iter().map(|of| of.w.rows.div_ceil(columns as usize) as u128));
-    assert_eq!((ranks, n_blocks), (r as u128, p.n_blocks.into()));
+    assert_eq!((deep, n_blocks), (counted.triples as u128, p.n_blocks.into()));
     let [m_groups, r_blocks] = [p.m_groups, p.r_blocks].map(u128::from);
     assert_eq!(u128::from(p.h_units), m_groups * r_blocks);
     check_bundles(planned, p.h_units, p.h_tickets);
     planned.check_order(p.group_m, p.m_groups, p.n_blocks);
-    let split_tickets = check_split(planned, &p.split, counted, r, [(&op.a, true, k), (&op.projections[0].b, true, n)]);
+    let factors = Factors { a: &op.a, b: &all_b, wanted: [true; 2] };
+    let split_tickets = check_split(planned, &p.split, counted, &factors);
     check_tickets(p.tickets, split_tickets + u128::from(p.h_tickets) + m_groups * n_blocks, &planned.launch);
     check_flags(m_groups * u128::from(cluster), p.flag_shift, p.sync_words, p.sync_words);
 
@@ -126,25 +121,27 @@ pub(super) fn forward(planned: &Planned<'_>, op: &raw::ForwardShared, shape: Lor
     let of_y = LoraShape { r: counted.triples, ..shape };
     let h = kept.or_else(|| (r != 0).then(|| planned.scratch(p.h, of_y)));
     assert_eq!(p.h.ptr, h.map_or(0, |h| h.ptr));
-    let [a, b] = [(p.split.split_a, counted.pairs, k), (p.split.split_b, n, counted.triples)]
-        .map(|(halves, rows, cols)| counted.is_split.then(|| split::matrix(halves, rows, cols)));
+    let a = counted.is_split.then(|| split::halves_of_a(&p.split, counted.pairs, k));
+    let b = counted.is_split.then(|| split::halves_of_b(&p.split, &all_b, |r| counted.triples_of(r)));
     if counted.is_split {
         split::check_kept(&p.split, op.h);
     }
-    planned.check_regions([h.filter(|_| kept.is_none()), a, b].into_iter().flatten().map(Region::of));
+    let of_all_b = b.as_ref().map(|b| b.0);
+    planned.check_regions([h.filter(|_| kept.is_none()), a, of_all_b].into_iter().flatten().map(Region::of));
     assert_eq!(planned.launch.maps.len(), 2 + 4 * 4);
     check_map(planned, 0, Some(op.x), [64, 128]);
     check_map(planned, 1, a.or(Some(op.a)), [64, narrow_columns(pairs)]);
     for (at, (of, got)) in op.projections.iter().zip(p.projections).enumerate() {
         assert_eq!((got.bias, got.gain), (address(of.bias), address(of.gain)));
-        let ranks = if counted.is_split { counted.triples } else { of.b.cols };
+        let ranks = counted.triples_of(of.b.cols);
         assert_eq!((got.n as usize, got.r as usize), (of.w.rows, ranks));
         assert_eq!([got.first_rank, got.first_block].map(u128::from), [first_ranks[at], first_blocks[at]]);
         assert_eq!(got.scale, scaled(of.scale, op.dropout));
         let (first, own_h) = (2 + 4 * at, h.map(|h| ranks_of(h, got.first_rank as usize, ranks)));
         check_map(planned, first, Some(of.w), [64, columns / 2]);
         check_map(planned, first + 1, own_h, [64, 128]);
-        check_map(planned, first + 2, b.or(Some(of.b)), [64, columns / 2]);
+        let own_b = b.as_ref().map_or(of.b, |b| b.1[at]);
+        check_map(planned, first + 2, Some(own_b), [64, columns / 2]);
         check_map(planned, first + 3, Some(of.y), [64, 64]);
     }
 }
@@ -184,8 +181,10 @@ fn check_gradients(
 pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: LoraShape) {
     let columns = check_launch(planned, op.dtype, "backward");
     let p = backward_params(&planned.launch.params);
-    let LoraShape { m, n, k, r } = shape;
-    let counted = Ranks::of(op.f32_factors, op.dtype, r);
+    let LoraShape { m, k, r, .. } = shape;
+    let all_b: Vec<raw::Matrix> = op.projections.iter().map(|of| of.b).collect();
+    let own_ranks: Vec<usize> = all_b.iter().map(|b| b.cols).collect();
+    let counted = Ranks::of(op.f32_factors, op.dtype, &own_ranks);
     let cluster = planned.launch.cluster[0];
     let [got_m, got_k, deep, projections] = [p.m, p.k, p.r, p.projection_count].map(|count| count as usize);
     assert_eq!([got_m, got_k, deep, projections], [m, k, counted.triples, op.projections.len()]);
@@ -205,20 +204,20 @@ pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: L
     let dx_tiles = if wants_dx { m_groups * k_blocks } else { 0 };
     assert_eq!(u128::from(p.dx_end), u128::from(p.dh_tickets) + dx_tiles);
     let da_tiles = if wants_da { k_groups * counted.pairs.div_ceil(NARROW) as u128 } else { 0 };
-    let factors = [(&op.a, wants_dh && wants_dx, k), (&op.projections[0].b, wants_dh, n)];
-    let split_tickets = check_split(planned, &p.split, counted, r, factors);
+    let factors = Factors { a: &op.a, b: &all_b, wanted: [wants_dh && wants_dx, wants_dh] };
+    let split_tickets = check_split(planned, &p.split, counted, &factors);
     let sums = check_gradients(planned, &p, (split_tickets, [db_tiles, da_tiles]), counted.pairs);
     check_flags(m_groups * u128::from(cluster), p.flag_shift, p.counters, p.sync_words);
 
     let dh = (wants_dh && (wants_dx || !counted.is_split))
         .then(|| planned.scratch(p.dh, LoraShape { r: counted.triples, ..shape }));
-    let [a, b, of_tokens] = [
-        (wants_dh && wants_dx, p.split.split_a, counted.triples, k),
-        (wants_dh, p.split.split_b, n, counted.pairs),
-        (wants_da, p.split.pairs, m, counted.pairs),
-    ]
-    .map(|(wanted, halves, rows, cols)| (counted.is_split && wanted).then(|| split::matrix(halves, rows, cols)));
-    planned.check_regions([dh, a, b, of_tokens].into_iter().flatten().map(Region::of).chain(sums));
+    let when = |wanted: bool| counted.is_split && wanted;
+    let a = when(wants_dh && wants_dx).then(|| split::halves_of_a(&p.split, counted.triples, k));
+    let b = when(wants_dh).then(|| split::halves_of_b(&p.split, &all_b, |r| counted.pairs_of(r)));
+    let pairs = p.split.pairs;
+    let of_tokens = when(wants_da).then(|| split::matrix(pairs.ptr, pairs.row_stride as usize, m, counted.pairs));
+    let of_all_b = b.as_ref().map(|b| b.0);
+    planned.check_regions([dh, a, of_all_b, of_tokens].into_iter().flatten().map(Region::of).chain(sums));
     assert_eq!((p.da.ptr, p.dx.ptr), (pointer(wants_da, op.da), address(op.dx)));
     let (own, of_da) = ([narrow_columns(p.most_r as usize).min(64), 64], [narrow_columns(counted.pairs).min(64), 64]);
     let when = |condition: bool, matrix: raw::Matrix| condition.then_some(matrix);
@@ -235,7 +234,8 @@ pub(super) fn backward(planned: &Planned<'_>, op: &raw::BackwardShared, shape: L
         let has_tiles = wants_db(of) || of.dbias.is_some() || of.dm.is_some();
         check_map(planned, first, when(wants_dh || wants_dx, of.dy), [64, 128]);
         check_map(planned, first + 1, when(wants_dx, of.w), [64, 64]);
-        check_map(planned, first + 2, b.or(when(wants_dh, of.b)), own);
+        let own_b = b.as_ref().map_or(of.b, |b| b.1[at]);
+        check_map(planned, first + 2, when(wants_dh, own_b), own);
         check_map(planned, first + 3, when(has_tiles, of.dy), [64, 64]);
         check_map(planned, first + 4, of.dm.map(|dm| dm.y), [64, 64]);
     }
@@ -248,15 +248,15 @@ fn check_projections(
     cluster: u32,
     counted: Ranks,
 ) -> (u128, u128) {
-    let pairs = |of: &raw::BackwardProjection| if counted.is_split { counted.pairs } else { of.b.cols };
+    let pairs = |of: &raw::BackwardProjection| counted.pairs_of(of.b.cols);
     let all = op.projections.iter();
     let n_groups = |of: &raw::BackwardProjection| of.w.rows.div_ceil((BLOCK * cluster) as usize) as u128;
-    let (first_ranks, ranks) = numbered(all.clone().map(|of| of.b.cols as u128));
+    let (first_ranks, ranks) = numbered(all.clone().map(|of| pairs(of) as u128));
     let (first_narrow, narrow) = numbered(all.clone().map(|of| pairs(of).div_ceil(NARROW) as u128));
     let (first_tiles, tiles) = numbered(all.clone().map(|of| n_groups(of) * db_blocks(of, pairs(of), NARROW)));
     let steps: u128 = all.clone().map(|of| of.w.rows.div_ceil(64) as u128).sum();
     let most = all.clone().map(pairs).max().unwrap_or(0);
-    assert_eq!((ranks, steps, narrow), (op.a.rows as u128, p.n_steps.into(), p.dh_blocks.into()));
+    assert_eq!((ranks, steps, narrow), (counted.pairs as u128, p.n_steps.into(), p.dh_blocks.into()));
     assert_eq!(p.most_r as usize, most);
     for (at, (of, got)) in all.zip(p.projections).enumerate() {
         assert_eq!((got.db.ptr, got.dbias), (pointer(of.b.cols > 0, of.db), pointer(true, of.dbias)));

@@ -9,7 +9,7 @@ use super::{Planned, Region, address};
 const RANKS: usize = 8;
 const LENGTH: usize = 256;
 
-/// Ranks as the products of a call count them.
+/// Ranks as the products of a call count them, those of all projections.
 #[derive(Clone, Copy)]
 pub struct Ranks {
     pub is_split: bool,
@@ -20,55 +20,92 @@ pub struct Ranks {
 }
 
 impl Ranks {
-    pub fn of(f32_factors: bool, dtype: Dtype, r: usize) -> Self {
-        let is_split = f32_factors && dtype != Dtype::F32 && r != 0;
-        let of = |halves: usize| if is_split { halves * r.div_ceil(RANKS) * RANKS } else { r };
-        Self { is_split, pairs: of(2), triples: of(3) }
+    /// Of projections with these ranks.
+    pub fn of(f32_factors: bool, dtype: Dtype, all: &[usize]) -> Self {
+        let is_split = f32_factors && dtype != Dtype::F32 && all.iter().any(|&r| r != 0);
+        let mut ranks = Self { is_split, pairs: 0, triples: 0 };
+        (ranks.pairs, ranks.triples) =
+            all.iter().fold((0, 0), |(pairs, triples), &r| (pairs + ranks.pairs_of(r), triples + ranks.triples_of(r)));
+        ranks
+    }
+
+    fn times(self, halves: usize, r: usize) -> usize {
+        if self.is_split { halves * r.div_ceil(RANKS) * RANKS } else { r }
+    }
+
+    /// The same of one projection.
+    pub fn pairs_of(self, r: usize) -> usize {
+        self.times(2, r)
+    }
+
+    pub fn triples_of(self, r: usize) -> usize {
+        self.times(3, r)
     }
 }
 
 /// A matrix of 16-bit elements in the workspace.
-pub fn matrix(matrix: LoraMatrix, rows: usize, cols: usize) -> raw::Matrix {
-    let row_stride = matrix.row_stride as usize;
+pub fn matrix(ptr: u64, row_stride: usize, rows: usize, cols: usize) -> raw::Matrix {
     assert!(
         row_stride >= cols && row_stride.is_multiple_of(8),
         "rows of {cols} elements start on 16 bytes: {row_stride}"
     );
-    raw::Matrix { ptr: matrix.ptr, rows, cols, row_stride }
+    raw::Matrix { ptr, rows, cols, row_stride }
 }
 
 pub fn region(halves: LoraMatrix, rows: usize, cols: usize) -> Region {
-    Region::of(matrix(halves, rows, cols))
+    Region::of(matrix(halves.ptr, halves.row_stride as usize, rows, cols))
+}
+
+/// The halves of A.
+pub fn halves_of_a(split: &LoraSplit, rows: usize, k: usize) -> raw::Matrix {
+    matrix(split.split_a, split.split_a_stride as usize, rows, k)
+}
+
+/// Those of B of all projections, whose rows lie below each other, and of each; `cols` has columns of them.
+pub fn halves_of_b(
+    split: &LoraSplit,
+    b: &[raw::Matrix],
+    cols: impl Fn(usize) -> usize,
+) -> (raw::Matrix, Vec<raw::Matrix>) {
+    let row_stride = split.split_b_stride as usize;
+    let (mut rows, mut own) = (0, Vec::new());
+    for of in b {
+        own.push(matrix(split.split_b + (2 * rows * row_stride) as u64, row_stride, of.rows, cols(of.cols)));
+        rows += of.rows;
+    }
+    (matrix(split.split_b, row_stride, rows, b.iter().map(|of| cols(of.cols)).max().unwrap_or(0)), own)
 }
 
 fn units(r: usize, length: usize) -> u128 {
     r.div_ceil(RANKS) as u128 * length.div_ceil(LENGTH) as u128
 }
 
-/// What there is to split: the factors, whether each is needed, and how long each is; and what the products read in their place.
+/// What there is to split: A, the B of all projections, and whether each is needed.
 pub struct Factors<'a> {
-    pub a: (&'a raw::Matrix, bool, usize),
-    pub b: (&'a raw::Matrix, bool, usize),
-    pub read: [u64; 2],
+    pub a: &'a raw::Matrix,
+    pub b: &'a [raw::Matrix],
+    pub wanted: [bool; 2],
 }
 
 impl Factors<'_> {
     /// The units that split them; none, and nothing else, where they are not split.
-    pub fn check(&self, split: &LoraSplit, ranks: Ranks, r: usize) -> u128 {
-        let Self { a: (a, wants_a, k), b: (b, wants_b, n), read } = *self;
+    pub fn check(&self, split: &LoraSplit, ranks: Ranks) -> u128 {
+        let Self { a, b, wanted } = *self;
         if !ranks.is_split {
             assert_eq!(*split, LoraSplit::default());
-            assert_eq!(read, [a.ptr, b.ptr]);
             return 0;
         }
-        assert_eq!(
-            [(split.a.ptr, split.a.row_stride), (split.b.ptr, split.b.row_stride)],
-            [a, b].map(|of| (of.ptr, of.row_stride as i64))
-        );
-        assert_eq!(read, [split.split_a.ptr, split.split_b.ptr]);
-        let of_a = if wants_a { units(r, k) } else { 0 };
-        let all = of_a + if wants_b { units(r, n) } else { 0 };
-        assert_eq!((split.r as usize, u128::from(split.a_units), u128::from(split.units)), (r, of_a, all));
+        assert_eq!((split.a.ptr, split.a.row_stride), (a.ptr, a.row_stride as i64));
+        for (at, got) in split.b.iter().enumerate() {
+            let expected = b.get(at).map_or((0, 0), |of| (of.ptr, of.row_stride as i64));
+            assert_eq!((got.ptr, got.row_stride), expected);
+            assert_eq!(split.ranks[at] as usize, b.get(at).map_or(0, |of| of.cols));
+        }
+        let sum = |units: &dyn Fn(&raw::Matrix) -> u128| b.iter().map(units).sum::<u128>();
+        let of_a = if wanted[0] { sum(&|of| units(of.cols, a.cols)) } else { 0 };
+        let all = of_a + if wanted[1] { sum(&|of| units(of.cols, of.rows)) } else { 0 };
+        let got = (split.r as usize, u128::from(split.a_units), u128::from(split.units));
+        assert_eq!(got, (a.rows, of_a, all));
         all
     }
 }
