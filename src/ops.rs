@@ -180,8 +180,12 @@ impl<U: ?Sized, F: ?Sized> Default for Variant<'_, U, F> {
 /// they are not rounded: a launch splits them, and h with them, into the nearest 16-bit number and what is left of it, and multiplies
 /// both halves. y and dx are rounded once, at their end; da and db are exact to about 2⁻¹⁷ of h and dh in bf16 and to those of f32
 /// in f16, where numbers below 2⁻³⁶ are lost. h is the same halves in the storage type, for backward to read and nobody else:
-/// M × [`split_columns`](crate::split_columns)(R). An h or dh, or an element of A or B, that is beyond the storage type's largest
-/// number is infinite.
+/// M × [`split_columns`](crate::split_columns)(R).
+///
+/// What remains: with a gain (DoRA) dh is that of gain ∘ dy rounded to 16 bits, and so dx and da have that rounding, too. In f16 on a GPU
+/// an h or dh counts in y and dx with an error of about 2⁻²⁵, however small it is, which shows beside large B or A alone. An
+/// element of A or B, or an h or dh, that is beyond the storage type's largest number is infinite on a GPU; on a CPU only the h
+/// that is kept is.
 #[derive(Debug)]
 pub struct Forward<'a, D: ?Sized, O: ?Sized, U: ?Sized, F: ?Sized, A: ?Sized = D> {
     /// M × K, input activations.

@@ -45,8 +45,8 @@ pub struct Training<'a> {
     /// [`LoraLinear::bank`](super::LoraLinear::bank) lays adapters so.
     pub routes: Option<&'a Routes>,
     /// Read f32 `a` and `b` over a 16-bit x as they are, at more than 16 bits, as PEFT does by default: y and dx have one rounding,
-    /// da and db nearly the precision of f32 ([`Forward`](crate::Forward) says how exact they are). h takes twice the columns. Where
-    /// one of the two is of x's type it is widened; where both are nothing changes.
+    /// da and db nearly the precision of f32 ([`Forward`](crate::Forward) says how exact they are, and what of it remains beside a
+    /// magnitude). h takes twice the columns. Where one of the two is of x's type it is widened; where both are nothing changes.
     pub full_precision: bool,
 }
 
