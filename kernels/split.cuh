@@ -49,9 +49,10 @@ struct GroupOf {
   float scale;
 };
 
-// The groups of h in forward, where first_rank of a projection counts triples.
+// The groups of h in forward, where first_rank of a projection counts triples. Its pairs are the caller's.
 template <class Params>
 struct GroupsOfAll {
+  static constexpr bool kAnywhere = true;
   const Params& p;
 
   __device__ __forceinline__ GroupOf operator()(uint32_t group) const {
@@ -61,6 +62,14 @@ struct GroupsOfAll {
     while (at + 1 < p.projection_count && group * kColumns >= p.projections[at + 1].first_rank) ++at;
     return {p.projections[at].first_rank / 3 + p.split.ranks[at], p.projections[at].scale};
   }
+};
+
+// The groups of dh in backward, of one projection. Its pairs are in the workspace, rows at multiples of 16 bytes.
+struct GroupsOfOne {
+  static constexpr bool kAnywhere = false;
+  GroupOf of;
+
+  __device__ __forceinline__ GroupOf operator()(uint32_t) const { return of; }
 };
 
 // Stores two neighbours of h or dh in row `row`: halves of what `keep(value, rank, scale)` makes of the products with
@@ -80,7 +89,7 @@ __device__ __forceinline__ void store_halves(const LoraMatrix& pairs, const Lora
   const HalvesOfTwo<T> halves(rank < of.end ? keep(whole<T>(high.x, low.x), rank, of.scale) : 0.0f,
                               rank + 1 < of.end ? keep(whole<T>(high.y, low.y), rank + 1, of.scale) : 0.0f);
   if (pairs.ptr != 0) {
-    const bool at_once = ((pairs.ptr | static_cast<uint64_t>(pairs.row_stride) * 2) & 3) == 0;
+    const bool at_once = !Groups::kAnywhere || ((pairs.ptr | static_cast<uint64_t>(pairs.row_stride) * 2) & 3) == 0;
     const auto store_two = [&](uint16_t* gmem, uint32_t two) {
       if (at_once) {
         *reinterpret_cast<uint32_t*>(gmem) = two;

@@ -66,8 +66,15 @@ fn specs(image: &str) -> Vec<(Layers, u32)> {
     let runs = Spec { placement: Placement::Aligned, routes: Some(Routes::Tiles(64)), m: 250, r: 400, ..base };
     let mixed = Spec { routes: Some(Routes::Mixed(3)), n: 40, k: 40, r: 150, ..base };
     // With few CTAs whoever is last to split computes h, and finds everything split when it first looks.
-    let split =
-        [(split, 4), (split, 1), (short, 3), (runs, 4), (mixed, 3)].map(|(spec, sms)| (Layers::Split(spec), sms));
+    let mut split = vec![(split, 4), (split, 1), (short, 3), (runs, 4), (mixed, 3)];
+    // What lies anywhere, the halves of h that are kept included; and sums in chunks.
+    split.push((Spec { placement: Placement::Unaligned, n: 40, k: 40, r: 13, ..base }, 3));
+    if image == BACKWARD {
+        let chunked = Spec::new(1600, 40, 24, 14);
+        split.push((Spec { placement: Placement::Aligned, outputs: [false, true, true, true], ..chunked }, 6));
+        split.push((Spec { routes: Some(Routes::Mixed(3)), outputs: [false, true, true, false], ..chunked }, 6));
+    }
+    let split = split.into_iter().map(|(spec, sms)| (Layers::Split(spec), sms));
     let projections =
         [Layers::shared(shared, &others), Layers::shared_split(Spec { r: 13, ..shared }, &[(70, 0), (270, 21)])];
     alone.chain(projections.map(|layers| (layers, 4))).chain(split).collect()
@@ -246,9 +253,10 @@ const PLACES: usize = 3;
 
 /// Mistakes that change nothing, by the kernel, the mistake, how the instruction begins and what its source line and the
 /// one it is inlined in hold; each with the reason.
-const HARMLESS: [(&str, &str, &str, [&str; 2]); 2] = [
+const HARMLESS: [(&str, &str, &str, [&str; 2]); 3] = [
     // `step % kStages` of the prologue, whose steps are fewer than the stages: what is multiplied is 0.
     ("lora_backward_bf16_large", "shift or stride doubled", "mul.lo.s16", ["", ""]),
+    ("lora_backward_bf16_large", "shift or stride doubled", "mul.lo.s32", ["step % kStages", "++step) issue(step);"]),
     // In the prologue: y then waits for h at step 0, which is before it has to.
     ("lora_forward_bf16_small", "guard negated", "@%p", ["dependency.must_wait(step)", "++step) issue(step);"]),
 ];

@@ -28,7 +28,7 @@ __device__ __forceinline__ void backward_dh(const LoraBackwardParams& p, TicketS
   const Segment product = segment(operand(projection.dy, p.m, projection.n), operand(projection.b, r, projection.n), 0);
   narrow_tile(
       tile, product, p, p.dh, projection.first_rank, m, n, r, [&](uint32_t) { return projection.scale; },
-      [&](uint32_t) { return GroupOf{projection.first_rank / 2 + p.split.ranks[at], projection.scale}; }, way, smem);
+      GroupsOfOne{{projection.first_rank / 2 + p.split.ranks[at], projection.scale}}, way, smem);
   schedule.publish(m_block >> p.flag_shift);
 }
 

@@ -172,9 +172,8 @@ class Backward : Operation<LoraSm90Backward> {
     }
     const uint32_t row = m + consumer.slab() * kSlabM;
     if (is_split()) {
-      const GroupOf of = {projection.first_rank / 2 + p_.split.ranks[at], projection.scale};
-      store_narrow_halves<Shape, kN>(
-          acc, p_.split, p_.dh, row, projection.first_rank + n, p_.m, [&](uint32_t) { return of; }, routes());
+      const GroupsOfOne groups = {{projection.first_rank / 2 + p_.split.ranks[at], projection.scale}};
+      store_narrow_halves<Shape, kN>(acc, p_.split, p_.dh, row, projection.first_rank + n, p_.m, groups, routes());
     } else {
       store_narrow<Shape, kN>(
           acc, columns_from(p_.dh, projection.first_rank), row, n, p_.m, projection.r,
