@@ -147,9 +147,9 @@ pub struct SharedTraining {
 /// launch forward reads x as if for one, and one backward sums dx; y of each is a tensor of its own, and none is copied.
 ///
 /// The A of all are copied below each other, ΣR · K elements, and so is what is tracked of `b`, bias and magnitude behind each other:
-/// candle's graph has room for three inputs. Backward
-/// wants the y of every projection in the loss: one that is not has a gradient of zeros made for it. What `backward` of another op
-/// computes by a backward of its own must not go through the y of these projections: each would take the other's gradients.
+/// candle's graph has room for three inputs. Backward wants the y of every projection in the loss: one that is not has a gradient of
+/// zeros made for it. What `backward` of another op computes by a backward of its own must not go through the y of these
+/// projections: each would take the other's gradients.
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};

@@ -156,7 +156,7 @@ pub(super) fn shared(dtype: Dtype, m: usize, r: usize, device: &Device, options:
 pub(super) fn shared_f32(dtype: Dtype, shape: LoraShape, device: &Device, options: Options) -> usize {
     let [m, n, k, r] = [shape.m, shape.n, shape.k, shape.r].map(|extent| extent as u128);
     // Halves of that many are beyond any memory, and could be beyond 64 bits.
-    if (2 * m + n + k).saturating_mul(r + 8) > 1 << 56 {
+    if (2 * m + n + k + 1).saturating_mul(r + 8) > 1 << 56 {
         return usize::MAX;
     }
     usize::try_from(split_workspace_up_to(shape, dtype, device, &options)).unwrap_or(usize::MAX)
@@ -164,7 +164,7 @@ pub(super) fn shared_f32(dtype: Dtype, shape: LoraShape, device: &Device, option
 
 #[cfg(test)]
 mod tests {
-    use super::{Addresses, backward, forward, shared, up_to};
+    use super::{Addresses, backward, forward, shared, shared_f32, up_to};
     use crate::error::Error;
     use crate::plan::{Device, Options, Plan, SYNC_BYTES};
     use crate::{Accumulate, Dtype, LoraShape, Routing, raw, split_columns};
@@ -304,11 +304,17 @@ mod tests {
             let device = Device::of_arch("test", arch, sms);
             for (parts, m) in layers.iter().flat_map(|&parts| [1, 700, 1100, 5000, 20_000].map(|m| (parts, m))) {
                 let (k, r) = (512, parts.iter().map(|part| part.1).sum());
-                let reserved = shared(Dtype::F16, m, r, &device, Options::default());
-                for outputs in 0..16_u32 {
+                let (n, padded) =
+                    (parts.iter().map(|part| part.0).sum(), parts.iter().map(|part| part.1.next_multiple_of(8)).sum());
+                let in_storage = shared(Dtype::F16, m, r, &device, Options::default());
+                let in_f32 = shared_f32(Dtype::F16, LoraShape { m, n, k, r: padded }, &device, Options::default());
+                for (outputs, f32_factors) in (0..32_u32).map(|case| (case / 2, case % 2 == 1)) {
+                    let reserved = if f32_factors { in_f32 } else { in_storage };
+                    let columns_of = |r| if f32_factors { split_columns(r) } else { r };
                     let mut at = Addresses(256);
                     let mut matrix = |rows, cols| at.matrix(rows, cols).expect("room");
-                    let (x, a, h) = (matrix(m, k), matrix(r, k), matrix(m, r));
+                    let columns = parts.iter().map(|part| columns_of(part.1)).sum();
+                    let (x, a, h) = (matrix(m, k), matrix(r, k), matrix(m, columns));
                     let wants = |bit: u32| outputs >> bit & 1 == 1;
                     let gradient = |wanted: bool, matrix| wanted.then_some(raw::Gradient { matrix, f32: true });
                     let own = |&(n, r): &(usize, usize)| {
@@ -323,8 +329,7 @@ mod tests {
                     let (forwards, backwards): (Vec<_>, Vec<_>) = parts.iter().map(own).unzip();
                     let (dtype, dropout, routes) = (Dtype::F16, None, None);
                     let projections = raw::Projections::new(&forwards).expect("one to four");
-                    let op =
-                        raw::ForwardShared { dtype, x, f32_factors: false, a, h: None, projections, dropout, routes };
+                    let op = raw::ForwardShared { dtype, x, f32_factors, a, h: None, projections, dropout, routes };
                     let plan = Plan::forward_shared(&op, &device).expect("a plan");
                     assert!(plan.workspace_bytes() <= reserved, "{}", plan.explain());
                     let projections = raw::Projections::new(&backwards).expect("one to four");
@@ -332,7 +337,7 @@ mod tests {
                     let (x, h, accumulate) = (Some(x), Some(h), Accumulate::default());
                     let op = raw::BackwardShared {
                         dtype,
-                        f32_factors: false,
+                        f32_factors,
                         a,
                         x,
                         h,

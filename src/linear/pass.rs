@@ -111,7 +111,7 @@ impl<'a, B: Backend, T: Element> Pass<'a, B, T> {
     }
 
     /// M × R, as forward wrote it: s · x Aᵀ in the storage type, of what dropout left of x; of several layers their ranks side by
-    /// side, and at full precision M × [`split_columns`](crate::split_columns)(R). `None` without an
+    /// side, and at full precision M × the sum of each one's [`split_columns`](crate::split_columns)(R). `None` without an
     /// adapter, at rank 0, and where backward is to compute it.
     pub fn h(&self) -> Option<&B::Buffer<T>> {
         self.kept.h.as_ref()

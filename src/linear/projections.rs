@@ -204,7 +204,7 @@ impl<B: Backend, T: Element, const P: usize> LoraProjections<B, T, P> {
         self.written(x, |ys| self.forward_train_with_into(x, ys, training))
     }
 
-    /// As [`forward_train_with`](Self::forward_train_with), into `ys`. Allocates h where it is kept, M × ΣR elements.
+    /// As [`forward_train_with`](Self::forward_train_with), into `ys`. Allocates [h](Pass::h) where it is kept.
     ///
     /// # Errors
     /// As [`forward_into`](Self::forward_into); [`Error::Probability`]; [`Error::State`], which says in which layer, while adapters

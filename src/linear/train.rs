@@ -64,7 +64,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         Ok((y, pass))
     }
 
-    /// As [`forward_train`](Self::forward_train), into `y`. Allocates h, M × R elements.
+    /// As [`forward_train`](Self::forward_train), into `y`. Allocates [h](Pass::h).
     ///
     /// # Errors
     /// As [`forward_train`](Self::forward_train).
@@ -76,7 +76,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         self.forward_train_with_into(x, y, Training::default())
     }
 
-    /// As [`forward_train_with`](Self::forward_train_with), into `y`. Allocates h where it is kept, M × R elements.
+    /// As [`forward_train_with`](Self::forward_train_with), into `y`. Allocates [h](Pass::h) where it is kept.
     ///
     /// # Errors
     /// As [`forward_train_with`](Self::forward_train_with).

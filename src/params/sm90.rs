@@ -124,8 +124,7 @@ pub struct LoraSm90BackwardParams {
     pub k: u32,
     /// Ranks of all projections.
     pub r: u32,
-    /// The largest rank of a projection, which the narrow tiles of dh and db are as wide as; of factors that are split their pairs,
-    /// and those of da too.
+    /// The largest rank of a projection, which the narrow tiles of dh and db are as wide as; of factors that are split its pairs.
     pub most_r: u32,
     /// Projections that are there, at least 1.
     pub projection_count: u32,

@@ -6,6 +6,7 @@ mod adapters;
 #[path = "../common/mod.rs"]
 mod common;
 mod computes;
+mod exchanged;
 mod failing;
 mod matrix;
 mod projections;
