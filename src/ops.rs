@@ -411,8 +411,8 @@ pub struct Merge<'a, D: ?Sized, O: ?Sized, F: ?Sized> {
 /// side by side. Or both in f32, for adapters side by side of which some are of f32.
 ///
 /// The product by the scale is rounded to f32 and then to the storage type, to nearest with ties to even; a scale of 1 leaves
-/// one rounding, and in f32 none. With a divisor the product is divided before, and rounded to f32 once more: B of an adapter that adds to the
-/// result of DoRA takes no part in that gain, which multiplies the columns of everything.
+/// one rounding, and in f32 none. With a divisor the product is divided before, and rounded to f32 once more: B of an adapter that
+/// adds to the result of DoRA takes no part in that gain, which multiplies the columns of everything.
 #[derive(Debug)]
 pub struct Round<'a, D: ?Sized, O: ?Sized, F: ?Sized> {
     /// A and B.

@@ -96,7 +96,7 @@ impl<B: Backend, T: Element> LoraLinear<B, T> {
         }
         let (slots, rank) = side_by_side(chosen.iter().map(|named| (named.adapter.rank(), named.adapter.scale())))?;
         // What lies between the slots is multiplied by zeros, so it must be finite.
-        let copies = Copies::new(&self.backend, &chosen, (self.n, self.k, rank), true)?;
+        let copies = Copies::new(&self.backend, (self.n, self.k, rank), Copies::are_full(&chosen), true)?;
         // No state of an adapter has been copied yet.
         let copied = chosen.iter().map(|named| Copied { name: named.name.clone(), id: named.id, version: None });
         let mut bank = Bank { copied: copied.collect(), slots, rank, copies, version: next_version() };

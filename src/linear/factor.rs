@@ -88,18 +88,12 @@ pub(super) struct Put<'a, B: Backend, T: Element> {
 }
 
 impl<B: Backend, T: Element> Copies<B, T> {
-    /// Room for the chosen adapters, which have `rank` ranks with what lies between them; zeros where `zeroed`, and anything otherwise.
-    pub(super) fn new(
-        backend: &B,
-        chosen: &[&Named<B, T>],
-        (n, k, rank): (usize, usize, usize),
-        zeroed: bool,
-    ) -> Result<Self> {
-        let mut adapters = chosen.iter().map(|named| &named.adapter);
+    /// Room for adapters of `rank` ranks with what lies between them, in f32 where `is_full`; zeros where `zeroed`, and anything otherwise.
+    pub(super) fn new(backend: &B, (n, k, rank): (usize, usize, usize), is_full: bool, zeroed: bool) -> Result<Self> {
         let lengths =
             [elements("the number of elements of a", rank, k)?, elements("the number of elements of b", n, rank)?];
         let (b_bias, magnitude) = (None, None);
-        let buffers = if adapters.any(|adapter| adapter.is_at_full_precision() && adapter.rank() != 0) {
+        let buffers = if is_full {
             let [a, b] = room(backend, lengths, zeroed)?;
             Buffers::F32 { a, b, b_bias: None, magnitude }
         } else {
@@ -107,6 +101,11 @@ impl<B: Backend, T: Element> Copies<B, T> {
             Buffers::Storage { a, b, b_bias, magnitude }
         };
         Ok(Self { buffers, n, k, rank })
+    }
+
+    /// Whether copies of these adapters are f32: one at full precision is enough.
+    pub(super) fn are_full(chosen: &[&Named<B, T>]) -> bool {
+        chosen.iter().any(|named| named.adapter.is_at_full_precision() && named.adapter.rank() != 0)
     }
 
     /// Copies `ranks` ranks of an adapter to their place, from `first` on: one launch.

@@ -35,7 +35,7 @@ impl<B: Backend, T: Element> Joined<B, T> {
             ids: chosen.iter().map(|named| named.id).collect(),
             rank,
             scale,
-            copies: Copies::new(&layer.backend, chosen, (layer.n, layer.k, rank), false)?,
+            copies: Copies::new(&layer.backend, (layer.n, layer.k, rank), Copies::are_full(chosen), false)?,
             folded: Folded::new(layer, chosen.iter().map(|named| &named.adapter))?,
             gains: of_dora.map(|_| layer.backend.alloc(layer.n)).collect::<Result<_>>()?,
             is_stale: true,

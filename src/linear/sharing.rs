@@ -1,13 +1,13 @@
 //! What layers that share x compute, in one launch. A layer alone is the case of one.
 
-use super::factor::{Factor, columns_of_h, each_b};
+use super::factor::{Copies, Factor, Put, columns_of_h, each_b};
 use super::pass::{Made, Routed};
-use super::{Backend, LoraLinear, Operands, Pass, Training, elements};
+use super::{Backend, Buffers, LoraLinear, Operands, Pass, Training, elements};
 use crate::error::{Error, Result};
 use crate::raw::named;
 use crate::{
     Accumulate, BackwardProjection, BackwardShared, Dropout, Element, Factors, ForwardProjection, ForwardShared,
-    Gradient, MagnitudeGradient, Matrix, MatrixMut, Round,
+    Gradient, MagnitudeGradient, Matrix, MatrixMut,
 };
 
 /// Columns of y that a forward pass computes where h is all that is wanted of it: a row of 16 bytes at least.
@@ -312,47 +312,16 @@ impl<'a, B: Backend, T: Element> Sharing<'_, 'a, B, T> {
 
 /// The A of several layers below each other, copied.
 pub(super) struct Stack<B: Backend, T: Element> {
-    a: Below<B, T>,
+    /// A, and a row of B, which is copied beside it.
+    a: Copies<B, T>,
     k: usize,
     /// What was copied of each layer: its version and its ranks. Empty where that failed.
     copied: Vec<(Option<u64>, usize)>,
 }
 
-/// ΣR × K, and a row of B, which [`Round`] writes beside A.
-enum Below<B: Backend, T: Element> {
-    Storage([B::Buffer<T>; 2]),
-    /// At full precision.
-    F32([B::Buffer<f32>; 2]),
-}
-
-fn room<B: Backend, A: Element>(backend: &B, lengths: [usize; 2]) -> Result<[B::Buffer<A>; 2]> {
-    let [a, row] = lengths.map(|len| backend.alloc(len));
-    Ok([a?, row?])
-}
-
-/// Copies A of a layer to its place, from row `first` on.
-fn put<B: Backend, T: Element, A: Element>(
-    backend: &B,
-    [a, row]: &mut [B::Buffer<A>; 2],
-    (first, k): (usize, usize),
-    factors: Factors<'_, B::Read<T>, B::Read<f32>>,
-) -> Result<()> {
-    let (r, factors) = match factors {
-        Factors::Storage { a, b } => (a.rows, Factors::Storage { a, b: Matrix { rows: 1, ..b } }),
-        Factors::F32 { a, b } => (a.rows, Factors::F32 { a, b: Matrix { rows: 1, ..b } }),
-    };
-    backend.round::<T, A>(Round {
-        factors,
-        scale: 1.0,
-        divisor: None,
-        rounded_a: MatrixMut::new(B::write(a), r, k).with_offset(first * k),
-        rounded_b: MatrixMut::new(B::write(row), 1, r),
-    })
-}
-
 impl<B: Backend, T: Element> Stack<B, T> {
     pub(super) fn new(backend: &B, layers: &[&LoraLinear<B, T>]) -> Result<Self> {
-        let mut stack = Self { a: Below::Storage(room(backend, [0, 0])?), k: 0, copied: Vec::new() };
+        let mut stack = Self { a: Copies::new(backend, (1, 0, 0), false, false)?, k: 0, copied: Vec::new() };
         stack.refresh(backend, layers)?;
         Ok(stack)
     }
@@ -377,24 +346,18 @@ impl<B: Backend, T: Element> Stack<B, T> {
         let moved = k != self.k || is_full != self.is_full() || !ranks().eq(before.iter().map(|of| of.1));
         self.k = k;
         if moved {
-            let len = elements("the number of elements of a", ranks().sum(), self.k)?;
-            let lengths = [len, ranks().max().unwrap_or(0)];
-            let storage = || room(backend, lengths).map(Below::Storage);
-            self.a = if is_full { room(backend, lengths).map(Below::F32)? } else { storage()? };
+            self.a = Copies::new(backend, (1, k, ranks().sum()), is_full, false)?;
         }
         let mut first = 0;
         for (at, &Operands { a, b, version, .. }) in operands.iter().enumerate() {
             let r = a.rows();
             if r != 0 && (moved || before[at].0 != version) {
-                match (&mut self.a, a, b) {
-                    (Below::Storage(to), Factor::Storage(a), Factor::Storage(b)) => {
-                        put::<B, T, T>(backend, to, (first, k), Factors::Storage { a, b })?;
-                    }
-                    (Below::F32(to), Factor::F32(a), Factor::F32(b)) => {
-                        put::<B, T, f32>(backend, to, (first, k), Factors::F32 { a, b })?;
-                    }
-                    _ => {} // all are of one type, as was looked at
-                }
+                let factors = match (a, b.with_rows(1)) {
+                    (Factor::Storage(a), Factor::Storage(b)) => Factors::Storage { a, b },
+                    (Factor::F32(a), Factor::F32(b)) => Factors::F32 { a, b },
+                    _ => continue, // an adapter's are of one type
+                };
+                self.a.put(backend, first, r, Put { factors, scale: 1.0, divisor: None })?;
             }
             first += r;
         }
@@ -404,7 +367,7 @@ impl<B: Backend, T: Element> Stack<B, T> {
 
     /// Whether the adapters are at full precision.
     pub(super) fn is_full(&self) -> bool {
-        matches!(self.a, Below::F32(_))
+        matches!(self.a.buffers(), Buffers::F32 { .. })
     }
 
     /// The ranks of each layer.
@@ -416,14 +379,12 @@ impl<B: Backend, T: Element> Stack<B, T> {
     fn view<'a>(&'a self, operation: &'static str, operands: &[Operands<'a, B, T>]) -> Result<Factor<'a, B, T>> {
         let differs = |(at, of): (usize, &Operands<'a, B, T>)| self.copied.get(at) != Some(&(of.version, of.a.rows()));
         let expected = "`refresh` first, and a pass of the adapters that it copied";
-        let (rows, k) = (self.ranks().sum(), self.k);
-        match (operands.iter().enumerate().position(differs), &self.a) {
-            (Some(at), _) => {
+        match operands.iter().enumerate().position(differs) {
+            Some(at) => {
                 let got = format!("in layer {at} another adapter takes part than was copied, or it has changed");
                 Err(Error::State { operation, got, expected })
             }
-            (None, Below::Storage([a, _])) => Ok(Factor::Storage(Matrix::new(B::read(a), rows, k))),
-            (None, Below::F32([a, _])) => Ok(Factor::F32(Matrix::new(B::read(a), rows, k))),
+            None => Ok(self.a.read().0),
         }
     }
 }
