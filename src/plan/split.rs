@@ -159,9 +159,23 @@ pub(super) fn dh_of_tokens(
     Some(raw::Matrix { ptr: 0, rows: m, cols: Ranks::sum(pairs), row_stride })
 }
 
-/// Ranks of each projection.
-fn ranks(parts: &[Part]) -> [u32; raw::MAX_PROJECTIONS] {
-    each(parts, |_, part| part.r as u32)
+/// Factors that are split in `units`, without places for their halves.
+fn of_all(
+    a: raw::Matrix,
+    b: [LoraMatrix; raw::MAX_PROJECTIONS],
+    parts: &[Part],
+    units: u32,
+    cluster: u32,
+) -> LoraSplit {
+    LoraSplit {
+        a: matrix(a),
+        b,
+        ranks: each(parts, |_, part| part.r as u32),
+        r: a.rows as u32,
+        units,
+        tickets: units.div_ceil(cluster),
+        ..LoraSplit::default()
+    }
 }
 
 /// What forward splits, with places for it; a ticket hands out a unit to each CTA of a cluster.
@@ -181,18 +195,11 @@ pub(super) fn forward(
     scratch.split = Some(Places { a, b, pairs: None });
     let all = check_units(forward_units(op, parts))?;
     Ok(LoraSplit {
-        a: matrix(op.a),
-        b: each(&op.projections, |_, of| matrix(of.b)),
         pairs: optional(op.h),
-        split_a: 0,
-        split_b: 0,
         split_a_stride,
         split_b_stride,
-        ranks: ranks(parts),
-        r: op.a.rows as u32,
         a_units: units_of(parts, op.a.cols)[0] as u32,
-        units: all,
-        tickets: all.div_ceil(cluster),
+        ..of_all(op.a, each(&op.projections, |_, of| matrix(of.b)), parts, all, cluster)
     })
 }
 
@@ -216,18 +223,11 @@ pub(super) fn backward(
     scratch.split = Some(Places { a, b, pairs: of_tokens });
     let all = check_units(backward_units(op, wanted, parts))?;
     Ok(LoraSplit {
-        a: matrix(op.a),
-        b: each(&op.projections, |_, of| matrix(of.b)),
         pairs: LoraMatrix { ptr: 0, row_stride: row_stride.into() },
-        split_a: 0,
-        split_b: 0,
         split_a_stride,
         split_b_stride,
-        ranks: ranks(parts),
-        r: op.a.rows as u32,
         a_units: if a.is_some() { units_of(parts, op.a.cols)[0] as u32 } else { 0 },
-        units: all,
-        tickets: all.div_ceil(cluster),
+        ..of_all(op.a, each(&op.projections, |_, of| matrix(of.b)), parts, all, cluster)
     })
 }
 
